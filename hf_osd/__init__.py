@@ -1,0 +1,47 @@
+"""hf_osd: Online Speculative Decoding for Hugging Face. A draft model that learns from the traffic it serves."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public names by the module that has them. Imported on first use: `import hf_osd` alone loads no torch and no transformers.
+_PUBLIC = {
+    "OnlineAssistant": "assistant",
+    "OnlineConfig": "config",
+    "OnlineCandidateGenerator": "candidates",
+    "Feedback": "feedback",
+    "FeedbackBuffer": "buffer",
+    "OnlineGKDTrainer": "distill.trainer",
+    "RefreshAssistantCallback": "distill.callbacks",
+    "grow_draft": "drafts",
+    "record_answers": "recording",
+    "compare_outputs": "parity",
+    "enable": "integration",
+    "disable": "integration",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from hf_osd.assistant import OnlineAssistant as OnlineAssistant
+    from hf_osd.buffer import FeedbackBuffer as FeedbackBuffer
+    from hf_osd.candidates import OnlineCandidateGenerator as OnlineCandidateGenerator
+    from hf_osd.config import OnlineConfig as OnlineConfig
+    from hf_osd.distill.callbacks import RefreshAssistantCallback as RefreshAssistantCallback
+    from hf_osd.distill.trainer import OnlineGKDTrainer as OnlineGKDTrainer
+    from hf_osd.drafts import grow_draft as grow_draft
+    from hf_osd.feedback import Feedback as Feedback
+    from hf_osd.integration import disable as disable
+    from hf_osd.integration import enable as enable
+    from hf_osd.parity import compare_outputs as compare_outputs
+    from hf_osd.recording import record_answers as record_answers
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_osd' has no attribute {name!r}")
+    return getattr(import_module(f"hf_osd.{_PUBLIC[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

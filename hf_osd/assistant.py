@@ -1,0 +1,455 @@
+"""`OnlineAssistant`: what a user passes as `assistant_model`. It holds the draft in service, its learner and its statistics, and joins
+serving to learning; it drafts no tokens and computes no losses itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import weakref
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_osd import integration
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.candidates import CallRecord, OnlineCandidateGenerator
+from hf_osd.checkpoint import staged
+from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.feedback import Feedback
+from hf_osd.learner import Learner
+from hf_osd.lookahead import Lookahead
+from hf_osd.model_card import model_card
+from hf_osd.scoring import score
+from hf_osd.serving import ServingDraft, copy_draft, embedding_names
+from hf_osd.stats import Stats
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_STATE, _STATE_VALUES, _STATE_BUFFER = "learner.safetensors", "learner.json", "buffer.safetensors"
+
+
+class OnlineAssistant:
+    """A draft model that learns from the requests it assists.
+
+    ```python
+    assistant = OnlineAssistant(draft)
+    target.generate(**inputs, assistant_model=assistant)
+    ```
+
+    Each call drafts with weights that do not change while it lasts. What the target said of the drafts is kept, and learnt from at the
+    start of a later call, in `update()` or in `flush()`. The output is the target's own, whatever the draft has learnt.
+
+    Args:
+        draft (`PreTrainedModel`): a causal LM with the target's vocabulary. It is copied and never written; weights without
+            `requires_grad` are shared with it.
+        config ([`OnlineConfig`], *optional*): every choice there is; the defaults learn from all verified positions, with replay.
+        **overrides: fields of the config, for short: `OnlineAssistant(draft, learn=False)`.
+
+    Raises:
+        ValueError: if `draft` is not a decoder with an LM head, or a field of the config is wrong.
+        RuntimeError: if the installed transformers has changed what the seam relies on.
+    """
+
+    def __init__(self, draft: PreTrainedModel, config: OnlineConfig | None = None, **overrides):
+        if overrides:
+            config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
+        self.osd_config = config or OnlineConfig()
+        _check_draft(draft)
+        integration.enable()
+
+        # Three copies, made before any trainer exists. The first owns its weights, so that a user's training of `draft` reaches the
+        # serving draft by refreshes alone; the others share with it what does not train.
+        fixed = embedding_names(draft) if self.osd_config.freeze_embeddings else set()
+        own = copy_draft(draft)
+        trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
+        self.serving = ServingDraft(own, trainable)
+        self.buffer = FeedbackBuffer(self.osd_config.buffer_bytes, self.osd_config.buffer_age)
+        self.learner = (
+            Learner(own, trainable, self.buffer, self.osd_config, self._refresh) if self.osd_config.learn else None
+        )
+        config = self.osd_config
+        self.lookahead = Lookahead(
+            config.lookahead, config.num_assistant_tokens, config.draft_cost, config.verify_cost
+        )
+
+        self._stats = Stats()
+        self._open: set[CallRecord] = set()
+        self._ended: deque[CallRecord] = (
+            deque()
+        )  # what finalizers append to: they may run anywhere, so they take no lock
+        self._lock = threading.RLock()
+        self._closed = self._warned = False
+
+    # What transformers reads on an assistant model.
+
+    @property
+    def config(self):
+        """The draft's own config, which is what transformers reads on an assistant. Ours is `osd_config`."""
+        return self.serving.active.config
+
+    @property
+    def generation_config(self):
+        return self.serving.active.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.serving.active.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.serving.active.dtype
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.serving.active._supports_logits_to_keep()
+
+    def generate(self, *args, **kwargs):
+        """The serving draft's own `generate`. Stock candidate generators call it, once the seam is closed: capture is then off."""
+        if (
+            not self._warned
+            and kwargs.get("generation_config") is not None
+            and kwargs["generation_config"].is_assistant
+        ):
+            self._warned = True
+            logger.warning(
+                "This OnlineAssistant drafts through a stock candidate generator: nothing is captured and nothing learnt. "
+                "Call hf_osd.enable(), or pass a plain model as assistant_model."
+            )
+        return self.serving.active.generate(*args, **kwargs)
+
+    # Serving.
+
+    def open_call(
+        self,
+        target: PreTrainedModel,
+        *,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        inputs_tensor: Tensor | None,
+        logits_processor: LogitsProcessorList,
+        different_tokenizers: bool = False,
+    ) -> OnlineCandidateGenerator:
+        """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
+
+        Raises:
+            ValueError: for what assisted generation, or hf_osd, cannot serve; nothing has run by then.
+        """
+        self._check_call(target, input_ids, model_kwargs, different_tokenizers)
+        self.update()
+        config = self.osd_config
+        record = CallRecord(
+            input_ids[0],
+            sampled=generation_config.do_sample,
+            capture=self.learner is not None,
+            top_k=config.top_k,
+            dtype=getattr(torch, config.feedback_dtype),
+        )
+        record.model = self.serving.lease()
+        try:
+            generator = OnlineCandidateGenerator(
+                input_ids=input_ids,
+                assistant_model=record.model,
+                generation_config=generation_config,
+                model_kwargs=model_kwargs,
+                inputs_tensor=inputs_tensor,
+                logits_processor=logits_processor,
+                record=record,
+                lookahead=self.lookahead,
+                confidence_threshold=config.assistant_confidence_threshold,
+            )
+        except BaseException:
+            self.serving.release(record.model)
+            raise
+        with self._lock:
+            self._open.add(record)
+        # generate has no hook at its end; the generator's own end is one.
+        weakref.finalize(generator, self._ended.append, record).atexit = False
+        return generator
+
+    def update(self, force: bool = False) -> bool:
+        """Take in the calls that have ended, and learn if an update is due, or if anything is new and `force` is set.
+
+        Returns:
+            `bool`: whether the serving draft was refreshed.
+        """
+        self._take_in(self._over())
+        if self.learner is None or self._closed or not (force or self.learner.due()):
+            return False
+        return self.learner.update()
+
+    def flush(self) -> bool:
+        """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""
+        return self.update(force=True)
+
+    def close(self):
+        """Stop learning and let go of learner and feedback. The assistant goes on drafting, frozen; closing again does nothing."""
+        self._take_in(self._over())
+        self._closed = True
+        self.learner = None
+        self.buffer.clear()
+
+    def __enter__(self) -> OnlineAssistant:
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def refresh(self, model: nn.Module):
+        """Serve the weights of `model`, a draft of the same architecture trained elsewhere, from the next call on.
+
+        Raises:
+            ValueError: if `model` does not fit, has values that are not finite, or has changed weights that this assistant
+                holds fixed.
+        """
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        for name, p in self.serving.active.named_parameters():
+            if name not in self.serving.trainable and name in weights and not torch.equal(p, weights[name].to(p)):
+                raise ValueError(
+                    f"The trained model has changed {name!r}, which this assistant holds fixed. Make it with freeze_embeddings=False "
+                    "and a draft whose weights require gradients, or freeze these weights in training."
+                )
+        self._refresh(model)
+        if self.learner is not None:
+            self.learner.take(weights)
+
+    @property
+    def stats(self) -> Stats:
+        """What was observed so far, see [`Stats`]. Calls that have ended are taken in first."""
+        self._take_in(self._over())
+        stats = self._stats
+        if self.learner is not None:
+            stats.updates, stats.failed_updates = self.learner.updates, self.learner.failed
+            stats.learning_seconds, stats.learned_tokens = self.learner.seconds, self.learner.learned_tokens
+        stats.buffer_requests, stats.buffer_bytes = len(self.buffer), self.buffer.nbytes
+        stats.buffer_capacity, stats.draft_version = self.buffer.max_bytes, self.serving.version
+        return stats
+
+    def score(self, feedback: list[Feedback]) -> list[Tensor]:
+        """Expected acceptance of the draft at each position of `feedback`, `(N,)` a request, teacher-forced; α is the mean.
+
+        See [`hf_osd.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
+        """
+        return self.learner.score(feedback) if self.learner is not None else score(self.serving.active, feedback)
+
+    # Coming and going.
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        card: dict | None = None,
+    ):
+        """Write the serving draft as a plain transformers checkpoint, with `osd_config.json` and a model card beside it.
+
+        Args:
+            directory: where to. Files of the same names are replaced, at once and whole; others stay.
+            processing_class: the tokenizer, to be saved with it.
+            card (`dict`, *optional*): facts for the model card, see [`hf_osd.model_card.model_card`].
+
+        Raises:
+            OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
+        """
+        with staged(directory) as staging:
+            self.serving.active.save_pretrained(staging)
+            self.osd_config.save_pretrained(staging)
+            (staging / "README.md").write_text(model_card(self.stats, **(card or {})), encoding="utf-8")
+            if processing_class is not None:
+                processing_class.save_pretrained(staging)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs
+    ) -> OnlineAssistant:
+        """An assistant around a saved draft, or any causal LM of the Hub.
+
+        Args:
+            name_or_path: a directory or a Hub id.
+            config ([`OnlineConfig`], *optional*): replaces the one saved beside the draft, if there is one.
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
+
+        Raises:
+            OSError: if there is no such draft.
+            ValueError: if its config does not fit.
+        """
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import cached_file
+
+        kwargs = {"dtype": "auto", "use_safetensors": True, **kwargs}
+        draft = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        if config is None:
+            where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+            found = None
+            with suppress(OSError):  # a draft that hf_osd did not save
+                found = cached_file(name_or_path, CONFIG_NAME, **where)
+            config = OnlineConfig.from_json(found) if found is not None else None
+        return cls(draft, config)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        token: str | None = None,
+        commit_message: str = "Upload an adapted draft",
+        processing_class: PreTrainedTokenizerBase | None = None,
+        card: dict | None = None,
+    ) -> str:
+        """Push what `save_pretrained` writes: weights, config and figures, no feedback. Returns the commit's address.
+
+        The repository is private unless you say otherwise: weights that learnt from traffic can have memorised some of it.
+        """
+        from huggingface_hub import HfApi
+
+        if not private:
+            logger.warning(
+                "Pushing to a public repository: weights that learnt from traffic can have memorised some of it."
+            )
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, processing_class, card)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message))
+
+    def save_state(self, directory: str | os.PathLike, with_buffer: bool = False):
+        """Write what a restart needs beyond the draft: the learner's float32 weights and optimizer, and counts.
+
+        Args:
+            directory: where to.
+            with_buffer: also write the feedback, which holds the prompts as token ids, readable by its owner alone.
+
+        Raises:
+            OSError: if it cannot be written; an older state is then unchanged.
+            ValueError: if the assistant does not learn.
+        """
+        import json
+
+        from safetensors.torch import save_file
+
+        if self.learner is None:
+            raise ValueError(
+                "This assistant does not learn (`learn=False`, or closed), so there is no learner's state to save."
+            )
+        self._take_in(self._over())
+        tensors, values = self.learner.state()
+        with staged(directory) as staging:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / _STATE)
+            (staging / _STATE_VALUES).write_text(json.dumps(values), encoding="utf-8")
+            if with_buffer:
+                self.buffer.save(staging / _STATE_BUFFER)
+
+    def load_state(self, directory: str | os.PathLike):
+        """Go on from `save_state`: the learner, and with it the serving draft, are as they were.
+
+        Raises:
+            OSError: if there is no state in `directory`.
+            ValueError: if it is damaged, or that of another draft.
+        """
+        import json
+
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        if self.learner is None:
+            raise ValueError(
+                "This assistant does not learn (`learn=False`, or closed), so it cannot take a learner's state."
+            )
+        try:
+            tensors = load_file(directory / _STATE)
+            values = json.loads((directory / _STATE_VALUES).read_text(encoding="utf-8"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"The learner's state in {directory} is damaged ({error}); delete it to start afresh."
+            ) from error
+        self.learner.load_state(tensors, values)
+        self._refresh(self.learner.module)
+        if (directory / _STATE_BUFFER).is_file():
+            self.buffer.restore(directory / _STATE_BUFFER)
+
+    # How calls end.
+
+    def _over(self) -> list[CallRecord]:
+        """The open calls that are over: their generator is gone, or their thread is here again."""
+        here, ended = threading.get_ident(), set()
+        with suppress(IndexError):
+            while True:
+                ended.add(self._ended.popleft())
+        with self._lock:
+            over = [record for record in self._open if record in ended or record.thread == here]
+            self._open.difference_update(over)
+        return over
+
+    def _take_in(self, over: list[CallRecord]):
+        """Release the leases of calls that are over, and take in their statistics and feedback."""
+        for record in over:
+            self.serving.release(record.model)
+            record.model = None
+            feedback = record.seal()
+            if feedback is not None and not feedback.sampled and self.learner is not None:
+                feedback = self._in_shadow(feedback, record)
+            with self._lock:
+                self._stats.observe_call(record.stats)
+            if feedback is not None and self.learner is not None:
+                self.buffer.add(feedback)
+
+    def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:
+        """Where the call drafted nothing for long, ask the learner's draft afterwards what it would have said, before it learns it."""
+        unknown = feedback.overlap.isnan()
+        if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
+            return feedback
+        feedback = feedback.with_overlap(self.learner.score([feedback])[0])
+        record.stats.overlap_sum, record.stats.overlap_count = float(feedback.overlap.sum()), len(feedback)
+        self.lookahead.observe_shadow(feedback.overlap[unknown].tolist())
+        return feedback
+
+    def _refresh(self, model: nn.Module):
+        self.serving.refresh({name: p.detach() for name, p in model.named_parameters()})
+
+    def _check_call(self, target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict, different_tokenizers: bool):
+        vocabularies = [m.config.get_text_config().vocab_size for m in (target, self)]
+        if different_tokenizers or vocabularies[0] != vocabularies[1]:
+            raise ValueError(
+                f"The target has {vocabularies[0]} tokens and the draft {vocabularies[1]}, or they come with two tokenizers; hf_osd "
+                "needs a draft with the target's own vocabulary. Choose one of the target's family, or hf_osd.grow_draft(target)."
+            )
+        if target.config.is_encoder_decoder:
+            raise ValueError(
+                f"The target is an encoder-decoder ({type(target).__name__}); hf_osd serves decoder-only targets. Pass the draft itself "
+                "as assistant_model to use stock assisted generation."
+            )
+        if input_ids.shape[0] != 1:
+            raise ValueError(
+                f"The batch has {input_ids.shape[0]} prompts; assisted generation takes one a call. Call generate for each prompt, "
+                "from several threads if you like."
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
+                "on top of them and answer wrongly. Leave past_key_values out."
+            )
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "`inputs_embeds` gives the draft no tokens to draft from. Pass `input_ids`, or leave assistant_model out."
+            )
+
+
+def _check_draft(draft):
+    config = getattr(draft, "config", None)
+    if not isinstance(draft, nn.Module) or config is None:
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}; give a model, such as AutoModelForCausalLM.from_pretrained(...)."
+        )
+    if getattr(config, "is_encoder_decoder", False) or draft.get_output_embeddings() is None:
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}, which is not a decoder with an LM head. Load it with AutoModelForCausalLM."
+        )

@@ -1,0 +1,202 @@
+"""`OnlineConfig`: every choice hf_osd makes, in one validated dataclass that is saved beside the draft's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+LOOKAHEADS = ("cost", "heuristic", "constant")
+CONFIG_NAME = "osd_config.json"
+
+
+@dataclass
+class OnlineConfig:
+    """Configuration of an [`OnlineAssistant`].
+
+    Args:
+        num_assistant_tokens (`int`, defaults to 5):
+            γ, the number of tokens drafted a round; the upper bound where `lookahead` chooses.
+        lookahead (`str`, defaults to `"cost"`):
+            How γ is chosen: `"cost"` maximises expected tokens over expected time and drafts nothing while that is
+            below plain decoding; `"heuristic"` is transformers' rule (+2 when all is accepted, else -1, at least 1);
+            `"constant"` always drafts `num_assistant_tokens`.
+        assistant_confidence_threshold (`float`, defaults to 0.0):
+            Stop drafting after a token whose probability under the draft is below this. 0 never stops early.
+        draft_cost (`float`, *optional*):
+            c, the time of one draft step over the time of a one-token target step. Measured while serving if `None`;
+            a fixed value makes γ, and so a seeded run, independent of the clock.
+        verify_cost (`float`, defaults to 0.0):
+            With `draft_cost` given: v(n) = 1 + verify_cost·(n-1), the time of verifying n tokens over that of one.
+        learn (`bool`, defaults to `True`):
+            Whether to capture and learn. `False` serves the draft as it is.
+        top_k (`int`, defaults to 64):
+            How many of the target's log-probs are kept a position; the rest is one tail bucket.
+        feedback_dtype (`str`, defaults to `"float16"`):
+            Storage of the log-probs: `"float16"`, `"bfloat16"` or `"float32"`.
+        buffer_bytes (`int`, defaults to 64 MiB):
+            Bound on the feedback kept in memory. The oldest goes first.
+        buffer_age (`float`, *optional*):
+            Feedback older than this many seconds is dropped. `None` keeps it.
+        update_interval (`int`, defaults to 8):
+            I in the paper: an update is due after this many requests.
+        update_tokens (`int`, *optional*):
+            An update is also due once this many new tokens wait.
+        update_age (`float`, *optional*):
+            An update is also due once the oldest new feedback is this many seconds old.
+        positions (`str`, defaults to `"all"`):
+            `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
+        divergence (`str`, defaults to `"forward_kl"`):
+            `"forward_kl"`, `"reverse_kl"`, `"jsd"` (generalized, with `beta`) or `"total_variation"`.
+        beta (`float`, defaults to 0.5):
+            Mixture weight of `"jsd"`, in the sense of trl's GKD: M = beta·target + (1-beta)·draft.
+        total_variation_weight (`float`, defaults to 1.0):
+            Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).
+        replay (`float`, defaults to 6.0):
+            Replayed requests for each new one in an update, drawn from the buffer.
+        clear_after_update (`bool`, defaults to `False`):
+            Empty the buffer after an update, as Algorithm 1 does.
+        batch_size (`int`, *optional*, defaults to 8):
+            Requests an optimizer step. `None` puts the whole update into one step.
+        learning_rate (`float`, defaults to 1e-3), weight_decay (`float`, defaults to 0.0),
+        max_grad_norm (`float`, defaults to 1.0), warmup_steps (`int`, defaults to 10), optim (`str`, defaults to
+        `"adamw_torch"`):
+            As in `TrainingArguments`; the warm-up runs once, not once an update.
+        freeze_embeddings (`bool`, defaults to `True`):
+            Do not train input embeddings and LM head. They are then shared by all copies of the draft.
+        learner_dtype (`str`, defaults to `"auto"`):
+            Arithmetic of learning: `"float32"`, `"bfloat16"` (autocast over float32 masters), or `"auto"`: bfloat16
+            where the draft is bfloat16 and the device computes it natively, else float32.
+        seed (`int`, *optional*):
+            Seeds the learner's own draws. The global random state of the process is never touched.
+
+    Raises:
+        ValueError: for a value out of range, naming the field, the value and the mend.
+    """
+
+    num_assistant_tokens: int = 5
+    lookahead: str = "cost"
+    assistant_confidence_threshold: float = 0.0
+    draft_cost: float | None = None
+    verify_cost: float = 0.0
+    learn: bool = True
+    top_k: int = 64
+    feedback_dtype: str = "float16"
+    buffer_bytes: int = 64 * 2**20
+    buffer_age: float | None = None
+    update_interval: int = 8
+    update_tokens: int | None = None
+    update_age: float | None = None
+    positions: str = "all"
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    total_variation_weight: float = 1.0
+    replay: float = 6.0
+    clear_after_update: bool = False
+    batch_size: int | None = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 10
+    optim: str = "adamw_torch"
+    freeze_embeddings: bool = True
+    learner_dtype: str = "auto"
+    seed: int | None = None
+
+    def __post_init__(self):
+        self._choice("lookahead", LOOKAHEADS)
+        self._choice("feedback_dtype", ("float16", "bfloat16", "float32"))
+        self._choice("positions", ("all", "error"))
+        self._choice("divergence", DIVERGENCES)
+        self._choice("learner_dtype", ("auto", "float32", "bfloat16"))
+        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval"):
+            self._at_least(name, 1, whole=True)
+        for name in ("update_tokens", "batch_size"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1, whole=True)
+        self._at_least("warmup_steps", 0, whole=True)
+        for name in ("verify_cost", "total_variation_weight", "replay", "weight_decay", "max_grad_norm"):
+            self._at_least(name, 0)
+        for name in ("draft_cost", "buffer_age", "update_age", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value!r}; give a number above 0.")
+        for name in ("assistant_confidence_threshold", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a number from 0 to 1.")
+        if self.clear_after_update and self.replay:
+            raise ValueError(
+                f"`replay` is {self.replay!r} with `clear_after_update=True`: a cleared buffer holds nothing to replay. "
+                "Set `replay=0` or `clear_after_update=False`."
+            )
+
+    def _choice(self, name: str, allowed: tuple[str, ...]):
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, allowed))}.")
+
+    def _at_least(self, name: str, least: int, whole: bool = False):
+        value = getattr(self, name)
+        kind = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+            raise ValueError(f"`{name}` is {value!r}; give {'a whole number' if whole else 'a number'} ≥ {least}.")
+
+    @classmethod
+    def paper(cls, **overrides) -> OnlineConfig:
+        """Algorithm 1 of Online Speculative Decoding (arXiv 2310.07177, section 4.2): γ=5, I=8, forward KL at the error
+        positions, lr 1e-4, one optimizer step an update, and a buffer cleared after it."""
+        preset = {
+            "num_assistant_tokens": 5,
+            "lookahead": "constant",
+            "update_interval": 8,
+            "positions": "error",
+            "divergence": "forward_kl",
+            "total_variation_weight": 0.0,
+            "replay": 0.0,
+            "clear_after_update": True,
+            "batch_size": None,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+        }
+        return cls(**{**preset, **overrides})
+
+    @classmethod
+    def replayed(cls, **overrides) -> OnlineConfig:
+        """All verified positions teach, and past requests are replayed: the default recipe, by name."""
+        return cls(**{"positions": "all", "replay": cls.replay, "clear_after_update": False, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> OnlineConfig:
+        """The config of a dict, or a `ValueError` that names the keys it does not know."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"OnlineConfig has no key {', '.join(map(repr, unknown))}. Its keys: {', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save_pretrained(self, directory: str | os.PathLike):
+        """Write `osd_config.json` into `directory`."""
+        os.makedirs(directory, exist_ok=True)
+        with open(os.path.join(directory, CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2)
+            file.write("\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> OnlineConfig:
+        """Read a file written by `save_pretrained`.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is not JSON, or has a key or value that does not fit.
+        """
+        with open(path, encoding="utf-8") as file:
+            try:
+                values = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not valid JSON ({error}); save the config again.") from error
+        return cls.from_dict(values)

@@ -1,0 +1,1 @@
+"""Learning: recorded feedback in, a better draft out. Knows nothing of generation."""

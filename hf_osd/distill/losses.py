@@ -1,0 +1,86 @@
+"""Divergences between target and draft on sparse targets.
+
+| symbol | is | shape |
+|---|---|---|
+| p | the target's distribution, as log-probs over its top k tokens and one tail bucket | `(R, k+1)` |
+| q | the draft's, over the same k tokens and the same bucket | `(R, k+1)` |
+| loss | one divergence a row, in nats (total variation: a probability) | `(R,)` |
+
+Putting the tail into one bucket is a coarsening, so by the data-processing inequality each divergence here is a lower bound of
+the dense one, and equal to it at k = V. Sources: GKD's generalized JSD (arXiv 2306.13649, eq. 1, as
+`trl.experimental.gkd.GKDTrainer.generalized_jsd_loss` computes it); total variation as 1 - α (arXiv 2310.07177, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# The draft's tail is at least this much mass: 1 - Σ in float32 is not known better, and log(0) has no gradient.
+_TAIL_EPS = 1e-6
+
+
+def target_buckets(top_logps: Tensor, tail_logp: Tensor) -> Tensor:
+    """p: `(R, k)` and `(R,)` stored log-probs, any float dtype, to float32 `(R, k+1)`."""
+    return torch.cat([top_logps.float(), tail_logp.float()[:, None]], dim=-1)
+
+
+def draft_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:
+    """q: the draft's logits `(R, V)` to log-probs `(R, k+1)` over the target's top k `(R, k)` and the tail.
+
+    Costs one log-sum-exp over V and a gather; no `(R, V)` log-softmax is kept.
+    """
+    logits = logits.float()
+    top = logits.gather(-1, top_ids.long()) - logits.logsumexp(-1, keepdim=True)  # (R, k)
+    covered = top.logsumexp(-1).clamp_max(math.log1p(-_TAIL_EPS))  # (R,)
+    return torch.cat([top, torch.log(-torch.expm1(covered))[:, None]], dim=-1)
+
+
+def forward_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p‖q): `generalized_jsd_loss` at beta 0."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(q‖p): `generalized_jsd_loss` at beta 1."""
+    return (q.exp() * (q - p)).sum(-1)
+
+
+def generalized_jsd(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    """beta·KL(p‖m) + (1-beta)·KL(q‖m) with the mixture m = beta·p + (1-beta)·q; the KLs themselves at beta 0 and 1."""
+    if beta == 0:
+        return forward_kl(p, q)
+    if beta == 1:
+        return reverse_kl(p, q)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """½ Σ |p - q| = 1 - Σ min(p, q): the probability that a token sampled from q is rejected."""
+    return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+
+
+def divergence(p: Tensor, q: Tensor, kind: str, beta: float = 0.5, total_variation_weight: float = 0.0) -> Tensor:
+    """The divergence an [`OnlineConfig`] names, plus its total variation term. `(R, k+1)` twice to `(R,)`.
+
+    Raises:
+        ValueError: if `kind` is none of `config.DIVERGENCES`.
+    """
+    if kind == "forward_kl":
+        loss = forward_kl(p, q)
+    elif kind == "reverse_kl":
+        loss = reverse_kl(p, q)
+    elif kind == "jsd":
+        loss = generalized_jsd(p, q, beta)
+    elif kind == "total_variation":
+        loss = total_variation(p, q)
+    else:
+        raise ValueError(
+            f"`divergence` is {kind!r}; choose one of 'forward_kl', 'reverse_kl', 'jsd', 'total_variation'."
+        )
+    if total_variation_weight and kind != "total_variation":
+        loss = loss + total_variation_weight * total_variation(p, q)
+    return loss

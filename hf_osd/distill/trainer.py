@@ -1,0 +1,176 @@
+"""`OnlineGKDTrainer`: trl's GKD trainer over recorded feedback. The teacher's distributions were kept when it verified, so the
+teacher never runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.config import OnlineConfig
+from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
+from hf_osd.feedback import Feedback
+from hf_osd.scoring import answer_logits
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback, get_scheduler
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class OnlineGKDTrainer(GKDTrainer):
+    """Distils recorded targets into a draft.
+
+    `train()` passes over what the buffer holds; `learn(requests)` over the requests given. One trainer serves all updates: the
+    optimizer's state and the learning rate's warm-up carry over from call to call.
+
+    Args:
+        model (`PreTrainedModel`): the draft to train. trl patches its `forward`: make serving copies first.
+        buffer (`FeedbackBuffer`): where `train()` takes its requests from.
+        config (`OnlineConfig`, *optional*): divergence, positions, batch size, optimizer; its other fields do not matter here.
+        args (`GKDConfig`, *optional*): replaces what `config` says of the optimizer; see `training_args`.
+        autocast_dtype (`torch.dtype`, *optional*): run forward passes under autocast in it.
+        callbacks (`list[TrainerCallback]`, *optional*): such as [`RefreshAssistantCallback`].
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        buffer: FeedbackBuffer,
+        config: OnlineConfig | None = None,
+        args: GKDConfig | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.config = config or OnlineConfig()
+        self.buffer = buffer
+        self._requests: Sequence[Feedback] | None = None
+        self._autocast_dtype = autocast_dtype
+        self._draws = torch.Generator()
+        self._draws.manual_seed(self.config.seed if self.config.seed is not None else torch.seed() % 2**63)
+        super().__init__(
+            model=model,
+            teacher_model=_NoTeacher(model.config),
+            args=args or training_args(self.config, model.device),
+            data_collator=FeedbackCollator(self.config.positions),
+            # Both are demanded and never used: requests come from the buffer, as token ids.
+            train_dataset=Dataset.from_dict({"labels": [[0]]}),
+            processing_class=_no_tokenizer(),
+            callbacks=callbacks,
+        )
+        self.processing_class = None  # train() would write its special tokens into the draft's config
+        self.remove_callback(PrinterCallback)  # a library does not print
+
+    def learn(self, requests: Sequence[Feedback]) -> float:
+        """One pass over `requests`; the mean loss a row."""
+        self._requests = requests
+        try:
+            return self.train().training_loss
+        finally:
+            self._requests = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of requests of like length, in random order.
+
+        Raises:
+            ValueError: if there is nothing to learn from.
+        """
+        requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self._draws)
+        requests = [request for request in requests if request.teaches(self.config.positions).any()]
+        if not requests:
+            raise ValueError("There is no feedback to learn from: serve requests with the assistant first.")
+        size = self.config.batch_size or len(requests)
+        by_length = sorted(requests, key=lambda request: request.tokens.shape[0])
+        batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        order = torch.randperm(len(batches), generator=self._draws).tolist()
+        return DataLoader([batches[i] for i in order], batch_size=None, collate_fn=self.data_collator)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step."""
+        autocast = contextlib.nullcontext()
+        if self._autocast_dtype is not None:
+            autocast = torch.autocast(inputs["input_ids"].device.type, dtype=self._autocast_dtype)
+        with autocast:
+            logits = answer_logits(model, inputs)  # (R, V)
+        p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
+        q = draft_buckets(logits, inputs["top_ids"])
+        losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)  # (R,)
+        loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # the count is over all processes, and gradients are averaged over them
+        return (loss, SimpleNamespace(logits=logits)) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """A constant rate after one warm-up. Made once: upstream would begin the warm-up anew at every update."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = get_scheduler(
+                "constant_with_warmup", optimizer or self.optimizer, num_warmup_steps=self.config.warmup_steps
+            )
+        return self.lr_scheduler
+
+
+class _NoTeacher(nn.Module):
+    """Stands where GKDTrainer wants a teacher. Running it is a bug."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("The teacher ran. Its answers are recorded in the feedback; compute_loss must use those.")
+
+
+def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GKDConfig:
+    """The `GKDConfig` that goes with an [`OnlineConfig`]: nothing saved, logged or evaluated; no mixed precision (the trainer does its
+    own autocast); upstream's defaults would turn on bf16 and gradient checkpointing."""
+    settings = {
+        "output_dir": tempfile.gettempdir(),  # must exist; nothing is written
+        "use_cpu": device.type == "cpu",
+        "bf16": False,
+        "activation_checkpointing": False,
+        "gradient_checkpointing": False,  # the older name, on by default in trl
+        "per_device_train_batch_size": config.batch_size or 1,
+        "num_train_epochs": 1,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed if config.seed is not None else 42,
+        "lmbda": 0.0,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+    return GKDConfig(**{**settings, **overrides})
+
+
+def _no_tokenizer() -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>")

@@ -1,0 +1,95 @@
+"""`grow_draft`: a draft out of the target's own layers, for those who have none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> PreTrainedModel:
+    """A draft of the target's class made of some of its decoder layers.
+
+    Input embeddings and LM head are the target's own storage, frozen, and cost no memory; layers, final norm and whatever else the
+    architecture has are copied, and trainable. Undistilled it accepts next to nothing: it is where learning starts.
+
+    Args:
+        target (`PreTrainedModel`): a causal LM.
+        layers (`Sequence[int]`): indices of its decoder layers, in order; negative ones count from the end.
+
+    Returns:
+        `PreTrainedModel`: in the target's dtype, on its device, in eval mode; `save_pretrained` gives a plain checkpoint.
+
+    Raises:
+        ValueError: if `target` is no decoder-only model with an LM head, or an index is out of range.
+    """
+    config = target.config.get_text_config(decoder=True)
+    depth = config.num_hidden_layers
+    if target.config.is_encoder_decoder or config is not target.config or target.get_output_embeddings() is None:
+        raise ValueError(
+            f"`target` is a {type(target).__name__}; a draft grows from a decoder-only model with an LM head, such as one loaded "
+            "by AutoModelForCausalLM."
+        )
+    if not layers or any(not -depth <= i < depth for i in layers):
+        raise ValueError(
+            f"`layers` is {list(layers)}; give at least one index from {-depth} to {depth - 1}: the target has {depth} layers."
+        )
+    picked = [i % depth for i in layers]
+
+    draft_config = copy.deepcopy(config)
+    for name, value in vars(config).items():  # layer_types and other lists with an entry a layer
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(draft_config, name, type(value)(value[i] for i in picked))
+    draft_config.num_hidden_layers = len(picked)
+    with torch.inference_mode(False), torch.device("meta"):
+        draft = type(target)(draft_config)
+
+    stack = _layer_stack_name(target, depth)
+    sources = dict(target.named_parameters(remove_duplicate=False)) | dict(
+        target.named_buffers(remove_duplicate=False)
+    )
+    frozen = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False)
+        for end in (target.get_input_embeddings(), target.get_output_embeddings())
+        for p in end.parameters()
+    }
+    with torch.inference_mode(False), torch.no_grad():
+        for name, placeholder in [
+            *draft.named_parameters(remove_duplicate=False),
+            *draft.named_buffers(remove_duplicate=False),
+        ]:
+            source = sources[_name_in_target(name, stack, picked)]
+            owner = draft.get_submodule(name.rpartition(".")[0])
+            if isinstance(placeholder, nn.Parameter):
+                grown = frozen.get(id(source)) if id(source) in frozen else nn.Parameter(source.detach().clone())
+                owner.register_parameter(name.rpartition(".")[2], grown)
+            else:
+                persistent = name.rpartition(".")[2] not in owner._non_persistent_buffers_set
+                owner.register_buffer(name.rpartition(".")[2], source.detach().clone(), persistent=persistent)
+    draft.generation_config = copy.deepcopy(target.generation_config)
+    return draft.eval()
+
+
+def _layer_stack_name(model: nn.Module, depth: int) -> str:
+    """The name of the ModuleList that holds the decoder layers, `"model.layers"` for one."""
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} keeps its {depth} layers in no ModuleList that hf_osd can find; make the draft by hand."
+        )
+    return min(names, key=len)
+
+
+def _name_in_target(name: str, stack: str, picked: list[int]) -> str:
+    if not name.startswith(stack + "."):
+        return name
+    index, _, rest = name[len(stack) + 1 :].partition(".")
+    return f"{stack}.{picked[int(index)]}.{rest}"

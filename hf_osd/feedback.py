@@ -1,0 +1,131 @@
+"""`Feedback`: what one request taught. Token ids, the target's sparse distributions at its verified positions, and what
+the draft had said there. It holds no text, and knows neither models nor training.
+
+Symbols: position i is the i-th generated token, N of them; `p` is the target's raw distribution there (temperature 1, no
+logits processor), `q` the distribution the draft's token was taken from. All other mass of p beyond its top k is one tail.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+# Outcomes of a position.
+UNTESTED, ACCEPTED, REJECTED = 0, 1, 2
+
+# Floor of a stored tail, in nats: reverse KL against an empty tail would be infinite, and float16 holds no less than -16.6
+# as a probability anyway.
+TAIL_FLOOR = -16.0
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """One request.
+
+    Args:
+        tokens (`Tensor` int32 `(prompt_length + N,)`): prompt and verified tokens.
+        prompt_length (`int`): how many of them are the prompt.
+        top_ids (`Tensor` int32 `(N, k)`): the target's k likeliest tokens, likeliest first.
+        top_logps (`Tensor` float `(N, k)`): their log-probs under p.
+        tail_logp (`Tensor` float `(N,)`): log of p's mass outside them, at least `TAIL_FLOOR`.
+        draft_logps (`Tensor` float `(N, k)`): log q of the same tokens; NaN where nothing was drafted.
+        drafted (`Tensor` int32 `(N,)`): the token drafted for the position; -1 where none was.
+        drafted_logp (`Tensor` float `(N,)`): log q of it; NaN where none.
+        outcome (`Tensor` int8 `(N,)`): `UNTESTED`, `ACCEPTED` or `REJECTED`. Every position that is not accepted ends a
+            round, so `outcome != ACCEPTED` is Algorithm 1's error index.
+        overlap (`Tensor` float32 `(N,)`): expected acceptance of the draft there, from dense rows: Σ min(p, q) as both were
+            sampled from, or 0/1 when greedy; NaN where the draft made no prediction.
+        sampled (`bool`): whether the request was sampled rather than greedy.
+        created (`float`): `time.monotonic()` at which it was sealed.
+    """
+
+    tokens: Tensor
+    prompt_length: int
+    top_ids: Tensor
+    top_logps: Tensor
+    tail_logp: Tensor
+    draft_logps: Tensor
+    drafted: Tensor
+    drafted_logp: Tensor
+    outcome: Tensor
+    overlap: Tensor
+    sampled: bool = False
+    created: float = field(default_factory=time.monotonic)
+
+    def __len__(self) -> int:
+        """N, the number of verified positions."""
+        return self.tokens.shape[0] - self.prompt_length
+
+    @property
+    def answer(self) -> Tensor:
+        """The generated tokens, `(N,)`."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields by name, for storage."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def teaches(self, positions: str) -> Tensor:
+        """Mask `(N,)` of the positions to learn from: `"all"`, or `"error"` (those that end a round)."""
+        if positions == "error":
+            return self.outcome != ACCEPTED
+        return torch.ones(len(self), dtype=torch.bool)
+
+    def with_overlap(self, overlap: Tensor) -> Feedback:
+        """The same request with `overlap` filled in at the positions where it was unknown."""
+        return replace(self, overlap=torch.where(self.overlap.isnan(), overlap, self.overlap))
+
+    @classmethod
+    def of_target(
+        cls, tokens: Tensor, prompt_length: int, rows: SparseRows, overlap: Tensor | None = None
+    ) -> Feedback:
+        """Feedback of a request that the target answered alone: nothing drafted, all positions teach."""
+        n, k = rows.top_ids.shape
+        dtype = rows.top_logps.dtype
+        return cls(
+            tokens=tokens.to("cpu", torch.int32),
+            prompt_length=prompt_length,
+            top_ids=rows.top_ids,
+            top_logps=rows.top_logps,
+            tail_logp=rows.tail_logp,
+            draft_logps=torch.full((n, k), torch.nan, dtype=dtype),
+            drafted=torch.full((n,), -1, dtype=torch.int32),
+            drafted_logp=torch.full((n,), torch.nan, dtype=dtype),
+            outcome=torch.full((n,), UNTESTED, dtype=torch.int8),
+            overlap=torch.full((n,), torch.nan) if overlap is None else overlap,
+        )
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """n distributions as top k and tail, in CPU memory; the fields are those of [`Feedback`]."""
+
+    top_ids: Tensor
+    top_logps: Tensor
+    tail_logp: Tensor
+
+    @classmethod
+    def of_logits(cls, logits: Tensor, k: int, dtype: torch.dtype = torch.float16) -> SparseRows:
+        """Top k and tail of logits `(n, V)`, float32. Costs one top-k and two log-sum-exps a row."""
+        k = min(k, logits.shape[-1])
+        total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+        top, ids = logits.topk(k, dim=-1)  # (n, k)
+        # The mass of the rest is summed itself: 1 - Σ top would cancel when the tail is small.
+        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (n,)
+        return cls(
+            top_ids=ids.to("cpu", torch.int32),
+            top_logps=(top - total).to("cpu", dtype),
+            tail_logp=(rest - total.squeeze(-1)).clamp_min(TAIL_FLOOR).to("cpu", dtype),
+        )
+
+    @classmethod
+    def cat(cls, parts: list[SparseRows]) -> SparseRows:
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))

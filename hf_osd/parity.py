@@ -1,0 +1,49 @@
+"""`compare_outputs`: are two greedy outputs the same, and if not, was the first difference a near-tie or a bug?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# float32: the largest difference of the two logits that still counts as a near-tie.
+FLOAT32_TIE = 1e-3
+# bf16 and fp16: units in the last place of the larger logit.
+HALF_TIE_ULPS = 2
+
+
+def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor) -> str:
+    """`"identical"`, `"near_tie"` or `"mismatch"`.
+
+    Batched verification adds in another order than one-token decoding, so two logits that are all but equal can change places; from
+    there on the outputs part. That is a *near-tie*: at the first token where the outputs differ, the two candidates' logits, by
+    a fresh forward of `target` over the common prefix, differ by at most 1e-3 in float32, or 2 units in the last place of the
+    larger in bf16 and fp16. Any other difference is a mismatch, and a bug.
+
+    Args:
+        target (`PreTrainedModel`): the model that made both.
+        plain, assisted (`Tensor`): token ids `(L,)`, prompt included.
+    """
+    plain, assisted = plain.flatten().cpu(), assisted.flatten().cpu()
+    shared = min(len(plain), len(assisted))
+    differs = (plain[:shared] != assisted[:shared]).nonzero()
+    if not len(differs):
+        return "identical" if len(plain) == len(assisted) else "mismatch"
+    at = int(differs[0])
+    with torch.no_grad():
+        logits = target(input_ids=plain[None, :at].to(target.device), use_cache=False).logits[0, -1]
+    return "near_tie" if is_near_tie(logits[plain[at]], logits[assisted[at]]) else "mismatch"
+
+
+def is_near_tie(a: Tensor, b: Tensor) -> bool:
+    """Whether two logits, of the dtype the model computes in, are as good as equal."""
+    difference, larger = abs(float(a) - float(b)), max(abs(float(a)), abs(float(b)))
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return difference <= FLOAT32_TIE
+    ulp = torch.finfo(a.dtype).eps * 2.0 ** math.floor(math.log2(larger)) if larger else 0.0
+    return difference <= HALF_TIE_ULPS * ulp

@@ -1,0 +1,88 @@
+"""`record_answers`: the target's own answers to prompts, generated in batches and kept as [`Feedback`]. For prompts that are to be held
+back, and for warming a draft up. Nothing is drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from hf_osd.feedback import Feedback, SparseRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _SparseScores(LogitsProcessor):
+    """Keeps top k and tail of every step's raw logits `(B, V)`."""
+
+    def __init__(self, top_k: int, dtype: torch.dtype):
+        self.top_k, self.dtype = top_k, dtype
+        self.steps: list[SparseRows] = []  # a row a request
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(SparseRows.of_logits(scores.float(), self.top_k, self.dtype))
+        return scores
+
+
+def record_answers(
+    target: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    top_k: int = 64,
+    dtype: torch.dtype = torch.float16,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Feedback]:
+    """Greedy answers of `target` to `prompts`, in their order.
+
+    Args:
+        target (`PreTrainedModel`): a causal LM.
+        prompts (`Sequence[Tensor]`): token ids, int64 `(L,)` each.
+        max_new_tokens (`int`): the longest answer; an answer ends with its first end-of-sequence token.
+        batch_size (`int`): prompts a `generate` call.
+        top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
+        on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
+
+    Returns:
+        `list[Feedback]`: without drafts; all positions teach.
+    """
+    answers: list[Feedback | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    eos = target.generation_config.eos_token_id
+    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long)
+    pad = int(ends[0]) if len(ends) else 0
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in chosen)
+        input_ids = torch.full((len(chosen), longest), pad)
+        mask = torch.zeros_like(input_ids)
+        for row, i in enumerate(chosen):
+            input_ids[row, longest - len(prompts[i]) :] = prompts[i]
+            mask[row, longest - len(prompts[i]) :] = 1
+        scores = _SparseScores(top_k, dtype)
+        sequences = target.generate(
+            input_ids=input_ids.to(target.device),
+            attention_mask=mask.to(target.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            logits_processor=LogitsProcessorList([scores]),
+        ).cpu()
+        for row, i in enumerate(chosen):
+            answer = sequences[row, longest:]
+            end = torch.isin(answer, ends).nonzero()
+            n = int(end[0]) + 1 if len(end) else len(answer)
+            rows = SparseRows(
+                *(
+                    torch.stack([getattr(s, f)[row] for s in scores.steps[:n]])
+                    for f in ("top_ids", "top_logps", "tail_logp")
+                )
+            )
+            answers[i] = Feedback.of_target(torch.cat([prompts[i].cpu(), answer[:n]]), len(prompts[i]), rows)
+        if on_batch is not None:
+            on_batch(len(chosen))
+    return answers

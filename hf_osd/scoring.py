@@ -1,0 +1,72 @@
+"""`score`: a draft's α on recorded feedback, teacher-forced: what learning is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.losses import draft_buckets
+from hf_osd.feedback import Feedback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
+    """The draft's logits at the teaching rows of a batch made by [`FeedbackCollator`]: `(R, V)`.
+
+    The LM head runs over the last `keep` columns alone where the model can do that.
+    """
+    base = getattr(model, "module", model)  # under DDP the forward must go through the wrapper, facts are the module's
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if _takes_position_ids(base):
+        inputs["position_ids"] = batch["position_ids"]
+    if base._supports_logits_to_keep():
+        inputs["logits_to_keep"] = batch["keep"]
+    logits = model(**inputs, use_cache=False).logits[:, -batch["keep"] :].flatten(0, 1)  # (B·keep, V)
+    return logits if len(batch["rows"]) == len(logits) else logits[batch["rows"]]
+
+
+def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Tensor]:
+    """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean.
+
+    Greedy requests: 1 where the draft's argmax is the target's token, else 0. Sampled ones: Σ min(p, q) over the stored top k at
+    temperature 1, a lower bound, for dense rows are not stored.
+
+    Args:
+        model (`PreTrainedModel`): any draft over the feedback's vocabulary; no gradient, no cache.
+        feedback (`Sequence[Feedback]`): the requests.
+        batch_size (`int`): requests a forward.
+    """
+    overlaps: list[Tensor | None] = [None] * len(feedback)
+    order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
+    collate, training = FeedbackCollator("all"), model.training
+    model.eval()
+    with torch.inference_mode(False), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([feedback[i] for i in chosen])
+            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            logits = answer_logits(model, batch)  # (R, V)
+            argmax = logits.argmax(-1).cpu()
+            for i, rows in zip(
+                chosen, torch.arange(len(logits)).split([len(feedback[i]) for i in chosen]), strict=True
+            ):
+                if feedback[i].sampled:
+                    q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
+                    overlaps[i] = torch.minimum(q, feedback[i].top_logps.float().exp()).sum(-1)
+                else:
+                    overlaps[i] = (argmax[rows] == feedback[i].answer).float()
+    model.train(training)
+    return overlaps
+
+
+def _takes_position_ids(model) -> bool:
+    import inspect
+
+    forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+    return "position_ids" in inspect.signature(forward).parameters

@@ -1,0 +1,123 @@
+"""`ServingDraft`: the two copies of the draft that serve, of which one is active. It knows weights and leases, nothing of
+generation or learning.
+
+A generate call leases the active copy for as long as it lasts; new weights go into the idle copy, and then a reference is
+flipped. A leased copy is never written, so weights never change under a call's KV cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
+    """A copy of `model` that owns its trainable weights and shares the storage of the frozen ones.
+
+    Must be called before any trainer holds `model`: trl and accelerate patch `forward`, and a copy of a patched model silently runs
+    the original's weights.
+
+    Args:
+        frozen (`set[str]`, *optional*): parameter names to share; those without `requires_grad` if left out.
+    """
+    memo = {}
+    for name, parameter in model.named_parameters():
+        if name in frozen if frozen is not None else not parameter.requires_grad:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    # Drafts loaded under inference_mode could never be trained or written.
+    with torch.inference_mode(False):
+        return copy.deepcopy(model, memo)
+
+
+def embedding_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of the input embeddings and the LM head."""
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    shared = {id(p) for module in ends for p in module.parameters()}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
+
+
+class ServingDraft:
+    """Two serving copies of a draft.
+
+    Args:
+        model (`PreTrainedModel`): the draft; it is copied, and left as it is.
+        trainable (`set[str]`): names of the parameters that refreshes will write. All others are shared with `model`.
+    """
+
+    def __init__(self, model: nn.Module, trainable: set[str]):
+        self.trainable = trainable
+        self.version = 0  # refreshes so far
+        frozen = {name for name, _ in model.named_parameters()} - trainable
+        self._copies = [self._prepare(copy_draft(model, frozen)) for _ in range(2)]
+        self._leases: dict[int, int] = {}  # id of a copy -> calls that hold it
+        self._active = 0
+        self._lock = threading.Lock()  # of leases and the active index
+        self._refreshing = threading.Lock()  # one refresh at a time
+
+    @property
+    def active(self) -> nn.Module:
+        """The copy that serves the next call. To read, not to write."""
+        return self._copies[self._active]
+
+    def lease(self) -> nn.Module:
+        """The active copy, not to be written until `release`."""
+        with self._lock:
+            model = self.active
+            self._leases[id(model)] = self._leases.get(id(model), 0) + 1
+            return model
+
+    def release(self, model: nn.Module):
+        with self._lock:
+            left = self._leases.pop(id(model)) - 1
+            if left:
+                self._leases[id(model)] = left
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The active copy's trainable weights by name."""
+        return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
+
+    def refresh(self, weights: Mapping[str, Tensor]):
+        """Write `weights` (any dtype and device) into the idle copy and make it the active one.
+
+        Raises:
+            ValueError: if a trainable parameter is missing, or has another shape or a value that is not finite. The
+                serving draft is then as it was.
+        """
+        for name, served in self.weights():
+            if name not in weights:
+                raise ValueError(
+                    f"The new weights lack {name!r}; refresh from a model of the draft's own architecture."
+                )
+            if weights[name].shape != served.shape:
+                raise ValueError(
+                    f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(served.shape)} in the draft; "
+                    "refresh from a model of the draft's own architecture."
+                )
+            if not torch.isfinite(weights[name]).all():
+                raise ValueError(
+                    f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
+                )
+        with self._refreshing:
+            idle = self._copies[1 - self._active]  # nobody can lease it before the flip
+            with self._lock:
+                leased = id(idle) in self._leases
+            if leased:  # by a call older than the last refresh: it keeps that copy, we go on with a fresh one
+                frozen = {name for name, _ in idle.named_parameters()} - self.trainable
+                self._copies[1 - self._active] = idle = self._prepare(copy_draft(idle, frozen))
+            with torch.inference_mode(False), torch.no_grad():
+                for name, parameter in idle.named_parameters():
+                    if name in self.trainable:
+                        parameter.copy_(weights[name])
+            with self._lock:
+                self._active = 1 - self._active
+                self.version += 1
+
+    @staticmethod
+    def _prepare(model: nn.Module) -> nn.Module:
+        model.requires_grad_(False)
+        model.eval()
+        return model

@@ -1,0 +1,133 @@
+"""`Stats`: what serving observed, of the last call, over the last calls and in all. Figures are named as docs/figures.md has them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+ROLLING = 50  # requests; the paper's moving average
+
+
+@dataclass
+class CallStats:
+    """One generate call, or the sum of several.
+
+    `accepted_by_position[i]` and `tested_by_position[i]` count the (i+1)-th drafted token of a block; a token is tested if all
+    before it in its block were accepted. `overlap_sum / overlap_count` is `alpha`.
+    """
+
+    requests: int = 0
+    rounds: int = 0
+    new_tokens: int = 0
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+    overlap_sum: float = 0.0
+    overlap_count: int = 0
+    tested_by_position: Counter = field(default_factory=Counter)
+    accepted_by_position: Counter = field(default_factory=Counter)
+    draft_seconds: float = 0.0
+    target_seconds: float = 0.0
+    capture_seconds: float = 0.0
+
+    @property
+    def alpha(self) -> float:
+        """Expected acceptance at every position of the trajectory, teacher-forced; NaN if the draft predicted none."""
+        return self.overlap_sum / self.overlap_count if self.overlap_count else math.nan
+
+    @property
+    def alpha_live(self) -> float:
+        """Accepted over tested positions in serving; NaN if none was tested."""
+        return self.accepted / self.tested if self.tested else math.nan
+
+    @property
+    def tokens_per_round(self) -> float:
+        """New tokens a target forward, the bonus token included."""
+        return self.new_tokens / self.rounds if self.rounds else math.nan
+
+    def observe_round(self, drafted: int, tested: int, accepted: int, new_tokens: int):
+        self.rounds += 1
+        self.drafted += drafted
+        self.tested += tested
+        self.accepted += accepted
+        self.new_tokens += new_tokens
+        for i in range(tested):
+            self.tested_by_position[i] += 1
+            self.accepted_by_position[i] += i < accepted
+
+    def add(self, other: CallStats):
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def to_dict(self) -> dict:
+        counts = {name: value for name, value in vars(self).items() if not isinstance(value, Counter)}
+        most = max(self.tested_by_position, default=-1) + 1
+        by_position = [self.accepted_by_position[i] / self.tested_by_position[i] for i in range(most)]
+        figures = {"alpha": self.alpha, "alpha_live": self.alpha_live, "tokens_per_round": self.tokens_per_round}
+        return counts | figures | {"acceptance_by_position": by_position}
+
+
+@dataclass
+class Stats:
+    """Statistics of an [`OnlineAssistant`]: `last` call, `rolling` over the last 50, `total`; and the learner's counts."""
+
+    last: CallStats = field(default_factory=CallStats)
+    total: CallStats = field(default_factory=CallStats)
+    updates: int = 0
+    failed_updates: int = 0
+    learning_seconds: float = 0.0
+    learned_tokens: int = 0
+    buffer_requests: int = 0
+    buffer_bytes: int = 0
+    buffer_capacity: int = 0
+    draft_version: int = 0
+    recent: deque[CallStats] = field(default_factory=lambda: deque(maxlen=ROLLING), repr=False)
+
+    @property
+    def rolling(self) -> CallStats:
+        total = CallStats()
+        for call in self.recent:
+            total.add(call)
+        return total
+
+    def observe_call(self, call: CallStats):
+        self.last = call
+        self.recent.append(call)
+        self.total.add(call)
+
+    def to_dict(self) -> dict:
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, (int, float))}
+        return counts | {name: getattr(self, name).to_dict() for name in ("last", "rolling", "total")}
+
+    def __str__(self) -> str:
+        calls = {"last call": self.last, f"last {len(self.recent)}": self.rolling, "all": self.total}
+        rows = [
+            ("requests", lambda s: f"{s.requests}"),
+            ("new tokens", lambda s: f"{s.new_tokens}"),
+            ("rounds", lambda s: f"{s.rounds}"),
+            ("drafted / accepted", lambda s: f"{s.drafted} / {s.accepted}"),
+            ("alpha", lambda s: _figure(s.alpha)),
+            ("alpha_live", lambda s: _figure(s.alpha_live)),
+            ("tokens a round", lambda s: _figure(s.tokens_per_round)),
+            ("by position", lambda s: " ".join(f"{a:.2f}" for a in s.to_dict()["acceptance_by_position"]) or "-"),
+            ("draft s / target s", lambda s: f"{s.draft_seconds:.2f} / {s.target_seconds:.2f}"),
+        ]
+        table = [["", *calls]] + [[name, *(cell(call) for call in calls.values())] for name, cell in rows]
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        mib = 2**20
+        lines += [
+            f"learning: {self.updates} updates ({self.failed_updates} failed), {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
+            f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
+        ]
+        return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
