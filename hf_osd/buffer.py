@@ -45,14 +45,12 @@ class FeedbackBuffer:
             self._held.append(feedback)
             self._new += 1
             self.nbytes += feedback.nbytes
-            while self.nbytes > self.max_bytes and self._held:
-                self._drop_oldest()
-            self._drop_aged()
+            self._keep_bounds()
 
     def new(self) -> list[Feedback]:
         """The requests no update has seen, oldest first."""
         with self._lock:
-            self._drop_aged()
+            self._keep_bounds()
             return list(self._held)[len(self._held) - self._new :] if self._new else []
 
     def mark_seen(self, feedback: list[Feedback]):
@@ -64,6 +62,7 @@ class FeedbackBuffer:
     def sample(self, count: int, generator: torch.Generator | None = None) -> list[Feedback]:
         """`count` requests drawn uniformly: without repetition in each pass over the buffer, as many passes as needed."""
         with self._lock:
+            self._keep_bounds()
             held = list(self._held)
         drawn: list[Feedback] = []
         while held and len(drawn) < count:
@@ -95,7 +94,8 @@ class FeedbackBuffer:
             file.write(data)
 
     def restore(self, path: str | os.PathLike):
-        """Add what `save` wrote, as old as it was then.
+        """Add what `save` wrote, as old as it was then, before what is held. What was new then is new again, unless requests
+        that an update has seen already come after it.
 
         Raises:
             OSError: if the file cannot be read.
@@ -105,20 +105,28 @@ class FeedbackBuffer:
 
         if not os.path.isfile(path):
             raise FileNotFoundError(f"No saved buffer at {path}.")
+        restored, now = [], time.monotonic()
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
                 count, new = int(facts["requests"]), int(facts["new"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a buffer saved by hf_osd ({error}); delete it to start empty.") from error
-        now = time.monotonic()
-        with self._lock:
-            for i in range(count):
-                own = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")}
+                fields: list[dict] = [{} for _ in range(count)]
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    index, _, name = key.partition(".")
+                    fields[int(index)][name] = file.get_tensor(key)
+            for own in fields:
                 prompt_length, sampled, age = own.pop("facts").tolist()
-                self.add(Feedback(**own, prompt_length=int(prompt_length), sampled=bool(sampled), created=now - age))
-            self._new = min(new, len(self._held))
+                restored.append(
+                    Feedback(**own, prompt_length=int(prompt_length), sampled=bool(sampled), created=now - age)
+                )
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a buffer saved by hf_osd ({error}); delete it to start empty.") from error
+        with self._lock:
+            if self._new == len(self._held):
+                self._new += min(new, len(restored))
+            self._held.extendleft(reversed(restored))
+            self.nbytes += sum(feedback.nbytes for feedback in restored)
+            self._keep_bounds()
 
     def _drop_oldest(self):
         oldest = self._held.popleft()
@@ -127,7 +135,9 @@ class FeedbackBuffer:
             self._new -= 1
             self.dropped += 1
 
-    def _drop_aged(self):
+    def _keep_bounds(self):
+        while self.nbytes > self.max_bytes and self._held:
+            self._drop_oldest()
         if self.max_age is not None:
             while self._held and time.monotonic() - self._held[0].created > self.max_age:
                 self._drop_oldest()

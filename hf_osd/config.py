@@ -121,11 +121,14 @@ class OnlineConfig:
             self._at_least(name, 0)
         for name in ("draft_cost", "buffer_age", "update_age", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if (value is not None or name == "learning_rate") and not (_is_number(value) and value > 0):
                 raise ValueError(f"`{name}` is {value!r}; give a number above 0.")
         for name in ("assistant_confidence_threshold", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a number from 0 to 1.")
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"`{name}` is {value!r}; give a number from 0 to 1.")
+        if self.seed is not None:
+            self._at_least("seed", 0, whole=True)
         if self.clear_after_update and self.replay:
             raise ValueError(
                 f"`replay` is {self.replay!r} with `clear_after_update=True`: a cleared buffer holds nothing to replay. "
@@ -138,8 +141,7 @@ class OnlineConfig:
 
     def _at_least(self, name: str, least: int, whole: bool = False):
         value = getattr(self, name)
-        kind = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+        if not _is_number(value) or (whole and not isinstance(value, int)) or not value >= least:
             raise ValueError(f"`{name}` is {value!r}; give {'a whole number' if whole else 'a number'} ≥ {least}.")
 
     @classmethod
@@ -199,4 +201,10 @@ class OnlineConfig:
                 values = json.load(file)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not valid JSON ({error}); save the config again.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no JSON object; save the config again.")
         return cls.from_dict(values)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

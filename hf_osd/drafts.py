@@ -44,7 +44,8 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> PreT
 
     draft_config = copy.deepcopy(config)
     for name, value in vars(config).items():  # layer_types and other lists with an entry a layer
-        if isinstance(value, (list, tuple)) and len(value) == depth:
+        other = name == "architectures" or name.endswith(("_token_id", "_token_ids"))  # may be as long by chance
+        if isinstance(value, (list, tuple)) and len(value) == depth and not other:
             setattr(draft_config, name, type(value)(value[i] for i in picked))
     draft_config.num_hidden_layers = len(picked)
     with torch.inference_mode(False), torch.device("meta"):
@@ -64,7 +65,12 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> PreT
             *draft.named_parameters(remove_duplicate=False),
             *draft.named_buffers(remove_duplicate=False),
         ]:
-            source = sources[_name_in_target(name, stack, picked)]
+            source = sources.get(_name_in_target(name, stack, picked))
+            if source is None or source.shape != placeholder.shape:
+                raise ValueError(
+                    f"{name!r} has no counterpart in {type(target).__name__}, whose layers are not of one kind; make the draft by hand, "
+                    f"or pick other `layers` than {picked}."
+                )
             owner = draft.get_submodule(name.rpartition(".")[0])
             if isinstance(placeholder, nn.Parameter):
                 grown = frozen.get(id(source)) if id(source) in frozen else nn.Parameter(source.detach().clone())

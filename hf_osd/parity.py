@@ -45,5 +45,5 @@ def is_near_tie(a: Tensor, b: Tensor) -> bool:
     difference, larger = abs(float(a) - float(b)), max(abs(float(a)), abs(float(b)))
     if a.dtype not in (torch.bfloat16, torch.float16):
         return difference <= FLOAT32_TIE
-    ulp = torch.finfo(a.dtype).eps * 2.0 ** math.floor(math.log2(larger)) if larger else 0.0
+    ulp = torch.finfo(a.dtype).eps * 2.0 ** (math.frexp(larger)[1] - 1)
     return difference <= HALF_TIE_ULPS * ulp

@@ -3,12 +3,12 @@ back, and for warming a draft up. Nothing is drafted."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_osd.feedback import Feedback, SparseRows
 
@@ -16,16 +16,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _SparseScores(LogitsProcessor):
-    """Keeps top k and tail of every step's raw logits `(B, V)`."""
+class _RawRows:
+    """While open, keeps top k and tail of the logits `(B, V)` that each forward of `target` ends with: of the model's own
+    distribution, before the logits processors that its generation settings may ask for."""
 
-    def __init__(self, top_k: int, dtype: torch.dtype):
+    def __init__(self, target: PreTrainedModel, top_k: int, dtype: torch.dtype):
         self.top_k, self.dtype = top_k, dtype
         self.steps: list[SparseRows] = []  # a row a request
+        self._thread = threading.get_ident()  # the target may serve others meanwhile
+        self._handle = target.register_forward_hook(self._keep)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(SparseRows.of_logits(scores.float(), self.top_k, self.dtype))
-        return scores
+    def _keep(self, target, inputs, output):
+        if threading.get_ident() == self._thread:
+            self.steps.append(SparseRows.of_logits(output.logits[:, -1].float(), self.top_k, self.dtype))
+
+    def __enter__(self) -> _RawRows:
+        return self
+
+    def __exit__(self, *exception):
+        self._handle.remove()
 
 
 def record_answers(
@@ -63,22 +72,21 @@ def record_answers(
         for row, i in enumerate(chosen):
             input_ids[row, longest - len(prompts[i]) :] = prompts[i]
             mask[row, longest - len(prompts[i]) :] = 1
-        scores = _SparseScores(top_k, dtype)
-        sequences = target.generate(
-            input_ids=input_ids.to(target.device),
-            attention_mask=mask.to(target.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([scores]),
-        ).cpu()
+        with _RawRows(target, top_k, dtype) as raw:
+            sequences = target.generate(
+                input_ids=input_ids.to(target.device),
+                attention_mask=mask.to(target.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            ).cpu()
         for row, i in enumerate(chosen):
             answer = sequences[row, longest:]
             end = torch.isin(answer, ends).nonzero()
             n = int(end[0]) + 1 if len(end) else len(answer)
             rows = SparseRows(
                 *(
-                    torch.stack([getattr(s, f)[row] for s in scores.steps[:n]])
+                    torch.stack([getattr(s, f)[row] for s in raw.steps[:n]])
                     for f in ("top_ids", "top_logps", "tail_logp")
                 )
             )

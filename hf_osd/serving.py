@@ -97,7 +97,7 @@ class ServingDraft:
                     f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(served.shape)} in the draft; "
                     "refresh from a model of the draft's own architecture."
                 )
-            if not torch.isfinite(weights[name]).all():
+            if not torch.isfinite(weights[name].to(served.dtype)).all():  # as served: float16 ends at 65504
                 raise ValueError(
                     f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
                 )

@@ -20,11 +20,13 @@ from torch import Tensor
 
 # The draft's tail is at least this much mass: 1 - Σ in float32 is not known better, and log(0) has no gradient.
 _TAIL_EPS = 1e-6
+# A kept token that the target rules out (log p = -inf) counts as this likely, in nats: 0·log 0 is NaN, and reverse KL infinite.
+_RULED_OUT = -100.0
 
 
 def target_buckets(top_logps: Tensor, tail_logp: Tensor) -> Tensor:
     """p: `(R, k)` and `(R,)` stored log-probs, any float dtype, to float32 `(R, k+1)`."""
-    return torch.cat([top_logps.float(), tail_logp.float()[:, None]], dim=-1)
+    return torch.cat([top_logps.float(), tail_logp.float()[:, None]], dim=-1).clamp_min(_RULED_OUT)
 
 
 def draft_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:

@@ -161,6 +161,7 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cache": True,  # Trainer writes it into the draft's config, with which the draft is saved and drafts
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
