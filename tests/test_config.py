@@ -1,0 +1,125 @@
+"""`OnlineConfig`: what it refuses, and that it survives the disk."""
+
+import dataclasses
+import json
+
+import pytest
+
+from hf_osd.config import CONFIG_NAME, OnlineConfig
+
+NUMBERS = [
+    f.name for f in dataclasses.fields(OnlineConfig) if f.type in ("int", "float", "int | None", "float | None")
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_assistant_tokens", 0),
+        ("num_assistant_tokens", 2.5),
+        ("num_assistant_tokens", True),
+        ("lookahead", "dynamic"),
+        ("assistant_confidence_threshold", 1.1),
+        ("assistant_confidence_threshold", -0.1),
+        ("draft_cost", 0.0),
+        ("verify_cost", -0.1),
+        ("top_k", 0),
+        ("feedback_dtype", "int8"),
+        ("buffer_bytes", 0),
+        ("buffer_age", 0),
+        ("update_interval", 0),
+        ("update_tokens", 0),
+        ("update_age", -1.0),
+        ("positions", "some"),
+        ("divergence", "kl"),
+        ("beta", 1.5),
+        ("total_variation_weight", -1),
+        ("replay", -1),
+        ("replay", float("nan")),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("weight_decay", -1),
+        ("max_grad_norm", -1),
+        ("warmup_steps", -1),
+        ("warmup_steps", 1.5),
+        ("learner_dtype", "float16"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_field_and_value(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` is {value!r}; (give|choose)"):
+        OnlineConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_text_in_place_of_a_number_is_refused_by_field(field):
+    """A config edited by hand: `"beta": "0.5"`. A comparison with it would raise a TypeError that names nothing."""
+    with pytest.raises(ValueError, match=f"`{field}` is 'many'"):
+        OnlineConfig(**{field: "many"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("draft_cost", None),
+        ("buffer_age", None),
+        ("update_tokens", None),
+        ("update_age", None),
+        ("batch_size", None),
+        ("seed", None),
+        ("assistant_confidence_threshold", 1),
+        ("beta", 0),
+        ("replay", 0),
+        ("warmup_steps", 0),
+        ("max_grad_norm", 0),
+        ("num_assistant_tokens", 1),
+    ],
+)
+def test_the_edge_of_each_range_is_accepted(field, value):
+    assert getattr(OnlineConfig(**{field: value}), field) == value
+
+
+def test_a_cleared_buffer_cannot_be_replayed():
+    with pytest.raises(ValueError, match=r"`replay` is 6.0 with `clear_after_update=True`"):
+        OnlineConfig(clear_after_update=True)
+    assert OnlineConfig(clear_after_update=True, replay=0).clear_after_update
+
+
+def test_the_paper_preset_is_algorithm_1():
+    config = OnlineConfig.paper()
+    assert (config.num_assistant_tokens, config.lookahead, config.update_interval) == (5, "constant", 8)
+    assert (config.positions, config.divergence, config.total_variation_weight) == ("error", "forward_kl", 0.0)
+    assert config.clear_after_update
+    assert config.batch_size is None, "one optimizer step an update"
+
+
+def test_presets_take_overrides():
+    assert OnlineConfig.paper(learning_rate=3e-3).learning_rate == 3e-3
+    assert OnlineConfig.replayed(replay=2.0).replay == 2.0
+
+
+def test_the_replayed_preset_is_the_default_recipe():
+    assert OnlineConfig.replayed() == OnlineConfig()
+
+
+def test_a_saved_config_comes_back_the_same(tmp_path):
+    config = OnlineConfig.paper(seed=3, draft_cost=0.2, buffer_age=60.0, update_tokens=100)
+    config.save_pretrained(tmp_path / "new")
+    assert OnlineConfig.from_json(tmp_path / "new" / CONFIG_NAME) == config
+
+
+def test_an_unknown_key_is_refused_by_name():
+    with pytest.raises(ValueError, match="no key 'gamma', 'lr'") as error:
+        OnlineConfig.from_dict({"lr": 1.0, "gamma": 3, "beta": 0.5})
+    assert "learning_rate" in str(error.value), "the message lists the keys there are"
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1, 2]", "3", json.dumps({"top_k": "64"})])
+def test_a_damaged_file_is_a_value_error(tmp_path, text):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError):  # noqa: PT011 (each has its own message)
+        OnlineConfig.from_json(tmp_path / CONFIG_NAME)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        OnlineConfig.from_json(tmp_path / CONFIG_NAME)

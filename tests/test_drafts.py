@@ -1,0 +1,194 @@
+"""`grow_draft` on every family that needs something of its own: tied ends, learned positions, layer types, buffers."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_osd.drafts import grow_draft
+
+TOKENS = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SHAPE = TOKENS | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+GATED = SHAPE | {"intermediate_size": 64, "num_key_value_heads": 2}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# The inputs below are longer than the windows, so that a layer of the wrong type answers otherwise.
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**GATED),
+    "llama_tied": lambda: LlamaConfig(**GATED, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=3, n_head=4, n_positions=128),
+    "gpt_neox": lambda: GPTNeoXConfig(**SHAPE, intermediate_size=64),
+    "opt": lambda: OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=16),
+    "qwen2": lambda: Qwen2Config(**GATED, use_sliding_window=True, sliding_window=8, layer_types=MIXED),
+    "qwen3": lambda: Qwen3Config(**GATED, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**GATED, head_dim=8, sliding_window=8, layer_types=MIXED),
+    "mistral": lambda: MistralConfig(**GATED, sliding_window=8),
+}
+IDS = torch.arange(4, 28)[None]
+
+
+def target_of(config, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # flat logits and norms of 1 would hide what is missing
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def target(request):
+    return target_of(CONFIGS[request.param]())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def decoder_layers(model):
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return next(m for m in lists if len(m) == model.config.num_hidden_layers)
+
+
+def pointers(module):
+    return [p.data_ptr() for p in module.parameters()]
+
+
+def test_its_layers_are_the_targets_in_the_order_given(target):
+    draft = grow_draft(target, [2, -3])
+    assert draft.config.num_hidden_layers == len(decoder_layers(draft)) == 2
+    for grown, picked in zip(decoder_layers(draft), (2, 0), strict=True):
+        given = dict(decoder_layers(target)[picked].named_parameters())
+        for name, parameter in grown.named_parameters():
+            assert torch.equal(parameter, given[name]), name
+            assert parameter.data_ptr() != given[name].data_ptr(), "a copy, not the target's own"
+    kinds = getattr(target.config, "layer_types", None)
+    if kinds is not None:
+        assert draft.config.layer_types == [kinds[2], kinds[0]]
+
+
+def test_its_ends_are_the_targets_own_storage_frozen_and_all_else_trains(target):
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in target.named_parameters()}
+    draft = grow_draft(target, [0, -1])
+    ends = [p for end in (draft.get_input_embeddings(), draft.get_output_embeddings()) for p in end.parameters()]
+    assert pointers(draft.get_input_embeddings()) == pointers(target.get_input_embeddings())
+    assert pointers(draft.get_output_embeddings()) == pointers(target.get_output_embeddings())
+    assert not any(p.requires_grad for p in ends)
+    frozen = set(map(id, ends))
+    others = [p for p in draft.parameters() if id(p) not in frozen]
+    assert others
+    assert all(p.requires_grad for p in others)
+    with torch.no_grad():
+        for parameter in others:
+            parameter.add_(1.0)
+    for name, parameter in target.named_parameters():
+        assert parameter.requires_grad == before[name][0], name
+        assert torch.equal(parameter, before[name][1]), name
+
+
+def test_with_all_layers_it_is_the_target(target):
+    """A buffer, norm or projection that did not come along answers otherwise."""
+    assert torch.equal(logits(grow_draft(target, range(3))), logits(target))
+
+
+def test_saved_it_is_a_plain_checkpoint(target, tmp_path):
+    draft = grow_draft(target, [1, -1])
+    said = logits(draft)
+    assert not torch.equal(said, logits(target))
+    draft.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(target)
+    assert torch.equal(logits(loaded), said)
+
+
+def test_it_trains_without_touching_the_target(target):
+    draft, before = grow_draft(target, [0]), logits(target)
+    draft(input_ids=IDS).logits.logsumexp(-1).mean().backward()
+    trained = [p for p in draft.parameters() if p.requires_grad and p.grad is not None]
+    assert trained
+    torch.optim.SGD(trained, lr=1.0).step()
+    assert torch.equal(logits(target), before)
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_a_frozen_target_grows_a_draft_that_trains():
+    target = target_of(CONFIGS["llama"]()).requires_grad_(False)
+    draft = grow_draft(target)
+    assert all(p.requires_grad for p in decoder_layers(draft).parameters())
+    assert not any(p.requires_grad for p in target.parameters())
+
+
+def test_it_can_be_grown_and_trained_under_inference_mode():
+    """Parameters made there could never be written or trained again."""
+    target = target_of(CONFIGS["llama"]())
+    with torch.inference_mode():
+        draft = grow_draft(target)
+    draft(input_ids=IDS).logits.logsumexp(-1).mean().backward()
+    assert all(p.grad is not None for p in decoder_layers(draft).parameters())
+
+
+def test_it_has_the_targets_dtype_mode_and_generation_settings():
+    target = target_of(CONFIGS["llama"]()).to(torch.bfloat16).train()
+    target.generation_config.eos_token_id = [1, 7]
+    draft = grow_draft(target)
+    assert draft.dtype == torch.bfloat16
+    assert not draft.training
+    assert draft.generation_config.eos_token_id == [1, 7]
+    assert draft.generation_config is not target.generation_config
+
+
+def test_token_ids_are_not_taken_for_a_list_with_an_entry_a_layer():
+    """Three end-of-sequence tokens and three layers, as Llama 3 has ends: the draft would forget one."""
+    config = LlamaConfig(**GATED | {"eos_token_id": [1, 2, 3]})
+    config.architectures = ["LlamaForCausalLM"]
+    assert grow_draft(target_of(config), [0]).config.eos_token_id == [1, 2, 3]
+    one_layer = LlamaConfig(**GATED | {"num_hidden_layers": 1, "eos_token_id": [1]})
+    assert grow_draft(target_of(one_layer), [0, 0]).config.eos_token_id == [1]
+
+
+def test_the_target_keeps_its_config():
+    target = target_of(CONFIGS["gemma3"]())
+    grow_draft(target, [0])
+    assert target.config.num_hidden_layers == 3
+    assert target.config.layer_types == MIXED
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-4], [0, 7]])
+def test_layers_that_are_not_there_are_refused(tiny_llama, layers):
+    with pytest.raises(ValueError, match="at least one index from -3 to 2"):
+        grow_draft(tiny_llama(layers=3), layers)
+
+
+def test_layers_of_unlike_kinds_are_refused_by_name():
+    """A dense layer in the place of a sparse one: upstream decides by index which is which."""
+    config = Qwen2MoeConfig(
+        **GATED, mlp_only_layers=[0], num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    )
+    with pytest.raises(ValueError, match=r"mlp.* has no counterpart in Qwen2MoeForCausalLM"):
+        grow_draft(target_of(config), [0, 0])
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration.*decoder-only"):
+        grow_draft(T5ForConditionalGeneration(config))
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match=r"LlamaModel.*LM head"):
+        grow_draft(LlamaModel(LlamaConfig(**GATED)))

@@ -1,0 +1,113 @@
+"""`Feedback` and `SparseRows`: sparse distributions that are still distributions, and what a position costs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_osd.feedback import ACCEPTED, TAIL_FLOOR, UNTESTED, Feedback, SparseRows
+
+
+def logits_of(n: int, vocab: int, scale: float, seed: int) -> torch.Tensor:
+    return scale * torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+@given(vocab=st.integers(2, 80), k=st.integers(1, 80), scale=st.floats(0.0, 8.0), seed=st.integers(0, 10**6))
+def test_top_k_and_tail_are_the_dense_distribution(vocab, k, scale, seed):
+    """A tail left out, or one taken from the wrong rows, loses mass; k above V has no more than V tokens."""
+    logits = logits_of(3, vocab, scale, seed)
+    rows = SparseRows.of_logits(logits, k, torch.float32)
+    dense = logits.double().log_softmax(-1)
+    top, ids = dense.topk(min(k, vocab))
+    assert rows.top_ids.shape == rows.top_logps.shape == (3, min(k, vocab))
+    # float32 against float64 at log-probs of up to about 50: some units in the last place of 50 (4e-6).
+    torch.testing.assert_close(rows.top_logps.double(), top, atol=2e-5, rtol=0)
+    torch.testing.assert_close(dense.gather(-1, rows.top_ids.long()), top, atol=2e-5, rtol=0)
+    rest = dense.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(TAIL_FLOOR)
+    torch.testing.assert_close(rows.tail_logp.double(), rest, atol=2e-5, rtol=0)
+    mass = rows.top_logps.exp().sum(-1) + rows.tail_logp.exp()
+    # The floor adds up to exp(-16) = 1.1e-7 of mass; the rest is float32.
+    torch.testing.assert_close(mass, torch.ones(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mass_still_sums_to_one_in_half_precision(dtype):
+    rows = SparseRows.of_logits(logits_of(50, 1000, 3.0, 0), 64, dtype)
+    assert rows.top_logps.dtype == rows.tail_logp.dtype == dtype
+    mass = rows.top_logps.float().exp().sum(-1) + rows.tail_logp.float().exp()
+    # A log-prob of magnitude 8 or less is rounded by at most eps/2·8, which is the relative error of its probability.
+    torch.testing.assert_close(mass, torch.ones(50), atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_a_small_tail_is_not_lost_to_cancellation():
+    """1 - Σ top in float32 is 0 here; the rest, summed itself, is known to all its digits."""
+    logits = torch.tensor([[0.0, -20.0, -20.0, -30.0]])
+    rows = SparseRows.of_logits(logits + torch.tensor([[8.0, 8.0, 8.0, 8.0]]), 1, torch.float32)
+    assert rows.tail_logp.item() == TAIL_FLOOR
+    rows = SparseRows.of_logits(torch.tensor([[0.0, -15.0, -16.5, -30.0]]), 1, torch.float32)
+    expected = torch.tensor([-15.0, -16.5, -30.0]).double().logsumexp(0)  # ln of the rest; the top's ln is -4e-7
+    assert rows.tail_logp.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_tail_is_floored_where_nothing_is_left(dtype):
+    """k = V, or a top_k processor before the capture: log 0 would make reverse KL infinite."""
+    whole = SparseRows.of_logits(logits_of(2, 5, 1.0, 0), 5, dtype)
+    cut = SparseRows.of_logits(torch.tensor([[1.0, 0.5, -torch.inf, -torch.inf]]), 2, dtype)
+    for rows in (whole, cut):
+        assert (rows.tail_logp == TAIL_FLOOR).all()
+
+
+def test_cat_keeps_rows_in_order():
+    logits = logits_of(5, 20, 1.0, 0)
+    whole = SparseRows.of_logits(logits, 4)
+    parts = SparseRows.cat([SparseRows.of_logits(logits[:2], 4), SparseRows.of_logits(logits[2:], 4)])
+    for name in ("top_ids", "top_logps", "tail_logp"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("n", [64, 256])
+def test_a_position_costs_at_most_a_kilobyte(make_feedback, n):
+    """top_k=64, draft's distribution included, with a prompt of 128 tokens."""
+    feedback = make_feedback(n=n, prompt=128, vocab=512, k=64)
+    stored = [v for v in vars(feedback).values() if isinstance(v, torch.Tensor)]
+    assert feedback.nbytes == sum(t.numel() * t.element_size() for t in stored)
+    assert feedback.draft_logps.shape == (n, 64)
+    assert feedback.nbytes / n <= 1024
+
+
+def test_length_and_answer_leave_the_prompt_out(make_feedback):
+    feedback = make_feedback(n=7, prompt=4)
+    assert len(feedback) == 7
+    assert torch.equal(feedback.answer, feedback.tokens[4:])
+
+
+def test_error_positions_are_those_that_end_a_round(make_feedback):
+    feedback = make_feedback(n=40, seed=1)
+    assert set(feedback.outcome.tolist()) == {0, 1, 2}, "the case has all three outcomes"
+    assert torch.equal(feedback.teaches("error"), feedback.outcome != ACCEPTED)
+    assert feedback.teaches("all").tolist() == [True] * 40
+
+
+def test_overlap_is_filled_only_where_it_was_unknown(make_feedback):
+    feedback = make_feedback(n=20)
+    unknown = feedback.overlap.isnan()
+    assert unknown.any()
+    assert not unknown.all()
+    filled = feedback.with_overlap(torch.full((20,), 0.25))
+    assert (filled.overlap[unknown] == 0.25).all()
+    assert torch.equal(filled.overlap[~unknown], feedback.overlap[~unknown])
+    assert torch.equal(feedback.overlap.isnan(), unknown), "the original is left as it was"
+    assert filled.created == feedback.created
+
+
+def test_feedback_of_the_target_alone_teaches_everywhere():
+    rows = SparseRows.of_logits(logits_of(3, 20, 1.0, 0), 8)
+    feedback = Feedback.of_target(torch.arange(5), 2, rows)
+    assert feedback.tokens.dtype == torch.int32
+    assert len(feedback) == 3
+    assert feedback.teaches("error").all()
+    assert (feedback.outcome == UNTESTED).all()
+    assert (feedback.drafted == -1).all()
+    assert feedback.overlap.isnan().all()
+    assert feedback.draft_logps.isnan().all()

@@ -1,0 +1,156 @@
+"""`record_answers`: batched and left-padded, and still each prompt's own greedy answer and the target's own distributions."""
+
+import threading
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_osd.feedback import UNTESTED
+from hf_osd.recording import record_answers
+
+LENGTHS = [9, 3, 14, 3, 6]
+
+
+@pytest.fixture
+def prompts():
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 64, (length,), generator=random) for length in LENGTHS]
+
+
+def plainly(target, prompt, most):
+    """What `generate` answers to `prompt` alone."""
+    ids = prompt[None]
+    return target.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False, pad_token_id=0
+    )[0]
+
+
+def gpt2():
+    """Positions are learned ones here: a padded prompt that counts its padding answers otherwise."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+        return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3, eos_token_id=1, bos_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_each_answer_is_the_greedy_one_of_its_prompt_alone(tiny_llama, prompts, family, batch_size):
+    target = tiny_llama() if family == "llama" else gpt2()
+    recorded = record_answers(target, prompts, max_new_tokens=12, batch_size=batch_size)
+    assert len(recorded) == len(prompts)
+    for feedback, prompt in zip(recorded, prompts, strict=True):
+        assert feedback.prompt_length == len(prompt)
+        assert feedback.tokens.tolist() == plainly(target, prompt, 12).tolist()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_ends_with_its_first_end_of_sequence_token(tiny_llama, prompts, several):
+    target = tiny_llama()
+    target.generation_config.eos_token_id = None
+    free = [f.answer.tolist() for f in record_answers(target, prompts, max_new_tokens=12)]
+    assert all(len(answer) == 12 for answer in free)
+    ends = [free[0][4], free[2][7]] if several else [free[0][4]]
+    target.generation_config.eos_token_id = ends if several else ends[0]
+    cut = 0
+    for feedback, prompt, answer in zip(record_answers(target, prompts, 12), prompts, free, strict=True):
+        n = min([answer.index(end) + 1 for end in ends if end in answer], default=12)
+        cut += n < 12
+        assert feedback.answer.tolist() == answer[:n]
+        assert feedback.tokens.tolist() == plainly(target, prompt, 12).tolist()
+        assert len(feedback.top_ids) == len(feedback.tail_logp) == len(feedback.outcome) == n
+    assert cut, "the case has an answer that ends early"
+
+
+def fresh(target, feedback):
+    """The target's log-probs at each position of the answer, by one forward without padding or cache."""
+    with torch.no_grad():
+        logits = target(input_ids=feedback.tokens[None].long(), use_cache=False).logits[0]
+    return logits[feedback.prompt_length - 1 : -1].log_softmax(-1)
+
+
+def check_distributions(target, feedback, k):
+    dense = fresh(target, feedback)
+    assert feedback.top_ids.shape == (len(feedback), k)
+    # float32 sums in another order, padded or not: 1e-4 is some hundred units in the last place of a log-prob of 10.
+    near = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(feedback.top_logps, dense.topk(k).values, **near)
+    torch.testing.assert_close(dense.gather(-1, feedback.top_ids.long()), feedback.top_logps, **near)
+    rest = dense.scatter(-1, feedback.top_ids.long(), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(feedback.tail_logp, rest, **near)
+
+
+def test_distributions_are_those_of_a_fresh_forward(tiny_llama, prompts):
+    target = tiny_llama()
+    for feedback in record_answers(target, prompts, max_new_tokens=9, batch_size=3, top_k=8, dtype=torch.float32):
+        check_distributions(target, feedback, k=8)
+
+
+def test_distributions_are_raw_where_the_targets_own_settings_change_scores(tiny_llama, prompts):
+    """Qwen's instruct models come with a repetition penalty: p is the distribution before it, the answer is the one after it."""
+    target = tiny_llama()
+    target.generation_config.repetition_penalty = 1.8
+    recorded = record_answers(target, prompts, max_new_tokens=9, batch_size=3, top_k=8, dtype=torch.float32)
+    penalised = 0
+    for feedback, prompt in zip(recorded, prompts, strict=True):
+        check_distributions(target, feedback, k=8)
+        assert feedback.tokens.tolist() == plainly(target, prompt, 9).tolist()
+        penalised += (feedback.answer != feedback.top_ids[:, 0]).sum()
+    assert penalised > 0, "the case has a token that the penalty changed"
+
+
+def test_padding_does_not_count_as_a_repetition(tiny_llama, prompts):
+    """Padded with EOS, a short prompt's answer would be penalised for ending."""
+    target = tiny_llama()
+    target.generation_config.eos_token_id = None
+    free = record_answers(target, prompts, max_new_tokens=1)
+    target.generation_config.eos_token_id = int(free[1].answer[0])  # what a prompt of 3 tokens answers at once
+    target.generation_config.repetition_penalty = 5.0
+    recorded = record_answers(target, prompts, max_new_tokens=6)
+    assert recorded[1].tokens.tolist() == plainly(target, prompts[1], 6).tolist()
+    assert len(recorded[1]) == 1
+
+
+def test_a_target_that_serves_another_thread_meanwhile_is_not_overheard(tiny_llama, prompts):
+    target, others = tiny_llama(), []
+
+    def meanwhile(module, inputs, output):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(target(input_ids=torch.arange(2, 9)[None]).logits))
+            thread.start()
+            thread.join()
+
+    handle = target.model.register_forward_hook(meanwhile)
+    recorded = record_answers(target, prompts, max_new_tokens=4, top_k=8, dtype=torch.float32)
+    handle.remove()
+    assert len(others) == 4
+    for feedback in recorded:
+        check_distributions(target, feedback, k=8)
+
+
+def test_nothing_was_drafted_and_all_positions_teach(tiny_llama, prompts):
+    for feedback in record_answers(tiny_llama(), prompts, max_new_tokens=5):
+        assert (feedback.outcome == UNTESTED).all()
+        assert (feedback.drafted == -1).all()
+        assert feedback.teaches("error").all()
+        assert not feedback.sampled
+        assert feedback.top_logps.dtype == torch.float16
+
+
+def test_it_tells_how_many_prompts_each_batch_had(tiny_llama, prompts):
+    told = []
+    record_answers(tiny_llama(), prompts, max_new_tokens=2, batch_size=2, on_batch=told.append)
+    assert told == [2, 2, 1]
+
+
+def test_no_prompts_give_no_answers(tiny_llama):
+    assert record_answers(tiny_llama(), [], max_new_tokens=2) == []
+
+
+def test_recording_leaves_no_trace_on_the_target(tiny_llama, prompts):
+    target = tiny_llama()
+    before = target.generation_config.to_dict()
+    record_answers(target, prompts, max_new_tokens=2)
+    assert target.generation_config.to_dict() == before
+    assert not target._forward_hooks
