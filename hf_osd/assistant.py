@@ -21,6 +21,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.candidates import CallRecord, OnlineCandidateGenerator
 from hf_osd.checkpoint import staged
 from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.drafts import load_draft
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.lookahead import Lookahead
@@ -277,14 +278,12 @@ class OnlineAssistant:
             **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
 
         Raises:
-            OSError: if there is no such draft.
-            ValueError: if its config does not fit.
+            OSError: if there is no such draft, or its weights are damaged.
+            ValueError: if it is no causal LM, or its OnlineConfig does not fit.
         """
-        from transformers import AutoModelForCausalLM
         from transformers.utils import cached_file
 
-        kwargs = {"dtype": "auto", "use_safetensors": True, **kwargs}
-        draft = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        draft = load_draft(name_or_path, **kwargs)
         if config is None:
             where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
             found = None

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from hf_osd.lookahead import Lookahead
 
 
-# Positions without a draft that are scored once the draft catches up; a longer lag costs memory and LM head rows.
-_MOST_LAG = 64
+# Positions without a draft that are scored once the draft catches up; each costs a row of the LM head.
+_MOST_LAG = 8
 
 
 class RawScores(LogitsProcessor):
@@ -198,7 +198,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._draft_scores: Tensor | None = None  # (n, V) float32, processed
         self._lag = 0  # last positions that were verified without being put to the draft, at most _MOST_LAG
         self._lag_targets: deque[Tensor] = deque(maxlen=_MOST_LAG)  # p there, (V,) each; only when sampling
-        self._prefill = True
+        self._prefill = True  # the target's: its next forward takes the prompt as well
+        self._caught_up = False  # the draft's last round took more than the tokens of one round
         self._draft_seconds = 0.0
         self._handed_over = 0.0
 
@@ -242,7 +243,11 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             self._cache.crop(-max(self._cache.get_seq_length() - verified, 0))
         target_seconds = start - self._handed_over
         self.lookahead.observe_round(
-            n, tested, accepted, self._draft_seconds, None if self._prefill else target_seconds
+            n,
+            tested,
+            accepted,
+            draft_seconds=None if self._caught_up else self._draft_seconds,
+            target_seconds=None if self._prefill else target_seconds,
         )
         self._prefill = False
         stats = self.record.stats
@@ -254,6 +259,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         """Up to γ tokens after `input_ids` `(1, L)`: the sequence `(1, L+n)`, and the scores `(n, V)` they were taken from."""
         fed = self._cache.get_seq_length()
         feed = input_ids[:, fed:]  # all the cache lacks: the prompt at first, else what was verified since
+        self._caught_up = feed.shape[1] > 2
         lag = self._lag  # rows of the feed that predict verified tokens the draft was never asked about
         rows = []
         for step in range(gamma):

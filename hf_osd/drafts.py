@@ -1,8 +1,9 @@
-"""`grow_draft`: a draft out of the target's own layers, for those who have none."""
+"""Where a draft comes from: `load_draft` from a checkpoint, `grow_draft` from the target's own layers for those who have none."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,26 @@ from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` from safetensors alone, in the checkpoint's dtype unless `kwargs` say otherwise.
+
+    Raises:
+        OSError: if there is no such draft, or its weights are damaged.
+        ValueError: if what is there is no causal LM.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, **{"dtype": "auto", "use_safetensors": True, **kwargs}
+        )
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights of the draft {name_or_path} are damaged ({error}); save or download them again."
+        ) from error
 
 
 def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> PreTrainedModel:

@@ -125,7 +125,7 @@ class Learner:
 
     def score(self, feedback: list[Feedback]) -> list[Tensor]:
         """Expected acceptance of the learner's weights on `feedback`, see [`hf_osd.scoring.score`]."""
-        with self._lock:
+        with self._lock, self._autocast():
             return score(self.module, feedback)
 
     def weights(self) -> dict[str, Tensor]:
@@ -191,6 +191,12 @@ class Learner:
         with isolated_random_state(), torch.inference_mode(False), torch.enable_grad():
             self.module.train()
             self.trainer.learn(requests)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.module.device.type, dtype=self.autocast_dtype)
 
     def _go_back(self, weights: dict[str, Tensor]):
         self._set_weights(weights)

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-# Rounds after which a policy that drafts nothing drafts one token anyway, so that costs and acceptance stay measured.
-PROBE_EVERY = 64
+# Rounds after which a policy that drafts nothing drafts one token anyway, so that costs stay measured. Seldom, for the draft must
+# then catch up on the whole request; what reopens drafting is acceptance, which learning estimates in shadow.
+PROBE_EVERY = 1024
 # A position's acceptance is the mean of what was seen there and, with this many observations' weight, of all positions.
 _PRIOR_WEIGHT = 8.0
 # Weight that an observation keeps when the next one arrives: about the last 200 positions count.
@@ -107,17 +108,19 @@ class Lookahead:
                 return self.most
             if self.policy == "heuristic":
                 return self._gamma
-            if self._fixed_cost is None and self._verify_seconds(1) is None:
-                return 0  # plain rounds first: every cost is a multiple of theirs
-            if not self._draft_steps and not sum(self._tested):
-                return 1
-            gamma, _ = best_length(self.acceptance(), self.c if self.c is not None else 0.0, self.v)
+            if self._fixed_cost is None:
+                if self._verify_seconds(1) is None:
+                    return 0  # plain rounds first: every cost is a multiple of theirs
+                if not self._draft_steps:
+                    return 1
+            gamma, _ = best_length(self.acceptance(), self.c, self.v)
             return gamma or int(self._idle >= PROBE_EVERY)
 
     def observe_round(
-        self, drafted: int, tested: int, accepted: int, draft_seconds: float, target_seconds: float | None
+        self, drafted: int, tested: int, accepted: int, draft_seconds: float | None, target_seconds: float | None
     ):
-        """One round: what was drafted, tested and accepted of it, and its times (`None` for a prefill, which says nothing of v)."""
+        """One round: what was drafted, tested and accepted of it, and its times; `None` where they held a prefill as well, which
+        says nothing of c or v."""
         with self._lock:
             self._gamma = heuristic_length(self._gamma, drafted, accepted, self.most)
             self._idle = 0 if drafted else self._idle + 1
@@ -125,8 +128,8 @@ class Lookahead:
                 self._count(i, float(i < accepted))
             if target_seconds is not None:
                 self._verify.setdefault(drafted + 1, deque(maxlen=_TIMES_KEPT)).append(target_seconds)
-                if drafted:
-                    self._draft_steps.append(draft_seconds / drafted)
+            if drafted and draft_seconds is not None:
+                self._draft_steps.append(draft_seconds / drafted)
 
     def observe_shadow(self, overlap: Sequence[float]):
         """Expected acceptance at positions where nothing was drafted, estimated at learning time: as evidence for position 1."""

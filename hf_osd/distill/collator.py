@@ -41,7 +41,13 @@ class FeedbackCollator:
             taught = feedback.teaches(self.positions).nonzero().squeeze(-1)  # (r,) of N
             labels[b, longest - n + taught] = feedback.answer[taught].long()
             rows.append(b * keep + keep - n + taught)
-            targets.append((feedback.top_ids[taught], feedback.top_logps[taught], feedback.tail_logp[taught]))
+            targets.append(
+                (
+                    feedback.top_ids[taught].long(),
+                    feedback.top_logps[taught].float(),
+                    feedback.tail_logp[taught].float(),
+                )
+            )
         top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
         return {
             "input_ids": input_ids,
@@ -50,7 +56,7 @@ class FeedbackCollator:
             "labels": labels,
             "rows": torch.cat(rows),
             "keep": keep,
-            "top_ids": top_ids.long(),
-            "top_logps": top_logps.float(),
-            "tail_logp": tail_logp.float(),
+            "top_ids": top_ids,
+            "top_logps": top_logps,
+            "tail_logp": tail_logp,
         }

@@ -1,0 +1,221 @@
+"""The one source of figures about cost: everything is measured in one process, interleaved, and reported as medians.
+
+    python recipes/benchmark.py --what overhead --json overhead.json
+
+`overhead` serves the same requests with capture on and off in turn, then times updates against the bare forward, backward and step of the
+same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from models import load_draft, load_target
+from torch import Tensor
+
+from hf_osd import OnlineAssistant, OnlineConfig, record_answers
+from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
+from hf_osd.scoring import answer_logits
+
+logger = logging.getLogger("hf_osd.recipes.benchmark")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure, on what."""
+
+    what: str = field(default="overhead", metadata={"help": "What to measure: 'overhead'."})
+    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
+    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
+    requests: int = field(default=8, metadata={"help": "Requests served with each setting, each repeat."})
+    repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    dtype: str = field(
+        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of torch; torch's own choice if left out."}
+    )
+    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+
+    def __post_init__(self):
+        if self.what != "overhead":
+            raise ValueError(f"`what` is {self.what!r}; choose 'overhead'.")
+        for name in ("requests", "repeats", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; give a whole number ≥ 1.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; the exit status."""
+    from transformers.utils.logging import disable_progress_bar
+    from trl import TrlParser
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    disable_progress_bar()
+    try:
+        args, config = TrlParser((BenchmarkArguments, OnlineConfig)).parse_args_and_config(argv)
+        figures = {"overhead": Overhead(args, config).measure(), "machine": machine()}
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 2
+    print(json.dumps(figures, indent=2))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+class Overhead:
+    """What capture costs serving, and what hf_osd and Trainer cost learning."""
+
+    def __init__(self, args: BenchmarkArguments, config: OnlineConfig):
+        from prompts import load_streams
+
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        self.args = args
+        # A constant γ: the same work in every repeat, whatever the clock says. No update falls due by itself.
+        never = 10**9
+        self.config = OnlineConfig.from_dict(
+            {**config.to_dict(), "lookahead": "constant", "update_interval": never, "seed": config.seed or 0}
+        )
+        self.target, tokenizer = load_target(args.target, args.dtype)
+        name, rows = load_streams(args.stream, self.config.seed)[0]
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows[: args.requests]]
+        self.prompts = [
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+                "input_ids"
+            ]
+            for chat in chats
+        ]
+        self.draft = load_draft(args.draft, self.target)
+
+    def measure(self) -> dict:
+        return {"capture": self.capture(), "learning": self.learning()}
+
+    def capture(self) -> dict:
+        """The same requests, served with capture on and off in turn."""
+        on = OnlineAssistant(self.draft, self.config)
+        off = OnlineAssistant(self.draft, self.config, learn=False)
+        for assistant in (on, off):
+            self._serve(assistant, self.prompts[0])  # warm up
+        ratios, shares, splits = [], [], []
+        for repeat in range(self.args.repeats):
+            seconds = {on: 0.0, off: 0.0}
+            before = copy.deepcopy(on.stats.total)
+            for i, prompt in enumerate(self.prompts):
+                for assistant in (on, off) if (repeat + i) % 2 else (off, on):
+                    seconds[assistant] += self._serve(assistant, prompt)
+            total = on.stats.total
+            rounds = total.rounds - before.rounds
+            parts = {
+                name: getattr(total, f"{name}_seconds") - getattr(before, f"{name}_seconds")
+                for name in ("draft", "target", "capture")
+            }
+            parts["python"] = seconds[on] - sum(parts.values())
+            ratios.append(seconds[on] / seconds[off])
+            shares.append(parts["capture"] / seconds[on])
+            splits.append({name: 1e3 * value / rounds for name, value in parts.items()})
+        return {
+            "decode_seconds_on_over_off": spread(ratios),
+            "capture_share_of_decode": spread(shares),
+            "round_ms": {name: statistics.median(split[name] for split in splits) for name in splits[0]},
+            "bytes_a_position": on.buffer.nbytes / on.buffer.tokens,
+            "requests": len(self.prompts),
+            "repeats": self.args.repeats,
+        }
+
+    def learning(self) -> dict:
+        """Updates as the learner makes them, against the bare forward, backward and step of the same batches, in turn."""
+        assistant = OnlineAssistant(self.draft, self.config)
+        learner, trainer = assistant.learner, assistant.learner.trainer
+        feedback = record_answers(self.target, [p[0] for p in self.prompts], self.args.max_new_tokens)
+        replayed = round(self.config.replay * len(feedback))
+        bare = copy.deepcopy(learner.module)  # made before train() patches it
+        optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=self.config.learning_rate)
+        ratios, throughput, tokens = [], [], 0
+        for repeat in range(self.args.repeats + 1):
+            for item in feedback:
+                assistant.buffer.add(item)
+            requests = [*feedback, *(feedback[i % len(feedback)] for i in range(replayed))]
+            trainer._requests = requests
+            batches = list(trainer.get_train_dataloader())
+            trainer._requests = None
+            timed = {}
+            for what in ("update", "bare") if repeat % 2 else ("bare", "update"):
+                start = time.perf_counter()
+                if what == "update":
+                    assistant.flush()
+                else:
+                    bare.train()
+                    for batch in batches:
+                        self._bare_step(bare, optimizer, batch)
+                timed[what] = time.perf_counter() - start
+            tokens = sum(len(batch["rows"]) for batch in batches)
+            if repeat:  # the first warms up
+                ratios.append(timed["update"] / timed["bare"])
+                throughput.append(tokens / timed["update"])
+        return {
+            "update_seconds_over_bare": spread(ratios),
+            "learned_tokens_per_second": spread(throughput),
+            "tokens_an_update": tokens,
+            "failed_updates": learner.failed,
+            "learner_dtype": "float32" if learner.autocast_dtype is None else str(learner.autocast_dtype),
+        }
+
+    def _serve(self, assistant: OnlineAssistant, prompt: Tensor) -> float:
+        assistant.update()  # take in the call before, outside the timed part
+        prompt = prompt.to(self.target.device)
+        start = time.perf_counter()
+        self.target.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=self.args.max_new_tokens,
+            do_sample=False,
+            assistant_model=assistant,
+        ).cpu()
+        return time.perf_counter() - start
+
+    def _bare_step(self, model, optimizer, batch: dict):
+        config = self.config
+        batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        logits = answer_logits(model, batch)
+        p, q = target_buckets(batch["top_logps"], batch["tail_logp"]), draft_buckets(logits, batch["top_ids"])
+        divergence(p, q, config.divergence, config.beta, config.total_variation_weight).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    import transformers
+
+    return {
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

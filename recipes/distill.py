@@ -1,0 +1,306 @@
+"""The main job: a stream of prompts served through `generate` while the draft learns from it.
+
+    accelerate launch recipes/distill.py --config recipes/configs/demo.yaml
+
+Every key of the config is also a flag. What it writes is described in docs/recipes.md. Logic that a library user would want is in hf_osd.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from models import EMBEDDED, load_draft, load_target
+from report import RunReport
+from run_log import RunLog, Tracking
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs, record_answers
+
+logger = logging.getLogger("hf_osd.recipes.distill")
+
+
+@dataclass
+class DistillArguments:
+    """The job's own arguments; all others are those of `OnlineConfig`."""
+
+    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
+    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    stream: str = field(
+        default="", metadata={"help": "JSONL files (field `prompt`), comma-separated; see prompts.py."}
+    )
+    requests: int | None = field(default=None, metadata={"help": "Requests served a stream; all if left out."})
+    held_back: int = field(
+        default=100, metadata={"help": "Prompts a stream kept from learning, scored before and after."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    warm_up: int = field(
+        default=0, metadata={"help": "Prompts a stream answered in batches and learnt before serving."}
+    )
+    parity: int = field(default=15, metadata={"help": "Requests a stream that are also decoded plainly, interleaved."})
+    output_dir: str = field(default="runs/distill", metadata={"help": "Where metrics, summary, curves and draft go."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Push the draft to this repository, privately."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
+    checkpoint_every: int = field(default=25, metadata={"help": "Requests between two checkpoints."})
+    log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
+    batch_answers: int = field(default=8, metadata={"help": "Prompts a batch where answers are recorded, not served."})
+    dtype: str = field(
+        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of torch; torch's own choice if left out."}
+    )
+    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    report_to: str = field(default="none", metadata={"help": "Trackers of transformers' Trainer, such as trackio."})
+
+    def __post_init__(self):
+        if not self.stream:
+            raise ValueError(
+                "`stream` is empty; name at least one JSONL file with a field `prompt`, such as --stream my.jsonl."
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` is {self.dtype!r}; choose 'auto', 'float32', 'bfloat16' or 'float16'.")
+        least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
+        for name, lowest in (least | {"log_every": 1, "batch_answers": 1, "threads": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"`{name}` is {value}; give a whole number ≥ {lowest}.")
+
+
+@dataclass
+class Domain:
+    """One stream, tokenized and split."""
+
+    name: str
+    held_back: list[Tensor]
+    warm_up: list[Tensor]
+    requests: list[Tensor]
+    skipped: int  # prompts longer than the model's window
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; the exit status."""
+    from transformers.utils.logging import disable_progress_bar
+    from trl import TrlParser
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hf_osd").setLevel(logging.INFO)
+    disable_progress_bar()  # of loading weights; ours are below
+    try:
+        args, config = TrlParser((DistillArguments, OnlineConfig)).parse_args_and_config(argv)
+        return Job(args, config).run()
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 2
+
+
+class Job:
+    """One run: `run` reads from top to bottom."""
+
+    def __init__(self, args: DistillArguments, config: OnlineConfig):
+        from accelerate import Accelerator
+
+        self.args, self.config = args, config
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"The job was launched with {self.accelerator.num_processes} processes and runs in one so far; "
+                "use accelerate launch --num_processes 1."
+            )
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        self.seed = config.seed if config.seed is not None else 0
+        torch.manual_seed(self.seed)
+        self.target_forwards = 0
+        self.started = time.perf_counter()
+
+    def run(self) -> int:
+        args = self.args
+        log = RunLog(args.output_dir, self._identity(), resume=args.resume)
+        self.target, self.tokenizer = load_target(args.target, args.dtype, self.accelerator.device)
+        domains = self._load_domains()
+        assistant = OnlineAssistant(load_draft(args.draft, self.target), self.config)
+        self.target.register_forward_pre_hook(self._count_forward)
+
+        held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in domains}
+        if log.served:
+            assistant.load_state(log.checkpoint)
+        else:
+            self._warm_up(assistant, domains)
+            log.before = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
+
+        tracking = Tracking(args.report_to, args.output_dir)
+        interrupted = False
+        try:
+            self._serve(assistant, domains, log, tracking)
+        except KeyboardInterrupt:
+            interrupted = True
+            logger.warning("Interrupted: saving what was learnt. Go on with --resume.")
+        assistant.flush()
+        log.save(assistant)
+        if not interrupted:
+            log.after = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
+        report = RunReport(log, self._overall(assistant, log), {d.name: d.skipped for d in domains})
+        facts = {"target": args.target, "license": self._license(), "domains": report.summary["domains"]}
+        assistant.save_pretrained(Path(args.output_dir) / "draft", self.tokenizer, facts)
+        if interrupted:
+            return 130
+        report.write(args.output_dir)
+        tracking.end()
+        if args.push_to_hub is not None:
+            assistant.push_to_hub(args.push_to_hub, processing_class=self.tokenizer, card=facts)
+        print(report)
+        print(assistant.stats)
+        return 0
+
+    def _serve(self, assistant: OnlineAssistant, domains: list[Domain], log: RunLog, tracking: Tracking):
+        """Each request in turn: generate, on a sample plainly too, then learn."""
+        todo = [(domain, i) for domain in domains for i in range(len(domain.requests))]
+        bar = tqdm(total=len(todo), initial=log.served, desc="serving", unit="request", smoothing=0.05)
+        for domain, i in todo[log.served :]:
+            input_ids = domain.requests[i][None].to(self.target.device)
+            pairs = _spread(len(domain.requests), self.args.parity)
+            plain_first = i in pairs and pairs.index(i) % 2 == 1
+            plain = self._generate(input_ids) if plain_first else None
+            before = self.target_forwards
+            output, decode_seconds = self._generate(input_ids, assistant_model=assistant)
+            log.target_forwards += self.target_forwards - before
+            if i in pairs and not plain_first:
+                plain = self._generate(input_ids)
+            learning = time.perf_counter()
+            assistant.update()
+            learn_seconds = time.perf_counter() - learning
+            row = log.add(domain.name, assistant.stats, decode_seconds, learn_seconds)
+            if plain is not None:
+                verdict = compare_outputs(self.target, plain[0], output)
+                log.add_pair(domain.name, verdict, plain[1], decode_seconds)
+            bar.update()
+            if log.served % self.args.log_every == 0:
+                figures = log.recent(self.args.log_every)
+                bar.write(
+                    f"{row['request']:>5} {domain.name:<14} alpha {figures['alpha']:.3f}  tokens a round "
+                    f"{figures['tokens_per_round']:.2f}  {figures['tokens_per_second']:.1f} tok/s  updates {row['updates']}"
+                )
+                tracking.log(log.served, figures)
+            if log.served % self.args.checkpoint_every == 0:
+                log.save(assistant)
+        bar.close()
+
+    def _generate(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, float]:
+        start = time.perf_counter()
+        output = self.target.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=self.args.max_new_tokens,
+            do_sample=False,
+            **kwargs,
+        )
+        output = output[0].cpu()  # waits for the device
+        return output, time.perf_counter() - start
+
+    def _warm_up(self, assistant: OnlineAssistant, domains: list[Domain]):
+        """Offline distillation on the target's own answers, before the first request."""
+        answers = [f for d in domains for f in self._answers(d.warm_up, f"{d.name}: warm-up")]
+        interval = self.config.update_interval
+        for start in tqdm(range(0, len(answers), interval), desc="warm-up", disable=not answers):
+            for feedback in answers[start : start + interval]:
+                assistant.buffer.add(feedback)
+            assistant.flush()
+
+    def _answers(self, prompts: list[Tensor], what: str) -> list:
+        with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not prompts) as bar:
+            return record_answers(
+                self.target,
+                prompts,
+                self.args.max_new_tokens,
+                batch_size=self.args.batch_answers,
+                top_k=self.config.top_k,
+                dtype=getattr(torch, self.config.feedback_dtype),
+                on_batch=bar.update,
+            )
+
+    def _load_domains(self) -> list[Domain]:
+        from prompts import load_streams, split_held_back
+
+        args, domains = self.args, []
+        config = self.target.config.get_text_config()
+        window = getattr(config, "max_position_embeddings", None)
+        for name, rows in load_streams(args.stream, self.seed):
+            encoded, skipped = [], 0
+            for row in rows:
+                ids = self._encode(row["prompt"])
+                if window is not None and len(ids) + args.max_new_tokens > window:
+                    skipped += 1
+                else:
+                    encoded.append({**row, "ids": ids})
+            if skipped:
+                logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)
+            held_back, rest = split_held_back(encoded, args.held_back, self.seed, name)
+            served = rest[args.warm_up :][: args.requests]
+            wanted = args.requests or 1
+            if len(served) < wanted:
+                raise ValueError(
+                    f"{name} has {len(encoded)} prompts: too few for --held_back {args.held_back}, --warm_up {args.warm_up} and "
+                    f"--requests {wanted}. Lower one of them."
+                )
+            parts = [[row["ids"] for row in part] for part in (held_back, rest[: args.warm_up], served)]
+            domains.append(Domain(name, *parts, skipped=skipped))
+        return domains
+
+    def _encode(self, prompt: str) -> Tensor:
+        if self.args.chat_template and self.tokenizer.chat_template is not None:
+            chat = [{"role": "user", "content": prompt}]
+            encoded = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            encoded = self.tokenizer(prompt, return_tensors="pt")
+        return encoded["input_ids"][0]
+
+    def _identity(self) -> dict:
+        """What must be the same for a run to be resumed."""
+        names = ("target", "draft", "stream", "requests", "held_back", "warm_up", "max_new_tokens", "dtype")
+        return {name: getattr(self.args, name) for name in names} | {"config": self.config.to_dict()}
+
+    def _overall(self, assistant: OnlineAssistant, log: RunLog) -> dict:
+        stats = assistant.stats
+        return {
+            "target_forwards": log.target_forwards,
+            "rounds": sum(row["rounds"] for row in log.rows),
+            "updates": stats.updates,
+            "failed_updates": stats.failed_updates,
+            "learned_tokens": stats.learned_tokens,
+            "learning_seconds": stats.learning_seconds,
+            "wall_s": log.wall_before + time.perf_counter() - self.started,
+            "seed": self.config.seed,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "device": str(self.target.device.type),
+            "arguments": asdict(self.args),
+        }
+
+    def _license(self) -> str | None:
+        return "apache-2.0" if self.args.target == EMBEDDED else None
+
+    def _count_forward(self, module, inputs):
+        self.target_forwards += 1
+
+
+def _alpha(assistant: OnlineAssistant, feedback: list) -> float:
+    """α on requests nobody learns from."""
+    return float(torch.cat(assistant.score(feedback)).mean())
+
+
+def _spread(count: int, sample: int) -> list[int]:
+    """`sample` indices spread evenly over `count`."""
+    sample = min(sample, count)
+    return [(2 * k + 1) * count // (2 * sample) for k in range(sample)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

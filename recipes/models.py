@@ -1,0 +1,55 @@
+"""Targets and drafts by name, as the recipes' flags give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_osd import drafts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+
+
+def load_target(
+    name: str, dtype: str, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target and its tokenizer, frozen and in eval mode.
+
+    Args:
+        name: a path, a Hub id, or `"embedded"` for the model that needs no hub.
+        dtype: `"auto"` (the checkpoint's), or a torch dtype's name.
+    """
+    from embedded import embedded_target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = embedded_target() if name == EMBEDDED else name
+    target = AutoModelForCausalLM.from_pretrained(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    target.to(device).eval().requires_grad_(False)
+    return target, AutoTokenizer.from_pretrained(where)
+
+
+def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
+    """A draft for `target`: a path, a Hub id, or `"grow:0,-1"` for one made of these layers of the target.
+
+    Raises:
+        ValueError: if the name cannot be read, or the vocabularies differ.
+        OSError: if there is no such draft.
+    """
+    if name.startswith("grow:"):
+        try:
+            layers = [int(i) for i in name.removeprefix("grow:").split(",")]
+        except ValueError as error:
+            raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,-1.") from error
+        return drafts.grow_draft(target, layers)
+    draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
+    tokens = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    if tokens[0] != tokens[1]:
+        raise ValueError(
+            f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family, or "
+            "--draft grow:0,-1."
+        )
+    return draft

@@ -1,0 +1,148 @@
+"""What a run has seen: one row a request in metrics.jsonl, and the checkpoint it can be resumed from. No prompt is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from hf_osd.checkpoint import staged
+from hf_osd.stats import Stats
+
+METRICS, PROGRESS = "metrics.jsonl", "progress.json"
+
+
+class RunLog:
+    """The rows of a run, its plain-decoding pairs, and its held-back α.
+
+    Args:
+        output_dir: where metrics.jsonl and checkpoint/ lie.
+        identity (`dict`): the settings that a resumed run must share.
+        resume (`bool`): go on from the checkpoint; without one, start afresh.
+
+    Raises:
+        ValueError: if the checkpoint is of another run.
+        OSError: if the directory cannot be written.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, identity: dict, resume: bool = False):
+        self.directory, self.identity = Path(output_dir), json.loads(json.dumps(identity))
+        self.rows: list[dict] = []
+        self.pairs: list[dict] = []
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.target_forwards = 0
+        self.wall_before = 0.0  # seconds spent before the run was resumed
+        self._started = time.perf_counter()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if resume and (self.checkpoint / PROGRESS).is_file():
+            self._load()
+        with (self.directory / METRICS).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint"
+
+    @property
+    def served(self) -> int:
+        return len(self.rows)
+
+    def add(self, domain: str, stats: Stats, decode_seconds: float, learn_seconds: float) -> dict:
+        """One request served; its row."""
+        call = stats.last
+        row = {
+            "request": self.served,
+            "domain": domain,
+            "new_tokens": call.new_tokens,
+            "rounds": call.rounds,
+            "drafted": call.drafted,
+            "accepted": call.accepted,
+            "tested": call.tested,
+            "alpha": _or_none(call.alpha),
+            "alpha_live": _or_none(call.alpha_live),
+            "decode_seconds": decode_seconds,
+            "learn_seconds": learn_seconds,
+            "updates": stats.updates,
+        }
+        self.rows.append(row)
+        with (self.directory / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def add_pair(self, domain: str, verdict: str, plain_seconds: float, decode_seconds: float):
+        """The request just served, decoded plainly too."""
+        pair = {"request": self.served - 1, "domain": domain, "verdict": verdict}
+        self.pairs.append(pair | {"plain_seconds": plain_seconds, "decode_seconds": decode_seconds})
+
+    def recent(self, count: int) -> dict[str, float]:
+        """Figures over the last `count` requests."""
+        rows = self.rows[-count:]
+        seconds = sum(row["decode_seconds"] for row in rows)
+        tokens = sum(row["new_tokens"] for row in rows)
+        return {
+            "alpha": mean([row["alpha"] for row in rows]),
+            "tokens_per_round": tokens / sum(row["rounds"] for row in rows),
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def save(self, assistant):
+        """Checkpoint: the learner and how far the stream is."""
+        wall = self.wall_before + time.perf_counter() - self._started
+        progress = {name: getattr(self, name) for name in ("identity", "rows", "pairs", "before", "target_forwards")}
+        assistant.save_state(self.checkpoint)
+        with staged(self.checkpoint) as staging:
+            (staging / PROGRESS).write_text(json.dumps(progress | {"wall": wall}), encoding="utf-8")
+
+    def _load(self):
+        try:
+            progress = json.loads((self.checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.checkpoint / PROGRESS} is damaged ({error}); delete it to start afresh."
+            ) from error
+        saved = progress["identity"]
+        if changed := [name for name, value in self.identity.items() if saved.get(name) != value]:
+            raise ValueError(
+                f"The checkpoint in {self.checkpoint} was made with other settings of {', '.join(changed)}; resume with the "
+                "same ones, or choose another --output_dir."
+            )
+        for name in ("rows", "pairs", "before", "target_forwards"):
+            setattr(self, name, progress[name])
+        self.wall_before = progress["wall"]
+
+
+class Tracking:
+    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures."""
+
+    def __init__(self, report_to: str, output_dir: str | os.PathLike):
+        from transformers import TrainerControl, TrainerState, TrainingArguments
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        self._callbacks = []
+        if report_to != "none":
+            self._args = TrainingArguments(output_dir=str(output_dir), report_to=report_to)
+            self._state, self._control = TrainerState(is_world_process_zero=True), TrainerControl()
+            self._callbacks = [callback() for callback in get_reporting_integration_callbacks(self._args.report_to)]
+
+    def log(self, served: int, figures: dict[str, float]):
+        if self._callbacks:
+            self._state.global_step = served
+        for callback in self._callbacks:
+            callback.on_log(self._args, self._state, self._control, logs=dict(figures))
+
+    def end(self):
+        for callback in self._callbacks:
+            callback.on_train_end(self._args, self._state, self._control)
+
+
+def mean(values: list[float | None]) -> float:
+    """The mean of what is known; NaN of nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,524 @@
+"""The assistant: it learns from what it serves, serves what it learnt, ends calls however they end, and says what is wrong."""
+
+import errno
+import gc
+import json
+import logging
+import os
+import stat
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
+from hf_osd.model_card import model_card
+
+PROMPTS = torch.randint(2, 64, (12, 1, 6), generator=torch.Generator().manual_seed(0))
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama):
+    return tiny_llama(layers=3)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    return grow_draft(target, (0, -1))
+
+
+class Interrupting(StoppingCriteria):
+    """Raises in the middle of a call."""
+
+    def __init__(self, error, after):
+        self.error, self.after = error, after
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] >= self.after:
+            raise self.error
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def serve(target, assistant, count=12, **kwargs):
+    return [target.generate(p, assistant_model=assistant, **{**GREEDY, **kwargs}) for p in PROMPTS[:count]]
+
+
+def test_it_learns_what_it_serves_and_the_output_never_changes(target, draft):
+    held_back = record_answers(target, [p[0] for p in PROMPTS], 16)
+    assistant = OnlineAssistant(draft, update_interval=4, learning_rate=5e-3, seed=0)
+    before = torch.cat(assistant.score(held_back)).mean()
+    plain = [target.generate(p, **GREEDY) for p in PROMPTS]
+    for _ in range(4):
+        for ours, own in zip(serve(target, assistant), plain, strict=True):
+            assert torch.equal(ours, own)
+    assistant.flush()
+    assert assistant.stats.updates == 12
+    assert assistant.stats.failed_updates == 0
+    # The same prompts over and over: learning that does anything at all learns them.
+    assert torch.cat(assistant.score(held_back)).mean() > before + 0.3
+    assert assistant.stats.draft_version == 12
+
+
+def test_the_draft_that_was_passed_is_never_written(target, draft):
+    before = {name: p.clone() for name, p in draft.named_parameters()}
+    assistant = OnlineAssistant(draft, update_interval=2)
+    serve(target, assistant, 6)
+    assert assistant.stats.updates > 0
+    assert all(torch.equal(p, before[name]) for name, p in draft.named_parameters())
+    served = dict(assistant.serving.active.named_parameters())
+    assert any(not torch.equal(served[name], p) for name, p in before.items())
+
+
+def test_frozen_it_captures_nothing_and_learns_nothing(target, draft):
+    assistant = OnlineAssistant(draft, learn=False)
+    serve(target, assistant, 3)
+    assert not assistant.flush()
+    assert (len(assistant.buffer), assistant.stats.updates, assistant.stats.draft_version) == (0, 0, 0)
+    assert assistant.stats.total.requests == 3
+
+
+def test_closed_it_goes_on_drafting_without_learning(target, draft):
+    with OnlineAssistant(draft, update_interval=10**6) as assistant:
+        serve(target, assistant, 2)
+    assistant.close()
+    [output] = serve(target, assistant, 1)
+    assert torch.equal(output, target.generate(PROMPTS[0], **GREEDY))
+    assert not assistant.flush()
+    assert len(assistant.buffer) == 0
+    assert assistant.stats.total.requests == 3
+
+
+def test_the_last_call_is_learnt_by_flush(target, draft):
+    assistant = OnlineAssistant(draft, update_interval=10**6)
+    serve(target, assistant, 1)
+    assert assistant.flush()
+    assert assistant.stats.updates == 1
+    assert not assistant.flush()  # nothing new
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_a_call_that_breaks_off_keeps_what_was_verified_and_gives_its_lease_back(target, draft, error):
+    assistant = OnlineAssistant(draft, lookahead="constant", update_interval=10**6)
+    with pytest.raises(type(error)) as caught:
+        serve(target, assistant, 1, stopping_criteria=StoppingCriteriaList([Interrupting(error, after=12)]))
+    # Its traceback still holds the generator: the next call of this thread must end it all the same.
+    serve(target, assistant, 1)
+    del caught
+    assistant.update()
+    first, second = assistant.buffer.new()
+    own = target.generate(PROMPTS[0], **GREEDY)[0]
+    assert 6 <= len(first) < len(second)
+    assert torch.equal(first.tokens.long(), own[: len(first.tokens)])
+    assert not assistant.serving._leases
+
+
+def test_a_lease_holds_while_the_weights_change_from_another_thread(target, draft, noised_copy):
+    """An update in mid-call goes into the other copy, and the call's own q stays what it drafted with."""
+    assistant = OnlineAssistant(draft, lookahead="constant", update_interval=10**6)
+    serve(target, assistant, 1)
+    leased, versions = [], []
+
+    class RefreshesElsewhere(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            leased.append(assistant.serving.active)
+            thread = threading.Thread(target=assistant.refresh, args=(trained,))
+            thread.start()
+            thread.join()
+            versions.append(assistant.serving.version)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    trained = grow_draft(target, (0, -1))
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.mul_(1.1)
+    held = assistant.serving.active
+    before = [p.clone() for p in held.parameters()]
+    [output] = serve(target, assistant, 1, stopping_criteria=StoppingCriteriaList([RefreshesElsewhere()]))
+    assert torch.equal(output, target.generate(PROMPTS[0], **GREEDY))
+    assert versions == list(range(1, len(versions) + 1))
+    assert len(versions) > 2
+    assert all(torch.equal(a, b) for a, b in zip(held.parameters(), before, strict=True))
+
+
+def test_threads_share_one_assistant(target, draft):
+    assistant = OnlineAssistant(draft, update_interval=4, seed=0)
+    plain = [target.generate(p, **GREEDY) for p in PROMPTS]
+    wrong, errors = [], []
+
+    def work():
+        try:
+            for ours, own in zip(serve(target, assistant), plain, strict=True):
+                if not torch.equal(ours, own):
+                    wrong.append(ours)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert not errors
+    assert not wrong
+    assistant.flush()
+    assert assistant.stats.total.requests == 36
+    assert assistant.stats.failed_updates == 0
+    assert not assistant.serving._leases
+
+
+def test_a_seeded_run_repeats_exactly(target, draft):
+    def run():
+        assistant = OnlineAssistant(draft, update_interval=2, seed=7, draft_cost=0.2, replay=2.0)
+        outputs = []
+        for _ in range(2):
+            torch.manual_seed(11)
+            outputs += serve(target, assistant, 5, do_sample=True, top_k=0)
+        assistant.flush()
+        return outputs, [p.clone() for _, p in assistant.serving.weights()], assistant.stats.total
+
+    (one, weights_one, stats_one), (two, weights_two, stats_two) = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights_one, weights_two, strict=True))
+    assert (stats_one.drafted, stats_one.accepted) == (stats_two.drafted, stats_two.accepted)
+
+
+def test_learning_leaves_the_users_random_state_alone(target, draft):
+    """Trainer calls set_seed: a user's sampling would start over after every update."""
+    import random
+
+    import numpy as np
+
+    assistant = OnlineAssistant(draft, update_interval=10**6)
+    serve(target, assistant, 2)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert assistant.flush()
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_alpha_is_known_though_nothing_was_drafted(target, draft):
+    """The floor drafts nothing while it does not pay; α is then estimated at learning time, before the request is learnt."""
+    assistant = OnlineAssistant(draft, draft_cost=5.0, update_interval=10**6)  # never pays
+    serve(target, assistant, 2)
+    stats = assistant.stats
+    assert (stats.total.drafted, stats.total.rounds) == (0, stats.total.new_tokens)
+    assert stats.last.overlap_count == stats.last.new_tokens
+    held = record_answers(target, [PROMPTS[1][0]], 16)
+    assert stats.last.alpha == pytest.approx(float(assistant.score(held)[0].mean()))
+
+
+def test_error_positions_are_learnt_alone_under_the_papers_preset(target, draft):
+    assistant = OnlineAssistant(draft, OnlineConfig.paper(seed=0))
+    serve(target, assistant, 8)
+    assert assistant.update()
+    rejected_or_bonus = assistant.stats.total.rounds
+    stats = assistant.stats
+    assert stats.updates == 1
+    assert len(assistant.buffer) == 0  # cleared
+    # Every round ends in an error position, but for those that a draft's own EOS or last token ended.
+    assert rejected_or_bonus - 8 <= stats.learned_tokens <= rejected_or_bonus
+    assert assistant.learner.trainer.state.global_step == 1  # one optimizer step
+
+
+def test_grad_mode_of_the_caller_does_not_matter(target, draft):
+    with torch.inference_mode():
+        assistant = OnlineAssistant(draft, update_interval=2)
+        serve(target, assistant, 5)
+        stats = assistant.stats
+    assert (stats.updates, stats.failed_updates) == (2, 0)
+
+
+def test_a_bfloat16_draft_learns_in_float32_masters(tiny_llama):
+    target = tiny_llama(layers=3).to(torch.bfloat16)
+    for learner_dtype in ("float32", "bfloat16"):
+        draft = grow_draft(target, (0, -1))
+        assistant = OnlineAssistant(draft, learner_dtype=learner_dtype, update_interval=2, learning_rate=1e-5)
+        serve(target, assistant, 5)
+        assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
+        assert {p.dtype for p in assistant.learner.weights().values()} == {torch.float32}
+        assert {p.dtype for p in assistant.serving.active.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "OPT", "Qwen2", "Gemma3"])
+def test_other_architectures_serve_and_learn(name):
+    import transformers
+
+    sizes = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    if name == "GPT2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **sizes)
+    elif name == "OPT":
+        config = transformers.OPTConfig(
+            hidden_size=32, num_hidden_layers=3, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32, **sizes
+        )
+    elif name == "Gemma3":
+        config = transformers.Gemma3TextConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **sizes,
+        )  # fmt: skip
+    else:
+        kv = {"num_key_value_heads": 2} if name == "Qwen2" else {}
+        config = getattr(transformers, f"{name}Config")(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, **kv, **sizes
+        )
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config).eval()
+    assistant = OnlineAssistant(grow_draft(target, (0, -1)), update_interval=3, lookahead="constant", seed=0)
+    for prompt in PROMPTS[:7]:
+        kwargs = {**GREEDY, "pad_token_id": 0}
+        assert torch.equal(
+            target.generate(prompt, **kwargs), target.generate(prompt, assistant_model=assistant, **kwargs)
+        )
+    assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
+
+
+# What bad input gets.
+
+
+def test_bad_calls_are_refused_before_anything_runs(target, draft, tiny_llama):
+    from transformers import DynamicCache
+
+    assistant = OnlineAssistant(draft)
+    cache = DynamicCache(config=target.config)
+    with torch.no_grad():
+        target(PROMPTS[0][:, :3], past_key_values=cache)
+    cases = {
+        r"batch has 2 prompts.*each prompt": {"inputs": torch.cat([PROMPTS[0], PROMPTS[1]])},
+        r"`past_key_values` already holds 3 tokens.*[Ll]eave": {"inputs": PROMPTS[0], "past_key_values": cache},
+        r"`inputs_embeds`.*input_ids": {"inputs_embeds": torch.zeros(1, 3, 32)},
+        r"[Ss]tatic": {"inputs": PROMPTS[0], "cache_implementation": "static"},
+    }
+    for message, kwargs in cases.items():
+        with pytest.raises(ValueError, match=message):
+            target.generate(assistant_model=assistant, **GREEDY, **kwargs)
+    with pytest.raises(ValueError, match="tokenizer"):  # transformers' own check comes first
+        target.generate(PROMPTS[0], assistant_model=OnlineAssistant(tiny_llama(vocab=80)), **GREEDY)
+    assert assistant.stats.total.requests == 0
+    assert not assistant.serving._leases
+
+
+def test_other_vocabularies_are_refused_with_both_sizes(target, tiny_llama):
+    class Tokenizer:
+        pass
+
+    with pytest.raises(ValueError, match=r"64 tokens and the draft 80.*grow_draft"):
+        target.generate(
+            PROMPTS[0],
+            assistant_model=OnlineAssistant(tiny_llama(vocab=80)),
+            tokenizer=Tokenizer(),
+            assistant_tokenizer=Tokenizer(),
+            **GREEDY,
+        )
+
+
+def test_a_draft_that_is_no_decoder_is_refused():
+    from transformers import LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    for bad in (LlamaModel(LlamaConfig(**sizes)), t5, "a name"):
+        with pytest.raises(ValueError, match="`draft` is a .*AutoModelForCausalLM"):
+            OnlineAssistant(bad)
+
+
+def test_unknown_overrides_are_named(draft):
+    with pytest.raises(ValueError, match="no key 'learning_rat'"):
+        OnlineAssistant(draft, learning_rat=1e-3)
+
+
+def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, monkeypatch, caplog):
+    assistant = OnlineAssistant(draft, update_interval=10**6)
+    serve(target, assistant, 2)
+    assistant.flush()
+    served = [p.clone() for _, p in assistant.serving.weights()]
+    masters = {name: p.clone() for name, p in assistant.learner.weights().items()}
+    serve(target, assistant, 2)
+
+    def diverge(requests):
+        with torch.no_grad():
+            next(iter(assistant.learner.weights().values())).fill_(torch.nan)
+        assistant.learner.refresh(assistant.learner.module)
+
+    monkeypatch.setattr(assistant.learner.trainer, "learn", diverge)
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        assert not assistant.flush()
+    assert "update failed" in caplog.text
+    assert all(torch.equal(a, b) for (_, a), b in zip(assistant.serving.weights(), served, strict=True))
+    assert all(torch.equal(p, masters[name]) for name, p in assistant.learner.weights().items())
+    monkeypatch.undo()
+    serve(target, assistant, 2)
+    assert assistant.flush()  # and learning goes on
+    assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 1)
+
+
+# Coming and going.
+
+
+def test_a_saved_draft_is_a_plain_checkpoint(target, draft, tmp_path):
+    assistant = OnlineAssistant(draft, update_interval=2, num_assistant_tokens=3)
+    serve(target, assistant, 5)
+    assistant.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stock = target.generate(PROMPTS[0], assistant_model=plain, **GREEDY)
+    assert torch.equal(stock, target.generate(PROMPTS[0], **GREEDY))
+    again = OnlineAssistant.from_pretrained(tmp_path)
+    assert again.osd_config == assistant.osd_config
+    for (name, a), (_, b) in zip(assistant.serving.weights(), again.serving.weights(), strict=True):
+        assert torch.equal(a, b), name
+    card = (tmp_path / "README.md").read_text()
+    assert "speculative-decoding" in card
+    assert str(assistant.stats.total.requests) in card
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(target, draft, tmp_path, monkeypatch):
+    assistant = OnlineAssistant(draft)
+    assistant.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OnlineConfig, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"Cannot save to .*No space left.*unchanged"):
+        assistant.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_unreadable_draft_is_named(draft, tmp_path):
+    with pytest.raises((OSError, ValueError), match=str(tmp_path)):
+        OnlineAssistant.from_pretrained(tmp_path)
+    OnlineAssistant(draft).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=f"{tmp_path} are damaged"):
+        OnlineAssistant.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    (tmp_path / "osd_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        OnlineAssistant.from_pretrained(tmp_path)
+
+
+def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
+    def fresh():
+        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, draft_cost=0.2)
+
+    straight, stopped = fresh(), fresh()
+    for assistant in (straight, stopped):
+        serve(target, assistant, 4)
+        assistant.flush()
+    stopped.save_state(tmp_path)
+    resumed = fresh()
+    resumed.load_state(tmp_path)
+    assert resumed.stats.updates == 1
+    for (_, a), (_, b) in zip(stopped.serving.weights(), resumed.serving.weights(), strict=True):
+        assert torch.equal(a, b)
+    for assistant in (straight, resumed):
+        for p in PROMPTS[4:8]:
+            target.generate(p, assistant_model=assistant, **GREEDY)
+        assistant.flush()
+    for (name, a), (_, b) in zip(straight.serving.weights(), resumed.serving.weights(), strict=True):
+        # Not exactly: the optimizer's state is float32 in both, but batches may be drawn in another order.
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_damaged_or_foreign_state_is_refused(target, draft, tmp_path):
+    assistant = OnlineAssistant(draft)
+    with pytest.raises(OSError, match="learner"):
+        assistant.load_state(tmp_path)
+    assistant.save_state(tmp_path)
+    with pytest.raises(ValueError, match="another draft"):
+        OnlineAssistant(grow_draft(target, (0,))).load_state(tmp_path)
+    path = tmp_path / "learner.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        assistant.load_state(tmp_path)
+
+
+def test_prompts_are_written_only_when_asked(target, draft, tmp_path):
+    assistant = OnlineAssistant(draft, update_interval=2)
+    serve(target, assistant, 3)
+    assistant.save_pretrained(tmp_path / "draft")
+    assistant.save_state(tmp_path / "state")
+    assert not (tmp_path / "state" / "buffer.safetensors").exists()
+    assistant.save_state(tmp_path / "asked", with_buffer=True)
+    assert stat.S_IMODE(os.stat(tmp_path / "asked" / "buffer.safetensors").st_mode) == 0o600
+    restored = OnlineAssistant(draft)
+    restored.load_state(tmp_path / "asked")
+    assert len(restored.buffer) == 3
+
+
+def test_pushes_privately_and_nothing_but_the_draft(target, draft, monkeypatch):
+    import huggingface_hub
+
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pushed["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            pushed["private"] = private
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            pushed["files"] = sorted(os.listdir(folder_path))
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assistant = OnlineAssistant(draft, update_interval=2)
+    serve(target, assistant, 3)
+    assert assistant.push_to_hub("me/draft", token="secret") == "hub/me/draft"
+    assert pushed["private"] is True
+    expected = ["README.md", "config.json", "generation_config.json", "model.safetensors", "osd_config.json"]
+    assert pushed["files"] == expected
+
+
+def test_the_model_card_names_no_local_path(target, draft):
+    card = model_card(OnlineAssistant(draft).stats, target="/some/where")
+    assert "/some/where" not in card
+
+
+def test_refresh_refuses_what_it_would_drop(target, draft):
+    """Embeddings held fixed but trained elsewhere: serving the rest alone would be another model."""
+    assistant = OnlineAssistant(draft)
+    trained = grow_draft(target, (0, -1))
+    changed = trained.get_input_embeddings().weight
+    trained.get_input_embeddings().weight = torch.nn.Parameter(changed.detach() * 1.5)
+    with pytest.raises(ValueError, match=r"embed_tokens.*freeze_embeddings=False"):
+        assistant.refresh(trained)
+
+
+def test_stats_print_and_serialise(target, draft):
+    assistant = OnlineAssistant(draft, lookahead="constant", update_interval=2)
+    serve(target, assistant, 3)
+    text = str(assistant.stats)
+    for word in ("alpha_live", "tokens a round", "draft s / target s", "updates", "buffer"):
+        assert word in text
+    figures = json.loads(json.dumps(assistant.stats.to_dict()))
+    assert figures["total"]["requests"] == 3
+    assert len(figures["last"]["acceptance_by_position"]) <= 5
+
+
+def test_lora_drafts_serve_learn_and_share_their_base(target, draft):
+    from peft import LoraConfig, get_peft_model
+
+    lora = get_peft_model(
+        grow_draft(target, (0, -1)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    assistant = OnlineAssistant(lora, update_interval=3, learning_rate=1e-2)
+    plain = [target.generate(p, **GREEDY) for p in PROMPTS[:7]]
+    assert all(torch.equal(a, b) for a, b in zip(serve(target, assistant, 7), plain, strict=True))
+    assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
+    assert all("lora" in name for name in assistant.serving.trainable)
