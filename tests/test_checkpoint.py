@@ -43,6 +43,14 @@ def test_files_are_replaced_and_others_stay(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["notes", "part", "weights"], "no staging folder is left"
 
 
+def test_who_reads_the_old_file_meanwhile_reads_it_whole(saved):
+    """A server that maps the old weights: written over in place, they would change under it."""
+    with open(saved / "weights") as old:
+        save(saved)
+        assert old.read() == "old"
+    assert contents(saved)["weights"] == "half"
+
+
 def test_folders_are_made_where_there_are_none(tmp_path):
     with staged(tmp_path / "a" / "b") as staging:
         (staging / "weights").write_text("new")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -114,6 +115,9 @@ def test_saved_it_is_a_plain_checkpoint(target, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(target)
     assert torch.equal(logits(loaded), said)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [load_file(path / "model.safetensors") for path in (tmp_path, tmp_path / "again")]
+    assert files[0].keys() == files[1].keys(), "no buffer is saved that a model of its own would not save"
 
 
 def test_it_trains_without_touching_the_target(target):

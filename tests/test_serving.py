@@ -62,7 +62,9 @@ def test_the_given_draft_is_left_as_it_was(draft):
     assert all(p.requires_grad for p in draft.parameters())
 
 
-def test_served_copies_infer_and_do_not_train(serving):
+def test_served_copies_infer_and_do_not_train(draft):
+    draft.train()  # with dropout it would draft at random
+    serving = ServingDraft(draft, trainable_of(draft))
     for _ in range(2):
         assert not serving.active.training
         assert not any(p.requires_grad for p in serving.active.parameters())
