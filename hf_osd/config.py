@@ -54,11 +54,11 @@ class OnlineConfig:
             Mixture weight of `"jsd"`, in the sense of trl's GKD: M = beta·target + (1-beta)·draft.
         total_variation_weight (`float`, defaults to 1.0):
             Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).
-        replay (`float`, defaults to 6.0):
+        replay (`float`, defaults to 3.0):
             Replayed requests for each new one in an update, drawn from the buffer.
         clear_after_update (`bool`, defaults to `False`):
             Empty the buffer after an update, as Algorithm 1 does.
-        batch_size (`int`, *optional*, defaults to 8):
+        batch_size (`int`, *optional*, defaults to 2):
             Requests an optimizer step. `None` puts the whole update into one step.
         learning_rate (`float`, defaults to 1e-3), weight_decay (`float`, defaults to 0.0),
         max_grad_norm (`float`, defaults to 1.0), warmup_steps (`int`, defaults to 10), optim (`str`, defaults to
@@ -93,9 +93,9 @@ class OnlineConfig:
     divergence: str = "forward_kl"
     beta: float = 0.5
     total_variation_weight: float = 1.0
-    replay: float = 6.0
+    replay: float = 3.0
     clear_after_update: bool = False
-    batch_size: int | None = 8
+    batch_size: int | None = 2
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -128,8 +128,8 @@ class Lookahead:
                 self._count(i, float(i < accepted))
             if target_seconds is not None:
                 self._verify.setdefault(drafted + 1, deque(maxlen=_TIMES_KEPT)).append(target_seconds)
-            if drafted and draft_seconds is not None:
-                self._draft_steps.append(draft_seconds / drafted)
+                if drafted and draft_seconds is not None:
+                    self._draft_steps.append(draft_seconds / drafted)
 
     def observe_shadow(self, overlap: Sequence[float]):
         """Expected acceptance at positions where nothing was drafted, estimated at learning time: as evidence for position 1."""

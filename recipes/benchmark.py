@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from models import load_draft, load_target
+from models import encode, load_draft, load_target, use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
@@ -43,9 +43,7 @@ class BenchmarkArguments:
     dtype: str = field(
         default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of torch; torch's own choice if left out."}
-    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
 
     def __post_init__(self):
@@ -81,8 +79,7 @@ class Overhead:
     def __init__(self, args: BenchmarkArguments, config: OnlineConfig):
         from prompts import load_streams
 
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
+        use_threads(args.threads)
         self.args = args
         # A constant γ: the same work in every repeat, whatever the clock says. No update falls due by itself.
         never = 10**9
@@ -91,13 +88,7 @@ class Overhead:
         )
         self.target, tokenizer = load_target(args.target, args.dtype)
         name, rows = load_streams(args.stream, self.config.seed)[0]
-        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows[: args.requests]]
-        self.prompts = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-                "input_ids"
-            ]
-            for chat in chats
-        ]
+        self.prompts = [encode(tokenizer, row["prompt"])[None] for row in rows[: args.requests]]
         self.draft = load_draft(args.draft, self.target)
 
     def measure(self) -> dict:

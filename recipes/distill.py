@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from models import EMBEDDED, load_draft, load_target
+from models import EMBEDDED, encode, load_draft, load_target, use_threads
 from report import RunReport
 from run_log import RunLog, Tracking
 from torch import Tensor
@@ -52,9 +52,7 @@ class DistillArguments:
     dtype: str = field(
         default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of torch; torch's own choice if left out."}
-    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
     report_to: str = field(default="none", metadata={"help": "Trackers of transformers' Trainer, such as trackio."})
 
@@ -112,8 +110,7 @@ class Job:
                 f"The job was launched with {self.accelerator.num_processes} processes and runs in one so far; "
                 "use accelerate launch --num_processes 1."
             )
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
+        use_threads(args.threads)
         self.seed = config.seed if config.seed is not None else 0
         torch.manual_seed(self.seed)
         self.target_forwards = 0
@@ -233,7 +230,7 @@ class Job:
         for name, rows in load_streams(args.stream, self.seed):
             encoded, skipped = [], 0
             for row in rows:
-                ids = self._encode(row["prompt"])
+                ids = encode(self.tokenizer, row["prompt"], args.chat_template)
                 if window is not None and len(ids) + args.max_new_tokens > window:
                     skipped += 1
                 else:
@@ -251,16 +248,6 @@ class Job:
             parts = [[row["ids"] for row in part] for part in (held_back, rest[: args.warm_up], served)]
             domains.append(Domain(name, *parts, skipped=skipped))
         return domains
-
-    def _encode(self, prompt: str) -> Tensor:
-        if self.args.chat_template and self.tokenizer.chat_template is not None:
-            chat = [{"role": "user", "content": prompt}]
-            encoded = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            encoded = self.tokenizer(prompt, return_tensors="pt")
-        return encoded["input_ids"][0]
 
     def _identity(self) -> dict:
         """What must be the same for a run to be resumed."""

@@ -1,10 +1,12 @@
-"""Targets and drafts by name, as the recipes' flags give them."""
+"""What the recipes' flags name: targets, drafts, threads, prompts."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hf_osd import drafts
 
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+
+
+def use_threads(threads: int | None):
+    """Give torch `threads` CPU threads, or all cores this process may use: `accelerate launch` leaves it one, without a word."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or cores)
 
 
 def load_target(
@@ -53,3 +61,15 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
             "--draft grow:0,-1."
         )
     return draft
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True) -> Tensor:
+    """A prompt's token ids, int64 `(L,)`, through the chat template where there is one."""
+    if chat_template and tokenizer.chat_template is not None:
+        chat = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    return encoded["input_ids"][0]

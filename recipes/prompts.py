@@ -64,29 +64,34 @@ def load_streams(spec: str, seed: int | None = 0, count: int = 1000) -> list[tup
 def split_held_back(rows: list[dict], count: int, seed: int | None, name: str) -> tuple[list[dict], list[dict]]:
     """Takes `count` rows out of a stream: `(held back, rest)`, both in the stream's order.
 
-    Rows of one `group` are one text with other names and numbers. Of each group at most one row is held back, and its siblings
-    are dropped from the rest: what is scored on them would otherwise have been learnt by heart.
+    Rows of one `group` are alike (one text with other names and numbers; questions about one database), so a group is on one side
+    only: what is scored on its rows would otherwise have been learnt by heart. At most a third of the groups, as many as `count` asks
+    for, is set aside; the held-back rows are taken from them in turn, and their other rows are left out.
 
     Raises:
         ValueError: if the stream has too few prompts, or groups of prompts, to leave any.
     """
-    groups = [row.get("group", i) for i, row in enumerate(rows)]  # a row of no group is its own
-    if count > 0 and count >= len(set(groups)):
+    groups: dict = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.get("group", i), []).append(i)  # a row of no group is its own
+    draw = random.Random(f"{seed or 0}:{name}")
+    order = list(groups)
+    draw.shuffle(order)
+    grouped = len(groups) < len(rows)
+    aside = order[: min(max(count, 0), max(len(order) // 3, 1)) if grouped else max(count, 0)]
+    for group in aside:
+        draw.shuffle(groups[group])
+    largest = max((len(groups[group]) for group in aside), default=0)
+    turns = [groups[group][turn] for turn in range(largest) for group in aside if turn < len(groups[group])]
+    held, out = set(turns[: max(count, 0)]), set(turns)
+    if len(held) < count or (count > 0 and len(out) == len(rows)):
         raise ValueError(
-            f"{name} has {len(rows)} prompts of {len(set(groups))} kinds: too few to hold {count} of them back. Lower `held_back` "
-            "or give more prompts."
+            f"{name} has {len(rows)} prompts of {len(groups)} kinds: too few to hold {count} of them back. Lower `held_back` or give "
+            "more prompts."
         )
-    held: dict = {}
-    order = list(range(len(rows)))
-    random.Random(f"{seed or 0}:{name}").shuffle(order)
-    for i in order:
-        if len(held) == max(count, 0):
-            break
-        held.setdefault(groups[i], i)
-    rest = [row for row, group in zip(rows, groups, strict=True) if group not in held]
-    if siblings := len(rows) - len(rest) - len(held):
+    if siblings := len(out) - len(held):
         logger.info("%s: left out %d prompts whose group is held back.", name, siblings)
-    return [rows[i] for i in sorted(held.values())], rest
+    return [rows[i] for i in sorted(held)], [row for i, row in enumerate(rows) if i not in out]
 
 
 # Streams from files and from the Hub

@@ -327,7 +327,7 @@ def test_a_draft_that_is_no_decoder_is_refused():
     }
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
     for bad in (LlamaModel(LlamaConfig(**sizes)), t5, "a name"):
-        with pytest.raises(ValueError, match="`draft` is a .*AutoModelForCausalLM"):
+        with pytest.raises(ValueError, match=r"`draft` is a .*AutoModelForCausalLM"):
             OnlineAssistant(bad)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
+from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
 from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
@@ -260,10 +261,19 @@ def test_rounds_without_a_draft_still_teach_and_the_draft_catches_up(target, noi
     assert (feedback.outcome == REJECTED).sum() == assistant.stats.last.tested - assistant.stats.last.accepted
 
 
+class Hearing(BaseStreamer):
+    def __init__(self):
+        self.heard = []
+
+    def put(self, value):
+        self.heard += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
 @pytest.mark.parametrize("how", ["inference_mode", "streamer", "dict"])
 def test_usual_ways_of_calling_generate(target, noised_copy, how):
-    from transformers import TextIteratorStreamer
-
     assistant = OnlineAssistant(noised_copy(target, 0.1), lookahead="constant", update_interval=1, seed=0)
     plain = target.generate(PROMPT, max_new_tokens=12, do_sample=False)
     kwargs = {"max_new_tokens": 12, "do_sample": False, "assistant_model": assistant}
@@ -272,11 +282,9 @@ def test_usual_ways_of_calling_generate(target, noised_copy, how):
             with torch.inference_mode():
                 output = target.generate(PROMPT, **kwargs)
         elif how == "streamer":
-            heard = []
-            streamer = TextIteratorStreamer.__new__(TextIteratorStreamer)
-            streamer.put, streamer.end = lambda ids: heard.extend(ids.flatten().tolist()), lambda: None
+            streamer = Hearing()
             output = target.generate(PROMPT, streamer=streamer, **kwargs)
-            assert heard == output[0].tolist()
+            assert streamer.heard == output[0].tolist()
         else:
             result = target.generate(PROMPT, return_dict_in_generate=True, output_logits=True, **kwargs)
             output = result.sequences

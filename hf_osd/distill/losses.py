@@ -34,10 +34,27 @@ def draft_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:
 
     Costs one log-sum-exp over V and a gather; no `(R, V)` log-softmax is kept.
     """
-    logits = logits.float()
-    top = logits.gather(-1, top_ids.long()) - logits.logsumexp(-1, keepdim=True)  # (R, k)
+    top = _LogProbsAt.apply(logits.float(), top_ids.long())  # (R, k)
     covered = top.logsumexp(-1).clamp_max(math.log1p(-_TAIL_EPS))  # (R,)
     return torch.cat([top, torch.log(-torch.expm1(covered))[:, None]], dim=-1)
+
+
+class _LogProbsAt(torch.autograd.Function):
+    """`logits.log_softmax(-1).gather(-1, ids)`, whose backward makes one `(R, V)` tensor where that of the plain expression makes
+    four. Beside the matrix products these are what learning spends its time on."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
+        total = logits.logsumexp(-1, keepdim=True)  # (R, 1)
+        ctx.save_for_backward(logits, ids, total)
+        return logits.gather(-1, ids) - total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, ids, total = ctx.saved_tensors
+        # d(z_i - lse)/dz = 1[i] - softmax
+        rows = (logits - total).exp_().mul_(-grad.sum(-1, keepdim=True))
+        return rows.scatter_add_(-1, ids, grad), None
 
 
 def forward_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hf_osd.config import DIVERGENCES
 from hf_osd.distill.losses import (
+    _LogProbsAt,
     divergence,
     draft_buckets,
     forward_kl,
@@ -190,3 +191,12 @@ def test_an_unknown_divergence_is_refused():
     p, q = buckets(*logits_of(vocab=5, target_scale=1.0, draft_scale=1.0, seed=0), 2)
     with pytest.raises(ValueError, match="`divergence` is 'hinge'; choose one of 'forward_kl'"):
         divergence(p, q, "hinge")
+
+
+def test_log_probs_at_equals_the_plain_expression_and_so_does_its_gradient():
+    """The fast path against its readable reference, in double precision; a token named twice counts twice."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 9, dtype=torch.float64, generator=random, requires_grad=True)
+    ids = torch.tensor([[0, 3, 8], [1, 1, 2], [7, 6, 5], [4, 0, 4]])
+    torch.testing.assert_close(_LogProbsAt.apply(logits, ids), logits.log_softmax(-1).gather(-1, ids))
+    assert torch.autograd.gradcheck(lambda z: _LogProbsAt.apply(z, ids), (logits,))

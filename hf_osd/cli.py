@@ -1,0 +1,60 @@
+"""`hf-osd`: a thin console entry over the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    from hf_osd import __version__
+
+    parser = argparse.ArgumentParser(prog="hf-osd", description="Online speculative decoding for Hugging Face.")
+    parser.add_argument("--version", action="version", version=f"hf_osd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="whether the installed transformers is one that hf_osd can work with")
+    grow = commands.add_parser("grow", help="make a draft out of a target's own layers")
+    grow.add_argument("target", help="path or Hub id of a causal LM")
+    grow.add_argument("output", help="folder for the draft")
+    grow.add_argument("--layers", default="0,-1", help="layers of the target, comma-separated; default 0,-1")
+    args = parser.parse_args(argv)
+    try:
+        return check() if args.command == "check" else grow_to(args.target, args.output, args.layers)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"hf-osd: {error}", file=sys.stderr)
+        return 2
+
+
+def check() -> int:
+    """Open the seam, which checks what it relies on."""
+    import torch
+    import transformers
+
+    from hf_osd import integration
+
+    integration.enable()
+    integration.disable()
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}: hf_osd can work with these.")
+    return 0
+
+
+def grow_to(target: str, output: str, layers: str) -> int:
+    """Save a draft grown from `target`, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_osd.checkpoint import staged
+    from hf_osd.drafts import grow_draft
+
+    try:
+        picked = [int(i) for i in layers.split(",")]
+    except ValueError as error:
+        raise ValueError(f"`--layers` is {layers!r}; write numbers with commas between, such as 0,-1.") from error
+    draft = grow_draft(AutoModelForCausalLM.from_pretrained(target, dtype="auto"), picked)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    with staged(output) as staging:
+        draft.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    print(f"{output}: {draft.num_parameters():,} parameters, {trained:,} of them to train.")
+    return 0

@@ -1,0 +1,184 @@
+"""The main job on a tiny model: what it writes, how it stops and goes on, and what bad input gets."""
+
+import json
+import logging
+
+import distill
+import pytest
+import run_log
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(62)]
+
+
+@pytest.fixture(scope="module")
+def target_dir(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    tiny_llama(layers=3).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(target_dir, tmp_path):
+    """`run(*flags) -> exit status` on two streams of 14 prompts, into tmp_path/out."""
+    for domain in ("one", "two"):
+        rows = [{"prompt": " ".join(WORDS[(i * 7 + j) % 62] for j in range(5 + i % 3))} for i in range(14)]
+        (tmp_path / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def call(*flags, stream=None):
+        stream = stream or f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"
+        settings = ["--target", target_dir, "--draft", "grow:0,-1", "--stream", stream, "--requests", "8"]
+        settings += ["--held_back", "4", "--parity", "3", "--max_new_tokens", "8", "--update_interval", "3"]
+        settings += ["--output_dir", tmp_path / "out", "--checkpoint_every", "4", "--log_every", "4", "--seed", "0"]
+        return distill.main([str(flag) for flag in (*settings, *flags)])
+
+    call.out = tmp_path / "out"
+    return call
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_writes_metrics_summary_curves_and_a_draft(run):
+    assert run() == 0
+    rows = read(run.out / "metrics.jsonl")
+    assert [row["request"] for row in rows] == list(range(16))
+    names = "request domain new_tokens rounds drafted accepted tested alpha alpha_live decode_seconds learn_seconds updates"
+    assert set(rows[0]) == set(names.split())
+    assert [row["domain"] for row in rows] == ["one"] * 8 + ["two"] * 8
+    summary = json.loads((run.out / "summary.json").read_text())
+    for figures in summary["domains"].values():
+        assert figures["requests"] == 8
+        assert figures["compared"] == 3
+        assert figures["mismatches"] == 0
+        assert figures["identical_share"] == 1.0
+        assert 0 <= figures["alpha_before"] <= 1
+        assert 0 <= figures["alpha_after"] <= 1
+    overall = summary["overall"]
+    assert overall["target_forwards"] == overall["rounds"] == sum(row["rounds"] for row in rows)
+    assert overall["updates"] == 6
+    assert overall["failed_updates"] == 0
+    assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert AutoModelForCausalLM.from_pretrained(run.out / "draft").config.num_hidden_layers == 2
+    assert "| one | 8 |" in (run.out / "draft" / "README.md").read_text()
+
+
+def test_no_prompt_is_in_what_it_writes(run):
+    assert run() == 0
+    prompt = " ".join(WORDS[j] for j in range(5))
+    ids = ", ".join(str(2 + j) for j in range(5))
+    for path in run.out.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert prompt.encode() not in data, path
+            assert ids.encode() not in data, path
+            assert torch.arange(2, 7, dtype=torch.int32).numpy().tobytes() not in data, path
+
+
+def test_an_interrupted_run_saves_what_was_learnt_and_goes_on(run, monkeypatch):
+    straight = run.out.parent / "straight"
+    assert run("--output_dir", straight) == 0
+    seen = []
+    add = run_log.RunLog.add
+
+    def interrupting(self, *args):
+        if len(seen) == 10:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(None)
+        return add(self, *args)
+
+    monkeypatch.setattr(run_log.RunLog, "add", interrupting)
+    assert run() == 130
+    assert (run.out / "draft" / "model.safetensors").is_file()
+    assert len(read(run.out / "metrics.jsonl")) == 10
+    assert run("--resume") == 0
+    rows, whole = read(run.out / "metrics.jsonl"), read(straight / "metrics.jsonl")
+    assert [row["request"] for row in rows] == list(range(16))
+    assert [row["new_tokens"] for row in rows] == [row["new_tokens"] for row in whole]
+    before = [
+        json.loads((out / "summary.json").read_text())["domains"]["one"]["alpha_before"] for out in (run.out, straight)
+    ]
+    assert before[0] == before[1]  # of the draft as serving began, not as it was resumed
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(run, caplog):
+    assert run() == 0
+    assert run("--resume", "--max_new_tokens", "9") == 2
+    assert "max_new_tokens" in caplog.text
+
+
+def test_warm_up_learns_before_serving_begins(run):
+    assert run("--warm_up", "2") == 0
+    assert read(run.out / "metrics.jsonl")[0]["updates"] >= 1
+
+
+def test_a_prompt_longer_than_the_window_is_skipped_and_counted(run, tmp_path, caplog):
+    rows = [{"prompt": " ".join(WORDS[(i + j) % 62] for j in range(600 if i == 3 else 6))} for i in range(14)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.WARNING):
+        assert run(stream=tmp_path / "long.jsonl") == 0
+    assert "skipped 1 prompts" in caplog.text
+    assert json.loads((run.out / "summary.json").read_text())["domains"]["long"]["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft", "grow:0,x"], "grow:0,x"),
+        (["--draft", "grow:0,9"], "layers"),
+        (["--requests", "0"], "requests"),
+        (["--dtype", "int8"], "int8"),
+        (["--held_back", "13"], "held"),
+        (["--learning_rate", "-1"], "learning_rate"),
+        (["--lookahead", "hope"], "hope"),
+        (["--stream", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--draft", "no/such/draft/here"], "no/such/draft/here"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(run, caplog, flags, message):
+    assert run(*flags) == 2
+    assert message in caplog.text
+    assert not (run.out / "draft").exists()
+
+
+def test_a_malformed_line_is_named_by_its_number(run, tmp_path, caplog):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": \n')
+    assert run(stream=tmp_path / "bad.jsonl") == 2
+    assert "bad.jsonl" in caplog.text
+    assert "2" in caplog.text.split("bad.jsonl", 1)[1][:20]
+
+
+def test_a_config_key_that_does_not_exist_is_named(tmp_path, caplog):
+    config = tmp_path / "c.yaml"
+    config.write_text("stream: stdlib\nlerning_rate: 0.1\n")
+    assert distill.main(["--config", str(config)]) == 2
+    assert "lerning_rate" in caplog.text
+
+
+def test_several_processes_are_refused(run, monkeypatch, caplog):
+    import accelerate
+
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda self: 2))
+    assert run() == 2
+    assert "2 processes" in caplog.text
+
+
+def test_the_presets_in_yaml_are_those_of_the_library():
+    from trl import TrlParser
+
+    from hf_osd import OnlineConfig
+
+    configs = distill.Path(distill.__file__).parent / "configs"
+    for name, preset in (("default", OnlineConfig(seed=0)), ("paper", OnlineConfig.paper(seed=0))):
+        parser = TrlParser((distill.DistillArguments, OnlineConfig))
+        _, config = parser.parse_args_and_config(["--config", str(configs / f"{name}.yaml"), "--stream", "x.jsonl"])
+        assert config == preset

@@ -1,0 +1,43 @@
+"""Every Python block of README and docs is run, a page at a time, on a tiny random model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_osd
+from hf_osd import grow_draft
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_code_on_the_page_runs(page, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tiny_llama(layers=3)
+    prompts = torch.randint(2, 64, (6, 1, 5), generator=torch.Generator().manual_seed(0))
+    requests = [{"input_ids": prompt, "attention_mask": torch.ones_like(prompt)} for prompt in prompts]
+    names = {
+        "target": target,
+        "draft": grow_draft(target),
+        "requests": requests,
+        "inputs": requests[0],
+        "folder": "saved",
+    }
+    try:
+        for block in blocks(page):
+            exec(compile(block, str(page), "exec"), names)
+    finally:
+        hf_osd.disable()
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
