@@ -26,7 +26,7 @@ NEEDS_VENV = import sys; from importlib.util import find_spec; \
 
 # accelerate launch gives a process one thread unless told otherwise; torch knows the machine's number (or OMP_NUM_THREADS).
 demo: $(VENV)/.demo
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process "$$($(BIN)/python -c 'import torch; print(torch.get_num_threads())')" \
 		recipes/distill.py --config $(DEMO_CONFIG) $(ARGS)
 

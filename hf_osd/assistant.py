@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import integration
+from hf_osd.admission import check_call, check_draft
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.candidates import CallRecord, OnlineCandidateGenerator
 from hf_osd.checkpoint import staged
@@ -64,7 +65,7 @@ class OnlineAssistant:
         if overrides:
             config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
         self.osd_config = config or OnlineConfig()
-        _check_draft(draft)
+        check_draft(draft)
         integration.enable()
 
         # Three copies, made before any trainer exists. The first owns its weights, so that a user's training of `draft` reaches the
@@ -88,7 +89,7 @@ class OnlineAssistant:
             deque()
         )  # what finalizers append to: they may run anywhere, so they take no lock
         self._lock = threading.RLock()
-        self._closed = self._warned = False
+        self._warned = False
 
     # What transformers reads on an assistant model.
 
@@ -144,7 +145,7 @@ class OnlineAssistant:
         Raises:
             ValueError: for what assisted generation, or hf_osd, cannot serve; nothing has run by then.
         """
-        self._check_call(target, input_ids, model_kwargs, different_tokenizers)
+        check_call(target, self, input_ids, model_kwargs, different_tokenizers)
         self.update()
         config = self.osd_config
         record = CallRecord(
@@ -182,10 +183,10 @@ class OnlineAssistant:
         Returns:
             `bool`: whether the serving draft was refreshed.
         """
-        self._take_in(self._over())
-        if self.learner is None or self._closed or not (force or self.learner.due()):
+        self._take_in(self._over(here=True))
+        if self.learner is None or not (force or self.learner.due()):
             return False
-        return self.learner.update()
+        return self.learner.update(wait=force)
 
     def flush(self) -> bool:
         """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""
@@ -193,8 +194,7 @@ class OnlineAssistant:
 
     def close(self):
         """Stop learning and let go of learner and feedback. The assistant goes on drafting, frozen; closing again does nothing."""
-        self._take_in(self._over())
-        self._closed = True
+        self._take_in(self._over(here=True))
         self.learner = None
         self.buffer.clear()
 
@@ -337,7 +337,7 @@ class OnlineAssistant:
             raise ValueError(
                 "This assistant does not learn (`learn=False`, or closed), so there is no learner's state to save."
             )
-        self._take_in(self._over())
+        self._take_in(self._over(here=True))
         tensors, values = self.learner.state()
         with staged(directory) as staging:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / _STATE)
@@ -376,14 +376,15 @@ class OnlineAssistant:
 
     # How calls end.
 
-    def _over(self) -> list[CallRecord]:
-        """The open calls that are over: their generator is gone, or their thread is here again."""
-        here, ended = threading.get_ident(), set()
+    def _over(self, here: bool = False) -> list[CallRecord]:
+        """The open calls that are over: their generator is gone. And, with `here`, those of this thread, which has come back from them,
+        though a traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
+        thread, ended = threading.get_ident() if here else None, set()
         with suppress(IndexError):
             while True:
                 ended.add(self._ended.popleft())
         with self._lock:
-            over = [record for record in self._open if record in ended or record.thread == here]
+            over = [record for record in self._open if record in ended or record.thread == thread]
             self._open.difference_update(over)
         return over
 
@@ -405,50 +406,13 @@ class OnlineAssistant:
         unknown = feedback.overlap.isnan()
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
-        feedback = feedback.with_overlap(self.learner.score([feedback])[0])
+        scored = self.learner.score([feedback], wait=False)
+        if scored is None:
+            return feedback
+        feedback = feedback.with_overlap(scored[0])
         record.stats.overlap_sum, record.stats.overlap_count = float(feedback.overlap.sum()), len(feedback)
         self.lookahead.observe_shadow(feedback.overlap[unknown].tolist())
         return feedback
 
     def _refresh(self, model: nn.Module):
         self.serving.refresh({name: p.detach() for name, p in model.named_parameters()})
-
-    def _check_call(self, target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict, different_tokenizers: bool):
-        vocabularies = [m.config.get_text_config().vocab_size for m in (target, self)]
-        if different_tokenizers or vocabularies[0] != vocabularies[1]:
-            raise ValueError(
-                f"The target has {vocabularies[0]} tokens and the draft {vocabularies[1]}, or they come with two tokenizers; hf_osd "
-                "needs a draft with the target's own vocabulary. Choose one of the target's family, or hf_osd.grow_draft(target)."
-            )
-        if target.config.is_encoder_decoder:
-            raise ValueError(
-                f"The target is an encoder-decoder ({type(target).__name__}); hf_osd serves decoder-only targets. Pass the draft itself "
-                "as assistant_model to use stock assisted generation."
-            )
-        if input_ids.shape[0] != 1:
-            raise ValueError(
-                f"The batch has {input_ids.shape[0]} prompts; assisted generation takes one a call. Call generate for each prompt, "
-                "from several threads if you like."
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
-                "on top of them and answer wrongly. Leave past_key_values out."
-            )
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "`inputs_embeds` gives the draft no tokens to draft from. Pass `input_ids`, or leave assistant_model out."
-            )
-
-
-def _check_draft(draft):
-    config = getattr(draft, "config", None)
-    if not isinstance(draft, nn.Module) or config is None:
-        raise ValueError(
-            f"`draft` is a {type(draft).__name__}; give a model, such as AutoModelForCausalLM.from_pretrained(...)."
-        )
-    if getattr(config, "is_encoder_decoder", False) or draft.get_output_embeddings() is None:
-        raise ValueError(
-            f"`draft` is a {type(draft).__name__}, which is not a decoder with an LM head. Load it with AutoModelForCausalLM."
-        )

@@ -102,9 +102,16 @@ class CallRecord:
         draft_rows = torch.full(rows.top_logps.shape, torch.nan, dtype=self._dtype)  # (m+1, k)
         log_q = [torch.nan] * len(tokens)
         if tested:
-            q = draft_scores[:tested].log_softmax(-1).cpu()  # (tested, V)
-            draft_rows[:tested] = q.gather(-1, rows.top_ids[:tested].long()).to(self._dtype)
-            log_q[:tested] = q.gather(-1, torch.tensor(drafted[:tested])[:, None]).squeeze(-1).tolist()
+            q, device = (
+                draft_scores[:tested],
+                draft_scores.device,
+            )  # (tested, V); only what is kept of it leaves the device
+            total = q.logsumexp(-1, keepdim=True)
+            draft_rows[:tested] = (q.gather(-1, rows.top_ids[:tested].to(device, torch.long)) - total).to(
+                "cpu", self._dtype
+            )
+            ids = torch.tensor(drafted[:tested], device=device)[:, None]
+            log_q[:tested] = (q.gather(-1, ids) - total).squeeze(-1).tolist()
         self._draft_rows.append(draft_rows)
         for j in range(len(tokens)):
             outcome = UNTESTED if j >= tested else ACCEPTED if j < accepted else REJECTED

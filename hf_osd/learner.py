@@ -94,39 +94,33 @@ class Learner:
             or (config.update_age is not None and time.monotonic() - new[0].created >= config.update_age)
         )
 
-    def update(self) -> bool:
+    def update(self, wait: bool = True) -> bool:
         """One update on what is new and its replay. `True` if the serving draft was refreshed.
 
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
         serve, with a new optimizer. An interrupt passes through.
-        """
-        new = self.buffer.new()
-        if not new:
-            return False
-        with self._lock:
-            start = time.perf_counter()
-            replayed = self.buffer.sample(round(self.config.replay * len(new)), self._generator)
-            self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
-            before = {name: tensor.clone() for name, tensor in self.weights().items()}
-            try:
-                self._train([*new, *replayed])
-            except Exception:
-                self.failed += 1
-                logger.exception("An update failed; the serving draft is as it was, and learning goes on from it.")
-                self._go_back(before)
-                return False
-            finally:
-                self.seconds += time.perf_counter() - start
-            self.updates += 1
-            self.learned_tokens += sum(int(r.teaches(self.config.positions).sum()) for r in (*new, *replayed))
-            if self.config.clear_after_update:
-                self.buffer.clear()
-            return True
 
-    def score(self, feedback: list[Feedback]) -> list[Tensor]:
-        """Expected acceptance of the learner's weights on `feedback`, see [`hf_osd.scoring.score`]."""
-        with self._lock, self._autocast():
-            return score(self.module, feedback)
+        Args:
+            wait (`bool`): while another thread learns, wait for it; else leave the learning to it.
+        """
+        if not self._lock.acquire(blocking=wait):
+            return False
+        try:
+            new = self.buffer.new()
+            return bool(new) and self._update(new)
+        finally:
+            self._lock.release()
+
+    def score(self, feedback: list[Feedback], wait: bool = True) -> list[Tensor] | None:
+        """Expected acceptance of the learner's weights on `feedback`, see [`hf_osd.scoring.score`]; `None` if another thread
+        learns and `wait` is not set."""
+        if not self._lock.acquire(blocking=wait):
+            return None
+        try:
+            with self._autocast():
+                return score(self.module, feedback)
+        finally:
+            self._lock.release()
 
     def weights(self) -> dict[str, Tensor]:
         """What trains, by name: live storage, float32."""
@@ -185,6 +179,26 @@ class Learner:
                 )  # torch wants optimizer steps in between; they were taken before the restart
                 for _ in range(min(values["learning_rate_steps"], self.config.warmup_steps)):
                     trainer.lr_scheduler.step()
+
+    def _update(self, new: list[Feedback]) -> bool:
+        start = time.perf_counter()
+        replayed = self.buffer.sample(round(self.config.replay * len(new)), self._generator)
+        self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
+        before = {name: tensor.clone() for name, tensor in self.weights().items()}
+        try:
+            self._train([*new, *replayed])
+        except Exception:
+            self.failed += 1
+            logger.exception("An update failed; the serving draft is as it was, and learning goes on from it.")
+            self._go_back(before)
+            return False
+        finally:
+            self.seconds += time.perf_counter() - start
+        self.updates += 1
+        self.learned_tokens += sum(int(r.teaches(self.config.positions).sum()) for r in (*new, *replayed))
+        if self.config.clear_after_update:
+            self.buffer.clear()
+        return True
 
     def _train(self, requests: list[Feedback]):
         # generate runs under no_grad, users under inference_mode; and Trainer seeds the process's random state.

@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 2
+    except KeyboardInterrupt:  # before serving began, or while it was being saved
+        return 130
 
 
 class Job:
@@ -131,7 +133,7 @@ class Job:
             self._warm_up(assistant, domains)
             log.before = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
 
-        tracking = Tracking(args.report_to, args.output_dir)
+        tracking = Tracking(args.report_to, args.output_dir, assistant.serving.active)
         interrupted = False
         try:
             self._serve(assistant, domains, log, tracking)

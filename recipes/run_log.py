@@ -39,6 +39,8 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         if resume and (self.checkpoint / PROGRESS).is_file():
             self._load()
+        else:
+            (self.checkpoint / PROGRESS).unlink(missing_ok=True)  # of an older run, not to be taken for this one's
         with (self.directory / METRICS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
@@ -115,27 +117,37 @@ class RunLog:
 
 
 class Tracking:
-    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures."""
+    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures.
 
-    def __init__(self, report_to: str, output_dir: str | os.PathLike):
-        from transformers import TrainerControl, TrainerState, TrainingArguments
-        from transformers.integrations import get_reporting_integration_callbacks
+    Args:
+        report_to (`str`): as in `TrainingArguments`, or `"none"`.
+        output_dir: what the integrations take for the run's folder, and name it after.
+        model: the draft, whose config they note.
+    """
 
+    def __init__(self, report_to: str, output_dir: str | os.PathLike, model):
         self._callbacks = []
-        if report_to != "none":
-            self._args = TrainingArguments(output_dir=str(output_dir), report_to=report_to)
-            self._state, self._control = TrainerState(is_world_process_zero=True), TrainerControl()
-            self._callbacks = [callback() for callback in get_reporting_integration_callbacks(self._args.report_to)]
+        if report_to == "none":
+            return
+        from transformers import TrainerControl, TrainerState, TrainingArguments, integrations
+
+        name = Path(output_dir).resolve().name
+        args = TrainingArguments(output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name)
+        self._event = (args, TrainerState(is_world_process_zero=True), TrainerControl())
+        self._model = model
+        self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]
+        for callback in self._callbacks:
+            callback.on_train_begin(*self._event, model=model)
 
     def log(self, served: int, figures: dict[str, float]):
-        if self._callbacks:
-            self._state.global_step = served
+        """Figures at a number of requests served, the integrations' global step."""
         for callback in self._callbacks:
-            callback.on_log(self._args, self._state, self._control, logs=dict(figures))
+            self._event[1].global_step = served
+            callback.on_log(*self._event, model=self._model, logs=dict(figures))
 
     def end(self):
         for callback in self._callbacks:
-            callback.on_train_end(self._args, self._state, self._control)
+            callback.on_train_end(*self._event, model=self._model)
 
 
 def mean(values: list[float | None]) -> float:

@@ -143,6 +143,23 @@ def test_a_lease_holds_while_the_weights_change_from_another_thread(target, draf
     assert all(torch.equal(a, b) for a, b in zip(held.parameters(), before, strict=True))
 
 
+def test_statistics_may_be_read_in_mid_call(target, draft):
+    """From a streamer, say: the running call must not be taken for one that is over."""
+    assistant = OnlineAssistant(draft, lookahead="constant", update_interval=10**6)
+    seen = []
+
+    class Reading(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append((assistant.stats.total.requests, len(assistant.serving._leases)))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    [output] = serve(target, assistant, 1, stopping_criteria=StoppingCriteriaList([Reading()]))
+    assert set(seen) == {(0, 1)}
+    assistant.update()
+    [feedback] = assistant.buffer.new()
+    assert torch.equal(feedback.tokens.long(), output[0])
+
+
 def test_threads_share_one_assistant(target, draft):
     assistant = OnlineAssistant(draft, update_interval=4, seed=0)
     plain = [target.generate(p, **GREEDY) for p in PROMPTS]

@@ -130,6 +130,27 @@ def test_a_prompt_longer_than_the_window_is_skipped_and_counted(run, tmp_path, c
     assert json.loads((run.out / "summary.json").read_text())["domains"]["long"]["skipped"] == 1
 
 
+def test_figures_go_to_the_trainers_own_trackers(run, monkeypatch):
+    from transformers import TrainerCallback, integrations
+
+    heard = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            heard.append(("begin", args.run_name, model.config.num_hidden_layers))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            heard.append((state.global_step, set(logs)))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            heard.append("end")
+
+    monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [Tracker])
+    assert run("--report_to", "trackio") == 0
+    figures = {"alpha", "tokens_per_round", "tokens_per_second"}
+    assert heard == [("begin", "out", 2), *((n, figures) for n in (4, 8, 12, 16)), "end"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
