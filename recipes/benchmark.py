@@ -37,7 +37,10 @@ class BenchmarkArguments:
     target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
     draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
-    requests: int = field(default=8, metadata={"help": "Requests served with each setting, each repeat."})
+    requests: int = field(
+        default=8,
+        metadata={"help": "Requests served with each setting, each repeat; an update learns `update_interval`."},
+    )
     repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     dtype: str = field(
@@ -82,13 +85,14 @@ class Overhead:
         use_threads(args.threads)
         self.args = args
         # A constant γ: the same work in every repeat, whatever the clock says. No update falls due by itself.
-        never = 10**9
+        never, self.interval = 10**9, config.update_interval
         self.config = OnlineConfig.from_dict(
             {**config.to_dict(), "lookahead": "constant", "update_interval": never, "seed": config.seed or 0}
         )
         self.target, tokenizer = load_target(args.target, args.dtype)
         name, rows = load_streams(args.stream, self.config.seed)[0]
-        self.prompts = [encode(tokenizer, row["prompt"])[None] for row in rows[: args.requests]]
+        prompts = [encode(tokenizer, row["prompt"])[None] for row in rows[: max(args.requests, self.interval)]]
+        self.prompts, self.learnt = prompts[: args.requests], prompts[: self.interval]
         self.draft = load_draft(args.draft, self.target)
 
     def measure(self) -> dict:
@@ -130,7 +134,7 @@ class Overhead:
         """Updates as the learner makes them, against the bare forward, backward and step of the same batches, in turn."""
         assistant = OnlineAssistant(self.draft, self.config)
         learner, trainer = assistant.learner, assistant.learner.trainer
-        feedback = record_answers(self.target, [p[0] for p in self.prompts], self.args.max_new_tokens)
+        feedback = record_answers(self.target, [p[0] for p in self.learnt], self.args.max_new_tokens)
         replayed = round(self.config.replay * len(feedback))
         bare = copy.deepcopy(learner.module)  # made before train() patches it
         optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=self.config.learning_rate)
