@@ -73,6 +73,11 @@ class OnlineAssistant:
         fixed = embedding_names(draft) if self.osd_config.freeze_embeddings else set()
         own = copy_draft(draft)
         trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
+        if self.osd_config.learn and not trainable:
+            raise ValueError(
+                f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
+                "draft.requires_grad_(True), or pass learn=False."
+            )
         self.serving = ServingDraft(own, trainable)
         self.buffer = FeedbackBuffer(self.osd_config.buffer_bytes, self.osd_config.buffer_age)
         self.learner = (
@@ -85,9 +90,8 @@ class OnlineAssistant:
 
         self._stats = Stats()
         self._open: set[CallRecord] = set()
-        self._ended: deque[CallRecord] = (
-            deque()
-        )  # what finalizers append to: they may run anywhere, so they take no lock
+        # What finalizers append to: they may run anywhere, so they take no lock.
+        self._ended: deque[CallRecord] = deque()
         self._lock = threading.RLock()
         self._warned = False
 
@@ -394,7 +398,7 @@ class OnlineAssistant:
             self.serving.release(record.model)
             record.model = None
             feedback = record.seal()
-            if feedback is not None and not feedback.sampled and self.learner is not None:
+            if feedback is not None and self.learner is not None:
                 feedback = self._in_shadow(feedback, record)
             with self._lock:
                 self._stats.observe_call(record.stats)
@@ -409,9 +413,11 @@ class OnlineAssistant:
         scored = self.learner.score([feedback], wait=False)
         if scored is None:
             return feedback
+        self.lookahead.observe_shadow(scored[0][unknown].tolist())
+        if feedback.sampled:  # of sparse rows, at temperature 1: enough to decide whether to draft again, but not α
+            return feedback
         feedback = feedback.with_overlap(scored[0])
         record.stats.overlap_sum, record.stats.overlap_count = float(feedback.overlap.sum()), len(feedback)
-        self.lookahead.observe_shadow(feedback.overlap[unknown].tolist())
         return feedback
 
     def _refresh(self, model: nn.Module):
