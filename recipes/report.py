@@ -90,7 +90,7 @@ class RunReport:
         for axis in (alpha, speed):
             for shift in shifts:
                 axis.axvline(shift - 0.5, color="black", linestyle="--", linewidth=0.8)
-            axis.legend(loc="upper left")
+            axis.legend(loc="lower right")  # the upper edge names the domains
         for start in [0, *shifts] if rows else []:
             alpha.annotate(
                 rows[start]["domain"], (start, 0.98), va="top", ha="left", xytext=(4, 0), textcoords="offset points"
