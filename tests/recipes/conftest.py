@@ -3,6 +3,32 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 RECIPES = str(Path(__file__).parents[2] / "recipes")
 if RECIPES not in sys.path:
     sys.path.insert(0, RECIPES)
+
+WORDS = [f"w{i}" for i in range(62)]
+
+
+@pytest.fixture(scope="session")
+def words() -> list[str]:
+    """The vocabulary of `target_dir`'s tokenizer, a token a word."""
+    return WORDS
+
+
+@pytest.fixture(scope="session")
+def target_dir(tiny_llama, tmp_path_factory) -> Path:
+    """A tiny target as a checkpoint, with a tokenizer of words and without a chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("target")
+    tiny_llama(layers=3).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    return folder

@@ -5,26 +5,16 @@ import json
 import benchmark
 import pytest
 import replay
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from hf_osd import OnlineConfig
 
-WORDS = [f"w{i}" for i in range(62)]
-
 
 @pytest.fixture
-def flags(tiny_llama, tmp_path):
+def flags(target_dir, words, tmp_path):
     """Flags that name a tiny target and a stream of 12 prompts."""
-    tiny_llama(layers=3).save_pretrained(tmp_path)
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
-    rows = [{"prompt": " ".join(WORDS[(i * 7 + j) % 62] for j in range(5))} for i in range(12)]
+    rows = [{"prompt": " ".join(words[(i * 7 + j) % 62] for j in range(5))} for i in range(12)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = ["--target", tmp_path, "--stream", tmp_path / "s.jsonl", "--max_new_tokens", "8", "--threads", "1"]
+    names = ["--target", target_dir, "--stream", tmp_path / "s.jsonl", "--max_new_tokens", "8", "--threads", "1"]
     return [str(name) for name in (*names, "--json", tmp_path / "out.json")]
 
 

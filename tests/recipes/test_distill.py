@@ -7,29 +7,14 @@ import distill
 import pytest
 import run_log
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-WORDS = [f"w{i}" for i in range(62)]
-
-
-@pytest.fixture(scope="module")
-def target_dir(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    tiny_llama(layers=3).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-    return folder
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture
-def run(target_dir, tmp_path):
+def run(target_dir, words, tmp_path):
     """`run(*flags) -> exit status` on two streams of 14 prompts, into tmp_path/out."""
     for domain in ("one", "two"):
-        rows = [{"prompt": " ".join(WORDS[(i * 7 + j) % 62] for j in range(5 + i % 3))} for i in range(14)]
+        rows = [{"prompt": " ".join(words[(i * 7 + j) % 62] for j in range(5 + i % 3))} for i in range(14)]
         (tmp_path / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def call(*flags, stream=None):
@@ -71,9 +56,9 @@ def test_it_writes_metrics_summary_curves_and_a_draft(run):
     assert "| one | 8 |" in (run.out / "draft" / "README.md").read_text()
 
 
-def test_no_prompt_is_in_what_it_writes(run):
+def test_no_prompt_is_in_what_it_writes(run, words):
     assert run() == 0
-    prompt = " ".join(WORDS[j] for j in range(5))
+    prompt = " ".join(words[j] for j in range(5))
     ids = ", ".join(str(2 + j) for j in range(5))
     for path in run.out.rglob("*"):
         if path.is_file():
@@ -121,8 +106,8 @@ def test_warm_up_learns_before_serving_begins(run):
     assert read(run.out / "metrics.jsonl")[0]["updates"] >= 1
 
 
-def test_a_prompt_longer_than_the_window_is_skipped_and_counted(run, tmp_path, caplog):
-    rows = [{"prompt": " ".join(WORDS[(i + j) % 62] for j in range(600 if i == 3 else 6))} for i in range(14)]
+def test_a_prompt_longer_than_the_window_is_skipped_and_counted(run, words, tmp_path, caplog):
+    rows = [{"prompt": " ".join(words[(i + j) % 62] for j in range(600 if i == 3 else 6))} for i in range(14)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.WARNING):
         assert run(stream=tmp_path / "long.jsonl") == 0
