@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_osd import integration
 from hf_osd.admission import check_call, check_draft
 from hf_osd.buffer import FeedbackBuffer
-from hf_osd.candidates import CallRecord, OnlineCandidateGenerator
+from hf_osd.candidates import CallRecord, OnlineCandidateGenerator, draft_window
 from hf_osd.checkpoint import staged
 from hf_osd.config import CONFIG_NAME, OnlineConfig
 from hf_osd.drafts import load_draft
@@ -398,6 +398,8 @@ class OnlineAssistant:
             self.serving.release(record.model)
             record.model = None
             feedback = record.seal()
+            if feedback is not None and len(feedback.tokens) > draft_window(self.serving.active):
+                feedback = None  # the draft has no positions to learn the end of it at
             if feedback is not None and self.learner is not None:
                 feedback = self._in_shadow(feedback, record)
             with self._lock:

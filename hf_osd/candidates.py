@@ -10,6 +10,7 @@ position L+j; m+1 positions are verified, of which the first ones are accepted d
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import time
 from collections import deque
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 
 # Positions without a draft that are scored once the draft catches up; each costs a row of the LM head.
 _MOST_LAG = 8
+
+
+def draft_window(draft: PreTrainedModel) -> float:
+    """The longest text the draft has positions for, in tokens; infinite if its config does not say."""
+    return getattr(draft.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 class RawScores(LogitsProcessor):
@@ -198,6 +204,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._mask = None if mask is None else mask.to(device)
         takes_positions = "position_ids" in forward and positions is not None and positions.dim() == 2
         self._positions = positions.to(device) if takes_positions else None
+        self._window = draft_window(assistant_model)
         self._cache = DynamicCache(config=assistant_model.config.get_text_config(decoder=True))
         self._cache.activate_past_recording()
 
@@ -214,7 +221,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         """Draft for `input_ids` `(1, L)`: `(1, L+n)` and the scores drafted from, float32 `(1, n, V)`; `(input_ids, None)` if n is 0."""
         start = time.perf_counter()
         input_ids = input_ids.to(self.assistant_model.device)
-        room = self.main_model_max_length - input_ids.shape[1] - 1
+        room = min(self.main_model_max_length - 1, self._window) - input_ids.shape[1]
         gamma = min(self.lookahead.next_length(), room)
         self._drafted, self._draft_scores = [], None
         if gamma > 0:

@@ -312,6 +312,37 @@ def test_other_architectures_serve_and_learn(name):
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
 
 
+def test_past_the_drafts_window_the_target_goes_on_alone():
+    """Learned positions end there: one token more is an index error in the middle of somebody's request."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2(positions, layers):
+        torch.manual_seed(0)
+        sizes = {
+            "n_embd": 32,
+            "n_layer": layers,
+            "n_head": 4,
+            "vocab_size": 64,
+            "bos_token_id": 0,
+            "eos_token_id": None,
+        }
+        return GPT2LMHeadModel(GPT2Config(n_positions=positions, **sizes)).eval()
+
+    target, draft = gpt2(64, 3), gpt2(16, 1)
+    assistant = OnlineAssistant(draft, lookahead="constant", update_interval=1)
+    for prompt in (
+        PROMPTS[0],
+        torch.cat([PROMPTS[1]] * 4, dim=-1),
+    ):  # into the window's end, and past it from the start
+        kwargs = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+        plain = target.generate(prompt, **kwargs)
+        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs))
+    assert assistant.stats.last.drafted == 0
+    target.generate(PROMPTS[2], max_new_tokens=8, do_sample=False, pad_token_id=0, assistant_model=assistant)
+    assert assistant.flush()  # a request within the window still teaches
+    assert assistant.stats.failed_updates == 0
+
+
 # What bad input gets.
 
 

@@ -175,7 +175,10 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
-    return GKDConfig(**{**settings, **overrides})
+    args = GKDConfig(**{**settings, **overrides})
+    if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would choose DataParallel, which trl refuses
+        args._n_gpu = 1
+    return args
 
 
 def _no_tokenizer() -> PreTrainedTokenizerBase:

@@ -115,6 +115,19 @@ def test_a_prompt_longer_than_the_window_is_skipped_and_counted(run, words, tmp_
     assert json.loads((run.out / "summary.json").read_text())["domains"]["long"]["skipped"] == 1
 
 
+def test_the_draft_is_pushed_with_its_figures_if_asked(run, monkeypatch):
+    from hf_osd import OnlineAssistant
+
+    pushed = []
+    monkeypatch.setattr(OnlineAssistant, "push_to_hub", lambda self, repo, **kwargs: pushed.append((repo, kwargs)))
+    assert run("--push-to-hub", "me/draft") == 0
+    [(repo, kwargs)] = pushed
+    assert repo == "me/draft"
+    assert set(kwargs["card"]["domains"]) == {"one", "two"}
+    assert kwargs["processing_class"] is not None
+    assert "private" not in kwargs  # the default, which is private
+
+
 def test_figures_go_to_the_trainers_own_trackers(run, monkeypatch):
     from transformers import TrainerCallback, integrations
 
