@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import platform
 import statistics
 import sys
@@ -19,14 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from command import run_command
 from models import encode, load_draft, load_target, use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.scoring import answer_logits
-
-logger = logging.getLogger("hf_osd.recipes.benchmark")
 
 
 @dataclass
@@ -59,21 +57,15 @@ class BenchmarkArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit status."""
-    from transformers.utils.logging import disable_progress_bar
-    from trl import TrlParser
+    return run_command(BenchmarkArguments, measure, argv)
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    disable_progress_bar()
-    try:
-        args, config = TrlParser((BenchmarkArguments, OnlineConfig)).parse_args_and_config(argv)
-        figures = {"overhead": Overhead(args, config).measure(), "machine": machine()}
-    except (ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 2
+
+def measure(args: BenchmarkArguments, config: OnlineConfig):
+    """The figures, as JSON to the console and to the file asked for."""
+    figures = {"overhead": Overhead(args, config).measure(), "machine": machine()}
     print(json.dumps(figures, indent=2))
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
 class Overhead:

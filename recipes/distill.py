@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from command import run_command
 from models import EMBEDDED, encode, load_draft, load_target, use_threads
 from report import RunReport
 from run_log import RunLog, Tracking
@@ -83,20 +84,7 @@ class Domain:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; the exit status."""
-    from transformers.utils.logging import disable_progress_bar
-    from trl import TrlParser
-
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hf_osd").setLevel(logging.INFO)
-    disable_progress_bar()  # of loading weights; ours are below
-    try:
-        args, config = TrlParser((DistillArguments, OnlineConfig)).parse_args_and_config(argv)
-        return Job(args, config).run()
-    except (ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:  # before serving began, or while it was being saved
-        return 130
+    return run_command(DistillArguments, lambda args, config: Job(args, config).run(), argv)
 
 
 class Job:

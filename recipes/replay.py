@@ -8,17 +8,15 @@ Greedy answers do not depend on the draft, so what an arm learns here is what it
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from command import run_command
 from models import encode, load_draft, load_target, use_threads
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
-
-logger = logging.getLogger("hf_osd.recipes.replay")
 
 
 @dataclass
@@ -47,20 +45,14 @@ class ReplayArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Record, learn with each arm, print a row for each; the exit status."""
-    from transformers.utils.logging import disable_progress_bar
-    from trl import TrlParser
+    return run_command(ReplayArguments, measure, argv)
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    disable_progress_bar()
-    try:
-        args, base = TrlParser((ReplayArguments, OnlineConfig)).parse_args_and_config(argv)
-        rows = replay(args, base)
-    except (ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 2
+
+def measure(args: ReplayArguments, base: OnlineConfig):
+    """The table, to the file asked for as well."""
+    table = replay(args, base)
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
+        Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def replay(args: ReplayArguments, base: OnlineConfig) -> list[dict]:

@@ -1,0 +1,37 @@
+"""The console side of a recipe: flags and config file to dataclasses, errors to one line and an exit status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from hf_osd import OnlineConfig
+
+logger = logging.getLogger("hf_osd.recipes")
+
+
+def run_command(arguments: type, run: Callable[..., int | None], argv: list[str] | None = None) -> int:
+    """Call `run(args, config)` with what the flags, or the file named by `--config`, say.
+
+    Args:
+        arguments: the recipe's own dataclass; every field of `OnlineConfig` is a flag too.
+        run: the recipe; its exit status, `None` being 0.
+        argv: the flags, `sys.argv` if left out.
+
+    Returns:
+        `int`: the exit status; 2 for what a user can mend, which is logged, and 130 for an interrupt.
+    """
+    from transformers.utils.logging import disable_progress_bar
+    from trl import TrlParser
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hf_osd").setLevel(logging.INFO)
+    disable_progress_bar()  # of loading weights
+    try:
+        args, config = TrlParser((arguments, OnlineConfig)).parse_args_and_config(argv)
+        return run(args, config) or 0
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
