@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from command import run_command
-from models import EMBEDDED, encode, load_draft, load_target, use_threads
+from models import EMBEDDED, EMBEDDED_FACTS, encode, load_draft, load_target, use_threads
 from report import RunReport
 from run_log import RunLog, Tracking
 from torch import Tensor
@@ -133,7 +133,8 @@ class Job:
         if not interrupted:
             log.after = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
         report = RunReport(log, self._overall(assistant, log), {d.name: d.skipped for d in domains})
-        facts = {"target": args.target, "license": self._license(), "domains": report.summary["domains"]}
+        facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
+        facts = {**facts, "domains": report.summary["domains"]}
         assistant.save_pretrained(Path(args.output_dir) / "draft", self.tokenizer, facts)
         if interrupted:
             return 130
@@ -260,9 +261,6 @@ class Job:
             "device": str(self.target.device.type),
             "arguments": asdict(self.args),
         }
-
-    def _license(self) -> str | None:
-        return "apache-2.0" if self.args.target == EMBEDDED else None
 
     def _count_forward(self, module, inputs):
         self.target_forwards += 1

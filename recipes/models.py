@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+EMBEDDED_FACTS = {
+    "target": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "license": "apache-2.0",
+}  # for the card of its drafts
 
 
 def use_threads(threads: int | None):
