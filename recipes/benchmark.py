@@ -125,10 +125,13 @@ class Overhead:
     def learning(self) -> dict:
         """Updates as the learner makes them, against the bare forward, backward and step of the same batches, in turn."""
         assistant = OnlineAssistant(self.draft, self.config)
-        learner, trainer = assistant.learner, assistant.learner.trainer
+        learner = assistant.learner
+        bare = copy.deepcopy(
+            learner.module
+        )  # before the trainer patches forward: a later copy would run the original's weights
+        trainer = learner.trainer
         feedback = record_answers(self.target, [p[0] for p in self.learnt], self.args.max_new_tokens)
         replayed = round(self.config.replay * len(feedback))
-        bare = copy.deepcopy(learner.module)  # made before train() patches it
         optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=self.config.learning_rate)
         ratios, throughput, tokens = [], [], 0
         for repeat in range(self.args.repeats + 1):
@@ -146,7 +149,7 @@ class Overhead:
                 else:
                     bare.train()
                     for batch in batches:
-                        self._bare_step(bare, optimizer, batch)
+                        self._bare_step(bare, optimizer, batch, learner.autocast_dtype)
                 timed[what] = time.perf_counter() - start
             tokens = sum(len(batch["rows"]) for batch in batches)
             if repeat:  # the first warms up
@@ -173,10 +176,11 @@ class Overhead:
         ).cpu()
         return time.perf_counter() - start
 
-    def _bare_step(self, model, optimizer, batch: dict):
+    def _bare_step(self, model, optimizer, batch: dict, autocast_dtype: torch.dtype | None):
         config = self.config
         batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        logits = answer_logits(model, batch)
+        with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            logits = answer_logits(model, batch)
         p, q = target_buckets(batch["top_logps"], batch["tail_logp"]), draft_buckets(logits, batch["top_ids"])
         divergence(p, q, config.divergence, config.beta, config.total_variation_weight).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
