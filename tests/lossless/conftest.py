@@ -1,0 +1,13 @@
+"""The lossless suite: `pytest -m lossless` runs what lies here, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.lossless)
