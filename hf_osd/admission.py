@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-    from hf_osd.assistant import OnlineAssistant
+    from hf_osd.translation import Translation
 
 
 def check_draft(draft):
@@ -19,31 +20,29 @@ def check_draft(draft):
         raise ValueError(
             f"`draft` is a {type(draft).__name__}; give a model, such as AutoModelForCausalLM.from_pretrained(...)."
         )
-    if getattr(config, "is_encoder_decoder", False) or draft.get_output_embeddings() is None:
+    if draft.get_output_embeddings() is None:
         raise ValueError(
-            f"`draft` is a {type(draft).__name__}, which is not a decoder with an LM head. Load it with AutoModelForCausalLM."
+            f"`draft` is a {type(draft).__name__}, which has no LM head. Load it with AutoModelForCausalLM, or AutoModelForSeq2SeqLM if "
+            "the target is an encoder-decoder."
+        )
+    if getattr(draft, "_is_stateful", False):
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an "
+            "attention model throughout."
         )
 
 
 def check_call(
     target: PreTrainedModel,
-    assistant: OnlineAssistant,
+    draft: PreTrainedModel,
+    *,
     input_ids: Tensor,
+    inputs_tensor: Tensor | None,
+    generation_config: GenerationConfig,
     model_kwargs: dict,
-    different_tokenizers: bool,
+    logits_processor: LogitsProcessorList,
 ):
-    """Whether `assistant` can serve this generate call of `target`: a `ValueError` if not."""
-    vocabularies = [m.config.get_text_config().vocab_size for m in (target, assistant)]
-    if different_tokenizers or vocabularies[0] != vocabularies[1]:
-        raise ValueError(
-            f"The target has {vocabularies[0]} tokens and the draft {vocabularies[1]}, or they come with two tokenizers; hf_osd "
-            "needs a draft with the target's own vocabulary. Choose one of the target's family, or hf_osd.grow_draft(target)."
-        )
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"The target is an encoder-decoder ({type(target).__name__}); hf_osd serves decoder-only targets. Pass the draft itself "
-            "as assistant_model to use stock assisted generation."
-        )
+    """Whether `draft` can assist this generate call of `target`: a `ValueError` if not."""
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"The batch has {input_ids.shape[0]} prompts; assisted generation takes one a call. Call generate for each prompt, "
@@ -55,7 +54,38 @@ def check_call(
             f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
             "on top of them and answer wrongly. Leave past_key_values out."
         )
-    if model_kwargs.get("inputs_embeds") is not None:
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and not target.config.is_encoder_decoder and embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(
-            "`inputs_embeds` gives the draft no tokens to draft from. Pass `input_ids`, or leave assistant_model out."
+            f"`inputs_embeds` holds {embeds.shape[1]} positions and `input_ids` {input_ids.shape[1]} tokens; the draft reads the tokens. "
+            "Pass the `input_ids` of the same prompt beside `inputs_embeds`, or leave assistant_model out."
+        )
+    if generation_config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            f"`assistant_ensemble_weight` is {generation_config.assistant_ensemble_weight}, which makes the output another than the "
+            "target's own. Leave it out, or pass a plain model as assistant_model."
+        )
+    if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in logits_processor):
+        raise ValueError(
+            f"`guidance_scale` is {generation_config.guidance_scale}: classifier-free guidance keeps a cache of its own, in which transformers' "
+            "assisted generation leaves rejected tokens. Leave guidance_scale or assistant_model out."
+        )
+    if draft.config.is_encoder_decoder:
+        if not target.config.is_encoder_decoder:
+            raise ValueError(
+                f"The draft is an encoder-decoder ({type(draft).__name__}) and the target is none ({type(target).__name__}). Choose a draft "
+                "loaded with AutoModelForCausalLM."
+            )
+        if inputs_tensor is None or (not inputs_tensor.is_floating_point() and bool((inputs_tensor < 0).any())):
+            raise ValueError(
+                "`encoder_outputs` came without the encoder's inputs, which the draft's own encoder has to read. Pass `input_ids` in its place."
+            )
+
+
+def check_vocabularies(target: PreTrainedModel, translation: Translation):
+    """Whether a draft of another vocabulary can assist `target`: a `ValueError` if not."""
+    if target.config.is_encoder_decoder and not translation.is_identity:
+        raise ValueError(
+            f"The target is an encoder-decoder of {translation.target_size} tokens and the draft has {translation.draft_size}; hf_osd "
+            "translates between vocabularies for decoder-only models. Choose a draft with the target's own vocabulary."
         )

@@ -3,6 +3,7 @@ serving to learning; it drafts no tokens and computes no losses itself."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import integration
-from hf_osd.admission import check_call, check_draft
+from hf_osd.admission import check_call, check_draft, check_vocabularies
 from hf_osd.buffer import FeedbackBuffer
-from hf_osd.candidates import CallRecord, OnlineCandidateGenerator, draft_window
+from hf_osd.call_record import CallRecord
+from hf_osd.candidates import OnlineCandidateGenerator
 from hf_osd.checkpoint import staged
 from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.draft_context import draft_window, forward_parameters
 from hf_osd.drafts import load_draft
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
@@ -30,9 +33,16 @@ from hf_osd.model_card import model_card
 from hf_osd.scoring import score
 from hf_osd.serving import ServingDraft, copy_draft, embedding_names
 from hf_osd.stats import Stats
+from hf_osd.translation import Translation
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +61,9 @@ class OnlineAssistant:
     start of a later call, in `update()` or in `flush()`. The output is the target's own, whatever the draft has learnt.
 
     Args:
-        draft (`PreTrainedModel`): a causal LM with the target's vocabulary. It is copied and never written; weights without
-            `requires_grad` are shared with it.
+        draft (`PreTrainedModel`): a causal LM, or an encoder-decoder if the target is one. It is copied and never written; weights
+            without `requires_grad` are shared with it. Where its vocabulary is not the target's, pass `tokenizer` and
+            `assistant_tokenizer` to `generate`, as transformers asks for.
         config ([`OnlineConfig`], *optional*): every choice there is; the defaults learn from all verified positions, with replay.
         **overrides: fields of the config, for short: `OnlineAssistant(draft, learn=False)`.
 
@@ -93,7 +104,8 @@ class OnlineAssistant:
         # What finalizers append to: they may run anywhere, so they take no lock.
         self._ended: deque[CallRecord] = deque()
         self._lock = threading.RLock()
-        self._warned = False
+        self._said: set[str] = set()  # warnings given
+        self._translation = functools.lru_cache(maxsize=4)(self._translate)
 
     # What transformers reads on an assistant model.
 
@@ -119,13 +131,9 @@ class OnlineAssistant:
 
     def generate(self, *args, **kwargs):
         """The serving draft's own `generate`. Stock candidate generators call it, once the seam is closed: capture is then off."""
-        if (
-            not self._warned
-            and kwargs.get("generation_config") is not None
-            and kwargs["generation_config"].is_assistant
-        ):
-            self._warned = True
-            logger.warning(
+        config = kwargs.get("generation_config")
+        if config is not None and config.is_assistant:
+            self._warn_once(
                 "This OnlineAssistant drafts through a stock candidate generator: nothing is captured and nothing learnt. "
                 "Call hf_osd.enable(), or pass a plain model as assistant_model."
             )
@@ -142,22 +150,39 @@ class OnlineAssistant:
         model_kwargs: dict[str, Any],
         inputs_tensor: Tensor | None,
         logits_processor: LogitsProcessorList,
-        different_tokenizers: bool = False,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
     ) -> OnlineCandidateGenerator:
         """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
 
         Raises:
             ValueError: for what assisted generation, or hf_osd, cannot serve; nothing has run by then.
         """
-        check_call(target, self, input_ids, model_kwargs, different_tokenizers)
+        check_call(
+            target,
+            self.serving.active,
+            input_ids=input_ids,
+            inputs_tensor=inputs_tensor,
+            generation_config=generation_config,
+            model_kwargs=model_kwargs,
+            logits_processor=logits_processor,
+        )
+        translation = self._translation(target.config.get_text_config().vocab_size, tokenizers)
+        check_vocabularies(target, translation)
         self.update()
         config = self.osd_config
+        # Padding is nothing to the draft: it reads the other tokens, at the positions that generate gives them too.
+        mask = model_kwargs.get("decoder_attention_mask" if target.config.is_encoder_decoder else "attention_mask")
+        prompt = translation.prompt(input_ids[0] if mask is None else input_ids[0, mask[0].bool()])
+        source, teaches = self._source(target, inputs_tensor, model_kwargs)
         record = CallRecord(
-            input_ids[0],
+            prompt,
+            translation,
             sampled=generation_config.do_sample,
-            capture=self.learner is not None,
+            capture=teaches and self.learner is not None,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
+            source=source,
         )
         record.model = self.serving.lease()
         try:
@@ -168,18 +193,58 @@ class OnlineAssistant:
                 model_kwargs=model_kwargs,
                 inputs_tensor=inputs_tensor,
                 logits_processor=logits_processor,
+                prompt=prompt,
+                translation=translation,
                 record=record,
                 lookahead=self.lookahead,
                 confidence_threshold=config.assistant_confidence_threshold,
+                stopping_criteria=stopping_criteria,
             )
         except BaseException:
             self.serving.release(record.model)
             raise
+        if generator.stops.unasked:
+            self._warn_once(
+                f"Nothing is drafted for calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate would ask them once a "
+                "block of tokens only, and overshoot. Where they may be, stop_strings and EOS ids are drafted for."
+            )
         with self._lock:
             self._open.add(record)
         # generate has no hook at its end; the generator's own end is one.
         weakref.finalize(generator, self._ended.append, record).atexit = False
         return generator
+
+    def _translate(self, target_size: int, tokenizers: tuple | None) -> Translation:
+        draft_size = self.config.get_text_config().vocab_size
+        if tokenizers is None:  # transformers lets that through for equal sizes alone
+            return Translation.of_sizes(target_size, draft_size)
+        return Translation.of_tokenizers(*tokenizers, target_size, draft_size)
+
+    def _source(
+        self, target: PreTrainedModel, inputs: Tensor | None, model_kwargs: dict
+    ) -> tuple[Tensor | None, bool]:
+        """What the draft's encoder reads, `(S,)`, if it has one; and whether the call can teach: what the draft attends to must be tokens."""
+        if not target.config.is_encoder_decoder:
+            return None, True
+        draft = self.serving.active
+        if not draft.config.is_encoder_decoder:
+            teaches = forward_parameters(draft).isdisjoint(("encoder_outputs", "encoder_hidden_states"))
+        else:
+            teaches = not inputs.is_floating_point()
+        if not teaches and self.learner is not None:
+            self._warn_once(
+                "This draft attends to an encoder's states or to features, of which feedback keeps none: it is served, and learns nothing from "
+                "these calls. A draft with an encoder of its own learns where the source is tokens."
+            )
+        if not draft.config.is_encoder_decoder or not teaches:
+            return None, teaches
+        mask = model_kwargs.get("attention_mask")
+        return (inputs[0] if mask is None else inputs[0, mask[0].bool()]), True
+
+    def _warn_once(self, message: str):
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def update(self, force: bool = False) -> bool:
         """Take in the calls that have ended, and learn if an update is due, or if anything is new and `force` is set.
@@ -409,17 +474,19 @@ class OnlineAssistant:
 
     def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:
         """Where the call drafted nothing for long, ask the learner's draft afterwards what it would have said, before it learns it."""
-        unknown = feedback.overlap.isnan()
+        unknown = feedback.overlap.isnan() & feedback.teaches("all")
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
         scored = self.learner.score([feedback], wait=False)
         if scored is None:
             return feedback
-        self.lookahead.observe_shadow(scored[0][unknown].tolist())
+        shadow = scored[0][unknown]
+        self.lookahead.observe_shadow(shadow[~shadow.isnan()].tolist())
         if feedback.sampled:  # of sparse rows, at temperature 1: enough to decide whether to draft again, but not α
             return feedback
         feedback = feedback.with_overlap(scored[0])
-        record.stats.overlap_sum, record.stats.overlap_count = float(feedback.overlap.sum()), len(feedback)
+        known = feedback.overlap[~feedback.overlap.isnan()]
+        record.stats.overlap_sum, record.stats.overlap_count = float(known.sum()), len(known)
         return feedback
 
     def _refresh(self, model: nn.Module):

@@ -1,6 +1,9 @@
 """`Feedback`: what one request taught. Token ids, the target's sparse distributions at its verified positions, and what
 the draft had said there. It holds no text, and knows neither models nor training.
 
+All ids are of the draft's vocabulary, which mostly is the target's. Where it is not (see [`hf_osd.translation.Translation`]), a token of
+the target may be several of the draft's: the first of them is the position that has a target, the others have none.
+
 Symbols: position i is the i-th generated token, N of them; `p` is the target's raw distribution there (temperature 1, no
 logits processor), `q` the distribution the draft's token was taken from. All other mass of p beyond its top k is one tail.
 """
@@ -28,9 +31,9 @@ class Feedback:
     Args:
         tokens (`Tensor` int32 `(prompt_length + N,)`): prompt and verified tokens.
         prompt_length (`int`): how many of them are the prompt.
-        top_ids (`Tensor` int32 `(N, k)`): the target's k likeliest tokens, likeliest first.
+        top_ids (`Tensor` int32 `(N, k)`): the target's k likeliest tokens that the draft has too, likeliest first.
         top_logps (`Tensor` float `(N, k)`): their log-probs under p.
-        tail_logp (`Tensor` float `(N,)`): log of p's mass outside them, at least `TAIL_FLOOR`.
+        tail_logp (`Tensor` float `(N,)`): log of p's mass outside them, at least `TAIL_FLOOR`; NaN where the position has no target.
         draft_logps (`Tensor` float `(N, k)`): log q of the same tokens; NaN where nothing was drafted.
         drafted (`Tensor` int32 `(N,)`): the token drafted for the position; -1 where none was.
         drafted_logp (`Tensor` float `(N,)`): log q of it; NaN where none.
@@ -40,6 +43,7 @@ class Feedback:
             sampled from, or 0/1 when greedy; NaN where the draft made no prediction.
         sampled (`bool`): whether the request was sampled rather than greedy.
         created (`float`): `time.monotonic()` at which it was sealed.
+        source (`Tensor` int32 `(S,)`, *optional*): what the encoder read, if the draft has one; `tokens` are then the decoder's.
     """
 
     tokens: Tensor
@@ -54,6 +58,7 @@ class Feedback:
     overlap: Tensor
     sampled: bool = False
     created: float = field(default_factory=time.monotonic)
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         """N, the number of verified positions."""
@@ -74,10 +79,9 @@ class Feedback:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def teaches(self, positions: str) -> Tensor:
-        """Mask `(N,)` of the positions to learn from: `"all"`, or `"error"` (those that end a round)."""
-        if positions == "error":
-            return self.outcome != ACCEPTED
-        return torch.ones(len(self), dtype=torch.bool)
+        """Mask `(N,)` of the positions to learn from: `"all"` that have a target, or `"error"`, those of them that end a round."""
+        taught = ~self.tail_logp.isnan()
+        return taught & (self.outcome != ACCEPTED) if positions == "error" else taught
 
     def with_overlap(self, overlap: Tensor) -> Feedback:
         """The same request with `overlap` filled in at the positions where it was unknown."""
@@ -113,11 +117,18 @@ class SparseRows:
     tail_logp: Tensor
 
     @classmethod
-    def of_logits(cls, logits: Tensor, k: int, dtype: torch.dtype = torch.float16) -> SparseRows:
-        """Top k and tail of logits `(n, V)`, float32. Costs one top-k and two log-sum-exps a row."""
-        k = min(k, logits.shape[-1])
+    def of_logits(
+        cls, logits: Tensor, k: int, dtype: torch.dtype = torch.float16, among: Tensor | None = None
+    ) -> SparseRows:
+        """Top k and tail of logits `(n, V)`, float32. Costs one top-k and two log-sum-exps a row.
+
+        Args:
+            among (`Tensor` int64 `(S,)`, *optional*): the columns that may be kept; all others are tail.
+        """
         total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-        top, ids = logits.topk(k, dim=-1)  # (n, k)
+        kept = logits if among is None else logits.index_select(-1, among)
+        top, ids = kept.topk(min(k, kept.shape[-1]), dim=-1)  # (n, k)
+        ids = ids if among is None else among[ids]
         # The mass of the rest is summed itself: 1 - Σ top would cancel when the tail is small.
         rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (n,)
         return cls(
@@ -125,6 +136,17 @@ class SparseRows:
             top_logps=(top - total).to("cpu", dtype),
             tail_logp=(rest - total.squeeze(-1)).clamp_min(TAIL_FLOOR).to("cpu", dtype),
         )
+
+    def spread(self, at: list[int], n: int) -> SparseRows:
+        """These rows at the positions `at` of n; the others have no target."""
+        rows = SparseRows(
+            torch.zeros(n, self.top_ids.shape[1], dtype=torch.int32),
+            torch.full((n, self.top_ids.shape[1]), torch.nan, dtype=self.top_logps.dtype),
+            torch.full((n,), torch.nan, dtype=self.tail_logp.dtype),
+        )
+        for f in fields(self):
+            getattr(rows, f.name)[at] = getattr(self, f.name)
+        return rows
 
     @classmethod
     def cat(cls, parts: list[SparseRows]) -> SparseRows:

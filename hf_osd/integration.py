@@ -1,13 +1,17 @@
 """The one seam into transformers: `GenerationMixin._get_candidate_generator`, wrapped once, so that `assistant_model=` may be an
-[`OnlineAssistant`]. Every other assistant goes through untouched."""
+[`OnlineAssistant`]; and the method that calls it, for it alone knows the stopping criteria. Every other assistant goes through
+untouched."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
+from collections.abc import Callable
 
 # What the seam relies on, by what has it: names of parameters. Checked when the seam opens.
 _CONTRACT = {
+    "GenerationMixin._assisted_decoding": ("stopping_criteria", "assistant_model"),
     "GenerationMixin._get_candidate_generator": (
         "generation_config",
         "input_ids",
@@ -15,6 +19,8 @@ _CONTRACT = {
         "logits_processor",
         "model_kwargs",
         "assistant_model",
+        "target_tokenizer",
+        "assistant_tokenizer",
     ),
     "AssistedCandidateGenerator.__init__": (
         "input_ids",
@@ -29,6 +35,8 @@ _CONTRACT = {
 }
 _TESTED = "transformers>=5.23,<5.24"
 
+_call = threading.local()  # the stopping criteria of this thread's innermost call, between the two methods
+
 
 def enable():
     """Open the seam. Called by `OnlineAssistant()`; calling it again does nothing.
@@ -38,31 +46,14 @@ def enable():
     """
     from transformers import GenerationMixin
 
-    original = GenerationMixin._get_candidate_generator
     if is_enabled():
         return
     _check_contract()
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def _get_candidate_generator(self, *args, **kwargs):
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        assistant = arguments.get("assistant_model")
-        if not hasattr(assistant, "open_call"):
-            return original(self, *args, **kwargs)
-        different = arguments.get("assistant_tokenizer") is not None
-        return assistant.open_call(
-            self,
-            input_ids=arguments["input_ids"],
-            generation_config=arguments["generation_config"],
-            model_kwargs=arguments["model_kwargs"],
-            inputs_tensor=arguments["inputs_tensor"],
-            logits_processor=arguments["logits_processor"],
-            different_tokenizers=different,
-        )
-
-    _get_candidate_generator._hf_osd_original = original
-    GenerationMixin._get_candidate_generator = _get_candidate_generator
+    for name, wrap in (("_get_candidate_generator", _dispatching), ("_assisted_decoding", _telling_criteria)):
+        original = getattr(GenerationMixin, name)
+        wrapped = functools.wraps(original)(wrap(original, inspect.signature(original)))
+        wrapped._hf_osd_original = original
+        setattr(GenerationMixin, name, wrapped)
 
 
 def disable():
@@ -70,7 +61,8 @@ def disable():
     from transformers import GenerationMixin
 
     if is_enabled():
-        GenerationMixin._get_candidate_generator = GenerationMixin._get_candidate_generator._hf_osd_original
+        for name in ("_get_candidate_generator", "_assisted_decoding"):
+            setattr(GenerationMixin, name, getattr(GenerationMixin, name)._hf_osd_original)
 
 
 def is_enabled() -> bool:
@@ -78,6 +70,46 @@ def is_enabled() -> bool:
     from transformers import GenerationMixin
 
     return hasattr(GenerationMixin._get_candidate_generator, "_hf_osd_original")
+
+
+def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
+    """`_get_candidate_generator`: an OnlineAssistant makes its own."""
+
+    def get_candidate_generator(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        assistant = arguments.get("assistant_model")
+        if not hasattr(assistant, "open_call"):
+            return original(self, *args, **kwargs)
+        tokenizers = arguments.get("target_tokenizer"), arguments.get("assistant_tokenizer")
+        return assistant.open_call(
+            self,
+            input_ids=arguments["input_ids"],
+            generation_config=arguments["generation_config"],
+            model_kwargs=arguments["model_kwargs"],
+            inputs_tensor=arguments["inputs_tensor"],
+            logits_processor=arguments["logits_processor"],
+            tokenizers=None if None in tokenizers else tokenizers,
+            stopping_criteria=getattr(_call, "stopping_criteria", None),
+        )
+
+    return get_candidate_generator
+
+
+def _telling_criteria(original: Callable, signature: inspect.Signature) -> Callable:
+    """`_assisted_decoding`: leaves its stopping criteria where an OnlineAssistant finds them."""
+
+    def assisted_decoding(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        if not hasattr(arguments.get("assistant_model"), "open_call"):
+            return original(self, *args, **kwargs)
+        outer = getattr(_call, "stopping_criteria", None)
+        _call.stopping_criteria = arguments["stopping_criteria"]
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _call.stopping_criteria = outer  # a streamer may have called generate in between
+
+    return assisted_decoding
 
 
 def _check_contract():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
-from hf_osd.scoring import score
+from hf_osd.scoring import learners_autocast, score
 from hf_osd.serving import copy_draft
 
 if TYPE_CHECKING:
@@ -206,11 +206,9 @@ class Learner:
             self.module.train()
             self.trainer.learn(requests)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self) -> torch.autocast:
         """Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.module.device.type, dtype=self.autocast_dtype)
+        return learners_autocast(self.module.device.type, self.autocast_dtype)
 
     def _go_back(self, weights: dict[str, Tensor]):
         self._set_weights(weights)

@@ -58,7 +58,15 @@ def record_answers(
 
     Returns:
         `list[Feedback]`: without drafts; all positions teach.
+
+    Raises:
+        ValueError: if `target` is an encoder-decoder.
     """
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"`target` is an encoder-decoder ({type(target).__name__}); answers are recorded of decoder-only models. Serve prompts with an "
+            "OnlineAssistant instead: it keeps what it needs."
+        )
     answers: list[Feedback | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     eos = target.generation_config.eos_token_id

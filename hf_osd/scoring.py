@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.losses import draft_buckets
+from hf_osd.draft_context import forward_parameters
 from hf_osd.feedback import Feedback
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
     """
     base = getattr(model, "module", model)  # under DDP the forward must go through the wrapper, facts are the module's
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if _takes_position_ids(base):
+    if "decoder_input_ids" in batch:
+        inputs["decoder_input_ids"] = batch["decoder_input_ids"]
+    elif "position_ids" in forward_parameters(base):
         inputs["position_ids"] = batch["position_ids"]
     if base._supports_logits_to_keep():
         inputs["logits_to_keep"] = batch["keep"]
@@ -32,7 +35,8 @@ def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
 
 
 def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Tensor]:
-    """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean.
+    """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean. NaN where a
+    position has no target (see [`Feedback`]).
 
     Greedy requests: 1 where the draft's argmax is the target's token, else 0. Sampled ones: Σ min(p, q) over the stored top k at
     temperature 1, a lower bound, for dense rows are not stored.
@@ -53,20 +57,20 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             logits = answer_logits(model, batch)  # (R, V)
             argmax = logits.argmax(-1).cpu()
-            for i, rows in zip(
-                chosen, torch.arange(len(logits)).split([len(feedback[i]) for i in chosen]), strict=True
-            ):
+            taught = [feedback[i].teaches("all") for i in chosen]
+            split = torch.arange(len(logits)).split([int(mask.sum()) for mask in taught])
+            for i, mask, rows in zip(chosen, taught, split, strict=True):
+                overlaps[i] = torch.full((len(feedback[i]),), torch.nan)
                 if feedback[i].sampled:
                     q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
-                    overlaps[i] = torch.minimum(q, feedback[i].top_logps.float().exp()).sum(-1)
+                    overlaps[i][mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
                 else:
-                    overlaps[i] = (argmax[rows] == feedback[i].answer).float()
+                    overlaps[i][mask] = (argmax[rows] == feedback[i].answer[mask]).float()
     model.train(training)
     return overlaps
 
 
-def _takes_position_ids(model) -> bool:
-    import inspect
-
-    forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
-    return "position_ids" in inspect.signature(forward).parameters
+def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
+    the optimizer's steps, and the draft would be trained on weights it no longer has."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)

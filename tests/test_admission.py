@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from hf_osd import OnlineAssistant, grow_draft
 
@@ -29,7 +30,6 @@ def test_bad_calls_are_refused_before_anything_runs(target, draft, tiny_llama):
     cases = {
         r"batch has 2 prompts.*each prompt": {"inputs": torch.cat([PROMPTS[0], PROMPTS[1]])},
         r"`past_key_values` already holds 3 tokens.*[Ll]eave": {"inputs": PROMPTS[0], "past_key_values": cache},
-        r"`inputs_embeds`.*input_ids": {"inputs_embeds": torch.zeros(1, 3, 32)},
         r"[Ss]tatic": {"inputs": PROMPTS[0], "cache_implementation": "static"},
     }
     for message, kwargs in cases.items():
@@ -41,31 +41,63 @@ def test_bad_calls_are_refused_before_anything_runs(target, draft, tiny_llama):
     assert not assistant.serving._leases
 
 
-def test_other_vocabularies_are_refused_with_both_sizes(target, tiny_llama):
-    class Tokenizer:
-        pass
+def test_what_would_change_the_output_is_refused(target, draft):
+    assistant = OnlineAssistant(draft)
+    for name, value in (("assistant_ensemble_weight", 0.5), ("guidance_scale", 1.5)):
+        with pytest.raises(ValueError, match=rf"`{name}` is {value}.*Leave"):
+            target.generate(PROMPTS[0], assistant_model=assistant, **{name: value}, **GREEDY)
+    assert not assistant.serving._leases
 
-    with pytest.raises(ValueError, match=r"64 tokens and the draft 80.*grow_draft"):
-        target.generate(
+
+def test_embeddings_need_their_tokens_beside_them(target, draft):
+    embeds = target.get_input_embeddings()(PROMPTS[0]).detach()
+    for tokens in (None, PROMPTS[0][:, :3]):
+        with pytest.raises(ValueError, match=r"`inputs_embeds` holds 6 positions.*`input_ids`"):
+            target.generate(tokens, inputs_embeds=embeds, assistant_model=OnlineAssistant(draft), **GREEDY)
+
+
+def t5(vocab=64):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=vocab, **sizes, **special)).eval()
+
+
+def test_encoder_decoder_drafts_are_for_encoder_decoder_targets(target):
+    with pytest.raises(ValueError, match=r"draft is an encoder-decoder \(T5.*AutoModelForCausalLM"):
+        target.generate(PROMPTS[0], assistant_model=OnlineAssistant(t5()), **GREEDY)
+
+
+def test_an_encoder_of_the_drafts_own_needs_its_inputs():
+    model = t5()
+    encoded = model.get_encoder()(PROMPTS[0])
+    with pytest.raises(ValueError, match=r"`encoder_outputs` came without.*`input_ids`"):
+        model.generate(encoder_outputs=encoded, assistant_model=OnlineAssistant(model), **GREEDY)
+
+
+def test_encoder_decoders_need_one_vocabulary():
+    class Tokenizer:
+        unk_token_id = pad_token_id = eos_token_id = None
+
+        def get_vocab(self):
+            return {}
+
+    with pytest.raises(ValueError, match=r"encoder-decoder of 64 tokens and the draft has 80"):
+        t5().generate(
             PROMPTS[0],
-            assistant_model=OnlineAssistant(tiny_llama(vocab=80)),
+            assistant_model=OnlineAssistant(t5(80)),
             tokenizer=Tokenizer(),
             assistant_tokenizer=Tokenizer(),
             **GREEDY,
         )
 
 
-def test_a_draft_that_is_no_decoder_is_refused():
-    from transformers import LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
-
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
-    for bad in (LlamaModel(LlamaConfig(**sizes)), t5, "a name"):
-        with pytest.raises(ValueError, match=r"`draft` is a .*AutoModelForCausalLM"):
+def test_a_draft_that_cannot_draft_is_refused():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    headless = transformers.LlamaModel(transformers.LlamaConfig(**sizes, intermediate_size=64, num_attention_heads=4))
+    for bad, message in (
+        (headless, r"`draft` is a LlamaModel, which has no LM head.*AutoModelForCausalLM"),
+        ("a name", r"`draft` is a str.*AutoModelForCausalLM"),
+        (transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)), r"MambaForCausalLM, whose state"),
+    ):
+        with pytest.raises(ValueError, match=message):
             OnlineAssistant(bad)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hf_osd.feedback import Feedback
 
 
 class FeedbackCollator:
-    """Left-pads requests so that their answers end together, and stacks the targets of the rows that teach.
+    """Pads requests to one batch, and stacks the targets of the rows that teach.
 
-    Left padding puts the logits that predict the answers into the last columns, so a draft computes its LM head for those alone
-    (`logits_to_keep`), on any architecture that generates from left-padded prompts.
+    A decoder's are padded left, so that their answers end together: the logits that predict the answers lie in the last columns, and a draft
+    computes its LM head for those alone (`logits_to_keep`), on any architecture that generates from left-padded prompts. An
+    encoder-decoder's are padded right, where a causal decoder needs no mask and keeps its positions.
 
     Args:
         positions (`str`): `"all"` or `"error"`: which positions teach (see [`Feedback.teaches`]).
 
     Returns, from a call on a list of requests, a dict of
-        `input_ids`, `attention_mask`, `position_ids` (int64 `(B, T)`): each request without its last token, which predicts nothing;
+        `input_ids`, `attention_mask`, `position_ids` (int64 `(B, T)`): each request without its last token, which predicts nothing; for
+            an encoder-decoder these T are its `decoder_input_ids`, and `input_ids` and `attention_mask` (`(B, S)`) are the sources;
         `labels` (int64 `(B, T+1)`): the token at each teaching position, -100 elsewhere, so that Trainer counts the rows;
         `rows` (int64 `(R,)`): where the R teaching rows lie in the `(B·keep)` logits of the last `keep` columns;
-        `keep` (`int`): the longest answer of the batch;
+        `keep` (`int`): the columns that hold them;
         `top_ids` (int64 `(R, k)`), `top_logps` (float32 `(R, k)`), `tail_logp` (float32 `(R,)`): their targets.
     """
 
@@ -28,19 +31,17 @@ class FeedbackCollator:
         self.positions = positions
 
     def __call__(self, batch: list[Feedback]) -> dict:
+        has_source = batch[0].source is not None
         longest = max(feedback.tokens.shape[0] for feedback in batch)
-        keep = max(map(len, batch))
-        input_ids = torch.zeros(len(batch), longest - 1, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
+        keep = longest - 1 if has_source else max(map(len, batch))
         labels = torch.full((len(batch), longest), -100, dtype=torch.long)
         rows, targets = [], []
         for b, feedback in enumerate(batch):
             length, n = feedback.tokens.shape[0], len(feedback)
-            input_ids[b, longest - length :] = feedback.tokens[:-1]
-            attention_mask[b, longest - length :] = 1
             taught = feedback.teaches(self.positions).nonzero().squeeze(-1)  # (r,) of N
-            labels[b, longest - n + taught] = feedback.answer[taught].long()
-            rows.append(b * keep + keep - n + taught)
+            at = taught + length - n + (0 if has_source else longest - length)  # the taught tokens' columns
+            labels[b, at] = feedback.answer[taught].long()
+            rows.append(b * keep + at - 1 - (longest - 1 - keep))  # each is predicted by the column before its own
             targets.append(
                 (
                     feedback.top_ids[taught].long(),
@@ -49,10 +50,17 @@ class FeedbackCollator:
                 )
             )
         top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
+        texts = [feedback.tokens[:-1] for feedback in batch]
+        if has_source:
+            input_ids, attention_mask = _padded([feedback.source for feedback in batch], left=False)
+            inputs = {"decoder_input_ids": _padded(texts, left=False)[0]}
+        else:
+            input_ids, attention_mask = _padded(texts, left=True)
+            inputs = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0),
+            **inputs,
             "labels": labels,
             "rows": torch.cat(rows),
             "keep": keep,
@@ -60,3 +68,14 @@ class FeedbackCollator:
             "top_logps": top_logps,
             "tail_logp": tail_logp,
         }
+
+
+def _padded(texts: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids padded with 0, and their mask, int64 `(B, longest)` each."""
+    longest = max(map(len, texts))
+    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        columns = slice(longest - len(text), longest) if left else slice(0, len(text))
+        ids[row, columns], mask[row, columns] = text.long(), 1
+    return ids, mask

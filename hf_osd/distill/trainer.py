@@ -3,7 +3,6 @@ teacher never runs."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.feedback import Feedback
-from hf_osd.scoring import answer_logits
+from hf_osd.scoring import answer_logits, learners_autocast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from datasets import Dataset
@@ -107,10 +106,7 @@ class OnlineGKDTrainer(GKDTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step."""
-        autocast = contextlib.nullcontext()
-        if self._autocast_dtype is not None:
-            autocast = torch.autocast(inputs["input_ids"].device.type, dtype=self._autocast_dtype)
-        with autocast:
+        with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             logits = answer_logits(model, inputs)  # (R, V)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
         q = draft_buckets(logits, inputs["top_ids"])

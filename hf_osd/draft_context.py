@@ -1,0 +1,107 @@
+"""`DraftContext`: what the draft has read in one generate call, in its own tokens, with the keys and values of it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def draft_window(draft: PreTrainedModel) -> float:
+    """The longest text the draft has positions for, in tokens; infinite if its config does not say."""
+    return getattr(draft.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
+def forward_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of the model's `forward`; of the base model's under PEFT, whose own takes anything."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(model.forward).parameters)
+
+
+class DraftContext:
+    """The verified text as the draft reads it, and a cache that may lag behind it.
+
+    Args:
+        model (`PreTrainedModel`): the leased draft.
+        prompt (`Tensor` int64 `(L,)`): the prompt in the draft's tokens, without padding.
+        encoded (*optional*): encoder outputs for a draft that attends to them: its own encoder's, or the target's if it has none.
+        encoded_mask (`Tensor` `(1, S)`, *optional*): which of them are no padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, encoded=None, encoded_mask: Tensor | None = None):
+        self.model = model
+        self.ids = prompt[None].to(model.device)  # (1, M)
+        self._starts: list[int] = []  # where in it each verified token of the target starts
+        self._keeps_logits = model._supports_logits_to_keep()
+        self._inputs = _encoder_inputs(model, encoded, encoded_mask)
+        self._ids_name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+        config = model.config.get_text_config(decoder=True)
+        self._cache = DynamicCache(config=config)
+        if self._inputs:
+            self._cache = EncoderDecoderCache(self._cache, DynamicCache(config=config))
+        self._cache.activate_past_recording()
+
+    @property
+    def length(self) -> int:
+        """M, in the draft's tokens."""
+        return self.ids.shape[1]
+
+    @property
+    def unread(self) -> int:
+        """Tokens of it that the cache lacks."""
+        return self.length - self._cache.get_seq_length()
+
+    def extend(self, pieces: list[list[int]]):
+        """Append verified tokens of the target, each as the draft's ids of it."""
+        tokens = []
+        for piece in pieces:
+            self._starts.append(self.length + len(tokens))
+            tokens += piece
+        self.ids = torch.cat([self.ids, torch.tensor([tokens], device=self.ids.device)], dim=-1)
+
+    def catch_up(self, lag: int) -> Tensor:
+        """Read all the cache lacks: the logits of the last `lag` tokens of the target and of the next one, float32 `(lag+1, W)`."""
+        rows = [start - 1 for start in self._starts[len(self._starts) - lag :]] + [self.length - 1]
+        logits = self._forward(self.ids[:, self._cache.get_seq_length() :], keep=self.length - rows[0])
+        return logits if len(logits) == len(rows) else logits[[row - rows[0] for row in rows]]
+
+    def step(self, token: Tensor) -> Tensor:
+        """Read one drafted token, int64 `(1, 1)`: the logits of the next, float32 `(1, W)`."""
+        return self._forward(token.to(self.ids.device), keep=1)
+
+    def crop(self, accepted: int):
+        """Keep of the cache what is verified: the text and the accepted drafts, of those that were read.
+
+        Owed after every round that drafted, also by 0, or sliding windows never shrink.
+        """
+        self._cache.crop(-max(self._cache.get_seq_length() - self.length - accepted, 0))
+
+    def _forward(self, tokens: Tensor, keep: int) -> Tensor:
+        kwargs = {"logits_to_keep": keep} if self._keeps_logits else {}
+        outputs = self.model(
+            **{self._ids_name: tokens}, past_key_values=self._cache, use_cache=True, **self._inputs, **kwargs
+        )
+        return outputs.logits[0, -keep:].float()
+
+
+def _encoder_inputs(model: PreTrainedModel, encoded, mask: Tensor | None) -> dict:
+    """What the draft's forward takes of an encoder: its own outputs whole, those of another as hidden states, or nothing."""
+    if encoded is None:
+        return {}
+    mask = None if mask is None else mask.to(model.device)
+    if model.config.is_encoder_decoder:
+        return {"encoder_outputs": encoded, "attention_mask": mask}
+    takes = forward_parameters(model)
+    states = encoded[0].to(model.device, model.dtype)  # (1, S, d)
+    if "encoder_outputs" in takes:
+        return {"encoder_outputs": (states,)}
+    if "encoder_hidden_states" in takes:
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    return {}

@@ -1,0 +1,171 @@
+"""`Translation`: the target's tokens in the draft's vocabulary, and the draft's scores in the target's.
+
+Most pairs share one vocabulary. Some pad it differently, so that the rows of their LM heads differ in number; others come with two
+tokenizers. In all of them the draft can say those tokens alone that both vocabularies have, q is 0 outside them, and so the output stays
+exact: token-level intersection, Timor et al., Lossless Speculative Decoding Algorithms for Heterogeneous Vocabularies (arXiv 2502.05202,
+algorithm 4). The draft itself is never changed; its head and embeddings stay whole.
+
+Symbols: V and W the rows of the target's and of the draft's LM head, S the tokens they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Translation:
+    """Between two vocabularies. Make one by `of_sizes` or `of_tokenizers`.
+
+    Args:
+        target_size (`int`), draft_size (`int`): V and W.
+        shared (`tuple[Tensor, Tensor]`, *optional*): int64 `(S,)` twice: the ids of shared tokens in the target's vocabulary and in the
+            draft's, one to one. `None` if both vocabularies are the same.
+        tokenizers (`tuple`, *optional*): the target's and the draft's, where text has to be read anew.
+        stand_in (`int`): the draft's id for what it has no token for.
+    """
+
+    def __init__(
+        self,
+        target_size: int,
+        draft_size: int,
+        shared: tuple[Tensor, Tensor] | None = None,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+        stand_in: int = 0,
+    ):
+        self.target_size, self.draft_size = target_size, draft_size
+        self.shared = shared
+        self._tokenizers, self._stand_in = tokenizers, stand_in
+        self._to_draft = None
+        if shared is not None:
+            self._to_draft = torch.full((target_size,), -1).index_copy_(0, *shared)  # (V,)
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @classmethod
+    def of_sizes(cls, target_size: int, draft_size: int, stand_in: int = 0) -> Translation:
+        """One tokenizer, and heads of V and W rows: ids below both are shared, the rest is padding."""
+        if target_size == draft_size:
+            return cls(target_size, draft_size)
+        ids = torch.arange(min(target_size, draft_size))
+        return cls(target_size, draft_size, (ids, ids), stand_in=stand_in)
+
+    @classmethod
+    def of_tokenizers(
+        cls,
+        target_tokenizer: PreTrainedTokenizerBase,
+        draft_tokenizer: PreTrainedTokenizerBase,
+        target_size: int,
+        draft_size: int,
+    ) -> Translation:
+        """Two tokenizers: tokens of the same string are shared, whichever sign stands for a space in it, and so is the end of sequence.
+
+        Raises:
+            ValueError: if they share no token.
+        """
+        stand_in = next(
+            (
+                i
+                for i in (draft_tokenizer.unk_token_id, draft_tokenizer.pad_token_id, draft_tokenizer.eos_token_id)
+                if i is not None and i < draft_size
+            ),
+            0,
+        )
+        if target_tokenizer is draft_tokenizer or target_tokenizer.get_vocab() == draft_tokenizer.get_vocab():
+            return cls.of_sizes(target_size, draft_size, stand_in)
+        ours, theirs = _by_string(target_tokenizer, target_size), _by_string(draft_tokenizer, draft_size)
+        pairs = {ours[string]: theirs[string] for string in ours.keys() & theirs.keys()}
+        ends = target_tokenizer.eos_token_id, draft_tokenizer.eos_token_id
+        if None not in ends and ends[0] not in pairs and ends[1] not in set(pairs.values()):
+            pairs[ends[0]] = ends[1]
+        if not pairs:
+            raise ValueError(
+                "The target's tokenizer and the draft's share no token, so no draft could ever be accepted. Choose a draft whose "
+                "tokenizer has tokens of the target's, or hf_osd.grow_draft(target)."
+            )
+        shared = tuple(torch.tensor(ids) for ids in zip(*sorted(pairs.items()), strict=True))
+        return cls(target_size, draft_size, shared, (target_tokenizer, draft_tokenizer), stand_in)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.shared is None
+
+    def shared_columns(self, device: torch.device) -> Tensor | None:
+        """The columns of the target's logits that the draft can say, `(S,)`; `None` for all."""
+        return None if self.shared is None else self._tables(device)[0]
+
+    def prompt(self, tokens: Tensor) -> Tensor:
+        """The target's prompt `(L,)` as the draft reads it, `(L',)` with L' ≥ 1; L' = L with one tokenizer."""
+        if self.shared is None:
+            return tokens
+        if self._tokenizers is None:
+            return torch.tensor([i for ids in self.tokens(tokens.tolist()) for i in ids], device=tokens.device)
+        target_tokenizer, draft_tokenizer = self._tokenizers
+        specials = set(target_tokenizer.all_special_ids)
+        # Some tokenizers put a token before every text; generate's prompts already hold the target's.
+        first = draft_tokenizer("")["input_ids"][:1]
+        ids = first if first == [draft_tokenizer.bos_token_id] else []
+        run: list[int] = []
+        for token in [*tokens.tolist(), None]:
+            if token is not None and token not in specials:
+                run.append(token)
+                continue
+            if run:
+                ids = ids + draft_tokenizer(self._text(run), add_special_tokens=False)["input_ids"]
+                run = []
+            if token is not None and self._to_draft[token] >= 0 and ids != [int(self._to_draft[token])]:
+                ids = [*ids, int(self._to_draft[token])]
+        return torch.tensor(ids or [self._stand_in], device=tokens.device)
+
+    def tokens(self, tokens: Sequence[int]) -> list[list[int]]:
+        """Of each of the target's tokens, the draft's ids: one if it is shared, else those of its text, and never none."""
+        if self.shared is None:
+            return [[token] for token in tokens]
+        return [self._spelled(token) for token in tokens]
+
+    def token(self, token: Tensor) -> Tensor:
+        """A shared token's id in the draft's vocabulary; int64, any shape."""
+        return token if self.shared is None else self._tables(token.device)[2][token]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The draft's logits `(n, W)` over the target's vocabulary, `(n, V)`: -inf where the draft has no such token."""
+        if self.shared is None:
+            return logits
+        ours, theirs, _ = self._tables(logits.device)
+        scores = torch.full((logits.shape[0], self.target_size), -torch.inf, device=logits.device, dtype=logits.dtype)
+        return scores.index_copy_(-1, ours, logits.index_select(-1, theirs))
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Both ids of the shared tokens, `(S,)`, and the draft's id by the target's, `(V,)`, -1 for none."""
+        if device not in self._on:
+            self._on[device] = tuple(ids.to(device) for ids in (*self.shared, self._to_draft))
+        return self._on[device]
+
+    def _spelled(self, token: int) -> list[int]:
+        known = int(self._to_draft[token])
+        if known >= 0:
+            return [known]
+        ids = []
+        if self._tokenizers is not None:
+            ids = self._tokenizers[1](self._text([token]), add_special_tokens=False)["input_ids"]
+        return ids or [self._stand_in]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizers[0].decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _by_string(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, int]:
+    """The tokens that a head of `size` rows can say, by string, with a plain space for the tokenizer's sign of one."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(" a", add_special_tokens=False)["input_ids"])
+    sign = pieces[0][0] if pieces and pieces[0] and not pieces[0][0].isalnum() else None
+    vocabulary = sorted((i, string) for string, i in tokenizer.get_vocab().items() if i < size)
+    strings: dict[str, int] = {}
+    for i, string in vocabulary:
+        # A replaced sign may make two strings one: the first keeps the name, for shared tokens go one to one.
+        strings.setdefault(string.replace(sign, " ") if sign else string, i)
+    return strings
