@@ -64,7 +64,7 @@ class DraftContext:
         for piece in pieces:
             self._starts.append(self.length + len(tokens))
             tokens += piece
-        self.ids = torch.cat([self.ids, torch.tensor([tokens], device=self.ids.device)], dim=-1)
+        self.ids = torch.cat([self.ids, torch.tensor([tokens], dtype=torch.long, device=self.ids.device)], dim=-1)
 
     def catch_up(self, lag: int) -> Tensor:
         """Read all the cache lacks: the logits of the last `lag` tokens of the target and of the next one, float32 `(lag+1, W)`."""

@@ -19,6 +19,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What byte-level BPE and SentencePiece write for a space.
+_SPACES = ("Ġ", "▁")
+
 
 class Translation:
     """Between two vocabularies. Make one by `of_sizes` or `of_tokenizers`.
@@ -160,12 +163,11 @@ class Translation:
 
 
 def _by_string(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, int]:
-    """The tokens that a head of `size` rows can say, by string, with a plain space for the tokenizer's sign of one."""
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(" a", add_special_tokens=False)["input_ids"])
-    sign = pieces[0][0] if pieces and pieces[0] and not pieces[0][0].isalnum() else None
-    vocabulary = sorted((i, string) for string, i in tokenizer.get_vocab().items() if i < size)
+    """The tokens that a head of `size` rows can say, by string, with a plain space for the sign of one."""
     strings: dict[str, int] = {}
-    for i, string in vocabulary:
-        # A replaced sign may make two strings one: the first keeps the name, for shared tokens go one to one.
-        strings.setdefault(string.replace(sign, " ") if sign else string, i)
+    for i, string in sorted((i, string) for string, i in tokenizer.get_vocab().items() if i < size):
+        for sign in _SPACES:
+            string = string.replace(sign, " ")
+        # Without their signs two strings may be one: the first keeps the name, for shared tokens go one to one.
+        strings.setdefault(string, i)
     return strings

@@ -21,16 +21,20 @@ def seam_closed_after():
 
 
 def test_opens_once_and_closes_to_what_was_there():
+    def methods():
+        return GenerationMixin._get_candidate_generator, GenerationMixin._assisted_decoding
+
     hf_osd.disable()
-    original = GenerationMixin._get_candidate_generator
+    original = methods()
     hf_osd.enable()
-    opened = GenerationMixin._get_candidate_generator
+    opened = methods()
     hf_osd.enable()
-    assert GenerationMixin._get_candidate_generator is opened is not original
+    assert methods() == opened
+    assert not set(opened) & set(original)
     hf_osd.disable()
-    assert GenerationMixin._get_candidate_generator is original
+    assert methods() == original
     hf_osd.disable()
-    assert GenerationMixin._get_candidate_generator is original
+    assert methods() == original
 
 
 def test_stock_assistants_prompt_lookup_and_early_exit_go_through_untouched(tiny_llama, monkeypatch):

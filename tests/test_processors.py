@@ -1,0 +1,102 @@
+"""Processors with state see each verified position once, in order, and never a drafted one that did not come true."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+from hf_osd.processors import VerifiedProcessors
+
+
+class Noting(LogitsProcessor):
+    """Keeps the prefixes it was called with, and adds one to the score of token 0 a call."""
+
+    def __init__(self):
+        self.heard = []
+
+    def __call__(self, input_ids, scores):
+        self.heard.append(input_ids[0].tolist())
+        scores[:, 0] += len(self.heard)
+        return scores
+
+
+class Uncopyable(Noting):
+    def __deepcopy__(self, memo):
+        raise TypeError("no")
+
+
+def ask(verified, candidates, says):
+    """One round over `candidates` after the token 9, with rows whose argmax is `says`, before processing."""
+    rows = []
+    for i, token in enumerate(says):
+        row = torch.zeros(1, 10)
+        row[0, token] = 100.0
+        rows.append(verified(torch.tensor([[9, *candidates[:i]]]), row))
+    return rows
+
+
+def test_rows_are_kept_as_they_were_before_processors():
+    verified = VerifiedProcessors([Noting()], sampled=False, eos=set())
+    ask(verified, [1, 2], [1, 2, 3])
+    raw = verified.settle(3)
+    assert raw.argmax(-1).tolist() == [1, 2, 3]
+    assert raw[:, 0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_greedy_nothing_is_asked_after_a_rejection():
+    noting = Noting()
+    verified = VerifiedProcessors([noting], sampled=False, eos=set())
+    rows = ask(verified, [1, 2, 3], [1, 5, 3, 4])
+    assert noting.heard == [[9], [9, 1]]
+    assert rows[2][0, 0] == 0  # as it came
+    assert verified.settle(2).shape == (2, 10)
+    ask(verified, [], [7])
+    assert noting.heard[2:] == [[9]]  # the next round is asked about again
+
+
+def test_greedy_nothing_is_asked_after_the_end_of_sequence():
+    noting = Noting()
+    ask(VerifiedProcessors([noting], sampled=False, eos={1}), [1, 2], [1, 2, 3])
+    assert noting.heard == [[9]]
+
+
+def test_sampled_the_state_is_put_back_to_the_last_verified_position():
+    noting = Noting()
+    verified = VerifiedProcessors([noting], sampled=True, eos=set())
+    ask(verified, [1, 2, 3], [1, 2, 3, 4])
+    verified.settle(2)
+    assert noting.heard == [[9], [9, 1]]
+    ask(verified, [1], [1, 2])
+    verified.settle(2)  # all of them: nothing to put back
+    assert noting.heard == [[9], [9, 1], [9], [9, 1]]
+
+
+def test_a_draft_works_on_copies():
+    noting, stock = Noting(), RepetitionPenaltyLogitsProcessor(1.2)
+    verified = VerifiedProcessors([stock, noting], sampled=False, eos=set())
+    drafting = verified.for_drafting()
+    assert drafting[0] is stock
+    drafting(torch.tensor([[9]]), torch.zeros(1, 10))
+    assert (noting.heard, drafting[1].heard) == ([], [[9]])
+
+
+def test_models_and_tokenizers_are_not_copied():
+    noting = Noting()
+    noting.model = torch.nn.Linear(2, 2)
+    verified = VerifiedProcessors([noting], sampled=True, eos=set())
+    assert verified.for_drafting()[0].model is noting.model
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_what_cannot_be_copied_is_left_out_of_drafting(sampled):
+    stock = RepetitionPenaltyLogitsProcessor(1.2)
+    verified = VerifiedProcessors([Uncopyable(), stock], sampled=sampled, eos=set())
+    assert not verified.can_be_copied
+    assert list(verified.for_drafting()) == [stock]
+
+
+def test_stock_processors_are_shared_as_they_are():
+    stock = RepetitionPenaltyLogitsProcessor(1.2)
+    verified = VerifiedProcessors([stock], sampled=True, eos=set())
+    assert not verified.has_state
+    assert list(verified.for_drafting()) == [stock]
