@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import tempfile
 import threading
 import weakref
 from collections import deque
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +19,12 @@ from hf_osd.admission import check_call, check_draft, check_vocabularies
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.call_record import CallRecord
 from hf_osd.candidates import OnlineCandidateGenerator
-from hf_osd.checkpoint import staged
-from hf_osd.config import CONFIG_NAME, OnlineConfig
-from hf_osd.draft_context import draft_window, forward_parameters
-from hf_osd.drafts import load_draft
+from hf_osd.config import OnlineConfig
+from hf_osd.draft_context import draft_window, encoder_parameters, encoder_source, without_padding
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.lookahead import Lookahead
-from hf_osd.model_card import model_card
+from hf_osd.saving import SavableAssistant
 from hf_osd.scoring import score
 from hf_osd.serving import ServingDraft, copy_draft, embedding_names
 from hf_osd.stats import Stats
@@ -46,10 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STATE, _STATE_VALUES, _STATE_BUFFER = "learner.safetensors", "learner.json", "buffer.safetensors"
 
-
-class OnlineAssistant:
+class OnlineAssistant(SavableAssistant):
     """A draft model that learns from the requests it assists.
 
     ```python
@@ -171,10 +164,18 @@ class OnlineAssistant:
         check_vocabularies(target, translation)
         self.update()
         config = self.osd_config
-        # Padding is nothing to the draft: it reads the other tokens, at the positions that generate gives them too.
-        mask = model_kwargs.get("decoder_attention_mask" if target.config.is_encoder_decoder else "attention_mask")
-        prompt = translation.prompt(input_ids[0] if mask is None else input_ids[0, mask[0].bool()])
-        source, teaches = self._source(target, inputs_tensor, model_kwargs)
+        encodes = target.config.is_encoder_decoder
+        mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
+        prompt = translation.prompt(without_padding(input_ids, mask))
+        source, teaches = None, True
+        if encodes:
+            source = encoder_source(self.serving.active, inputs_tensor, model_kwargs.get("attention_mask"))
+            teaches = source is not None or not encoder_parameters(self.serving.active)
+        if not teaches and self.learner is not None:
+            self._warn_once(
+                "This draft attends to an encoder's states or to features, of which feedback keeps none: it is served, and learns nothing from "
+                "these calls. A draft with an encoder of its own learns where the source is tokens."
+            )
         record = CallRecord(
             prompt,
             translation,
@@ -220,27 +221,6 @@ class OnlineAssistant:
             return Translation.of_sizes(target_size, draft_size)
         return Translation.of_tokenizers(*tokenizers, target_size, draft_size)
 
-    def _source(
-        self, target: PreTrainedModel, inputs: Tensor | None, model_kwargs: dict
-    ) -> tuple[Tensor | None, bool]:
-        """What the draft's encoder reads, `(S,)`, if it has one; and whether the call can teach: what the draft attends to must be tokens."""
-        if not target.config.is_encoder_decoder:
-            return None, True
-        draft = self.serving.active
-        if not draft.config.is_encoder_decoder:
-            teaches = forward_parameters(draft).isdisjoint(("encoder_outputs", "encoder_hidden_states"))
-        else:
-            teaches = not inputs.is_floating_point()
-        if not teaches and self.learner is not None:
-            self._warn_once(
-                "This draft attends to an encoder's states or to features, of which feedback keeps none: it is served, and learns nothing from "
-                "these calls. A draft with an encoder of its own learns where the source is tokens."
-            )
-        if not draft.config.is_encoder_decoder or not teaches:
-            return None, teaches
-        mask = model_kwargs.get("attention_mask")
-        return (inputs[0] if mask is None else inputs[0, mask[0].bool()]), True
-
     def _warn_once(self, message: str):
         if message not in self._said:
             self._said.add(message)
@@ -252,7 +232,7 @@ class OnlineAssistant:
         Returns:
             `bool`: whether the serving draft was refreshed.
         """
-        self._take_in(self._over(here=True))
+        self.take_in()
         if self.learner is None or not (force or self.learner.due()):
             return False
         return self.learner.update(wait=force)
@@ -263,7 +243,7 @@ class OnlineAssistant:
 
     def close(self):
         """Stop learning and let go of learner and feedback. The assistant goes on drafting, frozen; closing again does nothing."""
-        self._take_in(self._over(here=True))
+        self.take_in()
         self.learner = None
         self.buffer.clear()
 
@@ -310,140 +290,11 @@ class OnlineAssistant:
         """
         return self.learner.score(feedback) if self.learner is not None else score(self.serving.active, feedback)
 
-    # Coming and going.
-
-    def save_pretrained(
-        self,
-        directory: str | os.PathLike,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        card: dict | None = None,
-    ):
-        """Write the serving draft as a plain transformers checkpoint, with `osd_config.json` and a model card beside it.
-
-        Args:
-            directory: where to. Files of the same names are replaced, at once and whole; others stay.
-            processing_class: the tokenizer, to be saved with it.
-            card (`dict`, *optional*): facts for the model card, see [`hf_osd.model_card.model_card`].
-
-        Raises:
-            OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
-        """
-        with staged(directory) as staging:
-            self.serving.active.save_pretrained(staging)
-            self.osd_config.save_pretrained(staging)
-            (staging / "README.md").write_text(model_card(self.stats, **(card or {})), encoding="utf-8")
-            if processing_class is not None:
-                processing_class.save_pretrained(staging)
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs
-    ) -> OnlineAssistant:
-        """An assistant around a saved draft, or any causal LM of the Hub.
-
-        Args:
-            name_or_path: a directory or a Hub id.
-            config ([`OnlineConfig`], *optional*): replaces the one saved beside the draft, if there is one.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
-
-        Raises:
-            OSError: if there is no such draft, or its weights are damaged.
-            ValueError: if it is no causal LM, or its OnlineConfig does not fit.
-        """
-        from transformers.utils import cached_file
-
-        draft = load_draft(name_or_path, **kwargs)
-        if config is None:
-            where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-            found = None
-            with suppress(OSError):  # a draft that hf_osd did not save
-                found = cached_file(name_or_path, CONFIG_NAME, **where)
-            config = OnlineConfig.from_json(found) if found is not None else None
-        return cls(draft, config)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = True,
-        token: str | None = None,
-        commit_message: str = "Upload an adapted draft",
-        processing_class: PreTrainedTokenizerBase | None = None,
-        card: dict | None = None,
-    ) -> str:
-        """Push what `save_pretrained` writes: weights, config and figures, no feedback. Returns the commit's address.
-
-        The repository is private unless you say otherwise: weights that learnt from traffic can have memorised some of it.
-        """
-        from huggingface_hub import HfApi
-
-        if not private:
-            logger.warning(
-                "Pushing to a public repository: weights that learnt from traffic can have memorised some of it."
-            )
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, processing_class, card)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message))
-
-    def save_state(self, directory: str | os.PathLike, with_buffer: bool = False):
-        """Write what a restart needs beyond the draft: the learner's float32 weights and optimizer, and counts.
-
-        Args:
-            directory: where to.
-            with_buffer: also write the feedback, which holds the prompts as token ids, readable by its owner alone.
-
-        Raises:
-            OSError: if it cannot be written; an older state is then unchanged.
-            ValueError: if the assistant does not learn.
-        """
-        import json
-
-        from safetensors.torch import save_file
-
-        if self.learner is None:
-            raise ValueError(
-                "This assistant does not learn (`learn=False`, or closed), so there is no learner's state to save."
-            )
-        self._take_in(self._over(here=True))
-        tensors, values = self.learner.state()
-        with staged(directory) as staging:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / _STATE)
-            (staging / _STATE_VALUES).write_text(json.dumps(values), encoding="utf-8")
-            if with_buffer:
-                self.buffer.save(staging / _STATE_BUFFER)
-
-    def load_state(self, directory: str | os.PathLike):
-        """Go on from `save_state`: the learner, and with it the serving draft, are as they were.
-
-        Raises:
-            OSError: if there is no state in `directory`.
-            ValueError: if it is damaged, or that of another draft.
-        """
-        import json
-
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        directory = Path(directory)
-        if self.learner is None:
-            raise ValueError(
-                "This assistant does not learn (`learn=False`, or closed), so it cannot take a learner's state."
-            )
-        try:
-            tensors = load_file(directory / _STATE)
-            values = json.loads((directory / _STATE_VALUES).read_text(encoding="utf-8"))
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"The learner's state in {directory} is damaged ({error}); delete it to start afresh."
-            ) from error
-        self.learner.load_state(tensors, values)
-        self._refresh(self.learner.module)
-        if (directory / _STATE_BUFFER).is_file():
-            self.buffer.restore(directory / _STATE_BUFFER)
-
     # How calls end.
+
+    def take_in(self):
+        """Take in the calls that have ended, and those of this thread, without learning."""
+        self._take_in(self._over(here=True))
 
     def _over(self, here: bool = False) -> list[CallRecord]:
         """The open calls that are over: their generator is gone. And, with `here`, those of this thread, which has come back from them,

@@ -91,6 +91,24 @@ class DraftContext:
         return outputs.logits[0, -keep:].float()
 
 
+def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Of one row of tokens `(1, L)`, those that are no padding, `(L',)`. To the draft padding is nothing: it reads the others at the
+    positions that generate gives them too."""
+    return tokens[0] if mask is None else tokens[0, mask[0].bool()]
+
+
+def encoder_parameters(draft: PreTrainedModel) -> set[str]:
+    """By which parameters of its `forward` the draft takes what an encoder made; none for a plain decoder."""
+    return forward_parameters(draft) & {"encoder_outputs", "encoder_hidden_states"}
+
+
+def encoder_source(draft: PreTrainedModel, inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The tokens that the draft's own encoder reads, `(S,)`; `None` if it has none, or reads features."""
+    if not draft.config.is_encoder_decoder or inputs is None or inputs.is_floating_point():
+        return None
+    return without_padding(inputs, mask)
+
+
 def _encoder_inputs(model: PreTrainedModel, encoded, mask: Tensor | None) -> dict:
     """What the draft's forward takes of an encoder: its own outputs whole, those of another as hidden states, or nothing."""
     if encoded is None:
@@ -98,10 +116,8 @@ def _encoder_inputs(model: PreTrainedModel, encoded, mask: Tensor | None) -> dic
     mask = None if mask is None else mask.to(model.device)
     if model.config.is_encoder_decoder:
         return {"encoder_outputs": encoded, "attention_mask": mask}
-    takes = forward_parameters(model)
+    takes = encoder_parameters(model)
     states = encoded[0].to(model.device, model.dtype)  # (1, S, d)
     if "encoder_outputs" in takes:
         return {"encoder_outputs": (states,)}
-    if "encoder_hidden_states" in takes:
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-    return {}
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask} if takes else {}

@@ -188,7 +188,7 @@ def test_a_word_of_several_tokens_has_one_target_and_is_read_whole(tiny_llama):
         prompt = torch.randint(2, len(words), (1, 5), generator=torch.Generator().manual_seed(seed))
         plain = target.generate(prompt, **GREEDY)
         assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY))
-        assistant._take_in(assistant._over(here=True))
+        assistant.take_in()
         feedback = assistant.buffer.new()[-1]
         said = [[words[i]] if words[i] in spelled else list(words[i]) for i in plain[0].tolist()]
         assert [spelled[i] for i in feedback.tokens.tolist()] == [piece for word in said for piece in word]
