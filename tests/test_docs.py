@@ -29,12 +29,21 @@ def test_code_on_the_page_runs(page, tiny_llama, tmp_path, monkeypatch):
         "requests": requests,
         "inputs": requests[0],
         "folder": "saved",
+        "tokenizer": _tokenizer(),
     }
     try:
         for block in blocks(page):
             exec(compile(block, str(page), "exec"), names)
     finally:
         hf_osd.disable()
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0")))
 
 
 def test_links_between_pages_lead_somewhere():
