@@ -206,8 +206,8 @@ class OnlineAssistant(SavableAssistant):
             raise
         if generator.stops.unasked:
             self._warn_once(
-                f"Nothing is drafted for calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate would ask them once a "
-                "block of tokens only, and overshoot. Where they may be, stop_strings and EOS ids are drafted for."
+                f"Nothing is drafted in calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate asks them once a block of "
+                "tokens, and would overshoot. Drafts go with EOS ids, length and time limits and, when greedy, with stop_strings."
             )
         with self._lock:
             self._open.add(record)

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from command import run_command
-from models import EMBEDDED, EMBEDDED_FACTS, encode, load_draft, load_target, use_threads
+from command import check_numbers, run_command
+from models import DTYPES, EMBEDDED, EMBEDDED_FACTS, answer, encode_rows, load_draft, load_target, use_threads
 from report import RunReport
 from run_log import RunLog, Tracking
 from torch import Tensor
@@ -62,13 +62,10 @@ class DistillArguments:
             raise ValueError(
                 "`stream` is empty; name at least one JSONL file with a field `prompt`, such as --stream my.jsonl."
             )
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` is {self.dtype!r}; choose 'auto', 'float32', 'bfloat16' or 'float16'.")
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
-        for name, lowest in (least | {"log_every": 1, "batch_answers": 1, "threads": 1}).items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"`{name}` is {value}; give a whole number ≥ {lowest}.")
+        check_numbers(self, least | {"log_every": 1, "batch_answers": 1, "threads": 1})
 
 
 @dataclass
@@ -104,7 +101,6 @@ class Job:
         self.seed = config.seed if config.seed is not None else 0
         torch.manual_seed(self.seed)
         self.target_forwards = 0
-        self.started = time.perf_counter()
 
     def run(self) -> int:
         args = self.args
@@ -151,19 +147,20 @@ class Job:
         todo = [(domain, i) for domain in domains for i in range(len(domain.requests))]
         bar = tqdm(total=len(todo), initial=log.served, desc="serving", unit="request", smoothing=0.05)
         for domain, i in todo[log.served :]:
-            input_ids = domain.requests[i][None].to(self.target.device)
+            prompt = domain.requests[i]
             pairs = _spread(len(domain.requests), self.args.parity)
             plain_first = i in pairs and pairs.index(i) % 2 == 1
-            plain = self._generate(input_ids) if plain_first else None
+            plain = self._generate(prompt) if plain_first else None
             before = self.target_forwards
-            output, decode_seconds = self._generate(input_ids, assistant_model=assistant)
+            output, decode_seconds = self._generate(prompt, assistant_model=assistant)
             log.target_forwards += self.target_forwards - before
             if i in pairs and not plain_first:
-                plain = self._generate(input_ids)
+                plain = self._generate(prompt)
             learning = time.perf_counter()
             assistant.update()
             learn_seconds = time.perf_counter() - learning
-            row = log.add(domain.name, assistant.stats, decode_seconds, learn_seconds)
+            seconds = {"decode_seconds": decode_seconds, "learn_seconds": learn_seconds}
+            row = log.add(domain.name, assistant.stats, seconds)
             if plain is not None:
                 verdict = compare_outputs(self.target, plain[0], output)
                 log.add_pair(domain.name, verdict, plain[1], decode_seconds)
@@ -179,16 +176,9 @@ class Job:
                 log.save(assistant)
         bar.close()
 
-    def _generate(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, float]:
+    def _generate(self, prompt: Tensor, **kwargs) -> tuple[Tensor, float]:
         start = time.perf_counter()
-        output = self.target.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=self.args.max_new_tokens,
-            do_sample=False,
-            **kwargs,
-        )
-        output = output[0].cpu()  # waits for the device
+        output = answer(self.target, prompt, self.args.max_new_tokens, **kwargs)
         return output, time.perf_counter() - start
 
     def _warm_up(self, assistant: OnlineAssistant, domains: list[Domain]):
@@ -216,18 +206,10 @@ class Job:
         from prompts import load_streams, split_held_back
 
         args, domains = self.args, []
-        config = self.target.config.get_text_config()
-        window = getattr(config, "max_position_embeddings", None)
         for name, rows in load_streams(args.stream, self.seed):
-            encoded, skipped = [], 0
-            for row in rows:
-                ids = encode(self.tokenizer, row["prompt"], args.chat_template)
-                if window is not None and len(ids) + args.max_new_tokens > window:
-                    skipped += 1
-                else:
-                    encoded.append({**row, "ids": ids})
-            if skipped:
-                logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)
+            encoded, skipped = encode_rows(
+                self.target, self.tokenizer, name, rows, args.max_new_tokens, args.chat_template
+            )
             held_back, rest = split_held_back(encoded, args.held_back, self.seed, name)
             served = rest[args.warm_up :][: args.requests]
             wanted = args.requests or 1
@@ -254,7 +236,7 @@ class Job:
             "failed_updates": stats.failed_updates,
             "learned_tokens": stats.learned_tokens,
             "learning_seconds": stats.learning_seconds,
-            "wall_s": log.wall_before + time.perf_counter() - self.started,
+            "wall_s": log.wall,
             "seed": self.config.seed,
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from hf_osd import drafts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger("hf_osd.recipes.models")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "embedded"
 EMBEDDED_FACTS = {
     "target": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -77,3 +81,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool 
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     return encoded["input_ids"][0]
+
+
+def encode_rows(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    rows: list[dict],
+    max_new_tokens: int,
+    chat_template: bool = True,
+) -> tuple[list[dict], int]:
+    """A stream's rows with their token ids as `ids`, without those that leave the window no room for an answer, and how many these are."""
+    window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    encoded = [{**row, "ids": encode(tokenizer, row["prompt"], chat_template)} for row in rows]
+    fitting = [row for row in encoded if window is None or len(row["ids"]) + max_new_tokens <= window]
+    if skipped := len(encoded) - len(fitting):
+        logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)
+    return fitting, skipped
+
+
+def answer(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, **kwargs) -> Tensor:
+    """Prompt and greedy answer, `(L,)` on the CPU; `kwargs` are for `generate`."""
+    input_ids = prompt[None].to(target.device)
+    output = target.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        **kwargs,
+    )
+    return output[0].cpu()  # waits for the device

@@ -1,4 +1,4 @@
-"""What a run has seen: one row a request in metrics.jsonl, and the checkpoint it can be resumed from. No prompt is written."""
+"""What a run has seen: one row a request in a JSONL file, and the checkpoint it can be resumed from. No prompt is written."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ class RunLog:
     """The rows of a run, its plain-decoding pairs, and its held-back α.
 
     Args:
-        output_dir: where metrics.jsonl and checkpoint/ lie.
+        output_dir: where the rows and checkpoint/ lie.
         identity (`dict`): the settings that a resumed run must share.
         resume (`bool`): go on from the checkpoint; without one, start afresh.
+        name (`str`): of the file of rows.
 
     Raises:
         ValueError: if the checkpoint is of another run.
         OSError: if the directory cannot be written.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, identity: dict, resume: bool = False):
+    def __init__(self, output_dir: str | os.PathLike, identity: dict, resume: bool = False, name: str = METRICS):
+        self._file = Path(output_dir) / name
         self.directory, self.identity = Path(output_dir), json.loads(json.dumps(identity))
         self.rows: list[dict] = []
         self.pairs: list[dict] = []
@@ -41,7 +43,7 @@ class RunLog:
             self._load()
         else:
             (self.checkpoint / PROGRESS).unlink(missing_ok=True)  # of an older run, not to be taken for this one's
-        with (self.directory / METRICS).open("w", encoding="utf-8") as file:
+        with self._file.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
     @property
@@ -52,8 +54,13 @@ class RunLog:
     def served(self) -> int:
         return len(self.rows)
 
-    def add(self, domain: str, stats: Stats, decode_seconds: float, learn_seconds: float) -> dict:
-        """One request served; its row."""
+    @property
+    def wall(self) -> float:
+        """Seconds the run has taken, those before it was resumed included."""
+        return self.wall_before + time.perf_counter() - self._started
+
+    def add(self, domain: str, stats: Stats, figures: dict) -> dict:
+        """One request served; its row, with `figures` in it."""
         call = stats.last
         row = {
             "request": self.served,
@@ -63,14 +70,13 @@ class RunLog:
             "drafted": call.drafted,
             "accepted": call.accepted,
             "tested": call.tested,
-            "alpha": _or_none(call.alpha),
-            "alpha_live": _or_none(call.alpha_live),
-            "decode_seconds": decode_seconds,
-            "learn_seconds": learn_seconds,
+            "alpha": or_none(call.alpha),
+            "alpha_live": or_none(call.alpha_live),
+            **figures,
             "updates": stats.updates,
         }
         self.rows.append(row)
-        with (self.directory / METRICS).open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
 
@@ -92,11 +98,10 @@ class RunLog:
 
     def save(self, assistant):
         """Checkpoint: the learner and how far the stream is."""
-        wall = self.wall_before + time.perf_counter() - self._started
         progress = {name: getattr(self, name) for name in ("identity", "rows", "pairs", "before", "target_forwards")}
-        assistant.save_state(self.checkpoint)
-        with staged(self.checkpoint) as staging:
-            (staging / PROGRESS).write_text(json.dumps(progress | {"wall": wall}), encoding="utf-8")
+        with staged(self.checkpoint) as staging:  # both at once: the rows are those that the learner has learnt
+            assistant.save_state(staging)
+            (staging / PROGRESS).write_text(json.dumps(progress | {"wall": self.wall}), encoding="utf-8")
 
     def _load(self):
         try:
@@ -156,5 +161,6 @@ def mean(values: list[float | None]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
+    """What JSON can hold: nothing in place of NaN."""
     return None if math.isnan(value) else value

@@ -1,0 +1,222 @@
+"""The promise, at length: requests served while the draft learns, each decoded plainly too, and the two outputs compared.
+
+    python recipes/lossless.py --stream one.jsonl,two.jsonl --requests 200 --output_dir runs/lossless
+
+The exit status is 1 if any output differs by more than a near-tie. What it writes is described in docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice, zip_longest
+
+import torch
+from command import check_numbers, run_command
+from models import DTYPES, answer, encode_rows, load_draft, load_target, use_threads
+from run_log import RunLog, mean, or_none
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.checkpoint import staged
+
+logger = logging.getLogger("hf_osd.recipes.lossless")
+
+# A draft that drafts, whether or not that pays: where nothing is drafted, nothing can go wrong.
+DEFAULTS = {"lookahead": "constant", "num_assistant_tokens": 3, "seed": 0}
+
+
+@dataclass
+class LosslessArguments:
+    """What to serve and compare; all other arguments are those of `OnlineConfig`."""
+
+    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
+    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
+    requests: int = field(default=200, metadata={"help": "Requests in all, taken from the streams in turn."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    output_dir: str = field(default="runs/lossless", metadata={"help": "Where rows, summary and checkpoint go."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
+    checkpoint_every: int = field(default=10, metadata={"help": "Requests between two checkpoints."})
+    log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
+    dtype: str = field(
+        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
+    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        least = {"requests": 1, "max_new_tokens": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1}
+        check_numbers(self, least)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve and compare; the exit status."""
+    return run_command(LosslessArguments, lambda args, config: Job(args, config).run(), argv, DEFAULTS)
+
+
+class Job:
+    """One run: `run` reads from top to bottom."""
+
+    def __init__(self, args: LosslessArguments, config: OnlineConfig):
+        if not config.learn:
+            raise ValueError("`learn` is False; leave it out: what is compared is serving while the draft learns.")
+        self.args, self.config = args, config
+        use_threads(args.threads)
+
+    def run(self) -> int:
+        args = self.args
+        log = RunLog(args.output_dir, self._identity(), resume=args.resume, name="lossless.jsonl")
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self.target, self.tokenizer = load_target(args.target, args.dtype, device)
+        requests, skipped = self._load_requests()
+        assistant = OnlineAssistant(load_draft(args.draft, self.target), self.config)
+        if log.served:
+            assistant.load_state(log.checkpoint)
+        try:
+            self._serve(assistant, requests, log)
+        except KeyboardInterrupt:
+            log.save(assistant)
+            logger.warning("Interrupted: saved what was learnt and compared. Go on with --resume.")
+            return 130
+        log.save(assistant)
+        summary = self._summary(assistant, log, skipped)
+        with staged(args.output_dir) as staging:
+            (staging / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        for name, value in summary["overall"].items():
+            print(f"{name:<25} {value:.4f}" if isinstance(value, float) else f"{name:<25} {value}")
+        return 0 if summary["checks"]["no_mismatches"] else 1
+
+    def _serve(self, assistant: OnlineAssistant, requests: list[dict], log: RunLog):
+        """Each request in turn: generate with and without the draft, compare, then learn."""
+        bar = tqdm(total=len(requests), initial=log.served, desc="comparing", unit="request", smoothing=0.05)
+        for request in requests[log.served :]:
+            prompt = request["ids"]
+            plain_first = log.served % 2 == 1  # in turn: neither may lean on what the other left behind
+            plain = self._answer(prompt) if plain_first else None
+            assisted = self._answer(prompt, assistant_model=assistant)
+            if plain is None:
+                plain = self._answer(prompt)
+            verdict = compare_outputs(self.target, plain, assisted)
+            found = {"id": request["id"], "verdict": verdict}
+            if verdict != "identical":
+                found |= first_difference(self.target, plain, assisted, len(prompt))
+            assistant.update()
+            row = log.add(request["domain"], assistant.stats, found)
+            bar.update()
+            if verdict == "mismatch":
+                bar.write(f"{row['request']:>5} {row['domain']:<14} MISMATCH  {json.dumps(found)}")
+            if log.served % self.args.log_every == 0:
+                figures = figures_of(log.rows)
+                bar.write(
+                    f"{row['request']:>5} {row['domain']:<14} tokens {figures['tokens']}  identical {figures['identical']}  near-ties "
+                    f"{figures['near_ties']}  mismatches {figures['mismatches']}  updates {row['updates']}"
+                )
+            if log.served % self.args.checkpoint_every == 0:
+                log.save(assistant)
+        bar.close()
+
+    def _answer(self, prompt: Tensor, **kwargs) -> Tensor:
+        return answer(self.target, prompt, self.args.max_new_tokens, **kwargs)
+
+    def _load_requests(self) -> tuple[list[dict], dict[str, int]]:
+        """The requests in serving order, and the prompts skipped a domain."""
+        from prompts import load_streams
+
+        args, streams, skipped = self.args, [], {}
+        for name, rows in load_streams(args.stream, self.config.seed):
+            random.Random(f"{self.config.seed or 0}:{name}").shuffle(rows)
+            rows, skipped[name] = encode_rows(
+                self.target, self.tokenizer, name, rows, args.max_new_tokens, args.chat_template
+            )
+            streams.append(rows)
+        requests = in_turn(streams, args.requests)
+        if len(requests) < args.requests:
+            raise ValueError(
+                f"`stream` has {len(requests)} prompts that fit the target's window: too few for --requests {args.requests}. Lower it, "
+                "or name more streams."
+            )
+        return requests, skipped
+
+    def _identity(self) -> dict:
+        """What must be the same for a run to be resumed; `requests` may be raised."""
+        names = ("target", "draft", "stream", "max_new_tokens", "dtype", "chat_template")
+        return {name: getattr(self.args, name) for name in names} | {"config": self.config.to_dict()}
+
+    def _summary(self, assistant: OnlineAssistant, log: RunLog, skipped: dict[str, int]) -> dict:
+        stats = assistant.stats
+        domains = {}
+        for name in skipped:
+            rows = [row for row in log.rows if row["domain"] == name]
+            domains[name] = figures_of(rows) | {"skipped": skipped[name]}
+        overall = figures_of(log.rows) | {
+            "skipped": sum(skipped.values()),
+            "updates": stats.updates,
+            "failed_updates": stats.failed_updates,
+        }
+        return {
+            "overall": overall,
+            "checks": {
+                "no_mismatches": overall["mismatches"] == 0,
+                "no_failed_updates": overall["failed_updates"] == 0,
+            },
+            "domains": domains,
+            "run": {
+                "learned_tokens": stats.learned_tokens,
+                "wall_s": log.wall,
+                "seed": self.config.seed,
+                "dtype": str(self.target.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "device": str(self.target.device.type),
+                "arguments": asdict(self.args),
+                "config": self.config.to_dict(),
+            },
+        }
+
+
+def in_turn(streams: list[list[dict]], count: int) -> list[dict]:
+    """The first `count` rows, one of each stream in turn; a stream that has ended is passed over."""
+    return list(islice((row for row in chain(*zip_longest(*streams)) if row is not None), count))
+
+
+def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int) -> dict:
+    """Where two outputs part: the index among the new tokens, and how far apart a fresh forward has the two candidates' logits."""
+    shared = min(len(plain), len(assisted))
+    differs = (plain[:shared] != assisted[:shared]).nonzero()
+    if not len(differs):  # one goes on where the other ends
+        return {"differs_at": shared - prompt_length, "logit_difference": None}
+    at = int(differs[0])
+    with torch.no_grad():
+        logits = target(input_ids=plain[None, :at].to(target.device), use_cache=False).logits[0, -1]
+    difference = abs(float(logits[plain[at]]) - float(logits[assisted[at]]))
+    return {"differs_at": at - prompt_length, "logit_difference": difference}
+
+
+def figures_of(rows: list[dict]) -> dict:
+    """Figures of these requests, named as docs/figures.md has them; `alpha` is the mean of theirs."""
+    verdicts = [row["verdict"] for row in rows]
+    sums = {name: sum(row[name] for row in rows) for name in ("new_tokens", "rounds", "drafted", "tested", "accepted")}
+    tokens, near_ties = sums["new_tokens"], verdicts.count("near_tie")
+    return {
+        "requests": len(rows),
+        "tokens": tokens,
+        "identical": verdicts.count("identical"),
+        "near_ties": near_ties,
+        "mismatches": verdicts.count("mismatch"),
+        "near_ties_per_10k_tokens": 1e4 * near_ties / tokens if tokens else None,
+        "alpha": or_none(mean([row["alpha"] for row in rows])),
+        "alpha_live": sums["accepted"] / sums["tested"] if sums["tested"] else None,
+        "tokens_per_round": tokens / sums["rounds"] if sums["rounds"] else None,
+        "drafted": sums["drafted"],
+        "accepted": sums["accepted"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
