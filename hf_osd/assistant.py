@@ -308,6 +308,7 @@ class OnlineAssistant(SavableAssistant):
             self._open.difference_update(over)
         return over
 
+    @torch.autocast("cpu", enabled=False)
     def _take_in(self, over: list[CallRecord]):
         """Release the leases of calls that are over, and take in their statistics and feedback."""
         for record in over:

@@ -91,8 +91,10 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         # What cannot be put back must not be asked about tokens that may not come true; greedy, that is known in time.
         copied = self._verified is None or self._verified.can_be_copied or not self._sample
         self._may_draft = self.stops.allow_drafts and copied
-        # The target's first forward takes embeddings or images in place of some tokens, and would take drafts in place of others.
-        self._first_alone = _has_other_inputs(model_kwargs)
+        # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
+        # takes the prompt's first hidden states and attentions for those of the drafts.
+        states = generation_config.output_hidden_states or generation_config.output_attentions
+        self._first_alone = states or _has_other_inputs(model_kwargs)
 
         encoded = self.assistant_kwargs.get("encoder_outputs")
         self._context = DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask"))
@@ -100,6 +102,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
         self._drafted: list[int] = []
         self._draft_scores: Tensor | None = None  # (n, V) float32, processed
+        self._next_scores: Tensor | None = (
+            None  # (1, V): of the token after the drafts, if the draft was asked for it as well
+        )
         self._lag = 0  # last positions that were verified without being put to the draft, at most _MOST_LAG
         self._lag_targets: deque[Tensor] = deque(maxlen=_MOST_LAG)  # p there, (V,) each; only when sampling
         self._prefill = True  # the target's: its next forward takes the prompt as well
@@ -114,12 +119,15 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         gamma = min(self.lookahead.next_length(), room)
         if not self._may_draft or (self._prefill and self._first_alone):
             gamma = 0
-        self._drafted, self._draft_scores = [], None
+        self._drafted, self._draft_scores, self._next_scores = [], None, None
         candidates = self._draft(input_ids, gamma) if gamma > 0 else input_ids
         self._handed_over = time.perf_counter()
         self._draft_seconds = self._handed_over - start
         return candidates, None if self._draft_scores is None else self._draft_scores[None]
 
+    @torch.autocast(
+        "cpu", enabled=False
+    )  # feedback is kept in half precision there, which a user's autocast cannot concatenate
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int):
         """Record the round: `input_ids` `(1, L+m+1)`, the target's processed scores `(1, n+1, V)`."""
         start = time.perf_counter()
@@ -134,10 +142,13 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.record.add_round(
             pieces, raw, self._draft_scores, self._drafted, accepted, self._overlap_of_drafts(scores, tested, accepted)
         )
-        untested = len(tokens) - tested  # 1 for a bonus token, else 0
-        self._lag = min(self._lag + untested, _MOST_LAG)
-        if self._sample and untested:
-            self._lag_targets.append(scores[0, m].softmax(-1))
+        if tested < len(tokens):  # a bonus token
+            if self._next_scores is not None:
+                self._settle(self._next_scores, scores[:, m].softmax(-1), input_ids[0, -1:])
+            else:
+                self._lag = min(self._lag + 1, _MOST_LAG)
+                if self._sample:
+                    self._lag_targets.append(scores[0, m].softmax(-1))
         self._context.crop(m)
         self._context.extend(pieces)
 
@@ -167,11 +178,13 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if processors:
                 scores = processors(input_ids, scores)
             if not self._translation.is_identity and not scores.isfinite().any():
+                self._next_scores = scores
                 break  # all that is allowed here are words that the draft does not have
             probabilities = scores.softmax(-1) if self._sample or self._threshold else None
             token = torch.multinomial(probabilities, 1) if self._sample else scores.argmax(-1, keepdim=True)  # (1, 1)
             extended = torch.cat([input_ids, token], dim=-1)
             if self.stops.end(extended):
+                self._next_scores = scores
                 break
             input_ids = extended
             rows.append(scores)
@@ -201,15 +214,19 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 prefixes = [input_ids[:, : input_ids.shape[1] - lag + i] for i in range(lag)]
                 processed = [self._verified.processors(prefixes[i], scores[i : i + 1]) for i in range(lag)]
                 scores = torch.cat(processed)
-            if self._sample:
-                p = torch.stack(list(self._lag_targets)).to(scores.device)  # (lag, V)
-                overlap = torch.minimum(p, scores.softmax(-1)).sum(-1).tolist()
-            else:
-                overlap = (scores.argmax(-1) == input_ids[0, -lag:]).float().tolist()
-            self.record.fill_overlap(overlap)
-            self.lookahead.observe_shadow(overlap)
+            targets = torch.stack(list(self._lag_targets)) if self._sample else None
+            self._settle(scores, targets, input_ids[0, -lag:])
         self._lag = 0
         self._lag_targets.clear()
+
+    def _settle(self, scores: Tensor, targets: Tensor | None, said: Tensor):
+        """Record the draft's expected acceptance at the last r verified tokens: its scores `(r, V)`, p `(r, V)`, the tokens `(r,)`."""
+        if self._sample:
+            overlap = torch.minimum(targets.to(scores.device), scores.softmax(-1).nan_to_num()).sum(-1)
+        else:
+            overlap = (scores.argmax(-1) == said).float() * scores.isfinite().any(-1)
+        self.record.fill_overlap(overlap.tolist())
+        self.lookahead.observe_shadow(overlap.tolist())
 
 
 def _has_other_inputs(model_kwargs: dict) -> bool:

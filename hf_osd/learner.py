@@ -201,8 +201,9 @@ class Learner:
         return True
 
     def _train(self, requests: list[Feedback]):
-        # generate runs under no_grad, users under inference_mode; and Trainer seeds the process's random state.
-        with isolated_random_state(), torch.inference_mode(False), torch.enable_grad():
+        # generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the process's random state.
+        users = learners_autocast(self.module.device.type, None), torch.autocast("cpu", enabled=False)
+        with isolated_random_state(), torch.inference_mode(False), torch.enable_grad(), users[0], users[1]:
             self.module.train()
             self.trainer.learn(requests)
 

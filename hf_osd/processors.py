@@ -8,6 +8,7 @@ decoding, the positions that were verified, and the draft works on copies.
 from __future__ import annotations
 
 import copy
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,11 @@ class VerifiedProcessors(LogitsProcessor):
         self.can_be_copied = True
         if self._stateful:
             try:
-                self._copies(self._stateful)
+                copies = self._copies(self._stateful)
             except Exception:  # whatever a user's __deepcopy__ raises
                 self.can_be_copied = False
+            else:  # a function is its own copy, and so is the state it closes over
+                self.can_be_copied = not any(map(operator.is_, copies, self._stateful))
 
     @property
     def has_state(self) -> bool:

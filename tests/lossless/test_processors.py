@@ -1,0 +1,491 @@
+"""Logits processors and stopping criteria: plain decoding asks each once a token, in order, and so it must look to them here."""
+
+import copy
+import logging
+import math
+from itertools import product
+
+import pytest
+import torch
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+    SynthIDTextWatermarkLogitsProcessor,
+    WatermarkingConfig,
+)
+
+from hf_osd import OnlineAssistant
+from hf_osd.feedback import ACCEPTED
+
+PROMPTS = torch.randint(2, 64, (4, 1, 6), generator=torch.Generator().manual_seed(0))
+LENGTH = PROMPTS.shape[-1]
+GREEDY = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": 1, "pad_token_id": 1}
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama):
+    return tiny_llama(layers=2, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def draft(target, noised_copy):
+    """Right about half of the time."""
+    return noised_copy(target, 0.05)
+
+
+@pytest.fixture(scope="module")
+def answers(target):
+    """What the target says when nothing interferes, a list of tokens a prompt."""
+    return [target.generate(p, **{**GREEDY, "eos_token_id": None})[0, LENGTH:].tolist() for p in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a word, none of which is part of another. StopStringCriteria wants "abcdef" to be writable."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", *(a + b for a in "bcfghklmnp" for b in "aeiouy"), "xa", "abcdef"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def assist(draft, **config):
+    return OnlineAssistant(draft, **{"lookahead": "constant", "update_interval": 10**6, **config})
+
+
+def processors(processor):
+    return {"logits_processor": LogitsProcessorList([processor])}
+
+
+# Stock processors.
+
+STOCK = {
+    "repetition_penalty": lambda a, n: {"repetition_penalty": 1.5},
+    "encoder_repetition_penalty": lambda a, n: {"encoder_repetition_penalty": 3.0},
+    "no_repeat_ngram_size": lambda a, n: {"no_repeat_ngram_size": 1},
+    "encoder_no_repeat_ngram_size": lambda a, n: {"encoder_no_repeat_ngram_size": 1, "bad_words_ids": [[a[0]]]},
+    "bad_words_ids": lambda a, n: {"bad_words_ids": [[a[3]], [a[6], a[7]]]},
+    "sequence_bias": lambda a, n: {"sequence_bias": [[[a[4]], -9.0], [[a[1], n], 25.0]]},
+    "suppress_tokens": lambda a, n: {"suppress_tokens": [a[2], a[8]]},
+    "begin_suppress_tokens": lambda a, n: {"begin_suppress_tokens": [a[0]]},
+    "forced_eos_token_id": lambda a, n: {"forced_eos_token_id": n},
+    "min_new_tokens": lambda a, n: {"min_new_tokens": 8, "eos_token_id": a[2]},
+    "exponential_decay_length_penalty": lambda a, n: {"exponential_decay_length_penalty": (3, 2.0)},
+    "prefix_allowed_tokens_fn": lambda a, n: {
+        "prefix_allowed_tokens_fn": lambda batch, ids: [t for t in range(2, 64) if (t + len(ids)) % 3]
+    },
+    "watermarking_config": lambda a, n: {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="selfhash")},
+    "together": lambda a, n: {
+        "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "suppress_tokens": [a[2]], "min_new_tokens": 9,
+        "renormalize_logits": True, "remove_invalid_values": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_processors(target, draft, answers, name):
+    assistant, bites = assist(draft), []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        never_said = next(t for t in range(2, 64) if t not in answer)
+        kwargs = {**GREEDY, **STOCK[name](answer, never_said)}
+        plain = target.generate(prompt, **kwargs)
+        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs))
+        bites.append(plain[0, LENGTH:].tolist() != answer)
+    assert any(bites)
+    assert 0 < assistant.stats.total.accepted < assistant.stats.total.tested
+
+
+def test_a_forced_first_token(target, draft):
+    assistant, prompt = assist(draft), torch.tensor([[5]])
+    kwargs = {**GREEDY, "forced_bos_token_id": 9}
+    plain = target.generate(prompt, **kwargs)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs))
+    assert plain[0, 1] == 9
+    assert assistant.stats.total.accepted > 0
+
+
+# A user's own processors. Each biases tokens from 2 on, so that EOS ends nothing early.
+
+
+class Shifting(LogitsProcessor):
+    """Out of place, and without state."""
+
+    def __call__(self, input_ids, scores):
+        return torch.where(torch.arange(scores.shape[-1]) % 2 == input_ids.shape[1] % 2, scores + 2.0, scores)
+
+
+class Writing(LogitsProcessor):
+    """In place, and without state."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, 2 + input_ids.shape[1] % 7] += 4.0
+        return scores
+
+
+def shifting(input_ids, scores):
+    """A plain function serves as a processor too."""
+    return Shifting()(input_ids, scores)
+
+
+@pytest.mark.parametrize("processor", [Shifting(), Writing(), shifting], ids=["out of place", "in place", "function"])
+def test_a_users_own_processor_without_state(target, draft, answers, processor):
+    assistant = assist(draft)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        plain = target.generate(prompt, **GREEDY, **processors(processor))
+        assert plain[0, LENGTH:].tolist() != answer
+        assert torch.equal(
+            plain, target.generate(prompt, assistant_model=assistant, **GREEDY, **processors(processor))
+        )
+    if processor is not shifting:  # of whose state nothing can be known
+        assert 0 < assistant.stats.total.accepted < assistant.stats.total.tested
+
+
+class Counting(LogitsProcessor):
+    """Biases by the number of its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores = scores.clone()
+        scores[:, 2 + self.calls % (scores.shape[-1] - 2)] += 5.0
+        return scores
+
+    def state(self):
+        return self.calls
+
+
+class Late(Counting):
+    """Without state at first: nothing that is tried out at the start of a call shows it."""
+
+    def __call__(self, input_ids, scores):
+        return super().__call__(input_ids, scores) if input_ids.shape[1] > LENGTH + 6 else scores
+
+
+class Remembering(LogitsProcessor):
+    """Penalises the tokens it has seen come last: a list."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(int(input_ids[0, -1]))
+        scores = scores.clone()
+        scores[:, self.seen] -= 6.0
+        return scores
+
+    def state(self):
+        return list(self.seen)
+
+
+class Tallying(LogitsProcessor):
+    """The same in a tensor, written in place, as the scores are."""
+
+    def __init__(self):
+        self.tally = torch.zeros(64)
+
+    def __call__(self, input_ids, scores):
+        self.tally[scores.argmax(-1)] += 1.0
+        scores -= 3.0 * self.tally
+        return scores
+
+    def state(self):
+        return self.tally.tolist()
+
+
+class Nesting(LogitsProcessor):
+    """Its state lies deeper."""
+
+    def __init__(self):
+        self.inner = {"counting": [Counting()]}
+
+    def __call__(self, input_ids, scores):
+        return self.inner["counting"][0](input_ids, scores)
+
+    def state(self):
+        return self.inner["counting"][0].calls
+
+
+class Slotted:
+    """No LogitsProcessor, no `__dict__`."""
+
+    __slots__ = ("counting",)
+
+    def __init__(self):
+        self.counting = Counting()
+
+    def __call__(self, input_ids, scores):
+        return self.counting(input_ids, scores)
+
+    def state(self):
+        return self.counting.calls
+
+
+class Noisy(LogitsProcessor):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        self.random = torch.Generator().manual_seed(3)
+
+    def __call__(self, input_ids, scores):
+        return scores + 3.0 * torch.randn(scores.shape, generator=self.random)
+
+    def state(self):
+        return self.random.get_state().tolist()
+
+
+class Sealed(Counting):
+    """Holds what cannot be copied, a lock or a connection."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot copy this")
+
+
+class Closure:
+    """A plain function over its state: copying it copies nothing."""
+
+    def __new__(cls):
+        counting = Counting()
+
+        def process(input_ids, scores):
+            return counting(input_ids, scores)
+
+        process.state = counting.state
+        return process
+
+
+STATEFUL = [Counting, Late, Remembering, Tallying, Nesting, Slotted, Noisy, Sealed, Closure]
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+@pytest.mark.parametrize("scale", [0.0, 0.05])
+def test_a_users_own_processor_with_state(target, noised_copy, answers, kind, scale):
+    """Its state goes on from call to call, and ends where plain decoding's ends."""
+    assistant = assist(noised_copy(target, scale))
+    own, ours = kind(), kind()
+    for prompt, answer in zip(PROMPTS[:2], answers, strict=False):
+        plain = target.generate(prompt, **GREEDY, **processors(own))
+        assert plain[0, LENGTH:].tolist() != answer
+        output = target.generate(prompt, assistant_model=assistant, **GREEDY, **processors(ours))
+        assert torch.equal(plain, output)
+        assert ours.state() == own.state()
+
+
+def test_state_ends_right_where_an_eos_cuts_a_block(target, answers):
+    """The rows behind it were processed and thrown away."""
+    assistant = assist(target)
+    for prompt in PROMPTS:
+        unstopped = target.generate(prompt, **GREEDY, **processors(Remembering()))[0, LENGTH:].tolist()
+        kwargs = {**GREEDY, "eos_token_id": unstopped[3]}
+        own, ours = Remembering(), Remembering()
+        plain = target.generate(prompt, **kwargs, **processors(own))
+        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs, **processors(ours)))
+        assert ours.seen == own.seen
+        assert len(own.seen) <= 4
+
+
+def test_a_synthid_watermark(target, draft, answers):
+    """Stock, and with state: the context it has seen. Greedy, so that one run says all."""
+    keys = {"ngram_len": 3, "keys": [654, 400, 836]}
+    sizes = {"sampling_table_size": 2**10, "sampling_table_seed": 0, "context_history_size": 32, "device": "cpu"}
+    assistant = assist(draft)
+    for prompt, answer in zip(PROMPTS[:2], answers, strict=False):
+        configured = {**GREEDY, "watermarking_config": SynthIDTextWatermarkingConfig(**keys)}
+        plain = target.generate(prompt, **configured)
+        assert plain[0, LENGTH:].tolist() != answer
+        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **configured))
+        own, ours = (SynthIDTextWatermarkLogitsProcessor(**keys, **sizes) for _ in range(2))
+        plain = target.generate(prompt, **GREEDY, **processors(own))
+        output = target.generate(prompt, assistant_model=assistant, **GREEDY, **processors(ours))
+        assert torch.equal(plain, output)
+        assert ours.state.num_calls == own.state.num_calls == GREEDY["max_new_tokens"]
+        assert torch.equal(ours.state.context, own.state.context)
+        assert torch.equal(ours.state.context_history, own.state.context_history)
+
+
+@pytest.mark.parametrize("kind", [Counting, Sealed])
+def test_sampling_under_a_stateful_processor_is_exact(tiny_llama, noised_copy, kind):
+    """χ² of the second and third tokens against the distribution by enumeration: every path has its own processor."""
+    vocab, trials = 6, 450
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = tiny_llama(layers=1, vocab=vocab, eos_token_id=None, pad_token_id=0, **sizes)
+    assistant = assist(noised_copy(small, 0.5), learn=False)
+    prompt, soften = torch.tensor([2, 5, 3]), 0.3  # else five logits up would leave no other token a chance
+
+    def soft(processor):
+        return [processor, lambda input_ids, scores: scores * soften]
+
+    with torch.no_grad():
+        paths = torch.tensor(list(product(range(vocab), repeat=2)))
+        logits = small(torch.cat([prompt.expand(len(paths), -1), paths], dim=-1)).logits[:, len(prompt) - 1 :]
+    expected = torch.zeros(vocab, vocab)
+    for path, rows in zip(paths, logits, strict=True):
+        [processor], p = [kind()], []
+        for i in range(3):
+            prefix = torch.cat([prompt, path[:i]])[None]
+            p.append((processor(prefix, rows[i : i + 1].clone())[0] * soften).softmax(-1))
+        expected[path[1]] += p[0][path[0]] * p[1][path[1]] * p[2]
+    torch.testing.assert_close(expected.sum(), torch.tensor(1.0))
+
+    torch.manual_seed(0)
+    counts = torch.zeros(vocab, vocab)
+    kwargs = {"max_new_tokens": 3, "do_sample": True, "top_k": 0, "temperature": 1 / soften}
+    for _ in range(trials):
+        output = small.generate(prompt[None], assistant_model=assistant, **kwargs, **processors(kind()))
+        counts[output[0, -2], output[0, -1]] += 1
+    cells = expected * trials >= 5
+    chi2 = float(((counts - trials * expected)[cells] ** 2 / (trials * expected)[cells]).sum())
+    freedom = int(cells.sum()) - 1
+    # Wilson-Hilferty: the 1 - 1e-4 quantile (z = 3.72) of χ²; the draws are seeded, so this does not flake.
+    assert chi2 < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+# Stop strings.
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05])
+@pytest.mark.parametrize("words", [1, 2])
+def test_stop_strings_in_the_middle_of_a_block(target, noised_copy, tokenizer, answers, scale, words):
+    """Stock assisted generation looks for them once a round, at its end, and runs past them."""
+    assistant, found = assist(noised_copy(target, scale)), 0
+    kwargs = {**GREEDY, "tokenizer": tokenizer}
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        target.generate(prompt, assistant_model=assistant, **GREEDY)
+        assistant.update()
+        outcome = assistant.buffer.new()[-1].outcome.tolist()
+        # An accepted draft does not end its round: the token after it was verified along with it.
+        inside = [i for i in range(2, len(answer) - 1) if outcome[i] == ACCEPTED and answer[i] not in answer[:i]]
+        for i in inside[:2]:
+            stop = tokenizer.decode(answer[i - words + 1 : i + 1])
+            plain = target.generate(prompt, stop_strings=[stop, "qq"], **kwargs)
+            assert plain[0, LENGTH:].tolist() == answer[: i + 1]
+            output = target.generate(prompt, stop_strings=[stop, "qq"], assistant_model=assistant, **kwargs)
+            assert torch.equal(plain, output)
+            assert assistant.stats.last.drafted > 0
+            found += 1
+    assert found >= 3
+
+
+def test_sampled_text_ends_at_its_first_stop_string(target, draft, tokenizer):
+    assistant, ended = assist(draft), 0
+    stops = [tokenizer.decode(i) for i in range(2, 10)]
+    kwargs = {"max_new_tokens": 14, "do_sample": True, "top_k": 20, "stop_strings": stops, "tokenizer": tokenizer}
+    torch.manual_seed(0)
+    for prompt in PROMPTS.repeat(3, 1, 1):
+        answer = target.generate(prompt, assistant_model=assistant, pad_token_id=0, **kwargs)[0, LENGTH:].tolist()
+        stopping = [t in range(2, 10) for t in answer]
+        assert not any(stopping[:-1])
+        assert stopping[-1] or len(answer) == 14
+        ended += stopping[-1]
+    assert ended >= 4
+
+
+def test_stop_strings_that_never_come(target, draft, tokenizer):
+    assistant, kwargs = assist(draft), {**GREEDY, "stop_strings": "xa abcdef", "tokenizer": tokenizer}
+    for prompt in PROMPTS:
+        plain = target.generate(prompt, **kwargs)
+        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs))
+    assert 0 < assistant.stats.total.accepted < assistant.stats.total.tested
+
+
+# Stopping criteria.
+
+
+class AtLength(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= LENGTH + 7)
+
+    def state(self):
+        return None
+
+
+class AtToken(AtLength):
+    """At one of a third of all tokens, in the last place only."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, -1] % 3 == 0) & (input_ids.shape[1] > LENGTH + 3)
+
+
+class AfterCalls(StoppingCriteria):
+    def __init__(self):
+        self.calls, self.lengths = 0, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        self.lengths.append(input_ids.shape[1])
+        return torch.full((input_ids.shape[0],), self.calls % 9 == 0)
+
+    def state(self):
+        return self.calls, self.lengths
+
+
+class Watching(AfterCalls):
+    """Stops nothing."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids, scores) & False
+
+
+@pytest.mark.parametrize("kind", [AtLength, AtToken, AfterCalls, Watching])
+def test_a_users_own_criteria_are_asked_once_a_token(target, caplog, kind):
+    """generate asks them once a round, so that a round must be a token: nothing is drafted, and that is said once."""
+    assistant = assist(target)
+    own, ours = kind(), kind()
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        for prompt in PROMPTS:
+            plain = target.generate(prompt, stopping_criteria=StoppingCriteriaList([own]), **GREEDY)
+            criteria = StoppingCriteriaList([ours])
+            output = target.generate(prompt, stopping_criteria=criteria, assistant_model=assistant, **GREEDY)
+            assert torch.equal(plain, output)
+            assert ours.state() == own.state()
+            assert assistant.stats.last.drafted == 0
+            assert assistant.stats.last.new_tokens == plain.shape[1] - LENGTH
+    assert len([r for r in caplog.records if r.name.startswith("hf_osd") and "criteria" in r.message]) == 1
+    target.generate(PROMPTS[0], assistant_model=assistant, **GREEDY)
+    assert assistant.stats.last.drafted > 0  # again without them
+
+
+def test_stock_criteria_passed_by_hand(target, tokenizer, answers):
+    """In place of those that generate makes itself: its own cuts of a block know nothing of them."""
+    assistant = assist(target)
+    for prompt, answer in zip(PROMPTS[:2], answers, strict=False):
+        for criterion in (
+            MaxLengthCriteria(LENGTH + 3),
+            EosTokenCriteria(answer[2]),
+            StopStringCriteria(tokenizer=tokenizer, stop_strings=[tokenizer.decode(answer[2:3])]),
+        ):
+            kwargs = {**GREEDY, "stopping_criteria": StoppingCriteriaList([criterion])}
+            plain = target.generate(prompt, **kwargs)
+            assert plain.shape[1] <= LENGTH + 3
+            assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs))
+
+
+def test_a_time_limit_far_away_still_drafts(target, draft):
+    assistant = assist(draft)
+    for prompt in PROMPTS[:2]:
+        plain = target.generate(prompt, **GREEDY)
+        assert torch.equal(plain, target.generate(prompt, max_time=60.0, assistant_model=assistant, **GREEDY))
+        assert assistant.stats.last.drafted > 0
+
+
+def test_the_callers_own_lists_are_left_as_they_were(target, draft):
+    """Whatever is wrapped or put in front for the call's sake."""
+    mine = LogitsProcessorList([Counting(), Writing()])
+    criteria = StoppingCriteriaList([AtLength()])
+    before = copy.copy(mine), copy.copy(criteria)
+    assistant = assist(draft)
+    kwargs = {**GREEDY, "logits_processor": mine, "stopping_criteria": criteria}
+    target.generate(PROMPTS[0], assistant_model=assistant, **kwargs)
+    assert list(mine) == list(before[0])
+    assert list(criteria) == list(before[1])
