@@ -88,7 +88,7 @@ def _architectures(layers: int) -> dict[str, tuple[str, dict]]:
     }
 
 
-_SEEDS = {"GPT2": 9, "GPTNeoX": 5, "Phi": 7, "OPT": 10}
+_SEEDS = {"T5": 10, "GPT2": 9, "GPTNeoX": 5, "Phi": 7, "OPT": 10}
 
 
 @pytest.fixture(scope="session")
