@@ -43,7 +43,9 @@ def _tokenizer():
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0")))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    )
 
 
 def test_links_between_pages_lead_somewhere():
