@@ -180,6 +180,7 @@ class OnlineAssistant(SavableAssistant):
             prompt,
             translation,
             sampled=generation_config.do_sample,
+            processed=bool(logits_processor),
             capture=teaches and self.learner is not None,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
@@ -334,7 +335,8 @@ class OnlineAssistant(SavableAssistant):
             return feedback
         shadow = scored[0][unknown]
         self.lookahead.observe_shadow(shadow[~shadow.isnan()].tolist())
-        if feedback.sampled:  # of sparse rows, at temperature 1: enough to decide whether to draft again, but not α
+        # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.
+        if feedback.sampled or record.processed:
             return feedback
         feedback = feedback.with_overlap(scored[0])
         known = feedback.overlap[~feedback.overlap.isnan()]

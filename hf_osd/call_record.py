@@ -24,6 +24,7 @@ class CallRecord:
         prompt (`Tensor` int64 `(L,)`): the prompt as the draft reads it.
         translation (`Translation`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
         sampled (`bool`): whether the call samples.
+        processed (`bool`): whether logits processors stand between the models' distributions and what was chosen from.
         capture (`bool`): whether to keep the target's distributions; statistics are kept anyway.
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
@@ -34,6 +35,7 @@ class CallRecord:
         prompt: Tensor,
         translation: Translation,
         sampled: bool,
+        processed: bool,
         capture: bool,
         top_k: int,
         dtype: torch.dtype,
@@ -42,7 +44,7 @@ class CallRecord:
         self.stats = CallStats(requests=1)
         self.thread = threading.get_ident()
         self.model: PreTrainedModel | None = None  # the leased draft
-        self.sampled = sampled
+        self.sampled, self.processed = sampled, processed
         self._translation = translation
         self._capture, self._top_k, self._dtype = capture, top_k, dtype
         self._prompt = prompt.to("cpu", torch.int32)

@@ -93,8 +93,9 @@ class DraftContext:
 
 def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Of one row of tokens `(1, L)`, those that are no padding, `(L',)`. To the draft padding is nothing: it reads the others at the
-    positions that generate gives them too."""
-    return tokens[0] if mask is None else tokens[0, mask[0].bool()]
+    positions that generate gives them too. A prompt that is all padding stays as it is: a draft must read something."""
+    kept = tokens[0] if mask is None else tokens[0, mask[0].bool()]
+    return kept if len(kept) else tokens[0]
 
 
 def encoder_parameters(draft: PreTrainedModel) -> set[str]:

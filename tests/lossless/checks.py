@@ -1,0 +1,475 @@
+"""What the lossless suite asks of a draft, as plain functions of models. The tests run them, and test_mutations.py runs the same ones
+on planted bugs. Next to what hf_osd does stands what it should have done, slow and plain: no cache, one full forward a question.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationMixin,
+    LlamaConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hf_osd import OnlineAssistant
+from hf_osd.feedback import ACCEPTED, REJECTED, TAIL_FLOOR, UNTESTED, Feedback
+from hf_osd.stats import CallStats
+
+# Sums in another order (cached and uncached attention) differ by about 1e-5 in models this small.
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+# Models, and what may happen to them.
+
+
+class OneLayer(PreTrainedModel, GenerationMixin):
+    """Attention and a head, nothing else: a forward of a tenth of a Llama's time, for tests that count thousands of calls."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(
+        self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, logits_to_keep=0, **_
+    ):
+        x = self.embed(input_ids)  # (B, t, H)
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, 0)
+        t, seen = q.shape[2], k.shape[2]
+        future = torch.full((t, seen), -torch.inf).triu(seen - t + 1)
+        x = x + ((q @ k.mT + future).softmax(-1) @ v)[:, 0]
+        return CausalLMOutputWithPast(logits=self.head(x[:, -logits_to_keep:]), past_key_values=past_key_values)
+
+
+def one_layer(vocab: int = 5, seed: int = 0, hidden: int = 8, scale: float = 0.5) -> OneLayer:
+    """A random `OneLayer`, in eval mode."""
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        initializer_range=scale, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OneLayer(config).eval()
+
+
+def with_logits(model: PreTrainedModel, change: Callable[[Tensor, Tensor], Tensor]) -> PreTrainedModel:
+    """`model`, but that it answers `change(logits, positions)`: logits `(B, t, V)`, and `positions` `(t,)` of the tokens they predict."""
+
+    def hook(module, inputs, kwargs, output):
+        cache, n = output.past_key_values, output.logits.shape[1]
+        seen = cache.get_seq_length() if cache is not None else kwargs["input_ids"].shape[1]
+        output.logits = change(output.logits, torch.arange(seen - n, seen) + 1)
+        return output
+
+    model.register_forward_hook(hook, with_kwargs=True)
+    return model
+
+
+def retrained(draft: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
+    """A copy of `draft` whose weights were changed elsewhere, but for embeddings and head, which an assistant holds fixed."""
+    import copy
+
+    model, random = copy.deepcopy(draft), torch.Generator().manual_seed(seed)
+    ends = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            if id(p) not in ends:
+                p.add_(scale * p.std() * torch.randn(p.shape, generator=random))
+    return model
+
+
+class InMidCall(BaseStreamer):
+    """Runs `act()` in a thread of its own, and waits for it, after each of the first `rounds` rounds of a call."""
+
+    def __init__(self, act: Callable[[], object], rounds: int | None = None):
+        self.act, self.rounds = act, rounds
+        self.results: list[object] = []
+        self._begun = False  # the prompt is put before the call begins
+
+    def put(self, value):
+        if not self._begun or (self.rounds is not None and len(self.results) >= self.rounds):
+            self._begun = True
+            return
+        errors = []
+
+        def work():
+            try:
+                self.results.append(self.act())
+            except BaseException as error:  # of a test's own thread: raised below
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    def end(self):
+        pass
+
+
+# What should have come out.
+
+
+def processors_of(prompt_length: int, eos: Sequence[int] = (), extra=(), **kwargs) -> LogitsProcessorList:
+    """The logits processors of a generate call, in generate's order, of those of its kwargs that this suite uses."""
+    made = LogitsProcessorList()
+    if kwargs.get("repetition_penalty"):
+        made.append(RepetitionPenaltyLogitsProcessor(kwargs["repetition_penalty"]))
+    if kwargs.get("min_new_tokens") and eos:
+        made.append(MinNewTokensLengthLogitsProcessor(prompt_length, kwargs["min_new_tokens"], list(eos)))
+    made += extra
+    if kwargs.get("do_sample"):
+        if kwargs.get("temperature", 1.0) != 1.0:
+            made.append(TemperatureLogitsWarper(kwargs["temperature"]))
+        if kwargs["top_k"]:
+            made.append(TopKLogitsWarper(kwargs["top_k"]))
+        if kwargs.get("top_p", 1.0) < 1.0:
+            made.append(TopPLogitsWarper(kwargs["top_p"]))
+    return made
+
+
+@torch.no_grad()
+def scores_of(model: PreTrainedModel, text: Tensor, start: int, processors=()) -> Tensor:
+    """What `model` says of each token of `text` `(L,)` from `start` on, by one forward over all of it: `(L-start, V)`, processed."""
+    logits = model(input_ids=text[None], use_cache=False).logits[0, start - 1 : -1].float()
+    if not processors:
+        return logits
+    return torch.cat([processors(text[None, : start + i], row[None].clone()) for i, row in enumerate(logits)])
+
+
+class Block(NamedTuple):
+    """One round: what was drafted, how much of it was accepted, what came out."""
+
+    drafted: list[int]
+    accepted: int
+    said: list[int]
+
+    @property
+    def tested(self) -> int:
+        return min(self.accepted + 1, len(self.said), len(self.drafted))
+
+    @property
+    def outcomes(self) -> list[int]:
+        of_drafts = [ACCEPTED] * self.accepted + [REJECTED] * (self.tested - self.accepted)
+        return of_drafts + [UNTESTED] * (len(self.said) - self.tested)
+
+
+@torch.no_grad()
+def speculate(
+    draft: PreTrainedModel, prompt: Tensor, answer: list[int], lengths: Sequence[int], end: int, eos, processors
+) -> Iterator[Block]:
+    """Greedy speculative decoding of a target that says `answer` after `prompt` `(L,)`, with γ of `lengths`, at most `end` tokens."""
+    done, wished = 0, chain(lengths, repeat(0))
+    while done < len(answer):
+        drafted = []
+        for _ in range(min(next(wished), end - done - 1)):
+            text = torch.cat([prompt, torch.tensor(answer[:done] + drafted, dtype=torch.long)])
+            logits = draft(input_ids=text[None], use_cache=False).logits[:, -1].float()
+            drafted.append(int((processors(text[None], logits) if processors else logits).argmax()))
+            if drafted[-1] in eos:
+                break
+        said, accepted = [], 0
+        for i, token in enumerate(answer[done:]):
+            said.append(token)
+            if i == len(drafted) or token != drafted[i]:
+                break
+            accepted += 1
+        yield Block(drafted, accepted, said)
+        done += len(said)
+
+
+def blocks_of(feedback: Feedback) -> list[Block]:
+    """The rounds that a request's outcomes tell of: each ends where a draft was not accepted, or with the call."""
+    blocks, drafted, said = [], [], []
+    for token, guess, outcome in zip(
+        *map(Tensor.tolist, (feedback.answer, feedback.drafted, feedback.outcome)), strict=True
+    ):
+        said.append(token)
+        drafted += [guess] * (outcome != UNTESTED)
+        if outcome != ACCEPTED:
+            blocks.append(Block(drafted, len(drafted) - (outcome == REJECTED), said))
+            drafted, said = [], []
+    return [*blocks, Block(drafted, len(drafted), said)] if said else blocks
+
+
+@torch.no_grad()
+def exact_distribution(target: PreTrainedModel, prompt: Tensor, n: int, eos=(), **kwargs) -> dict[tuple, float]:
+    """The probability of each answer of at most n tokens to `prompt` `(1, L)`, by the target's own forwards over all prefixes."""
+    processors = processors_of(prompt.shape[1], eos, **kwargs)
+    ended, going = {}, {(): 1.0}
+    for _ in range(n):
+        texts = torch.stack([torch.cat([prompt[0], torch.tensor(prefix, dtype=torch.long)]) for prefix in going])
+        scores = target(input_ids=texts, use_cache=False).logits[:, -1].float()
+        rows = (processors(texts, scores) if processors else scores).double().softmax(-1).tolist()
+        longer = {}
+        for (prefix, mass), row in zip(going.items(), rows, strict=True):
+            for token, p in enumerate(row):
+                if p:
+                    (ended if token in eos else longer)[*prefix, token] = mass * p
+        going = longer
+    return ended | going
+
+
+def p_value(counts: Counter, probabilities: dict[tuple, float]) -> float:
+    """Of Pearson's χ²; cells of which fewer than 5 are expected are one, joined to the next smallest if it is too small itself."""
+    calls = sum(counts.values())
+    cells = sorted((calls * p, counts[key]) for key, p in probabilities.items())
+    pooled = [0.0, 0]
+    while len(cells) > 1 and (cells[0][0] < 5 or 0 < pooled[0] < 5):
+        expected, seen = cells.pop(0)
+        pooled = [pooled[0] + expected, pooled[1] + seen]
+    if pooled[0]:
+        cells.append(tuple(pooled))
+    chi2 = sum((seen - expected) ** 2 / expected for expected, seen in cells)
+    half = torch.tensor([(len(cells) - 1) / 2, chi2 / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+# What came out.
+
+
+@dataclass
+class Served:
+    """One call: its output `(1, L+N)`, what it recorded, its statistics, and the γ that the lookahead chose, round by round."""
+
+    output: Tensor
+    feedback: Feedback
+    stats: CallStats
+    lengths: list[int]
+
+
+def assistant_of(draft: PreTrainedModel, **config) -> OnlineAssistant:
+    """An assistant that drafts a constant γ, keeps its distributions whole and learns only when told to."""
+    settings = {"lookahead": "constant", "update_interval": 10**6, "top_k": 64, "feedback_dtype": "float32"}
+    return OnlineAssistant(draft, **settings | config)
+
+
+def serve(target: PreTrainedModel, assistant: OnlineAssistant, prompt: Tensor, **kwargs) -> Served:
+    """One call of `target.generate(**kwargs)` with `assistant`, and what it left behind."""
+    lengths, choose = [], assistant.lookahead.next_length
+
+    def next_length(*args, **kwargs):
+        lengths.append(choose(*args, **kwargs))
+        return lengths[-1]
+
+    assistant.lookahead.next_length = next_length
+    try:
+        output = target.generate(prompt, assistant_model=assistant, pad_token_id=0, **{**unpadded(prompt), **kwargs})
+    finally:
+        del assistant.lookahead.next_length
+    assistant.update()
+    new = assistant.buffer.new()
+    return Served(output, new[-1], assistant.stats.last, lengths)
+
+
+def unpadded(prompt: Tensor) -> dict:
+    """generate would take a 0 of the prompt for padding."""
+    return {"attention_mask": torch.ones_like(prompt)}
+
+
+@contextmanager
+def forwards_of(target: PreTrainedModel) -> Iterator[list]:
+    """A list that grows by one with each forward of `target`."""
+    seen = []
+    handle = target.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# The checks.
+
+
+def check_greedy(
+    target, draft, prompt: Tensor, n: int, eos=(), extra=(), config=None, assistant=None, alpha_at="all", **kwargs
+) -> Served:
+    """Output, rounds, outcomes, counts and feedback of a greedy call are those of the plain reference."""
+    assistant = assistant or assistant_of(draft, **(config or {}))
+    asked = {"max_new_tokens": n, "do_sample": False, "eos_token_id": list(eos) or None, **kwargs}
+    asked |= {"logits_processor": LogitsProcessorList(extra)} if extra else {}
+    plain = target.generate(prompt, pad_token_id=0, **{**unpadded(prompt), **asked, "streamer": None})
+    with forwards_of(target) as forwards:
+        served = serve(target, assistant, prompt, **asked)
+    assert torch.equal(served.output, plain), (served.output, plain)
+    length = prompt.shape[1]
+    processors = processors_of(length, eos, extra, **kwargs)
+    blocks = list(speculate(draft, prompt[0], plain[0, length:].tolist(), served.lengths, n, eos, processors))
+    assert served.feedback.outcome.tolist() == [outcome for block in blocks for outcome in block.outcomes]
+    assert served.stats.drafted == sum(len(block.drafted) for block in blocks)
+    assert len(forwards) == len(blocks)
+    check_counts(served, blocks)
+    check_feedback(served, target, draft, length, processors, sampled=False, alpha_at=alpha_at)
+    return served
+
+
+def check_sampled(target, draft, prompt: Tensor, n: int, eos=(), extra=(), config=None, **kwargs) -> Served:
+    """Counts and feedback of a sampled call are what fresh forwards over its output say. (What it samples: `check_sampling`.)"""
+    asked = {"max_new_tokens": n, "do_sample": True, "top_k": 0, "eos_token_id": list(eos) or None, **kwargs}
+    processors = processors_of(prompt.shape[1], eos, extra, **asked)
+    asked |= {"logits_processor": LogitsProcessorList(extra)} if extra else {}
+    with forwards_of(target) as forwards:
+        served = serve(target, assistant_of(draft, **(config or {})), prompt, **asked)
+    blocks = blocks_of(served.feedback)
+    assert len(forwards) == len(blocks)
+    if not eos:  # else a draft rejected before may have been cut at its EOS
+        rooms, left = [], n
+        for wished, block in zip(served.lengths, blocks, strict=True):
+            rooms.append(min(wished, left - 1))
+            left -= len(block.said)
+        assert served.stats.drafted == sum(rooms)
+        assert [block.tested for block in blocks] == [
+            min(n, b.accepted + 1) for n, b in zip(rooms, blocks, strict=True)
+        ]
+    check_counts(served, blocks)
+    check_feedback(served, target, draft, prompt.shape[1], processors, sampled=True)
+    return served
+
+
+def check_padded(target, draft, prompt: Tensor, padding: int, gamma: int, do_sample=False) -> Served:
+    """Left padding changes neither the output nor what is recorded, which holds none of it. Padded with a token of the vocabulary."""
+    padded = torch.nn.functional.pad(prompt, (padding, 0), value=3)
+    mask = torch.nn.functional.pad(torch.ones_like(prompt), (padding, 0))
+    asked = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": do_sample, "top_k": 0}
+    served = serve(target, assistant_of(draft, num_assistant_tokens=gamma), padded, **asked)
+    text = served.output[0, padding:]
+    assert torch.equal(served.output[:, : padded.shape[1]], padded)
+    if not do_sample:
+        plain = target.generate(padded, pad_token_id=0, **asked)
+        assert torch.equal(served.output, plain)
+        answer = plain[0, padded.shape[1] :].tolist()
+        check_counts(served, list(speculate(draft, prompt[0], answer, served.lengths, 16, (), ())))
+    check_feedback(served, target, draft, prompt.shape[1], sampled=do_sample, text=text)
+    return served
+
+
+def check_lease(target, draft, assistant, prompt: Tensor, n: int, streamer) -> Served:
+    """Whatever `streamer` does to `assistant` in mid-call, the call goes on with the weights it began with, those of `draft`."""
+    held = assistant.serving.active
+    before = [p.clone() for p in held.parameters()]
+    served = check_greedy(target, draft, prompt, n, assistant=assistant, streamer=streamer)
+    assert streamer.results, "nothing happened in mid-call"
+    assert all(torch.equal(p, was) for p, was in zip(held.parameters(), before, strict=True))
+    return served
+
+
+def check_counts(served: Served, blocks: list[Block]):
+    stats = served.stats
+    tested = Counter(i for block in blocks for i in range(block.tested))
+    accepted = Counter(i for block in blocks for i in range(block.accepted))
+    assert (stats.requests, stats.rounds, stats.new_tokens) == (
+        1,
+        len(blocks),
+        sum(len(block.said) for block in blocks),
+    )
+    assert (stats.tested, stats.accepted) == (tested.total(), accepted.total())
+    expected = [accepted[i] / tested[i] for i in range(len(tested))]
+    assert stats.to_dict()["acceptance_by_position"] == expected
+    guesses = [(block.drafted[: block.tested] + [-1] * len(block.said))[: len(block.said)] for block in blocks]
+    assert served.feedback.drafted.tolist() == list(chain(*guesses))
+
+
+def check_feedback(
+    served: Served, target, draft, prompt_length: int, processors=(), sampled=False, text=None, alpha_at="all"
+):
+    """What was recorded is what fresh forwards over the output say. `text` `(L,)`: the output without padding."""
+    feedback, text = served.feedback, served.output[0] if text is None else text
+    assert feedback.prompt_length == prompt_length
+    assert torch.equal(feedback.tokens.long(), text)
+    assert feedback.sampled == sampled
+    same = torch.testing.assert_close
+
+    log_p = scores_of(target, text, prompt_length).log_softmax(-1)
+    ids = feedback.top_ids.long()
+    same(feedback.top_logps, log_p.topk(ids.shape[1]).values, **CLOSE)
+    same(feedback.top_logps, log_p.gather(-1, ids), **CLOSE)
+    same(feedback.tail_logp, log_p.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(TAIL_FLOOR), **CLOSE)
+
+    log_q = scores_of(draft, text, prompt_length, processors).log_softmax(-1)
+    tested, drafted = feedback.outcome != UNTESTED, feedback.drafted.long()
+    assert torch.equal(feedback.outcome == ACCEPTED, tested & (drafted == feedback.answer))
+    assert torch.equal(tested, drafted != -1)
+    assert feedback.draft_logps[~tested].isnan().all()
+    assert feedback.drafted_logp[~tested].isnan().all()
+    same(feedback.draft_logps[tested], log_q.gather(-1, ids)[tested], **CLOSE)
+    same(feedback.drafted_logp[tested], log_q.gather(-1, drafted.clamp_min(0)[:, None])[:, 0][tested], **CLOSE)
+    if sampled:
+        p = scores_of(target, text, prompt_length, processors).softmax(-1)
+        overlap = torch.minimum(p, log_q.exp()).sum(-1)
+    else:
+        assert torch.equal(drafted[tested], log_q.argmax(-1)[tested])
+        overlap = (log_q.argmax(-1) == feedback.answer).float()
+    known = ~feedback.overlap.isnan()
+    assert known[tested].all()
+    # The next draft answers for a bonus token, but a last round of one token has none; and a user's processor, which may keep state, is
+    # not asked about the past.
+    if min(served.lengths) > 0 and all(type(p).__module__.startswith("transformers.") for p in processors):
+        assert known[:-2].all()
+    compared = tested if alpha_at == "tested" else known
+    same(feedback.overlap[compared], overlap[compared], **CLOSE)
+    assert served.stats.overlap_count == int(known.sum())
+    assert abs(served.stats.overlap_sum - float(feedback.overlap[known].sum())) < 1e-3
+
+
+def check_sampling(
+    target, draft, n: int, calls: int, gamma: int, seed: int = 0, prompt=((1, 2, 3),), eos=(), between=None, streamer=None,
+    config=None, **kwargs,
+):  # fmt: skip
+    """Answers of n tokens come as often as the target alone would give them: χ² over whole answers, and over their beginnings, which
+    have more power. `between(assistant, i)` is run before call i, and `streamer(assistant)` made for each.
+    """
+    asked = {"do_sample": True, "top_k": 0, **kwargs}
+    prompt = torch.tensor(prompt)
+    exact = exact_distribution(target, prompt, n, eos, **asked)
+    assistant = assistant_of(draft, **{"num_assistant_tokens": gamma, "learn": False, **(config or {})})
+    counts = Counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for i in range(calls):
+            if between is not None:
+                between(assistant, i)
+            output = target.generate(
+                prompt, max_new_tokens=n, assistant_model=assistant, pad_token_id=0, eos_token_id=list(eos) or None,
+                streamer=streamer and streamer(assistant), **asked,
+            )  # fmt: skip
+            counts[tuple(output[0, prompt.shape[1] :].tolist())] += 1
+    assert counts.keys() <= exact.keys(), f"answers that the target never gives: {counts.keys() - exact.keys()}"
+    for length in range(1, n + 1):
+        began, probabilities = Counter(), Counter()
+        for answer, count in counts.items():
+            began[answer[:length]] += count
+        for answer, p in exact.items():
+            probabilities[answer[:length]] += p
+        p = p_value(began, probabilities)
+        assert p > 1e-4, f"p={p:.1e} of the first {length} tokens"
+    total = assistant.stats.total
+    assert 0 < total.accepted < total.tested  # else nothing was tried
+    return assistant
