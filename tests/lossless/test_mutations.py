@@ -1,0 +1,336 @@
+"""Planted bugs, each of which the suite's own checks must catch: they pass on the library as it is, and fail on each mutant."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LogitsProcessor, StoppingCriteriaList
+from transformers.generation import utils as generation
+from transformers.generation.stopping_criteria import EosTokenCriteria
+
+from hf_osd import OnlineCandidateGenerator, processors
+from hf_osd.call_record import CallRecord
+from hf_osd.draft_context import DraftContext
+from hf_osd.feedback import TAIL_FLOOR, SparseRows
+from hf_osd.processors import VerifiedProcessors
+from hf_osd.serving import ServingDraft
+from hf_osd.stopping import DraftStops
+from hf_osd.translation import Translation
+
+from .checks import InMidCall, assistant_of, check_greedy, check_lease, check_sampling, one_layer, retrained
+
+PROMPT = torch.tensor([[3, 7, 11, 5, 2]])
+
+
+class Biased(LogitsProcessor):
+    """In place, as some are."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, 7] += 2.0
+        return scores
+
+
+class Counting(LogitsProcessor):
+    """With state: favours another token at each call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores.index_add(-1, torch.tensor([self.calls % scores.shape[-1]]), torch.full((1, 1), 4.0))
+
+
+# The checks that are to catch them. Each builds what it needs, so that nothing of a mutant is left in the next one.
+
+
+class Checks:
+    def __init__(self, tiny_llama, noised_copy):
+        self.target = tiny_llama(vocab=16, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+        self.draft = noised_copy(self.target, 0.3, seed=1)
+        self._noised = noised_copy
+        self._passed: set[str] = set()
+
+    def greedy(self):
+        check_greedy(self.target, self.draft, PROMPT, 16, config={"num_assistant_tokens": 3, "top_k": 4})
+
+    def greedy_processed(self):
+        check_greedy(self.target, self.draft, PROMPT, 16, extra=(Biased(),), repetition_penalty=1.5)
+
+    def greedy_to_an_eos(self):
+        """Inside a block that is the target's own."""
+        answer = self.target.generate(PROMPT, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, PROMPT.shape[1] :]
+        check_greedy(self.target, self.target, PROMPT, 16, eos=[int(answer[1])])
+
+    def sampled(self):
+        target = one_layer(5)
+        check_sampling(target, self._noised(target, 1.0, seed=1), n=3, calls=320, gamma=2)
+
+    def sampled_hot(self):
+        target = one_layer(5)
+        draft = self._noised(target, 1.0, seed=1)
+        check_sampling(target, draft, n=3, calls=320, gamma=2, temperature=3.0)
+
+    def leases(self):
+        assistant = assistant_of(self.draft, num_assistant_tokens=3)
+        others = iter(retrained(self.draft, 0.3, seed) for seed in range(99))
+        check_lease(self.target, self.draft, assistant, PROMPT, 16, InMidCall(lambda: assistant.refresh(next(others))))
+
+    def state(self):
+        plain, assisted = (
+            self.target.generate(
+                PROMPT, max_new_tokens=16, do_sample=False, pad_token_id=0, logits_processor=[Counting()], **kwargs
+            )
+            for kwargs in ({}, {"assistant_model": assistant_of(self.draft, num_assistant_tokens=3)})
+        )
+        assert torch.equal(plain, assisted)
+
+    def stops(self):
+        for draft in (self.target, self.draft):
+            for token in range(16):
+                asked = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+                asked["stopping_criteria"] = StoppingCriteriaList([EosTokenCriteria([token])])
+                plain = self.target.generate(PROMPT, **asked)
+                assisted = self.target.generate(PROMPT, assistant_model=assistant_of(draft), **asked)
+                assert torch.equal(plain, assisted)
+
+    def vocabularies(self):
+        """A draft with two rows fewer than its target, of which it is a copy else, is right about all others."""
+        config = type(self.target.config)(**{**self.target.config.to_dict(), "vocab_size": 14})
+        draft, state = type(self.target)(config).eval(), self.target.state_dict()
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        draft.load_state_dict({name: p[:14] if name.endswith(ends) else p for name, p in state.items()})
+        words = _Words()
+        assistant = assistant_of(draft)
+        asked = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [14, 15]}
+        plain = self.target.generate(PROMPT, **asked)
+        served = self.target.generate(
+            PROMPT, assistant_model=assistant, tokenizer=words, assistant_tokenizer=words, **asked
+        )
+        assert torch.equal(plain, served)
+        assert assistant.stats.total.alpha_live == 1.0
+
+    def passes(self, name: str):
+        if name not in self._passed:
+            getattr(self, name)()
+            self._passed.add(name)
+
+
+class _Words:
+    """As much of a tokenizer as a padded pair needs."""
+
+    unk_token_id = pad_token_id = eos_token_id = None
+
+    def get_vocab(self):
+        return {str(i): i for i in range(14)}
+
+
+@pytest.fixture(scope="module")
+def checks(tiny_llama, noised_copy):
+    return Checks(tiny_llama, noised_copy)
+
+
+# The bugs. Each is (what, the check that must fail, owner and name of what it replaces, its replacement given the original).
+
+
+def other_scores(original):
+    """The scores handed over are not those that the drafts were sampled from."""
+
+    def get_candidates(self, input_ids, **kwargs):
+        candidates, scores = original(self, input_ids, **kwargs)
+        return candidates, None if scores is None else scores / 3
+
+    return get_candidates
+
+
+def rejected_from_p(original):
+    """What replaces a rejected draft is drawn from p, not from the residual of p over q."""
+
+    def speculative_sampling(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs):
+        said, matches = original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs)
+        if matches < candidate_length:
+            said = said.clone()
+            said[0, -1] = torch.multinomial(new_logits[0, matches].softmax(-1), 1)
+        return said, matches
+
+    return speculative_sampling
+
+
+def always_accepted_if_likelier(original):
+    """Acceptance by p > q instead of with probability p/q."""
+
+    def speculative_sampling(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs):
+        rand_like = torch.rand_like
+        torch.rand_like = torch.ones_like
+        try:
+            return original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs)
+        finally:
+            torch.rand_like = rand_like
+
+    return speculative_sampling
+
+
+def sampled_with_other_processors(original):
+    """The draft samples through the call's processors, and hands over scores of before them."""
+
+    def draft(self, input_ids, gamma):
+        given = self._verified.for_drafting
+        raw = []
+
+        def for_drafting():
+            inner = given()
+
+            def process(ids, scores):
+                raw.append(scores.clone())
+                return inner(ids, scores)
+
+            return process
+
+        self._verified.for_drafting = for_drafting
+        try:
+            candidates = original(self, input_ids, gamma)
+        finally:
+            del self._verified.for_drafting
+        self._draft_scores = torch.cat(raw)
+        return candidates
+
+    return draft
+
+
+def rows_off_by_one(original):
+    def add_round(self, pieces, raw, *args):
+        return original(self, pieces, raw.roll(1, 0), *args)
+
+    return add_round
+
+
+def prompt_off_by_one(original):
+    def seal(self):
+        feedback = original(self)
+        return feedback and replace(feedback, prompt_length=feedback.prompt_length + 1)
+
+    return seal
+
+
+def bonus_counted_as_accepted(original):
+    def add_round(self, pieces, raw, scores, drafted, accepted, overlap):
+        return original(self, pieces, raw, scores, drafted, min(accepted + 1, len(overlap)), overlap)
+
+    return add_round
+
+
+def matches_at_face_value(original):
+    """num_matches is one short where a block ends with an accepted EOS: the EOS is read as a rejection."""
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches):
+        if num_matches < len(self._drafted):
+            self._drafted = [*self._drafted]
+            self._drafted[num_matches] = (self._drafted[num_matches] + 1) % scores.shape[-1]
+        return original(self, input_ids, scores, num_matches)
+
+    return update_candidate_strategy
+
+
+def stale_cache_row(original):
+    """The rejected draft's keys and values stay in the cache, in the place of the last verified token's."""
+
+    def crop(self, accepted):
+        kept, layers = self.length + accepted, self._cache.layers
+        rejected = [
+            (layer.keys[:, :, kept : kept + 1], layer.values[:, :, kept : kept + 1]) for layer in layers if kept
+        ]
+        original(self, accepted)
+        for layer, (keys, values) in zip(layers, rejected, strict=True):
+            if keys.shape[2]:
+                layer.keys = torch.cat([layer.keys[:, :, :-1], keys], dim=2)
+                layer.values = torch.cat([layer.values[:, :, :-1], values], dim=2)
+
+    return crop
+
+
+def processed_twice(original):
+    def call(self, input_ids, scores):
+        return self.processors(input_ids, original(self, input_ids, scores))
+
+    return call
+
+
+def kept_after_processing(original):
+    """The row that is kept is the one that processors then change in place."""
+
+    def call(self, input_ids, scores):
+        processed = original(self, input_ids, scores)
+        self._rows[-1] = processed
+        return processed
+
+    return call
+
+
+def asked_about_what_never_came_true(original):
+    return lambda processor: False
+
+
+def written_while_leased(original):
+    def refresh(self, weights):
+        with torch.no_grad():
+            for name, p in self.active.named_parameters():
+                if name in self.trainable:
+                    p.copy_(weights[name])
+        return original(self, weights)
+
+    return refresh
+
+
+def without_tail(original):
+    def of_logits(cls, *args, **kwargs):
+        rows = original.__func__(cls, *args, **kwargs)
+        return replace(rows, tail_logp=torch.full_like(rows.tail_logp, TAIL_FLOOR))
+
+    return classmethod(of_logits)
+
+
+def past_the_stop(original):
+    return lambda self, input_ids: False
+
+
+def another_token_read(original):
+    """The draft reads another token than the one it drafted."""
+
+    def token(self, token):
+        return (original(self, token) + 1) % self.draft_size
+
+    return token
+
+
+MUTANTS: list[tuple[Callable, str, object, str]] = [
+    (other_scores, "sampled", OnlineCandidateGenerator, "get_candidates"),
+    (rejected_from_p, "sampled", generation, "_speculative_sampling"),
+    (always_accepted_if_likelier, "sampled", generation, "_speculative_sampling"),
+    (sampled_with_other_processors, "sampled_hot", OnlineCandidateGenerator, "_draft"),
+    (rows_off_by_one, "greedy", CallRecord, "add_round"),
+    (prompt_off_by_one, "greedy", CallRecord, "seal"),
+    (bonus_counted_as_accepted, "greedy", CallRecord, "add_round"),
+    (matches_at_face_value, "greedy_to_an_eos", OnlineCandidateGenerator, "update_candidate_strategy"),
+    (stale_cache_row, "greedy", DraftContext, "crop"),
+    (processed_twice, "greedy_processed", VerifiedProcessors, "__call__"),
+    (kept_after_processing, "greedy_processed", VerifiedProcessors, "__call__"),
+    (asked_about_what_never_came_true, "state", processors, "_may_keep_state"),
+    (written_while_leased, "leases", ServingDraft, "refresh"),
+    (without_tail, "greedy", SparseRows, "of_logits"),
+    (past_the_stop, "stops", DraftStops, "end"),
+    (another_token_read, "vocabularies", Translation, "token"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "check", "owner", "name"), MUTANTS, ids=[mutant[0].__name__ for mutant in MUTANTS])
+def test_the_suite_catches(checks, monkeypatch, mutant, check, owner, name):
+    checks.passes(check)
+    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    monkeypatch.setattr(owner, name, mutant(original))
+    with pytest.raises(AssertionError):
+        getattr(checks, check)()
+
+
+def test_each_mutant_is_its_own():
+    assert len({mutant[0] for mutant in MUTANTS}) == len(MUTANTS) >= 8
