@@ -186,16 +186,27 @@ def in_turn(streams: list[list[dict]], count: int) -> list[dict]:
 
 
 def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int) -> dict:
-    """Where two outputs part: the index among the new tokens, and how far apart a fresh forward has the two candidates' logits."""
+    """Where two outputs part: the index among the new tokens, and how far apart the two candidates' logits are there: by a fresh forward,
+    which is what the verdict goes by, and in plain decoding itself."""
     shared = min(len(plain), len(assisted))
     differs = (plain[:shared] != assisted[:shared]).nonzero()
     if not len(differs):  # one goes on where the other ends
-        return {"differs_at": shared - prompt_length, "logit_difference": None}
+        return {"differs_at": shared - prompt_length, "logit_difference": None, "plain_logit_difference": None}
     at = int(differs[0])
     with torch.no_grad():
-        logits = target(input_ids=plain[None, :at].to(target.device), use_cache=False).logits[0, -1]
-    difference = abs(float(logits[plain[at]]) - float(logits[assisted[at]]))
-    return {"differs_at": at - prompt_length, "logit_difference": difference}
+        fresh = target(input_ids=plain[None, :at].to(target.device), use_cache=False).logits[0, -1]
+    again = target.generate(
+        plain[None, :prompt_length].to(target.device),
+        attention_mask=torch.ones(1, prompt_length, dtype=torch.long, device=target.device),
+        max_new_tokens=at - prompt_length + 1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    found = {"differs_at": at - prompt_length}
+    for name, logits in (("logit_difference", fresh), ("plain_logit_difference", again.logits[-1][0])):
+        found[name] = abs(float(logits[plain[at]]) - float(logits[assisted[at]]))
+    return found
 
 
 def figures_of(rows: list[dict]) -> dict:

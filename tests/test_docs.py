@@ -52,3 +52,14 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def _tests(folder: str) -> set[str]:
+    files = sorted((ROOT / "tests").glob(folder))
+    return {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
+
+
+def test_limits_names_the_tests_there_are_and_all_of_the_lossless_suite():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/limits.md").read_text(encoding="utf-8")))
+    assert not named - _tests("**/test_*.py")
+    assert not _tests("lossless/test_*.py") - named

@@ -130,6 +130,7 @@ def test_a_wrong_token_is_a_mismatch_and_the_exit_status_says_so(run, monkeypatc
     assert [row["verdict"] for row in rows] == ["identical", "mismatch", "mismatch", "identical"]
     assert rows[1]["differs_at"] == 3
     assert rows[1]["logit_difference"] > 1e-3
+    assert rows[1]["plain_logit_difference"] == pytest.approx(rows[1]["logit_difference"], abs=1e-4)
     assert rows[2]["differs_at"] == rows[2]["new_tokens"] - 1
     assert rows[2]["logit_difference"] is None
     assert "differs_at" not in rows[0]
