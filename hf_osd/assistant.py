@@ -36,7 +36,6 @@ if TYPE_CHECKING:
         LogitsProcessorList,
         PreTrainedModel,
         PreTrainedTokenizerBase,
-        StoppingCriteriaList,
     )
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ class OnlineAssistant(SavableAssistant):
         inputs_tensor: Tensor | None,
         logits_processor: LogitsProcessorList,
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
+        running: integration.RunningCall | None = None,
     ) -> OnlineCandidateGenerator:
         """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
 
@@ -186,6 +185,7 @@ class OnlineAssistant(SavableAssistant):
             dtype=getattr(torch, config.feedback_dtype),
             source=source,
         )
+        record.running = running
         record.model = self.serving.lease()
         try:
             generator = OnlineCandidateGenerator(
@@ -200,7 +200,7 @@ class OnlineAssistant(SavableAssistant):
                 record=record,
                 lookahead=self.lookahead,
                 confidence_threshold=config.assistant_confidence_threshold,
-                stopping_criteria=stopping_criteria,
+                stopping_criteria=None if running is None else running.stopping_criteria,
             )
         except BaseException:
             self.serving.release(record.model)
@@ -298,14 +298,19 @@ class OnlineAssistant(SavableAssistant):
         self._take_in(self._over(here=True))
 
     def _over(self, here: bool = False) -> list[CallRecord]:
-        """The open calls that are over: their generator is gone. And, with `here`, those of this thread, which has come back from them,
-        though a traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
+        """The open calls that are over: their generator is gone. And, with `here`, those of this thread that have come back, though a
+        traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
         thread, ended = threading.get_ident() if here else None, set()
+        running = integration.running_calls() if here else []
         with suppress(IndexError):
             while True:
                 ended.add(self._ended.popleft())
         with self._lock:
-            over = [record for record in self._open if record in ended or record.thread == thread]
+            over = [
+                record
+                for record in self._open
+                if record in ended or (record.thread == thread and record.running not in running)
+            ]
             self._open.difference_update(over)
         return over
 

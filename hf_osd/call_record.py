@@ -14,6 +14,7 @@ from hf_osd.stats import CallStats
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_osd.integration import RunningCall
     from hf_osd.translation import Translation
 
 
@@ -44,6 +45,7 @@ class CallRecord:
         self.stats = CallStats(requests=1)
         self.thread = threading.get_ident()
         self.model: PreTrainedModel | None = None  # the leased draft
+        self.running: RunningCall | None = None  # None if generate's own loop does not run it
         self.sampled, self.processed = sampled, processed
         self._translation = translation
         self._capture, self._top_k, self._dtype = capture, top_k, dtype

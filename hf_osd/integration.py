@@ -1,5 +1,5 @@
 """The one seam into transformers: `GenerationMixin._get_candidate_generator`, wrapped once, so that `assistant_model=` may be an
-[`OnlineAssistant`]; and the method that calls it, for it alone knows the stopping criteria. Every other assistant goes through
+[`OnlineAssistant`]; and the method that calls it, for it alone knows the stopping criteria and when a call ends. Every other assistant goes through
 untouched."""
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import StoppingCriteriaList
 
 # What the seam relies on, by what has it: names of parameters. Checked when the seam opens.
 _CONTRACT = {
@@ -35,7 +40,21 @@ _CONTRACT = {
 }
 _TESTED = "transformers>=5.23,<5.24"
 
-_call = threading.local()  # the stopping criteria of this thread's innermost call, between the two methods
+_thread = threading.local()  # `calls`: of this thread, see `running_calls`
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """One run of `_assisted_decoding` with an OnlineAssistant."""
+
+    stopping_criteria: StoppingCriteriaList
+
+
+def running_calls() -> list[RunningCall]:
+    """This thread's calls that have not come back, innermost last: a streamer may call generate in the middle of one."""
+    if not hasattr(_thread, "calls"):
+        _thread.calls = []
+    return _thread.calls
 
 
 def enable():
@@ -49,7 +68,7 @@ def enable():
     if is_enabled():
         return
     _check_contract()
-    for name, wrap in (("_get_candidate_generator", _dispatching), ("_assisted_decoding", _telling_criteria)):
+    for name, wrap in (("_get_candidate_generator", _dispatching), ("_assisted_decoding", _running)):
         original = getattr(GenerationMixin, name)
         wrapped = functools.wraps(original)(wrap(original, inspect.signature(original)))
         wrapped._hf_osd_original = original
@@ -89,25 +108,24 @@ def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
             inputs_tensor=arguments["inputs_tensor"],
             logits_processor=arguments["logits_processor"],
             tokenizers=None if None in tokenizers else tokenizers,
-            stopping_criteria=getattr(_call, "stopping_criteria", None),
+            running=running_calls()[-1] if running_calls() else None,
         )
 
     return get_candidate_generator
 
 
-def _telling_criteria(original: Callable, signature: inspect.Signature) -> Callable:
-    """`_assisted_decoding`: leaves its stopping criteria where an OnlineAssistant finds them."""
+def _running(original: Callable, signature: inspect.Signature) -> Callable:
+    """`_assisted_decoding`: while it runs, its stopping criteria lie where an OnlineAssistant finds them."""
 
     def assisted_decoding(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
-        outer = getattr(_call, "stopping_criteria", None)
-        _call.stopping_criteria = arguments["stopping_criteria"]
+        running_calls().append(RunningCall(arguments["stopping_criteria"]))
         try:
             return original(self, *args, **kwargs)
         finally:
-            _call.stopping_criteria = outer  # a streamer may have called generate in between
+            running_calls().pop()
 
     return assisted_decoding
 

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 import hf_osd
 from hf_osd import OnlineAssistant
 
-PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(7))
-GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+PROMPTS = torch.randint(2, 64, (4, 1, 6), generator=torch.Generator().manual_seed(7))
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_threads_generate_on_one_assistant_at_once(target, draft, tmp_path):
     assert not wrong
     assistant.flush()
     stats = assistant.stats
-    assert stats.total.requests == 18
+    assert stats.total.requests == 3 * len(PROMPTS)
     assert stats.updates > 0
     assert stats.failed_updates == 0
     assert not assistant.serving._leases
@@ -159,6 +159,25 @@ def test_a_call_within_a_call(target, other, draft):
     assert all(inner)
 
 
+def test_a_call_within_a_call_leaves_the_outer_one_open(target, draft):
+    """Its lease too, or an update could write the copy that it drafts with; and what it observes is not cut short."""
+    assistant, inner, leases = assist(draft, update_interval=10**6), [], []
+
+    def call():
+        if len(inner) < 2:
+            inner.append(target.generate(PROMPTS[1 + len(inner)], assistant_model=assistant, **GREEDY))
+        leases.append(sum(assistant.serving._leases.values()))
+
+    outer = target.generate(PROMPTS[0], assistant_model=assistant, streamer=EachRound(call), **GREEDY)
+    assistant.update()
+    learnt = {tuple(feedback.tokens.tolist()) for feedback in assistant.buffer.new()}
+    assert learnt == {tuple(output[0].tolist()) for output in (outer, *inner)}
+    assert assistant.stats.total.requests == 3
+    assert assistant.stats.total.new_tokens == 3 * GREEDY["max_new_tokens"]
+    assert min(leases) >= 1
+    assert not assistant.serving._leases
+
+
 def test_after_a_call_that_broke_off(target, draft):
     plain, assistant = answers(target), assist(draft)
 
@@ -178,9 +197,9 @@ def test_the_seam_closed_and_opened_between_calls(target, draft):
     hf_osd.disable()
     try:
         assert answers(target, assistant_model=assistant) == plain  # by a stock generator, learning nothing
-        assert assistant.stats.total.requests == 6
+        assert assistant.stats.total.requests == len(PROMPTS)
     finally:
         hf_osd.enable()
     assert answers(target, assistant_model=assistant) == plain
     assistant.update()
-    assert assistant.stats.total.requests == 12
+    assert assistant.stats.total.requests == 2 * len(PROMPTS)
