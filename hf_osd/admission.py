@@ -65,9 +65,10 @@ def check_call(
             f"`assistant_ensemble_weight` is {generation_config.assistant_ensemble_weight}, which makes the output another than the "
             "target's own. Leave it out, or pass a plain model as assistant_model."
         )
-    if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in logits_processor):
+    guided = [p for p in logits_processor if isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor)]
+    if guided:
         raise ValueError(
-            f"`guidance_scale` is {generation_config.guidance_scale}: classifier-free guidance keeps a cache of its own, in which transformers' "
+            f"`guidance_scale` is {guided[0].guidance_scale}: classifier-free guidance keeps a cache of its own, in which transformers' "
             "assisted generation leaves rejected tokens. Leave guidance_scale or assistant_model out."
         )
     if draft.config.is_encoder_decoder:

@@ -46,6 +46,9 @@ def test_what_would_change_the_output_is_refused(target, draft):
     for name, value in (("assistant_ensemble_weight", 0.5), ("guidance_scale", 1.5)):
         with pytest.raises(ValueError, match=rf"`{name}` is {value}.*Leave"):
             target.generate(PROMPTS[0], assistant_model=assistant, **{name: value}, **GREEDY)
+    by_hand = [transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(2.0, target)]
+    with pytest.raises(ValueError, match=r"`guidance_scale` is 2.0"):
+        target.generate(PROMPTS[0], assistant_model=assistant, logits_processor=by_hand, **GREEDY)
     assert not assistant.serving._leases
 
 
