@@ -2,6 +2,7 @@
 on planted bugs. Next to what hf_osd does stands what it should have done, slow and plain: no cache, one full forward a question.
 """
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -94,8 +95,6 @@ def with_logits(model: PreTrainedModel, change: Callable[[Tensor, Tensor], Tenso
 
 def retrained(draft: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
     """A copy of `draft` whose weights were changed elsewhere, but for embeddings and head, which an assistant holds fixed."""
-    import copy
-
     model, random = copy.deepcopy(draft), torch.Generator().manual_seed(seed)
     ends = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
     with torch.no_grad():
@@ -258,12 +257,14 @@ def p_value(counts: Counter, probabilities: dict[tuple, float]) -> float:
 
 @dataclass
 class Served:
-    """One call: its output `(1, L+N)`, what it recorded, its statistics, and the γ that the lookahead chose, round by round."""
+    """One call: its output `(1, L+N)`, what it recorded and the `top_k` it was to keep, its statistics, and the γ that the lookahead
+    chose, round by round."""
 
     output: Tensor
     feedback: Feedback
     stats: CallStats
     lengths: list[int]
+    top_k: int
 
 
 def assistant_of(draft: PreTrainedModel, **config) -> OnlineAssistant:
@@ -287,7 +288,7 @@ def serve(target: PreTrainedModel, assistant: OnlineAssistant, prompt: Tensor, *
         del assistant.lookahead.next_length
     assistant.update()
     new = assistant.buffer.new()
-    return Served(output, new[-1], assistant.stats.last, lengths)
+    return Served(output, new[-1], assistant.stats.last, lengths, assistant.osd_config.top_k)
 
 
 def unpadded(prompt: Tensor) -> dict:
@@ -409,6 +410,7 @@ def check_feedback(
 
     log_p = scores_of(target, text, prompt_length).log_softmax(-1)
     ids = feedback.top_ids.long()
+    assert ids.shape[1] == min(served.top_k, log_p.shape[1])
     same(feedback.top_logps, log_p.topk(ids.shape[1]).values, **CLOSE)
     same(feedback.top_logps, log_p.gather(-1, ids), **CLOSE)
     same(feedback.tail_logp, log_p.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(TAIL_FLOOR), **CLOSE)
