@@ -79,9 +79,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._sample = generation_config.do_sample
         eos = getattr(generation_config, "_eos_token_tensor", None)
         self._eos = set() if eos is None else set(eos.flatten().tolist())
-        self._home = (
-            input_ids.device
-        )  # where scores are processed and chosen from: the processors' own tensors are there
+        # Where scores are processed and chosen from: the processors' own tensors are there.
+        self._home = input_ids.device
 
         self._verified: VerifiedProcessors | None = None
         if logits_processor:
@@ -102,11 +101,10 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
         self._drafted: list[int] = []
         self._draft_scores: Tensor | None = None  # (n, V) float32, processed
-        self._next_scores: Tensor | None = (
-            None  # (1, V): of the token after the drafts, if the draft was asked for it as well
-        )
+        # (1, V), of the token after the drafts, if the draft was asked for it as well.
+        self._next_scores: Tensor | None = None
         self._lag = 0  # last positions that were verified without being put to the draft, at most _MOST_LAG
-        self._lag_targets: deque[Tensor] = deque(maxlen=_MOST_LAG)  # p there, (V,) each; only when sampling
+        self._lag_targets: deque[Tensor] = deque(maxlen=_MOST_LAG)  # p there, (1, V) each; only when sampling
         self._prefill = True  # the target's: its next forward takes the prompt as well
         self._caught_up = False  # the draft's last round took more than the tokens of one round
         self._draft_seconds = 0.0
@@ -125,9 +123,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._draft_seconds = self._handed_over - start
         return candidates, None if self._draft_scores is None else self._draft_scores[None]
 
-    @torch.autocast(
-        "cpu", enabled=False
-    )  # feedback is kept in half precision there, which a user's autocast cannot concatenate
+    # Feedback is kept in half precision on the CPU, which a user's autocast cannot concatenate.
+    @torch.autocast("cpu", enabled=False)
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int):
         """Record the round: `input_ids` `(1, L+m+1)`, the target's processed scores `(1, n+1, V)`."""
         start = time.perf_counter()
@@ -143,12 +140,13 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             pieces, raw, self._draft_scores, self._drafted, accepted, self._overlap_of_drafts(scores, tested, accepted)
         )
         if tested < len(tokens):  # a bonus token
+            p = scores[:, m].softmax(-1) if self._sample else None
             if self._next_scores is not None:
-                self._settle(self._next_scores, scores[:, m].softmax(-1), input_ids[0, -1:])
+                self._settle(self._next_scores, p, input_ids[0, -1:])
             else:
                 self._lag = min(self._lag + 1, _MOST_LAG)
-                if self._sample:
-                    self._lag_targets.append(scores[0, m].softmax(-1))
+                if p is not None:
+                    self._lag_targets.append(p)
         self._context.crop(m)
         self._context.extend(pieces)
 
@@ -214,7 +212,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 prefixes = [input_ids[:, : input_ids.shape[1] - lag + i] for i in range(lag)]
                 processed = [self._verified.processors(prefixes[i], scores[i : i + 1]) for i in range(lag)]
                 scores = torch.cat(processed)
-            targets = torch.stack(list(self._lag_targets)) if self._sample else None
+            targets = torch.cat(list(self._lag_targets)) if self._sample else None
             self._settle(scores, targets, input_ids[0, -lag:])
         self._lag = 0
         self._lag_targets.clear()

@@ -202,8 +202,13 @@ class Learner:
 
     def _train(self, requests: list[Feedback]):
         # generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the process's random state.
-        users = learners_autocast(self.module.device.type, None), torch.autocast("cpu", enabled=False)
-        with isolated_random_state(), torch.inference_mode(False), torch.enable_grad(), users[0], users[1]:
+        with (
+            isolated_random_state(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            learners_autocast(self.module.device.type, None),
+            torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
+        ):
             self.module.train()
             self.trainer.learn(requests)
 

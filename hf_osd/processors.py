@@ -34,9 +34,11 @@ class VerifiedProcessors(LogitsProcessor):
         self._stateful = [p for p in processors if _may_keep_state(p)]
         self._sampled, self._eos = sampled, eos
         self._rows: list[Tensor] = []  # (1, V) each
-        self._said: int | None = None  # the token that the last row leads to, if greedy
+        self._said: int | None = None  # the token that the round's last row leads to; only if greedy
         self._over = False  # a draft was rejected, or the text has ended: no later row counts
-        self._before: list[list[LogitsProcessor]] = []  # copies, as they were before each row; only if sampled
+        self._before: list[
+            list[LogitsProcessor]
+        ] = []  # copies, as they were before each row but the first; only if sampled
         self.can_be_copied = True
         if self._stateful:
             try:
@@ -54,22 +56,23 @@ class VerifiedProcessors(LogitsProcessor):
         self._rows.append(scores.clone())
         if not self._stateful:
             return self.processors(input_ids, scores)
-        if len(self._rows) > 1:
-            if not self._sampled:
-                candidate = int(input_ids[0, -1])
-                self._over = self._over or candidate != self._said or candidate in self._eos
-                if self._over:
-                    return scores
-            self._before.append(self._copies(self._stateful) if self._sampled else [])
+        if self._sampled:
+            if len(self._rows) > 1:
+                self._before.append(self._copies(self._stateful))
+            return self.processors(input_ids, scores)
+        if self._said is not None:
+            candidate = int(input_ids[0, -1])
+            self._over = self._over or candidate != self._said or candidate in self._eos
+            if self._over:
+                return scores
         scores = self.processors(input_ids, scores)
-        if not self._sampled:
-            self._said = int(scores.argmax(-1))
+        self._said = int(scores.argmax(-1))
         return scores
 
     def settle(self, verified: int) -> Tensor:
         """End the round: the raw rows of its verified positions, `(verified, V)`; processors are as after these."""
         rows = torch.cat(self._rows[:verified])
-        if self._sampled and verified <= len(self._before):
+        if verified <= len(self._before):
             for processor, before in zip(self._stateful, self._before[verified - 1], strict=True):
                 vars(processor).clear()
                 vars(processor).update(vars(before))

@@ -110,7 +110,7 @@ class Translation:
             return torch.tensor([i for ids in self.tokens(tokens.tolist()) for i in ids], device=tokens.device)
         target_tokenizer, draft_tokenizer = self._tokenizers
         specials = set(target_tokenizer.all_special_ids)
-        # Some tokenizers put a token before every text; generate's prompts already hold the target's.
+        # Some tokenizers put a token before every text. Where the target's does too, it is not to come twice.
         first = draft_tokenizer("")["input_ids"][:1]
         ids = first if first == [draft_tokenizer.bos_token_id] else []
         run: list[int] = []
