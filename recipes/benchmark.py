@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command import run_command
-from models import encode, load_draft, load_target, use_threads
+from command import check_numbers, run_command
+from models import ModelArguments, encode, load_draft, load_target, use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
@@ -28,12 +28,10 @@ from hf_osd.scoring import answer_logits
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(ModelArguments):
     """What to measure, on what."""
 
     what: str = field(default="overhead", metadata={"help": "What to measure: 'overhead'."})
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
     requests: int = field(
         default=8,
@@ -41,18 +39,13 @@ class BenchmarkArguments:
     )
     repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    dtype: str = field(
-        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
 
     def __post_init__(self):
         if self.what != "overhead":
             raise ValueError(f"`what` is {self.what!r}; choose 'overhead'.")
-        for name in ("requests", "repeats", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; give a whole number ≥ 1.")
+        super().__post_init__()
+        check_numbers(self, {"requests": 1, "repeats": 1, "max_new_tokens": 1})
 
 
 def main(argv: list[str] | None = None) -> int:

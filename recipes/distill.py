@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, run_command
-from models import DTYPES, EMBEDDED, EMBEDDED_FACTS, answer, encode_rows, load_draft, load_target, use_threads
+from models import EMBEDDED, EMBEDDED_FACTS, ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
 from report import RunReport
 from run_log import RunLog, Tracking
 from torch import Tensor
@@ -27,11 +27,9 @@ logger = logging.getLogger("hf_osd.recipes.distill")
 
 
 @dataclass
-class DistillArguments:
+class DistillArguments(ModelArguments):
     """The job's own arguments; all others are those of `OnlineConfig`."""
 
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     stream: str = field(
         default="", metadata={"help": "JSONL files (field `prompt`), comma-separated; see prompts.py."}
     )
@@ -50,10 +48,6 @@ class DistillArguments:
     checkpoint_every: int = field(default=25, metadata={"help": "Requests between two checkpoints."})
     log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
     batch_answers: int = field(default=8, metadata={"help": "Prompts a batch where answers are recorded, not served."})
-    dtype: str = field(
-        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
     report_to: str = field(default="none", metadata={"help": "Trackers of transformers' Trainer, such as trackio."})
 
@@ -62,8 +56,7 @@ class DistillArguments:
             raise ValueError(
                 "`stream` is empty; name at least one JSONL file with a field `prompt`, such as --stream my.jsonl."
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {self.dtype!r}; choose 'auto', 'float32', 'bfloat16' or 'float16'.")
+        super().__post_init__()
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
         check_numbers(self, least | {"log_every": 1, "batch_answers": 1, "threads": 1})
 

@@ -16,7 +16,7 @@ from itertools import chain, islice, zip_longest
 
 import torch
 from command import check_numbers, run_command
-from models import DTYPES, answer, encode_rows, load_draft, load_target, use_threads
+from models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
 from run_log import RunLog, mean, or_none
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -31,11 +31,9 @@ DEFAULTS = {"lookahead": "constant", "num_assistant_tokens": 3, "seed": 0}
 
 
 @dataclass
-class LosslessArguments:
+class LosslessArguments(ModelArguments):
     """What to serve and compare; all other arguments are those of `OnlineConfig`."""
 
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
     requests: int = field(default=200, metadata={"help": "Requests in all, taken from the streams in turn."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
@@ -43,15 +41,10 @@ class LosslessArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
     checkpoint_every: int = field(default=10, metadata={"help": "Requests between two checkpoints."})
     log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
-    dtype: str = field(
-        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        super().__post_init__()
         least = {"requests": 1, "max_new_tokens": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1}
         check_numbers(self, least)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,22 @@ EMBEDDED_FACTS = {
     "target": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "license": "apache-2.0",
 }  # for the card of its drafts
+
+
+@dataclass
+class ModelArguments:
+    """What every recipe is told of its models."""
+
+    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
+    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    dtype: str = field(
+        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
 
 
 def use_threads(threads: int | None):

@@ -13,19 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command import run_command
-from models import encode, load_draft, load_target, use_threads
+from command import check_numbers, run_command
+from models import ModelArguments, encode, load_draft, load_target, use_threads
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
 
 
 @dataclass
-class ReplayArguments:
+class ReplayArguments(ModelArguments):
     """What to record, and what to try on it. `OnlineConfig`'s own flags are the base of all arms."""
 
     arms: str = field(default="", metadata={"help": "Arms with ';' between, each 'field=value,…' over the base."})
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     stream: str = field(default="stdlib", metadata={"help": "One stream, see prompts.py."})
     requests: int = field(default=48, metadata={"help": "Requests to learn from, in turn."})
     held_back: int = field(default=24, metadata={"help": "Prompts to score on, never learnt."})
@@ -34,13 +32,11 @@ class ReplayArguments:
     dtype: str = field(
         default="float32", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     json: str | None = field(default=None, metadata={"help": "Also write the table to this file."})
 
     def __post_init__(self):
-        for name in ("requests", "held_back", "max_new_tokens", "score_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; give a whole number ≥ 1.")
+        super().__post_init__()
+        check_numbers(self, {"requests": 1, "held_back": 1, "max_new_tokens": 1, "score_every": 1})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_osd import OnlineAssistant, compare_outputs, grow_draft
+from hf_osd import OnlineAssistant, compare_outputs
 
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(3))
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -28,10 +28,6 @@ def check_learns_in_service(served):
     assert 0 < stats.total.accepted < stats.total.tested
 
 
-def grown_for_real(target, noised_copy):
-    return grow_draft(target, (0, -1))
-
-
 def wrapped_lora(target, noised_copy):
     return get_peft_model(noised_copy(target, 0.05), LoraConfig(task_type="CAUSAL_LM", **LORA))
 
@@ -40,11 +36,6 @@ def native_lora(target, noised_copy):
     draft = noised_copy(target, 0.05)
     draft.add_adapter(LoraConfig(**LORA), "topic")
     return draft
-
-
-def loaded(target, noised_copy, tmp_path):
-    noised_copy(target, 0.1).save_pretrained(tmp_path)
-    return AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def in_train_mode_with_dropout(target, noised_copy):
@@ -78,7 +69,9 @@ def test_kinds_of_draft_serve_and_learn(target, noised_copy, serve_as_plain, kin
 
 
 def test_a_draft_from_disk(target, noised_copy, serve_as_plain, tmp_path):
-    check_learns_in_service(serve_as_plain(target, loaded(target, noised_copy, tmp_path), PROMPTS, LEARNS))
+    noised_copy(target, 0.1).save_pretrained(tmp_path)
+    draft = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check_learns_in_service(serve_as_plain(target, draft, PROMPTS, LEARNS))
 
 
 @pytest.mark.parametrize("tied", [False, True])

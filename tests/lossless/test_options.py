@@ -30,20 +30,6 @@ def draft(target, noised_copy):
     return noised_copy(target, 0.05)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A token a word; every word two letters, so that none is part of another."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", *(a + b for a in "bcfghklmnp" for b in "aeiouy"), "xa", "xe"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
-
-
 def assist(draft, **config):
     return OnlineAssistant(draft, **{"lookahead": "constant", "update_interval": 10**6, "seed": 0, **config})
 
@@ -54,6 +40,14 @@ def same(target, assistant, prompts=PROMPTS[:3], **kwargs):
     for prompt in prompts:
         plain = target.generate(prompt, **kwargs)
         assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **kwargs))
+    some_accepted_some_rejected(assistant)
+
+
+def same_but_for_ties(target, assistant, prompts):
+    for prompt in prompts:
+        plain = target.generate(prompt, **GREEDY)
+        output = target.generate(prompt, assistant_model=assistant, **GREEDY)
+        assert compare_outputs(target, plain, output) != "mismatch"
     some_accepted_some_rejected(assistant)
 
 
@@ -111,11 +105,7 @@ def test_grad_modes_with_learning_in_between(target, draft, grad_mode):
 def test_under_the_users_autocast(target, draft):
     assistant = assist(draft, update_interval=2)
     with torch.autocast(**AUTOCAST):
-        for prompt in PROMPTS[:5]:
-            plain = target.generate(prompt, **GREEDY)
-            output = target.generate(prompt, assistant_model=assistant, **GREEDY)
-            assert compare_outputs(target, plain, output) != "mismatch"
-    some_accepted_some_rejected(assistant)
+        same_but_for_ties(target, assistant, PROMPTS[:5])
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
 
 
@@ -145,11 +135,7 @@ def test_learning_does_not_run_under_the_users_autocast(target, draft, how):
 def test_dtypes_with_learning_in_between(target, draft, dtype):
     target, draft = copy.deepcopy(target).to(dtype), copy.deepcopy(draft).to(dtype)
     assistant = assist(draft, update_interval=3)
-    for prompt in PROMPTS[:4]:
-        plain = target.generate(prompt, **GREEDY)
-        output = target.generate(prompt, assistant_model=assistant, **GREEDY)
-        assert compare_outputs(target, plain, output) != "mismatch"
-    some_accepted_some_rejected(assistant)
+    same_but_for_ties(target, assistant, PROMPTS[:4])
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (1, 0)
 
 

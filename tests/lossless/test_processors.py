@@ -47,20 +47,6 @@ def answers(target):
     return [target.generate(p, **{**GREEDY, "eos_token_id": None})[0, LENGTH:].tolist() for p in PROMPTS]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A token a word, none of which is part of another. StopStringCriteria wants "abcdef" to be writable."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", *(a + b for a in "bcfghklmnp" for b in "aeiouy"), "xa", "abcdef"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
-
-
 def assist(draft, **config):
     return OnlineAssistant(draft, **{"lookahead": "constant", "update_interval": 10**6, **config})
 

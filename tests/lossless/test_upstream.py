@@ -72,8 +72,8 @@ def test_length_warnings_are_those_of_plain_decoding(tiny_model, recwarn):
     assert [str(warning.message) for warning in recwarn] == plain
 
 
-class Twisting(GPT2LMHeadModel):
-    """Takes an argument that plain GPT-2 does not."""
+class Twisted:
+    """Over a model: an argument that it does not have by itself, and that changes all it says."""
 
     def forward(self, *args, twist=False, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -81,17 +81,13 @@ class Twisting(GPT2LMHeadModel):
             output.logits = output.logits.flip(-1)
         return output
 
+
+class Twisting(Twisted, GPT2LMHeadModel):
     def prepare_inputs_for_generation(self, *args, twist=False, **kwargs):
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "twist": twist}
 
 
-class TwistingBart(BartForConditionalGeneration):
-    def forward(self, *args, twist=False, **kwargs):
-        output = super().forward(*args, **kwargs)
-        if twist:
-            output.logits = output.logits.flip(-1)
-        return output
-
+class TwistingBart(Twisted, BartForConditionalGeneration):
     def prepare_inputs_for_generation(self, *args, twist=False, encoder_outputs=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, encoder_outputs=encoder_outputs, **kwargs)
         return {**inputs, "twist": twist}
