@@ -5,9 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.lookahead import (
+    PLAIN_EVERY,
     PROBE_EVERY,
     Lookahead,
+    Plan,
+    StoppingRule,
+    best_gain,
     best_length,
+    break_even,
     expected_tokens,
     heuristic_length,
     ideal_speedup,
@@ -78,22 +83,22 @@ def test_constant_policy_always_drafts_the_most():
     lookahead = Lookahead("constant", 4)
     for _ in range(30):
         lookahead.observe_round(4, 1, 0, 9.0, 1.0)
-    assert lookahead.next_length() == 4
+    assert lookahead.plan().length == 4
 
 
 def test_heuristic_policy_follows_its_rounds():
     lookahead = Lookahead("heuristic", 5)
     lengths = []
     for accepted in (0, 0, 3):
-        lookahead.observe_round(drafted := lookahead.next_length(), min(accepted + 1, drafted), accepted, 0.1, 1.0)
-        lengths.append(lookahead.next_length())
+        lookahead.observe_round(drafted := lookahead.plan().length, min(accepted + 1, drafted), accepted, 0.1, 1.0)
+        lengths.append(lookahead.plan().length)
     assert lengths == [4, 3, 5]
 
 
 def test_cost_policy_measures_plain_rounds_then_one_draft_then_drafts_as_many_as_pay():
     lookahead, chosen = Lookahead("cost", 5), []
     for _ in range(40):
-        gamma = lookahead.next_length()
+        gamma = lookahead.plan().length
         chosen.append(gamma)
         lookahead.observe_round(gamma, gamma, gamma, 0.1 * gamma, 1.0)
     assert chosen[:4] == [0, 0, 0, 1]
@@ -106,7 +111,7 @@ def test_a_prefill_says_nothing_of_verification_times():
     lookahead = Lookahead("cost", 5)
     for _ in range(10):
         lookahead.observe_round(0, 0, 0, 0.0, None)
-    assert lookahead.next_length() == 0
+    assert lookahead.plan().length == 0
     assert lookahead.c is None
 
 
@@ -185,32 +190,32 @@ def undrafting() -> Lookahead:
 
 
 def test_a_draft_that_is_always_wrong_is_not_asked():
-    assert undrafting().next_length() == 0
+    assert undrafting().plan().length == 0
 
 
 def test_it_drafts_again_once_shadow_evidence_says_the_draft_has_learnt():
     lookahead = undrafting()
     lookahead.observe_shadow([1.0] * 5)
-    assert lookahead.next_length() == 0, "five good positions outweigh sixty bad ones too soon"
+    assert lookahead.plan().length == 0, "five good positions outweigh sixty bad ones too soon"
     lookahead.observe_shadow([1.0] * 1000)
-    assert lookahead.next_length() > 0
+    assert lookahead.plan().length > 0
 
 
 def test_bad_shadow_evidence_does_not_bring_it_back():
     lookahead = undrafting()
     lookahead.observe_shadow([0.0] * 1000)
-    assert lookahead.next_length() == 0
+    assert lookahead.plan().length == 0
 
 
 def test_it_probes_with_one_token_after_many_idle_rounds():
     lookahead = undrafting()
     for _ in range(PROBE_EVERY - 1):
         lookahead.observe_round(0, 0, 0, 0.0, 1.0)
-    assert lookahead.next_length() == 0
+    assert lookahead.plan().length == 0
     lookahead.observe_round(0, 0, 0, 0.0, 1.0)
-    assert lookahead.next_length() == 1
+    assert lookahead.plan().length == 1
     lookahead.observe_round(1, 1, 0, 0.5, 1.0)
-    assert lookahead.next_length() == 0, "the probe starts the count anew"
+    assert lookahead.plan().length == 0, "the probe starts the count anew"
 
 
 @given(
@@ -221,7 +226,7 @@ def test_with_a_fixed_cost_no_clock_is_read(rounds, seconds):
     """A γ that depends on wall-clock times changes random draws, and a seeded run would not repeat."""
     fixed = [Lookahead("cost", 4, draft_cost=0.2, verify_cost=0.05) for _ in range(2)]
     for i, (accepted, prefill, shadow) in enumerate(rounds):
-        gammas = [lookahead.next_length() for lookahead in fixed]
+        gammas = [lookahead.plan().length for lookahead in fixed]
         assert gammas[0] == gammas[1]
         drafted = gammas[0]
         accepted = min(accepted, drafted)
@@ -235,4 +240,166 @@ def test_with_a_fixed_cost_no_clock_is_read(rounds, seconds):
 
 
 def test_with_a_fixed_cost_it_needs_no_measuring_rounds():
-    assert Lookahead("cost", 4, draft_cost=0.2).next_length() == 1
+    assert Lookahead("cost", 4, draft_cost=0.2).plan().length > 0
+
+
+# Two sources, and when to stop
+
+
+@given(
+    acceptance=st.lists(st.floats(0.0, 1.0), max_size=6),
+    slope=st.floats(0.0, 0.5),
+    c=st.floats(0.0, 0.5),
+    rate=st.floats(1.0, 3.0),
+    after=st.integers(0, 3),
+)
+def test_the_best_gain_is_that_of_all_lengths(acceptance, slope, c, rate, after):
+    v = [1 + slope * n for n in range(12)]
+    worths = [0.0]
+    for m in range(1, len(acceptance) + 1):
+        tokens = expected_tokens(acceptance, m) - 1
+        worths.append(tokens - rate * (m * c + v[after + m] - v[after]))
+    length, worth = best_gain(acceptance, c, v, rate, after)
+    assert worth == pytest.approx(max(worths))
+    assert worths[length] == pytest.approx(worth)
+
+
+def test_a_proposal_is_cut_where_nothing_is_known_of_v():
+    assert best_gain([1.0] * 9, 0.0, [1.0, 1.0, 1.0], 1.0)[0] == 2
+    assert best_gain([1.0] * 9, 0.0, [], 1.0) == (0, 0.0)
+
+
+@given(c=st.floats(0.01, 1.5), slope=st.floats(0.0, 0.4))
+def test_from_the_break_even_on_drafting_pays_and_below_it_does_not(c, slope):
+    def v(n):
+        return 1 + slope * (n - 1)
+
+    alpha = break_even(c, v, 4)
+    if alpha is None:
+        assert best_length([1.0] * 4, c, v)[0] == 0
+    else:
+        assert best_length([alpha] * 4, c, v)[0] > 0
+        assert best_length([max(alpha - 2e-3, 0.0)] * 4, c, v)[0] == 0 or alpha < 2e-3
+
+
+def worth_by_hand(bins, c, v, rate, j, reach, most):
+    """The same optimum, without a table."""
+    if j == most:
+        return 0.0
+    total = -rate * c
+    for share, a in bins:
+        taken = (
+            reach * a - rate * (v[j + 1] - v[j]) + max(worth_by_hand(bins, c, v, rate, j + 1, reach * a, most), 0.0)
+        )
+        total += share * max(taken, 0.0)
+    return total
+
+
+@given(
+    acceptance=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=3),
+    c=st.floats(0.0, 0.4),
+    slope=st.floats(0.0, 0.3),
+    rate=st.floats(1.0, 2.5),
+    reach=st.floats(0.0, 1.0),
+)
+def test_the_stopping_rule_is_the_optimum_by_hand(acceptance, c, slope, rate, reach):
+    bins, v = [(1 / len(acceptance), a) for a in acceptance], [1 + slope * n for n in range(5)]
+    rule = StoppingRule(bins, c, v, rate, 4)
+    # The table knows ten points of reach; between them worth is convex, so lines lie above it, by at most a tenth of its slope.
+    assert rule.step(0, reach) == pytest.approx(worth_by_hand(bins, c, v, rate, 0, reach, 4), abs=0.1)
+    assert rule.step(4, reach) == 0.0, "no more tokens than the most"
+
+
+def test_a_draft_that_is_unsure_stops_and_one_that_is_sure_goes_on():
+    rule = StoppingRule([(0.5, 0.05), (0.5, 0.95)], 0.1, [1 + 0.1 * n for n in range(6)], 1.5, 5)
+    assert rule.token(0, 0.95) > 0 > rule.token(0, 0.05)
+    assert rule.step(1, 0.95) > 0 > rule.step(1, 0.05)
+
+
+def two_sources(c: float = 0.1) -> Lookahead:
+    return Lookahead("cost", 5, draft_cost=c, verify_cost=0.02, most_cached=8)
+
+
+def test_a_long_match_is_taken_and_a_poor_one_left_to_the_draft():
+    lookahead = two_sources()
+    for _ in range(40):
+        lookahead.observe_round(3, 3, 2, confidence=[0.9, 0.9, 0.2])
+    sure = lookahead.plan(20, [1.0] * 8)
+    assert (sure.source, sure.length) == ("cache", 8)
+    assert lookahead.plan(1, [0.2]).source == "draft"
+
+
+def test_what_becomes_of_cached_tokens_changes_what_they_are_worth():
+    lookahead = two_sources(c=5.0)  # the draft never pays
+    assert lookahead.plan(3, [1.0] * 4).length > 0
+    for _ in range(200):
+        lookahead.observe_round(4, 1, 0, steps=0, cached=4, match=3, shares=[1.0] * 4)
+    assert lookahead.plan(3, [1.0] * 4).length == 0
+    assert lookahead.plan(20, [1.0] * 4).length > 0, "longer matches were not tried"
+
+
+def test_cached_tokens_say_nothing_of_the_draft_and_the_drafts_nothing_of_them():
+    lookahead = two_sources()
+    before = lookahead.acceptance()
+    for _ in range(50):
+        lookahead.observe_round(4, 1, 0, steps=0, cached=4, match=3, shares=[1.0] * 4)
+    assert lookahead.acceptance() == before
+    seen = lookahead.matches.seen
+    lookahead.observe_round(3, 1, 0)
+    assert lookahead.matches.seen == seen
+
+
+def test_a_block_may_end_in_cached_tokens_where_these_are_worth_more_than_drafting_on():
+    lookahead = two_sources()
+    lookahead.plan()
+    assert lookahead.tail(1, 0.9, 20, [1.0] * 8) == 7, "of a block of at most 8"
+    assert lookahead.tail(1, 0.9, 1, [0.1]) == 0
+    assert lookahead.tail(1, 0.01, 20, [1.0] * 8) == 0, "what comes before is hardly accepted"
+    assert lookahead.tail(1, 0.9, 0, []) == 0
+
+
+@pytest.mark.parametrize("policy", ["constant", "heuristic"])
+def test_other_policies_leave_the_cache_alone_where_there_is_a_draft(policy):
+    lookahead = Lookahead(policy, 3, most_cached=8)
+    assert not lookahead.wants_cache
+    assert lookahead.plan(20, [1.0] * 8) == Plan("draft", 3)
+
+
+@pytest.mark.parametrize("policy", ["constant", "cost"])
+def test_without_a_draft_the_cache_drafts(policy):
+    lookahead = Lookahead(policy, 3, draft_cost=0.1, most_cached=8, has_draft=False)
+    assert lookahead.plan(20, [1.0] * 3) == Plan("cache", 3)
+    assert lookahead.plan().length == 0
+
+
+def test_confidence_chooses_once_it_was_seen_to_mean_something():
+    lookahead = two_sources()
+    assert not lookahead.plan().selective
+    for i in range(60):
+        sure = i % 2 == 0
+        lookahead.observe_round(1, 1, int(sure), confidence=[0.95 if sure else 0.15])
+    assert lookahead.plan().selective
+    acceptance = lookahead.confidence.acceptance
+    assert lookahead.worth_token(0, acceptance(lookahead.confidence.bin(0.95)))
+    assert not lookahead.worth_token(0, acceptance(lookahead.confidence.bin(0.15)) * 0.1)
+
+
+def test_lengths_are_tried_step_by_step_where_v_is_unknown():
+    """On some machines v is steep: sixteen cached tokens at once would cost ten plain steps, three times."""
+    lookahead, tried = Lookahead("cost", 2, most_cached=16, has_draft=False), []
+    for _ in range(20):
+        plan = lookahead.plan(32, [1.0] * 16)
+        tried.append(plan.length + 1)
+        lookahead.observe_round(plan.length, plan.length, plan.length, 0.0, 1.0, steps=0, cached=plan.length)
+    assert tried[:3] == [1, 1, 1]
+    assert all(n <= 2 * max(tried[:i]) for i, n in enumerate(tried) if i)
+    assert max(tried) > 8
+
+
+def test_a_plain_round_is_measured_now_and_then():
+    lookahead = Lookahead("cost", 3)
+    lengths = []
+    for _ in range(3 * PLAIN_EVERY):
+        lengths.append(lookahead.plan().length)
+        lookahead.observe_round(lengths[-1], lengths[-1], lengths[-1], 0.05 * lengths[-1], 1.0)
+    assert 1 <= lengths[PLAIN_EVERY // 2 :].count(0) <= 3

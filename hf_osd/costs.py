@@ -1,0 +1,98 @@
+"""`Costs`: what a draft step and a verification take, measured while serving or fixed by the config. Knows nothing of acceptance.
+
+Symbols: c is the time of a draft step and v(n) that of verifying n tokens, both over the time of a one-token target step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+_TIMES_KEPT = 32
+# A length counts as measured from this many rounds on: one slow round is then not the median.
+_ROUNDS_NEEDED = 3
+
+
+class Costs:
+    """c and v(n), of the last rounds of each length.
+
+    Args:
+        draft_cost (`float`, *optional*), verify_cost (`float`): fixed c and v(n) = 1 + verify_cost·(n-1); measured if `None`.
+    """
+
+    def __init__(self, draft_cost: float | None = None, verify_cost: float = 0.0):
+        self._fixed, self._slope = draft_cost, verify_cost
+        self._steps: deque[float] = deque(maxlen=_TIMES_KEPT)  # seconds of a draft step
+        self._verify: dict[int, deque[float]] = {}  # tokens verified -> seconds
+
+    @property
+    def are_fixed(self) -> bool:
+        return self._fixed is not None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a one-token target step, `None` until it was measured."""
+        return self._seconds(1)
+
+    @property
+    def c(self) -> float | None:
+        """Draft step over one-token target step; `None` until both were seen."""
+        if self._fixed is not None:
+            return self._fixed
+        one = self._seconds(1)
+        return median(self._steps) / one if self._steps and one else None
+
+    @property
+    def longest_measured(self) -> int:
+        """The most tokens whose verification was measured; 0 if none."""
+        return max((n for n in self._verify if self._seconds(n) is not None), default=0)
+
+    def v(self, n: int) -> float:
+        """v(n), see `v_upto`."""
+        return self.v_upto(n)[n - 1]
+
+    def v_upto(self, most: int) -> list[float]:
+        """v(1)..v(most): what was measured, made never to fall with n, and straight lines between and beyond; 1 if unknown."""
+        if self._fixed is not None:
+            return [1 + self._slope * (n - 1) for n in range(1, most + 1)]
+        one = self._seconds(1)
+        known = sorted((n, seconds / one) for n in self._verify if one and (seconds := self._seconds(n)) is not None)
+        if len(known) < 2:
+            return [1.0] * most
+        lengths = [n for n, _ in known]
+        heights = _never_falling([height for _, height in known], [len(self._verify[n]) for n in lengths])
+        values, i = [], 0
+        for n in range(1, most + 1):
+            while i < len(lengths) - 2 and lengths[i + 1] < n:
+                i += 1
+            slope = (heights[i + 1] - heights[i]) / (lengths[i + 1] - lengths[i])
+            values.append(max(heights[i] + slope * (n - lengths[i]), 1.0))
+        return values
+
+    def observe_draft(self, steps: int, seconds: float):
+        """A round's draft steps, and what they took together."""
+        self._steps.append(seconds / steps)
+
+    def observe_target(self, n: int, seconds: float):
+        """A verification of n tokens."""
+        self._verify.setdefault(n, deque(maxlen=_TIMES_KEPT)).append(seconds)
+
+    def _seconds(self, n: int) -> float | None:
+        seconds = self._verify.get(n)
+        return median(seconds) if seconds and len(seconds) >= _ROUNDS_NEEDED else None
+
+
+def _never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest sequence to `values`, by weighted squares, that never falls: isotonic regression by pooling neighbours. Noise may measure
+    a longer block faster than a shorter one, and a policy would then choose lengths for the noise's sake."""
+    pools: list[list[float]] = []  # mean, weight, count
+    for value, weight in zip(values, weights, strict=True):
+        pools.append([value, weight, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, total, count = pools.pop()
+            before = pools[-1]
+            before[0] = (before[0] * before[1] + mean * total) / (before[1] + total)
+            before[1] += total
+            before[2] += count
+    return [mean for mean, _, count in pools for _ in range(count)]
