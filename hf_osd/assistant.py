@@ -6,9 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import weakref
-from collections import deque
-from contextlib import suppress
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +19,18 @@ from hf_osd.call_record import CallRecord
 from hf_osd.candidates import OnlineCandidateGenerator
 from hf_osd.config import OnlineConfig
 from hf_osd.draft_context import draft_window, encoder_parameters, encoder_source, without_padding
+from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.lookahead import Lookahead
+from hf_osd.open_calls import OpenCalls
+from hf_osd.report import report
 from hf_osd.saving import SavableAssistant
 from hf_osd.scoring import score
-from hf_osd.serving import ServingDraft, copy_draft, embedding_names
+from hf_osd.serving import NoServing, ServingDraft, copy_draft, embedding_names
 from hf_osd.stats import Stats
+from hf_osd.suffix_cache import CallText, SuffixCaches
+from hf_osd.tenant import Tenant
 from hf_osd.translation import Translation
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class OnlineAssistant(SavableAssistant):
-    """A draft model that learns from the requests it assists.
+    """A draft model, and a cache of recent text, that learn from the requests they assist.
 
     ```python
     assistant = OnlineAssistant(draft)
@@ -53,48 +56,58 @@ class OnlineAssistant(SavableAssistant):
     start of a later call, in `update()` or in `flush()`. The output is the target's own, whatever the draft has learnt.
 
     Args:
-        draft (`PreTrainedModel`): a causal LM, or an encoder-decoder if the target is one. It is copied and never written; weights
-            without `requires_grad` are shared with it. Where its vocabulary is not the target's, pass `tokenizer` and
-            `assistant_tokenizer` to `generate`, as transformers asks for.
+        draft (`PreTrainedModel`, *optional*): a causal LM, or an encoder-decoder if the target is one. It is copied and never written;
+            weights without `requires_grad` are shared with it. Where its vocabulary is not the target's, pass `tokenizer` and
+            `assistant_tokenizer` to `generate`, as transformers asks for. Without a draft the suffix cache drafts alone.
         config ([`OnlineConfig`], *optional*): every choice there is; the defaults learn from all verified positions, with replay.
         **overrides: fields of the config, for short: `OnlineAssistant(draft, learn=False)`.
 
     Raises:
-        ValueError: if `draft` is not a decoder with an LM head, or a field of the config is wrong.
+        ValueError: if `draft` is not a decoder with an LM head, or a field of the config is wrong, or there is neither draft nor cache.
         RuntimeError: if the installed transformers has changed what the seam relies on.
     """
 
-    def __init__(self, draft: PreTrainedModel, config: OnlineConfig | None = None, **overrides):
+    def __init__(self, draft: PreTrainedModel | None = None, config: OnlineConfig | None = None, **overrides):
         if overrides:
             config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
-        self.osd_config = config or OnlineConfig()
-        check_draft(draft)
+        self.osd_config = config = config or OnlineConfig()
+        if draft is not None:
+            check_draft(draft)
+        elif not config.suffix_cache:
+            raise ValueError(
+                "There is no draft and `suffix_cache` is False, so nothing could draft. Pass a draft, such as "
+                "hf_osd.grow_draft(target), or leave suffix_cache on."
+            )
         integration.enable()
 
-        # Three copies, made before any trainer exists. The first owns its weights, so that a user's training of `draft` reaches the
-        # serving draft by refreshes alone; the others share with it what does not train.
-        fixed = embedding_names(draft) if self.osd_config.freeze_embeddings else set()
-        own = copy_draft(draft)
-        trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
-        if self.osd_config.learn and not trainable:
-            raise ValueError(
-                f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
-                "draft.requires_grad_(True), or pass learn=False."
-            )
-        self.serving = ServingDraft(own, trainable)
-        self.buffer = FeedbackBuffer(self.osd_config.buffer_bytes, self.osd_config.buffer_age)
-        self.learner = (
-            Learner(own, trainable, self.buffer, self.osd_config, self._refresh) if self.osd_config.learn else None
-        )
-        config = self.osd_config
+        self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
+        self.serving, self.learner, self.head = NoServing(), None, None
+        if draft is not None:
+            # Three copies, made before any trainer exists. The first owns its weights, so that a user's training of `draft` reaches
+            # the serving draft by refreshes alone; the others share with it what does not train.
+            fixed = embedding_names(draft) if config.freeze_embeddings else set()
+            own = copy_draft(draft)
+            trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
+            if config.learn and not trainable:
+                raise ValueError(
+                    f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
+                    "draft.requires_grad_(True), or pass learn=False."
+                )
+            self.serving = ServingDraft(own, trainable)
+            self.learner = Learner(own, trainable, self.buffer, config, self._refresh) if config.learn else None
+            self.head = DraftHead.of(own, config)
+        self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
         self.lookahead = Lookahead(
-            config.lookahead, config.num_assistant_tokens, config.draft_cost, config.verify_cost
+            config.lookahead,
+            config.num_assistant_tokens,
+            config.draft_cost,
+            config.verify_cost,
+            most_cached=config.suffix_cache_tokens if config.suffix_cache else 0,
+            has_draft=draft is not None,
         )
 
         self._stats = Stats()
-        self._open: set[CallRecord] = set()
-        # What finalizers append to: they may run anywhere, so they take no lock.
-        self._ended: deque[CallRecord] = deque()
+        self._calls = OpenCalls()
         self._lock = threading.RLock()
         self._said: set[str] = set()  # warnings given
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
@@ -129,9 +142,15 @@ class OnlineAssistant(SavableAssistant):
                 "This OnlineAssistant drafts through a stock candidate generator: nothing is captured and nothing learnt. "
                 "Call hf_osd.enable(), or pass a plain model as assistant_model."
             )
+        self._needs_draft("generate")
         return self.serving.active.generate(*args, **kwargs)
 
     # Serving.
+
+    def tenant(self, name: Hashable) -> Tenant:
+        """This assistant as one tenant sees it: `generate(..., assistant_model=assistant.tenant("acme"))`. Draft, learner and statistics are
+        shared; text in the suffix cache never comes to another tenant's calls, nor to those of none."""
+        return Tenant(self, name)
 
     def open_call(
         self,
@@ -144,6 +163,7 @@ class OnlineAssistant(SavableAssistant):
         logits_processor: LogitsProcessorList,
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
         running: integration.RunningCall | None = None,
+        tenant: Hashable = None,
     ) -> OnlineCandidateGenerator:
         """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
 
@@ -165,9 +185,10 @@ class OnlineAssistant(SavableAssistant):
         config = self.osd_config
         encodes = target.config.is_encoder_decoder
         mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
-        prompt = translation.prompt(without_padding(input_ids, mask))
+        said = without_padding(input_ids, mask)
+        prompt = translation.prompt(said)
         source, teaches = None, True
-        if encodes:
+        if encodes and self.lookahead.has_draft:
             source = encoder_source(self.serving.active, inputs_tensor, model_kwargs.get("attention_mask"))
             teaches = source is not None or not encoder_parameters(self.serving.active)
         if not teaches and self.learner is not None:
@@ -181,11 +202,15 @@ class OnlineAssistant(SavableAssistant):
             sampled=generation_config.do_sample,
             processed=bool(logits_processor),
             capture=teaches and self.learner is not None,
+            note_likely=self.head is not None,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
             source=source,
         )
         record.running = running
+        if self.texts is not None:
+            record.cache = self.texts.of(tenant)
+            record.text = CallText(said.tolist(), record.cache)
         record.model = self.serving.lease()
         try:
             generator = OnlineCandidateGenerator(
@@ -201,6 +226,8 @@ class OnlineAssistant(SavableAssistant):
                 lookahead=self.lookahead,
                 confidence_threshold=config.assistant_confidence_threshold,
                 stopping_criteria=None if running is None else running.stopping_criteria,
+                text=record.text,
+                make_head=None if self.head is None else functools.partial(self.head.view, record.model),
             )
         except BaseException:
             self.serving.release(record.model)
@@ -210,13 +237,12 @@ class OnlineAssistant(SavableAssistant):
                 f"Nothing is drafted in calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate asks them once a block of "
                 "tokens, and would overshoot. Drafts go with EOS ids, length and time limits and, when greedy, with stop_strings."
             )
-        with self._lock:
-            self._open.add(record)
-        # generate has no hook at its end; the generator's own end is one.
-        weakref.finalize(generator, self._ended.append, record).atexit = False
+        self._calls.add(record, generator)
         return generator
 
     def _translate(self, target_size: int, tokenizers: tuple | None) -> Translation:
+        if not self.lookahead.has_draft:  # what was said before is in the target's own tokens
+            return Translation.of_sizes(target_size, target_size)
         draft_size = self.config.get_text_config().vocab_size
         if tokenizers is None:  # transformers lets that through for equal sizes alone
             return Translation.of_sizes(target_size, draft_size)
@@ -243,9 +269,10 @@ class OnlineAssistant(SavableAssistant):
         return self.update(force=True)
 
     def close(self):
-        """Stop learning and let go of learner and feedback. The assistant goes on drafting, frozen; closing again does nothing."""
+        """Stop learning and let go of learner, feedback and cached text. The draft goes on drafting, frozen; closing again does nothing."""
         self.take_in()
-        self.learner = None
+        self.learner = self.texts = None
+        self.lookahead.most_cached = 0
         self.buffer.clear()
 
     def __enter__(self) -> OnlineAssistant:
@@ -261,6 +288,7 @@ class OnlineAssistant(SavableAssistant):
             ValueError: if `model` does not fit, has values that are not finite, or has changed weights that this assistant
                 holds fixed.
         """
+        self._needs_draft("refresh")
         weights = {name: p.detach() for name, p in model.named_parameters()}
         for name, p in self.serving.active.named_parameters():
             if name not in self.serving.trainable and name in weights and not torch.equal(p, weights[name].to(p)):
@@ -275,56 +303,55 @@ class OnlineAssistant(SavableAssistant):
     @property
     def stats(self) -> Stats:
         """What was observed so far, see [`Stats`]. Calls that have ended are taken in first."""
-        self._take_in(self._over())
+        self._take_in(self._calls.take_over())
         stats = self._stats
         if self.learner is not None:
             stats.updates, stats.failed_updates = self.learner.updates, self.learner.failed
             stats.learning_seconds, stats.learned_tokens = self.learner.seconds, self.learner.learned_tokens
         stats.buffer_requests, stats.buffer_bytes = len(self.buffer), self.buffer.nbytes
         stats.buffer_capacity, stats.draft_version = self.buffer.max_bytes, self.serving.version
+        stats.suffix_cache_bytes = self.texts.nbytes if self.texts is not None else 0
         return stats
+
+    def report(self) -> str:
+        """Whether drafting pays, by how much, and what to do about it: c, v, α, the best γ, the α from which it pays, and the speed-up that is
+        expected and the one observed."""
+        return report(self.stats, self.lookahead)
 
     def score(self, feedback: list[Feedback]) -> list[Tensor]:
         """Expected acceptance of the draft at each position of `feedback`, `(N,)` a request, teacher-forced; α is the mean.
 
         See [`hf_osd.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
         """
-        return self.learner.score(feedback) if self.learner is not None else score(self.serving.active, feedback)
+        self._needs_draft("score")
+        if self.learner is None:
+            return score(self.serving.active, feedback)
+        return [overlap for overlap, _ in self.learner.judge(feedback)]
 
     # How calls end.
 
     def take_in(self):
         """Take in the calls that have ended, and those of this thread, without learning."""
-        self._take_in(self._over(here=True))
-
-    def _over(self, here: bool = False) -> list[CallRecord]:
-        """The open calls that are over: their generator is gone. And, with `here`, those of this thread that have come back, though a
-        traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
-        thread, ended = threading.get_ident() if here else None, set()
-        running = integration.running_calls() if here else []
-        with suppress(IndexError):
-            while True:
-                ended.add(self._ended.popleft())
-        with self._lock:
-            over = [
-                record
-                for record in self._open
-                if record in ended or (record.thread == thread and record.running not in running)
-            ]
-            self._open.difference_update(over)
-        return over
+        self._take_in(self._calls.take_over(here=True))
 
     @torch.autocast("cpu", enabled=False)
     def _take_in(self, over: list[CallRecord]):
         """Release the leases of calls that are over, and take in their statistics and feedback."""
         for record in over:
-            self.serving.release(record.model)
-            record.model = None
-            feedback = record.seal()
+            if record.cache is not None and self.texts is not None:
+                record.cache.add(record.text.tokens)
+            record.text = record.cache = None
+            try:
+                feedback = record.seal()
+            finally:
+                self.serving.release(record.model)
+                record.model = None
             if feedback is not None and len(feedback.tokens) > draft_window(self.serving.active):
                 feedback = None  # the draft has no positions to learn the end of it at
             if feedback is not None and self.learner is not None:
                 feedback = self._in_shadow(feedback, record)
+            if self.head is not None:
+                self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:
                 self._stats.observe_call(record.stats)
             if feedback is not None and self.learner is not None:
@@ -335,18 +362,28 @@ class OnlineAssistant(SavableAssistant):
         unknown = feedback.overlap.isnan() & feedback.teaches("all")
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
-        scored = self.learner.score([feedback], wait=False)
-        if scored is None:
+        judged = self.learner.judge([feedback], wait=False)
+        if judged is None:
             return feedback
-        shadow = scored[0][unknown]
-        self.lookahead.observe_shadow(shadow[~shadow.isnan()].tolist())
+        [(overlap, confidence)] = judged
+        if self.head is not None:  # the learner's is whole: the draft as it serves could not have said all that
+            overlap *= self.head.could_say(record.prompt, record.answer)
+        unknown &= ~overlap.isnan()
+        self.lookahead.observe_shadow(overlap[unknown].tolist(), confidence[unknown].tolist())
         # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.
         if feedback.sampled or record.processed:
             return feedback
-        feedback = feedback.with_overlap(scored[0])
+        feedback = feedback.with_overlap(overlap)
         known = feedback.overlap[~feedback.overlap.isnan()]
         record.stats.overlap_sum, record.stats.overlap_count = float(known.sum()), len(known)
         return feedback
+
+    def _needs_draft(self, what: str):
+        if not self.lookahead.has_draft:
+            raise ValueError(
+                f"This assistant has no draft, so there is nothing to {what}. Make it with one: OnlineAssistant(draft), where "
+                "hf_osd.grow_draft(target) makes a draft."
+            )
 
     def _refresh(self, model: nn.Module):
         self.serving.refresh({name: p.detach() for name, p in model.named_parameters()})

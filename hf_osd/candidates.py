@@ -1,4 +1,5 @@
-"""`OnlineCandidateGenerator`: drafts γ tokens a round for one generate call, and tells a `CallRecord` what the target said of them.
+"""`OnlineCandidateGenerator`: proposes tokens in each round of one generate call, from the draft or the suffix cache, and tells a `CallRecord`
+what the target said of them.
 
 It lives as long as the call, and knows nothing of training.
 
@@ -8,8 +9,10 @@ position L+j; m+1 positions are verified, of which the first ones are accepted d
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,35 +21,38 @@ from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd.draft_context import DraftContext, draft_window
+from hf_osd.drafting import Block, Drafting
+from hf_osd.lookahead import Plan
 from hf_osd.processors import VerifiedProcessors
 from hf_osd.stopping import DraftStops
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
     from hf_osd.call_record import CallRecord
     from hf_osd.lookahead import Lookahead
+    from hf_osd.suffix_cache import CallText, Continuation
     from hf_osd.translation import Translation
 
 
-# Positions without a draft that are scored once the draft catches up; each costs a row of the LM head.
-_MOST_LAG = 8
-
-
 class OnlineCandidateGenerator(AssistedCandidateGenerator):
-    """Drafts with direct forwards on a cache of its own, in place of one `assistant.generate` a round.
+    """Drafts with direct forwards on a cache of its own, in place of one `assistant.generate` a round, or from a suffix cache.
 
     Args:
         input_ids, generation_config, model_kwargs, inputs_tensor, logits_processor: as upstream's
             `AssistedCandidateGenerator` takes them. The processors in `logits_processor` are put behind one that keeps the target's raw
             logits, if there are any.
-        assistant_model (`PreTrainedModel`): the leased draft.
+        assistant_model (`PreTrainedModel`): the leased draft, or a [`NoDraft`].
         prompt (`Tensor` int64 `(L',)`): the prompt as the draft reads it.
         translation (`Translation`): between the target's tokens and the draft's.
         record (`CallRecord`): where observations go.
-        lookahead (`Lookahead`): chooses γ.
+        lookahead (`Lookahead`): chooses source and γ.
         confidence_threshold (`float`): stop drafting after a token less likely than this.
         stopping_criteria (`StoppingCriteriaList`, *optional*): the call's, if known.
+        text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
+        make_head (`Callable`, *optional*): see [`Drafting`].
     """
 
     def __init__(
@@ -63,6 +69,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         lookahead: Lookahead,
         confidence_threshold: float = 0.0,
         stopping_criteria: StoppingCriteriaList | None = None,
+        text: CallText | None = None,
+        make_head: Callable | None = None,
     ):
         super().__init__(
             input_ids=input_ids,
@@ -74,13 +82,10 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         )
         # generate writes it back into the draft's generation config when the schedule there is "heuristic": nothing is to change by it.
         self.num_assistant_tokens = assistant_model.generation_config.num_assistant_tokens
-        self.record, self.lookahead, self._translation = record, lookahead, translation
-        self._threshold = confidence_threshold
+        self.record, self.lookahead, self._translation, self._text = record, lookahead, translation, text
         self._sample = generation_config.do_sample
         eos = getattr(generation_config, "_eos_token_tensor", None)
         self._eos = set() if eos is None else set(eos.flatten().tolist())
-        # Where scores are processed and chosen from: the processors' own tensors are there.
-        self._home = input_ids.device
 
         self._verified: VerifiedProcessors | None = None
         if logits_processor:
@@ -95,136 +100,153 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         states = generation_config.output_hidden_states or generation_config.output_attentions
         self._first_alone = states or _has_other_inputs(model_kwargs)
 
-        encoded = self.assistant_kwargs.get("encoder_outputs")
-        self._context = DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask"))
-        self._window = draft_window(assistant_model)
-
-        self._drafted: list[int] = []
-        self._draft_scores: Tensor | None = None  # (n, V) float32, processed
-        # (1, V), of the token after the drafts, if the draft was asked for it as well.
-        self._next_scores: Tensor | None = None
-        self._lag = 0  # last positions that were verified without being put to the draft, at most _MOST_LAG
-        self._lag_targets: deque[Tensor] = deque(maxlen=_MOST_LAG)  # p there, (1, V) each; only when sampling
+        self._drafting: Drafting | None = None  # None without a draft
+        self._window = math.inf
+        if lookahead.has_draft:
+            encoded = self.assistant_kwargs.get("encoder_outputs")
+            self._drafting = Drafting(
+                DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask")),
+                translation,
+                lookahead,
+                self._verified,
+                self.stops,
+                self._eos,
+                sample=self._sample,
+                threshold=confidence_threshold,
+                home=input_ids.device,  # the processors' own tensors are there
+                make_head=make_head,
+            )
+            self._window = draft_window(assistant_model)
+            record.head_usage = self._drafting.usage if make_head is not None else None
+        self._block = Block()
         self._prefill = True  # the target's: its next forward takes the prompt as well
-        self._caught_up = False  # the draft's last round took more than the tokens of one round
-        self._draft_seconds = 0.0
-        self._handed_over = 0.0
+        self._draft_seconds = self._lookup_seconds = self._handed_over = 0.0
 
     def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Draft for `input_ids` `(1, L)`: `(1, L+n)` and the scores drafted from, float32 `(1, n, V)`; `(input_ids, None)` if n is 0."""
+        """Draft for `input_ids` `(1, L)`: `(1, L+n)`, and the scores drafted from, float32 `(1, n, V)`, where generate needs them: when
+        sampling, unless all of the block is cached, which has no distribution but the token itself."""
         start = time.perf_counter()
-        room = min(self.stops.max_length - 1 - input_ids.shape[1], self._window - self._context.length)
-        gamma = min(self.lookahead.next_length(), room)
-        if not self._may_draft or (self._prefill and self._first_alone):
-            gamma = 0
-        self._drafted, self._draft_scores, self._next_scores = [], None, None
-        candidates = self._draft(input_ids, gamma) if gamma > 0 else input_ids
+        self._block = Block()
+        room = self.stops.max_length - 1 - input_ids.shape[1]
+        may_draft = self._may_draft and not (self._prefill and self._first_alone)
+        self._fill(input_ids, room if may_draft else 0)
+        block = self._block
+        candidates, scores = input_ids, None
+        if block.n:
+            cached = torch.tensor([block.cached], dtype=torch.long, device=input_ids.device) if block.cached else None
+            candidates = torch.cat([input_ids, *block.own, *(() if cached is None else (cached,))], dim=-1)
+            if self._sample and block.own:
+                scores = self._drafting.dense(block, len(block.own))
+                if cached is not None:
+                    sure = torch.full((len(block.cached), scores.shape[-1]), -torch.inf, device=scores.device)
+                    scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
+                scores = scores[None]
         self._handed_over = time.perf_counter()
-        self._draft_seconds = self._handed_over - start
-        return candidates, None if self._draft_scores is None else self._draft_scores[None]
+        self._draft_seconds = self._handed_over - start - self._lookup_seconds
+        return candidates, scores
 
     # Feedback is kept in half precision on the CPU, which a user's autocast cannot concatenate.
     @torch.autocast("cpu", enabled=False)
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int):
         """Record the round: `input_ids` `(1, L+m+1)`, the target's processed scores `(1, n+1, V)`."""
         start = time.perf_counter()
-        n, m = len(self._drafted), int(num_matches)
-        tokens = input_ids[0, -(m + 1) :].tolist()
+        target_seconds = start - self._handed_over
+        block, drafting, m = self._block, self._drafting, int(num_matches)
+        said, n = input_ids[:, -(m + 1) :], block.n  # (1, m+1)
+        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1)
+        targets = scores[0, : m + 1].softmax(-1) if self._sample else None
+        # The one wait for the device in a round: for what was verified, what was drafted, and what the draft thought of it.
+        overlap = drafting.overlap(block, said[0], targets) if block.steps else said.new_empty(0)
+        lag = block.lag if block.lag is not None else said.new_empty(0)
+        parts = [said[0], *(token[0] for token in block.own), overlap, lag]
+        known = torch.cat([part.float() for part in parts]).tolist()
+        sizes = [m + 1, len(block.own), len(overlap), len(lag)]
+        tokens, own_tokens, overlap, lag = (list(part) for part in _split(known, sizes))
+        tokens = list(map(int, tokens))
+        block.tokens = [*map(int, own_tokens), *block.cached]
         # num_matches undercounts where the block was cut at EOS or the length limit: its last verified token is then the draft's own.
-        rejected = m < n and tokens[-1] != self._drafted[m]
+        rejected = m < n and tokens[-1] != block.tokens[m]
         accepted = m if rejected or m == n else m + 1
         tested = accepted + rejected
-        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1)
+        own = min(tested, len(block.own))  # of the draft's own tokens, those that were tested
         pieces = self._translation.tokens(tokens)
-        self.record.add_round(
-            pieces, raw, self._draft_scores, self._drafted, accepted, self._overlap_of_drafts(scores, tested, accepted)
-        )
-        if tested < len(tokens):  # a bonus token
-            p = scores[:, m].softmax(-1) if self._sample else None
-            if self._next_scores is not None:
-                self._settle(self._next_scores, p, input_ids[0, -1:])
-            else:
-                self._lag = min(self._lag + 1, _MOST_LAG)
-                if p is not None:
-                    self._lag_targets.append(p)
-        self._context.crop(m)
-        self._context.extend(pieces)
 
-        target_seconds = start - self._handed_over
+        if drafting is not None:
+            ids = said
+            if not self._translation.is_identity:
+                ids = torch.tensor([[i for piece in pieces for i in piece]], device=said.device)
+            lag = drafting.follow(block, lag, pieces, ids, targets)
+        self.record.fill_overlap(lag)
+        log_q = partial(drafting.log_q, block, own) if own else None
+        self.record.add_round(pieces, raw, block, accepted, tested, overlap, log_q)
+        if self._text is not None:
+            self._text.extend(tokens)
+
         self.lookahead.observe_round(
             n,
             tested,
             accepted,
-            draft_seconds=None if self._caught_up else self._draft_seconds,
+            draft_seconds=None if block.caught_up else self._draft_seconds,
             target_seconds=None if self._prefill else target_seconds,
+            steps=block.steps,
+            cached=len(block.cached),
+            confidence=block.confidence[: len(block.own)],
+            match=block.match,
+            shares=block.shares,
         )
+        self.lookahead.observe_shadow(lag)
+        # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
+        self.lookahead.observe_shadow(overlap[own:], block.confidence[own:])
         self._prefill = False
         stats = self.record.stats
         stats.draft_seconds += self._draft_seconds
         stats.target_seconds += target_seconds
+        stats.lookup_seconds += self._lookup_seconds
         stats.capture_seconds += time.perf_counter() - start
 
-    def _draft(self, input_ids: Tensor, gamma: int) -> Tensor:
-        """Up to γ tokens after `input_ids` `(1, L)`: the sequence `(1, L+n)`. Sets what was drafted, and from which scores."""
-        self._caught_up = self._context.unread > 2
-        logits = self._context.catch_up(self._lag)
-        self._settle_lag(input_ids, logits[:-1])
-        processors = self._verified.for_drafting() if self._verified is not None else None
-        rows: list[Tensor] = []  # (1, V) each
-        while True:
-            scores = self._translation.scores(logits[-1:]).to(self._home)
-            if processors:
-                scores = processors(input_ids, scores)
-            if not self._translation.is_identity and not scores.isfinite().any():
-                self._next_scores = scores
-                break  # all that is allowed here are words that the draft does not have
-            probabilities = scores.softmax(-1) if self._sample or self._threshold else None
-            token = torch.multinomial(probabilities, 1) if self._sample else scores.argmax(-1, keepdim=True)  # (1, 1)
-            extended = torch.cat([input_ids, token], dim=-1)
-            if self.stops.end(extended):
-                self._next_scores = scores
+    def _fill(self, input_ids: Tensor, room: int):
+        """Fill the round's block from whichever source is worth more, with at most `room` tokens."""
+        continuation = self._look_up(input_ids, min(room, self.lookahead.most_cached))
+        plan = self.lookahead.plan(*((continuation.match, continuation.shares) if continuation else ()))
+        if plan.source == "cache":
+            if continuation:
+                self._block.take(continuation, plan.length)
+        elif plan.length and (length := min(plan.length, room, self._window - self._drafting.context.length)) > 0:
+            text = self._text if self.lookahead.wants_cache else None
+            self._block = self._drafting.draft(input_ids, Plan(plan.source, int(length), plan.selective), text)
+        self._cut(input_ids, room)
+
+    def _cut(self, input_ids: Tensor, room: int):
+        """Cut the block's cached tokens where the text must end: at its limit, with an EOS, before a stop string."""
+        block = self._block
+        kept: list[int] = []
+        for token in block.cached[: room - len(block.own)]:
+            kept.append(token)
+            if self.stops.asks:
+                cached = torch.tensor([kept], dtype=torch.long, device=input_ids.device)
+                if self.stops.end(torch.cat([input_ids, *block.own, cached], dim=-1)):
+                    kept.pop()
+                    break
+            if token in self._eos:
                 break
-            input_ids = extended
-            rows.append(scores)
-            self._drafted.append(int(token))
-            unsure = self._threshold and float(probabilities[0, self._drafted[-1]]) < self._threshold
-            if unsure or self._drafted[-1] in self._eos or len(rows) == gamma:
-                break
-            logits = self._context.step(self._translation.token(token))
-        self._draft_scores = torch.cat(rows) if rows else None
-        return input_ids
+        block.cached, block.shares = kept, block.shares[: len(kept)]
 
-    def _overlap_of_drafts(self, scores: Tensor, tested: int, accepted: int) -> list[float]:
-        """Expected acceptance at the tested positions: 0/1 when greedy, else Σ min(p, q) of what both were sampled from."""
-        if not self._sample or not tested:
-            return [float(j < accepted) for j in range(tested)]
-        p = scores[0, :tested].softmax(-1)
-        q = self._draft_scores[:tested].softmax(-1).to(p.device)
-        return torch.minimum(p, q).sum(-1).tolist()
+    def _look_up(self, input_ids: Tensor, most: int) -> Continuation | None:
+        """What the suffix cache proposes, `None` for nothing."""
+        start = time.perf_counter()
+        found = None
+        if self._text is not None and self.lookahead.wants_cache and most > 0:
+            found = self._text.continuation(most)
+        self._lookup_seconds = time.perf_counter() - start
+        return found
 
-    def _settle_lag(self, input_ids: Tensor, logits: Tensor):
-        """Score the draft, now that it has caught up, at the positions it had not been asked about: logits `(lag, W)`."""
-        lag = logits.shape[0]
-        # A processor with state cannot be asked about the past: α stays unknown there.
-        if lag and not (self._verified is not None and self._verified.has_state):
-            scores = self._translation.scores(logits).to(self._home)  # (lag, V)
-            if self._verified is not None:
-                prefixes = [input_ids[:, : input_ids.shape[1] - lag + i] for i in range(lag)]
-                processed = [self._verified.processors(prefixes[i], scores[i : i + 1]) for i in range(lag)]
-                scores = torch.cat(processed)
-            targets = torch.cat(list(self._lag_targets)) if self._sample else None
-            self._settle(scores, targets, input_ids[0, -lag:])
-        self._lag = 0
-        self._lag_targets.clear()
 
-    def _settle(self, scores: Tensor, targets: Tensor | None, said: Tensor):
-        """Record the draft's expected acceptance at the last r verified tokens: its scores `(r, V)`, p `(r, V)`, the tokens `(r,)`."""
-        if self._sample:
-            overlap = torch.minimum(targets.to(scores.device), scores.softmax(-1).nan_to_num()).sum(-1)
-        else:
-            overlap = (scores.argmax(-1) == said).float() * scores.isfinite().any(-1)
-        self.record.fill_overlap(overlap.tolist())
-        self.lookahead.observe_shadow(overlap.tolist())
+def _split(values: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
+    """`values` in pieces of these sizes, one after the other."""
+    start = 0
+    for size in sizes:
+        yield values[start : start + size]
+        start += size
 
 
 def _has_other_inputs(model_kwargs: dict) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 LOOKAHEADS = ("cost", "heuristic", "constant")
+HEADS = ("auto", "full", "traffic", "low_rank")
 CONFIG_NAME = "osd_config.json"
 
 
@@ -20,9 +21,10 @@ class OnlineConfig:
         num_assistant_tokens (`int`, defaults to 5):
             γ, the number of tokens drafted a round; the upper bound where `lookahead` chooses.
         lookahead (`str`, defaults to `"cost"`):
-            How γ is chosen: `"cost"` maximises expected tokens over expected time and drafts nothing while that is
-            below plain decoding; `"heuristic"` is transformers' rule (+2 when all is accepted, else -1, at least 1);
-            `"constant"` always drafts `num_assistant_tokens`.
+            How γ is chosen: `"cost"` maximises expected tokens over expected time, by the draft's confidence and what the
+            suffix cache proposes, and drafts nothing while that is below plain decoding; `"heuristic"` is transformers'
+            rule (+2 when all is accepted, else -1, at least 1); `"constant"` always drafts `num_assistant_tokens`. These
+            two draft with the draft alone, if there is one.
         assistant_confidence_threshold (`float`, defaults to 0.0):
             Stop drafting after a token whose probability under the draft is below this. 0 never stops early.
         draft_cost (`float`, *optional*):
@@ -30,6 +32,22 @@ class OnlineConfig:
             a fixed value makes γ, and so a seeded run, independent of the clock.
         verify_cost (`float`, defaults to 0.0):
             With `draft_cost` given: v(n) = 1 + verify_cost·(n-1), the time of verifying n tokens over that of one.
+        suffix_cache (`bool`, defaults to `True`):
+            Whether recent verified text, the prompt's included, is a source of drafts too. It needs no draft model and
+            learns at once; it is kept in memory, apart by tenant.
+        suffix_cache_bytes (`int`, defaults to 64 MiB):
+            Bound on what it holds, over all tenants. The oldest text goes first.
+        suffix_cache_tokens (`int`, defaults to 16):
+            The most tokens it drafts a round.
+        draft_head (`str`, defaults to `"auto"`):
+            Which rows of the draft's LM head are computed: `"full"`, all of them; `"traffic"`, those of the tokens that
+            the traffic used of late, and the prompt's; `"low_rank"`, at each step those whose logits a low-rank
+            projection finds largest; `"auto"`, `"traffic"` where the head has at least four times
+            `draft_head_rows` rows, else `"full"`. The output stays exact: a token that is not among them is not drafted.
+        draft_head_rows (`int`, defaults to 8192):
+            How many rows that is, beside the prompt's; of `"low_rank"`, an eighth of it.
+        draft_head_rank (`int`, defaults to 64):
+            The rank of the projection of `"low_rank"`.
         learn (`bool`, defaults to `True`):
             Whether to capture and learn. `False` serves the draft as it is.
         top_k (`int`, defaults to 64):
@@ -81,6 +99,12 @@ class OnlineConfig:
     assistant_confidence_threshold: float = 0.0
     draft_cost: float | None = None
     verify_cost: float = 0.0
+    suffix_cache: bool = True
+    suffix_cache_bytes: int = 64 * 2**20
+    suffix_cache_tokens: int = 16
+    draft_head: str = "auto"
+    draft_head_rows: int = 8192
+    draft_head_rank: int = 64
     learn: bool = True
     top_k: int = 64
     feedback_dtype: str = "float16"
@@ -107,11 +131,13 @@ class OnlineConfig:
 
     def __post_init__(self):
         self._choice("lookahead", LOOKAHEADS)
+        self._choice("draft_head", HEADS)
         self._choice("feedback_dtype", ("float16", "bfloat16", "float32"))
         self._choice("positions", ("all", "error"))
         self._choice("divergence", DIVERGENCES)
         self._choice("learner_dtype", ("auto", "float32", "bfloat16"))
-        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval"):
+        sizes = ("suffix_cache_bytes", "suffix_cache_tokens", "draft_head_rows", "draft_head_rank")
+        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", *sizes):
             self._at_least(name, 1, whole=True)
         for name in ("update_tokens", "batch_size"):
             if getattr(self, name) is not None:

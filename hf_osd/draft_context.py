@@ -1,9 +1,11 @@
-"""`DraftContext`: what the draft has read in one generate call, in its own tokens, with the keys and values of it."""
+"""`DraftContext`: what the draft has read in one generate call, in its own tokens, with the keys and values of it, and `DraftRows`: what it
+says next."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hf_osd.vocabulary import LowRankHead, RowsHead
 
 
 def draft_window(draft: PreTrainedModel) -> float:
@@ -23,6 +27,53 @@ def forward_parameters(model: PreTrainedModel) -> set[str]:
     """Names of the parameters of the model's `forward`; of the base model's under PEFT, whose own takes anything."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(model.forward).parameters)
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """The draft's logits at n positions, of all its tokens or of those that its head computes.
+
+    Args:
+        logits (`Tensor` float32 `(n, R)`): R of the draft's W tokens.
+        ids (`Tensor` int64 `(R,)` or `(n, R)`, *optional*): which; `None` for all.
+        hidden (`Tensor` `(n, d)`, *optional*): what the head read, where it computes some tokens alone.
+    """
+
+    logits: Tensor
+    ids: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, rows: slice | list[int]) -> DraftRows:
+        each = self.ids is not None and self.ids.dim() == 2
+        return DraftRows(
+            self.logits[rows],
+            self.ids[rows] if each else self.ids,
+            None if self.hidden is None else self.hidden[rows],
+        )
+
+    def likeliest(self) -> Tensor:
+        """The likeliest token of each row, `(n,)`."""
+        return self.tokens(self.logits.argmax(-1))
+
+    def tokens(self, columns: Tensor) -> Tensor:
+        """The token of one column in each row, `(n,)` to `(n,)`."""
+        if self.ids is None:
+            return columns
+        return self.ids[columns] if self.ids.dim() == 1 else self.ids.gather(-1, columns[:, None]).squeeze(-1)
+
+    def confidence(self) -> Tensor:
+        """The probability of the likeliest token of each row, `(n,)`."""
+        return (self.logits.amax(-1) - self.logits.logsumexp(-1)).exp()
+
+    def dense(self, size: int) -> Tensor:
+        """All of the draft's logits, `(n, W)`: -inf where none was computed."""
+        if self.ids is None:
+            return self.logits
+        ids = self.ids if self.ids.dim() == 2 else self.ids.expand(len(self), -1)
+        return torch.full((len(self), size), -torch.inf, device=ids.device).scatter_(-1, ids, self.logits)
 
 
 class DraftContext:
@@ -37,6 +88,7 @@ class DraftContext:
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor, encoded=None, encoded_mask: Tensor | None = None):
         self.model = model
+        self.head: RowsHead | LowRankHead | None = None  # in place of the model's own, of which `model` is then a view
         self.ids = prompt[None].to(model.device)  # (1, M)
         self._starts: list[int] = []  # where in it each verified token of the target starts
         self._keeps_logits = model._supports_logits_to_keep()
@@ -58,22 +110,22 @@ class DraftContext:
         """Tokens of it that the cache lacks."""
         return self.length - self._cache.get_seq_length()
 
-    def extend(self, pieces: list[list[int]]):
-        """Append verified tokens of the target, each as the draft's ids of it."""
-        tokens = []
-        for piece in pieces:
-            self._starts.append(self.length + len(tokens))
-            tokens += piece
-        self.ids = torch.cat([self.ids, torch.tensor([tokens], dtype=torch.long, device=self.ids.device)], dim=-1)
+    def extend(self, tokens: Tensor, sizes: list[int]):
+        """Append verified text, `(1, T)` in the draft's ids: of each of the target's tokens it has as many as `sizes` says."""
+        start = self.length
+        for size in sizes:
+            self._starts.append(start)
+            start += size
+        self.ids = torch.cat([self.ids, tokens.to(self.ids.device)], dim=-1)
 
-    def catch_up(self, lag: int) -> Tensor:
-        """Read all the cache lacks: the logits of the last `lag` tokens of the target and of the next one, float32 `(lag+1, W)`."""
+    def catch_up(self, lag: int) -> DraftRows:
+        """Read all the cache lacks: what the draft says of the last `lag` tokens of the target and of the next one, lag+1 rows."""
         rows = [start - 1 for start in self._starts[len(self._starts) - lag :]] + [self.length - 1]
-        logits = self._forward(self.ids[:, self._cache.get_seq_length() :], keep=self.length - rows[0])
-        return logits if len(logits) == len(rows) else logits[[row - rows[0] for row in rows]]
+        said = self._forward(self.ids[:, self._cache.get_seq_length() :], keep=self.length - rows[0])
+        return said if len(said) == len(rows) else said[[row - rows[0] for row in rows]]
 
-    def step(self, token: Tensor) -> Tensor:
-        """Read one drafted token, int64 `(1, 1)`: the logits of the next, float32 `(1, W)`."""
+    def step(self, token: Tensor) -> DraftRows:
+        """Read one drafted token, int64 `(1, 1)`: what the draft says of the next."""
         return self._forward(token.to(self.ids.device), keep=1)
 
     def crop(self, accepted: int):
@@ -83,12 +135,16 @@ class DraftContext:
         """
         self._cache.crop(-max(self._cache.get_seq_length() - self.length - accepted, 0))
 
-    def _forward(self, tokens: Tensor, keep: int) -> Tensor:
+    def _forward(self, tokens: Tensor, keep: int) -> DraftRows:
         kwargs = {"logits_to_keep": keep} if self._keeps_logits else {}
         outputs = self.model(
             **{self._ids_name: tokens}, past_key_values=self._cache, use_cache=True, **self._inputs, **kwargs
         )
-        return outputs.logits[0, -keep:].float()
+        logits = outputs.logits[0, -keep:].float()
+        if self.head is None:
+            return DraftRows(logits)
+        ids, hidden = self.head.ids, self.head.hidden[0, -keep:]
+        return DraftRows(logits, ids if ids.dim() == 1 else ids[-keep:], hidden)
 
 
 def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -35,10 +35,11 @@ class Feedback:
         top_logps (`Tensor` float `(N, k)`): their log-probs under p.
         tail_logp (`Tensor` float `(N,)`): log of p's mass outside them, at least `TAIL_FLOOR`; NaN where the position has no target.
         draft_logps (`Tensor` float `(N, k)`): log q of the same tokens; NaN where nothing was drafted.
-        drafted (`Tensor` int32 `(N,)`): the token drafted for the position; -1 where none was.
+        drafted (`Tensor` int32 `(N,)`): the token the draft drafted for the position; -1 where it drafted none.
         drafted_logp (`Tensor` float `(N,)`): log q of it; NaN where none.
-        outcome (`Tensor` int8 `(N,)`): `UNTESTED`, `ACCEPTED` or `REJECTED`. Every position that is not accepted ends a
-            round, so `outcome != ACCEPTED` is Algorithm 1's error index.
+        outcome (`Tensor` int8 `(N,)`): `UNTESTED`, `ACCEPTED` or `REJECTED`, of the draft's own tokens. Where the draft alone drafts, every
+            position that is not accepted ends a round, so `outcome != ACCEPTED` is Algorithm 1's error index; what the suffix cache drafted is
+            untested, and counts among them.
         overlap (`Tensor` float32 `(N,)`): expected acceptance of the draft there, from dense rows: Σ min(p, q) as both were
             sampled from, or 0/1 when greedy; NaN where the draft made no prediction.
         sampled (`bool`): whether the request was sampled rather than greedy.
@@ -110,7 +111,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class SparseRows:
-    """n distributions as top k and tail, in CPU memory; the fields are those of [`Feedback`]."""
+    """n distributions as top k and tail; the fields are those of [`Feedback`]."""
 
     top_ids: Tensor
     top_logps: Tensor
@@ -120,7 +121,7 @@ class SparseRows:
     def of_logits(
         cls, logits: Tensor, k: int, dtype: torch.dtype = torch.float16, among: Tensor | None = None
     ) -> SparseRows:
-        """Top k and tail of logits `(n, V)`, float32. Costs one top-k and two log-sum-exps a row.
+        """Top k and tail of logits `(n, V)`, float32, on their device. Costs one top-k and two log-sum-exps a row.
 
         Args:
             among (`Tensor` int64 `(S,)`, *optional*): the columns that may be kept; all others are tail.
@@ -132,17 +133,20 @@ class SparseRows:
         # The mass of the rest is summed itself: 1 - Σ top would cancel when the tail is small.
         rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (n,)
         return cls(
-            top_ids=ids.to("cpu", torch.int32),
-            top_logps=(top - total).to("cpu", dtype),
-            tail_logp=(rest - total.squeeze(-1)).clamp_min(TAIL_FLOOR).to("cpu", dtype),
+            top_ids=ids.to(torch.int32),
+            top_logps=(top - total).to(dtype),
+            tail_logp=(rest - total.squeeze(-1)).clamp_min(TAIL_FLOOR).to(dtype),
         )
+
+    def cpu(self) -> SparseRows:
+        return SparseRows(*(getattr(self, f.name).cpu() for f in fields(self)))
 
     def spread(self, at: list[int], n: int) -> SparseRows:
         """These rows at the positions `at` of n; the others have no target."""
         rows = SparseRows(
-            torch.zeros(n, self.top_ids.shape[1], dtype=torch.int32),
-            torch.full((n, self.top_ids.shape[1]), torch.nan, dtype=self.top_logps.dtype),
-            torch.full((n,), torch.nan, dtype=self.tail_logp.dtype),
+            self.top_ids.new_zeros(n, self.top_ids.shape[1]),
+            self.top_logps.new_full((n, self.top_ids.shape[1]), torch.nan),
+            self.tail_logp.new_full((n,), torch.nan),
         )
         for f in fields(self):
             getattr(rows, f.name)[at] = getattr(self, f.name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
-from hf_osd.scoring import learners_autocast, score
+from hf_osd.scoring import judge, learners_autocast
 from hf_osd.serving import copy_draft
 
 if TYPE_CHECKING:
@@ -111,14 +111,14 @@ class Learner:
         finally:
             self._lock.release()
 
-    def score(self, feedback: list[Feedback], wait: bool = True) -> list[Tensor] | None:
-        """Expected acceptance of the learner's weights on `feedback`, see [`hf_osd.scoring.score`]; `None` if another thread
+    def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
+        """Expected acceptance and confidence of the learner's weights on `feedback`, see [`hf_osd.scoring.judge`]; `None` if another thread
         learns and `wait` is not set."""
         if not self._lock.acquire(blocking=wait):
             return None
         try:
             with self._autocast():
-                return score(self.module, feedback)
+                return judge(self.module, feedback)
         finally:
             self._lock.release()
 

@@ -28,7 +28,7 @@ class _RawRows:
 
     def _keep(self, target, inputs, output):
         if threading.get_ident() == self._thread:
-            self.steps.append(SparseRows.of_logits(output.logits[:, -1].float(), self.top_k, self.dtype))
+            self.steps.append(SparseRows.of_logits(output.logits[:, -1].float(), self.top_k, self.dtype).cpu())
 
     def __enter__(self) -> _RawRows:
         return self

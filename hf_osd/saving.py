@@ -43,7 +43,9 @@ class SavableAssistant:
 
         Raises:
             OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
+            ValueError: if the assistant has no draft.
         """
+        self._needs_draft("save")
         with staged(directory) as staging:
             self.serving.active.save_pretrained(staging)
             self.osd_config.save_pretrained(staging)

@@ -46,7 +46,12 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
         feedback (`Sequence[Feedback]`): the requests.
         batch_size (`int`): requests a forward.
     """
-    overlaps: list[Tensor | None] = [None] * len(feedback)
+    return [overlap for overlap, _ in judge(model, feedback, batch_size)]
+
+
+def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """[`score`], and how confident the draft was at each position: the probability of its likeliest token, float32 `(N,)`; NaN as there."""
+    judged: list[tuple[Tensor, Tensor] | None] = [None] * len(feedback)
     order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
     collate, training = FeedbackCollator("all"), model.training
     model.eval()
@@ -56,18 +61,22 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
             batch = collate([feedback[i] for i in chosen])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             logits = answer_logits(model, batch)  # (R, V)
+            logits = logits.float()
             argmax = logits.argmax(-1).cpu()
+            sure = (logits.amax(-1) - logits.logsumexp(-1)).exp().cpu()  # (R,)
             taught = [feedback[i].teaches("all") for i in chosen]
             split = torch.arange(len(logits)).split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
-                overlaps[i] = torch.full((len(feedback[i]),), torch.nan)
+                overlap, confidence = (torch.full((len(feedback[i]),), torch.nan) for _ in range(2))
+                confidence[mask] = sure[rows]
                 if feedback[i].sampled:
                     q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
-                    overlaps[i][mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
+                    overlap[mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
                 else:
-                    overlaps[i][mask] = (argmax[rows] == feedback[i].answer[mask]).float()
+                    overlap[mask] = (argmax[rows] == feedback[i].answer[mask]).float()
+                judged[i] = overlap, confidence
     model.train(training)
-    return overlaps
+    return judged
 
 
 def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 
 def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
@@ -121,3 +122,52 @@ class ServingDraft:
         model.requires_grad_(False)
         model.eval()
         return model
+
+
+class NoDraft:
+    """What transformers reads on an assistant model, where there is none and the suffix cache drafts alone."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self):
+        self.config = _NoConfig()
+        self.generation_config = GenerationConfig()
+
+    def _supports_logits_to_keep(self) -> bool:
+        return True
+
+
+class _NoConfig:
+    is_encoder_decoder = False
+
+    def get_text_config(self, **kwargs) -> _NoConfig:
+        return self
+
+    @property
+    def vocab_size(self) -> _AnySize:
+        return _AnySize()
+
+
+class _AnySize:
+    """The size of every vocabulary: cached tokens are the target's own, and `generate` compares sizes before it says which target it is."""
+
+    def __eq__(self, other) -> bool:
+        return True
+
+    __hash__ = None
+
+
+class NoServing:
+    """[`ServingDraft`] where there is no draft."""
+
+    trainable: frozenset[str] = frozenset()
+    version = 0
+
+    def __init__(self):
+        self.active = NoDraft()
+
+    def lease(self) -> NoDraft:
+        return self.active
+
+    def release(self, model: NoDraft):
+        pass

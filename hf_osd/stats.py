@@ -14,7 +14,9 @@ class CallStats:
     """One generate call, or the sum of several.
 
     `accepted_by_position[i]` and `tested_by_position[i]` count the (i+1)-th drafted token of a block; a token is tested if all
-    before it in its block were accepted. `overlap_sum / overlap_count` is `alpha`.
+    before it in its block were accepted. `drafted_by`, `tested_by` and `accepted_by` count the same tokens by their source, `"draft"` or
+    `"cache"`; `verified_lengths[n]` counts rounds that verified n tokens. `overlap_sum / overlap_count` is `alpha`. `head_*` are of calls whose draft computes some rows of its LM head alone: verified
+    tokens, those that it lacked, and those among these that the whole head would have said.
     """
 
     requests: int = 0
@@ -27,8 +29,17 @@ class CallStats:
     overlap_count: int = 0
     tested_by_position: Counter = field(default_factory=Counter)
     accepted_by_position: Counter = field(default_factory=Counter)
+    drafted_by: Counter = field(default_factory=Counter)
+    tested_by: Counter = field(default_factory=Counter)
+    accepted_by: Counter = field(default_factory=Counter)
+    verified_lengths: Counter = field(default_factory=Counter)
+    draft_steps: int = 0
+    head_tokens: int = 0
+    head_lacked: int = 0
+    head_missed: int = 0
     draft_seconds: float = 0.0
     target_seconds: float = 0.0
+    lookup_seconds: float = 0.0
     capture_seconds: float = 0.0
 
     @property
@@ -46,15 +57,40 @@ class CallStats:
         """New tokens a target forward, the bonus token included."""
         return self.new_tokens / self.rounds if self.rounds else math.nan
 
-    def observe_round(self, drafted: int, tested: int, accepted: int, new_tokens: int):
+    @property
+    def head_coverage(self) -> float:
+        """Share of verified tokens that the draft's head could say; NaN where it was whole throughout."""
+        return 1 - self.head_lacked / self.head_tokens if self.head_tokens else math.nan
+
+    @property
+    def head_alpha_loss(self) -> float:
+        """What `alpha` lost to the rows that the head lacked, greedy; NaN where it was whole throughout."""
+        return self.head_missed / self.overlap_count if self.head_tokens and self.overlap_count else math.nan
+
+    def observe_round(
+        self,
+        drafted: int,
+        tested: int,
+        accepted: int,
+        new_tokens: int,
+        own: int | None = None,
+        steps: int | None = None,
+    ):
+        """Of `drafted` tokens the first `own` are the draft's, all if left out, in `steps` forwards; the others are the suffix cache's."""
+        own = drafted if own is None else own
         self.rounds += 1
         self.drafted += drafted
         self.tested += tested
         self.accepted += accepted
         self.new_tokens += new_tokens
+        self.verified_lengths[drafted + 1] += 1
+        self.draft_steps += own if steps is None else steps
         for i in range(tested):
             self.tested_by_position[i] += 1
             self.accepted_by_position[i] += i < accepted
+        for counts, n in ((self.drafted_by, drafted), (self.tested_by, tested), (self.accepted_by, accepted)):
+            counts["draft"] += min(n, own)
+            counts["cache"] += max(n - own, 0)
 
     def add(self, other: CallStats):
         for name, value in vars(other).items():
@@ -67,8 +103,11 @@ class CallStats:
         counts = {name: value for name, value in vars(self).items() if not isinstance(value, Counter)}
         most = max(self.tested_by_position, default=-1) + 1
         by_position = [self.accepted_by_position[i] / self.tested_by_position[i] for i in range(most)]
-        figures = {"alpha": self.alpha, "alpha_live": self.alpha_live, "tokens_per_round": self.tokens_per_round}
-        return counts | figures | {"acceptance_by_position": by_position}
+        names = ("alpha", "alpha_live", "tokens_per_round", "head_coverage", "head_alpha_loss")
+        figures = {name: getattr(self, name) for name in names} | {"acceptance_by_position": by_position}
+        by_source = {name: dict(getattr(self, name)) for name in ("drafted_by", "tested_by", "accepted_by")}
+        by_source["verified_lengths"] = {str(n): count for n, count in sorted(self.verified_lengths.items())}
+        return counts | figures | by_source
 
 
 @dataclass
@@ -85,6 +124,7 @@ class Stats:
     buffer_bytes: int = 0
     buffer_capacity: int = 0
     draft_version: int = 0
+    suffix_cache_bytes: int = 0
     recent: deque[CallStats] = field(default_factory=lambda: deque(maxlen=ROLLING), repr=False)
 
     @property
@@ -110,10 +150,13 @@ class Stats:
             ("new tokens", lambda s: f"{s.new_tokens}"),
             ("rounds", lambda s: f"{s.rounds}"),
             ("drafted / accepted", lambda s: f"{s.drafted} / {s.accepted}"),
+            ("  by the draft", lambda s: f"{s.drafted_by['draft']} / {s.accepted_by['draft']}"),
+            ("  by the cache", lambda s: f"{s.drafted_by['cache']} / {s.accepted_by['cache']}"),
             ("alpha", lambda s: _figure(s.alpha)),
             ("alpha_live", lambda s: _figure(s.alpha_live)),
             ("tokens a round", lambda s: _figure(s.tokens_per_round)),
             ("by position", lambda s: " ".join(f"{a:.2f}" for a in s.to_dict()["acceptance_by_position"]) or "-"),
+            ("head covers / costs α", lambda s: f"{_figure(s.head_coverage)} / {_figure(s.head_alpha_loss)}"),
             ("draft s / target s", lambda s: f"{s.draft_seconds:.2f} / {s.target_seconds:.2f}"),
         ]
         table = [["", *calls]] + [[name, *(cell(call) for call in calls.values())] for name, cell in rows]
@@ -125,6 +168,7 @@ class Stats:
         lines += [
             f"learning: {self.updates} updates ({self.failed_updates} failed), {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
             f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
+            f"suffix cache: {self.suffix_cache_bytes / mib:.1f} MiB",
         ]
         return "\n".join(lines)
 

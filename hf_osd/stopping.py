@@ -49,6 +49,11 @@ class DraftStops:
     def allow_drafts(self) -> bool:
         return not self.unasked
 
+    @property
+    def asks(self) -> bool:
+        """Whether there is a criterion that `end` asks."""
+        return bool(self._asked)
+
     def end(self, input_ids: Tensor) -> bool:
         """Whether the generation would end with the last token of `input_ids` `(1, L)`."""
         return any(bool(criterion(input_ids, None).any()) for criterion in self._asked)

@@ -32,11 +32,16 @@ class ReplayArguments(ModelArguments):
     dtype: str = field(
         default="float32", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
+    batch_answers: int = field(default=8, metadata={"help": "Prompts a batch where answers are recorded."})
+    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    save_to: str | None = field(
+        default=None, metadata={"help": "Also save each arm's draft, in a folder 0, 1, … here."}
+    )
     json: str | None = field(default=None, metadata={"help": "Also write the table to this file."})
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"requests": 1, "held_back": 1, "max_new_tokens": 1, "score_every": 1})
+        check_numbers(self, {"requests": 1, "held_back": 1, "max_new_tokens": 1, "score_every": 1, "batch_answers": 1})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,12 +67,16 @@ def replay(args: ReplayArguments, base: OnlineConfig) -> list[dict]:
     parts = split_held_back(rows, args.held_back, base.seed, name)
     held_back, stream = (
         record_answers(
-            target, [encode(tokenizer, row["prompt"]) for row in part], args.max_new_tokens, top_k=base.top_k
+            target,
+            [encode(tokenizer, row["prompt"], args.chat_template) for row in part],
+            args.max_new_tokens,
+            batch_size=args.batch_answers,
+            top_k=base.top_k,
         )
         for part in (parts[0], parts[1][: args.requests])
     )
     table = []
-    for label, config in arms:
+    for number, (label, config) in enumerate(arms):
         assistant = OnlineAssistant(load_draft(args.draft, target), config)
         curve = [_alpha(assistant, held_back)]
         for served, feedback in enumerate(stream, 1):
@@ -80,6 +89,8 @@ def replay(args: ReplayArguments, base: OnlineConfig) -> list[dict]:
         row = {"arm": label, "alpha": curve, "updates": stats.updates, "failed": stats.failed_updates}
         row |= {"learning_seconds": stats.learning_seconds, "learned_tokens_per_second": rate}
         table.append(row)
+        if args.save_to is not None:
+            assistant.save_pretrained(Path(args.save_to) / str(number), tokenizer)
         figures = " ".join(f"{alpha:.3f}" for alpha in curve)
         print(
             f"{label or 'base':<36} alpha {figures}   {stats.learning_seconds:.0f} s, {rate:.0f} tokens/s", flush=True

@@ -225,7 +225,7 @@ def test_learning_leaves_the_users_random_state_alone(target, draft):
 
 def test_alpha_is_known_though_nothing_was_drafted(target, draft):
     """The floor drafts nothing while it does not pay; α is then estimated at learning time, before the request is learnt."""
-    assistant = OnlineAssistant(draft, draft_cost=5.0, update_interval=10**6)  # never pays
+    assistant = OnlineAssistant(draft, draft_cost=5.0, suffix_cache=False, update_interval=10**6)  # never pays
     serve(target, assistant, 2)
     stats = assistant.stats
     assert (stats.total.drafted, stats.total.rounds) == (0, stats.total.new_tokens)
@@ -236,7 +236,7 @@ def test_alpha_is_known_though_nothing_was_drafted(target, draft):
 
 def test_what_was_sampled_without_drafts_still_reopens_drafting(target, draft):
     """Else a floor that has closed on sampled traffic would stay closed, whatever the draft has learnt since."""
-    assistant = OnlineAssistant(draft, draft_cost=5.0, update_interval=10**6)
+    assistant = OnlineAssistant(draft, draft_cost=5.0, suffix_cache=False, update_interval=10**6)
     before = assistant.lookahead.acceptance()[0]
     torch.manual_seed(0)
     serve(target, assistant, 4, do_sample=True, top_k=0)

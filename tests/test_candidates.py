@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
 from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
+from hf_osd.lookahead import Plan
 
 PROMPT = torch.tensor([[5, 9, 17, 3, 40, 22]])
 
@@ -245,9 +246,10 @@ def test_drafting_stops_at_an_unsure_token(target, serve, noised_copy):
 def test_rounds_without_a_draft_still_teach_and_the_draft_catches_up(target, noised_copy):
     """γ goes 0, 0, 0, 3, 0, 3, …: the draft's cache lags and must catch up in one forward."""
     draft = noised_copy(target, 0.1)
-    assistant = OnlineAssistant(draft, update_interval=10**6, top_k=64, feedback_dtype="float32")
+    settings = {"suffix_cache": False, "update_interval": 10**6, "top_k": 64, "feedback_dtype": "float32"}
+    assistant = OnlineAssistant(draft, **settings)
     lengths = iter([0, 0, 0, 3, 0, 3, 3, 0, 0, 3] * 5)
-    assistant.lookahead.next_length = lambda: next(lengths)
+    assistant.lookahead.plan = lambda *proposal: Plan("draft", next(lengths))
     plain = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
     output = target.generate(PROMPT, max_new_tokens=24, do_sample=False, assistant_model=assistant)
     assert torch.equal(plain, output)

@@ -26,17 +26,20 @@ def test_logits_are_those_of_a_fresh_forward_in_every_round(draft, rounds):
         tokens = torch.randint(64, (drafted,), generator=random)
         with torch.no_grad():
             if drafted:
-                logits = context.catch_up(len(lag))
-                torch.testing.assert_close(logits, draft(context.ids).logits[0, [*(i - 1 for i in lag), -1]], **CLOSE)
+                said = context.catch_up(len(lag))
+                torch.testing.assert_close(
+                    said.logits, draft(context.ids).logits[0, [*(i - 1 for i in lag), -1]], **CLOSE
+                )
                 lag, read = [], context.ids
                 for token in tokens[:-1]:  # the last draft is never read
                     read = torch.cat([read, token[None, None]], dim=-1)
-                    torch.testing.assert_close(context.step(token[None, None]), draft(read).logits[0, -1:], **CLOSE)
+                    said = context.step(token[None, None])
+                    torch.testing.assert_close(said.logits, draft(read).logits[0, -1:], **CLOSE)
         context.crop(accepted)
-        context.extend([[int(token)] for token in tokens[:accepted]])
+        context.extend(tokens[None, :accepted], [1] * accepted)
         if accepted == drafted:
             lag.append(context.length)  # a bonus token, or one of a round without drafts
-        context.extend([torch.randint(64, (size,), generator=random).tolist()])
+        context.extend(torch.randint(64, (1, size), generator=random), [size])
     assert context.unread > 0
 
 

@@ -68,7 +68,7 @@ def test_while_another_thread_learns_nobody_need_wait(learner, make_feedback):
     made.buffer.add(make_feedback())
     outcomes = []
     with made._lock:
-        for call in (lambda: made.update(wait=False), lambda: made.score(made.buffer.new(), wait=False)):
+        for call in (lambda: made.update(wait=False), lambda: made.judge(made.buffer.new(), wait=False)):
             thread = threading.Thread(target=lambda call=call: outcomes.append(call()))
             thread.start()
             thread.join(timeout=60)

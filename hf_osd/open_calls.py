@@ -1,0 +1,47 @@
+"""`OpenCalls`: the generate calls that have not come back. generate has no hook at its end, so their end is noticed afterwards."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from hf_osd import integration
+
+if TYPE_CHECKING:
+    from hf_osd.call_record import CallRecord
+
+
+class OpenCalls:
+    """The records of calls that run, and of those that are over and not taken in yet. Thread-safe."""
+
+    def __init__(self):
+        self._open: set[CallRecord] = set()
+        # What finalizers append to: they may run anywhere, so they take no lock.
+        self._ended: deque[CallRecord] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, record: CallRecord, generator: object):
+        """A call begins; it is over when its candidate generator is gone."""
+        with self._lock:
+            self._open.add(record)
+        weakref.finalize(generator, self._ended.append, record).atexit = False
+
+    def take_over(self, here: bool = False) -> list[CallRecord]:
+        """Those that are over, each once: their generator is gone. And, with `here`, those of this thread that have come back, though a
+        traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
+        thread, ended = threading.get_ident() if here else None, set()
+        running = integration.running_calls() if here else []
+        with suppress(IndexError):
+            while True:
+                ended.add(self._ended.popleft())
+        with self._lock:
+            over = [
+                record
+                for record in self._open
+                if record in ended or (record.thread == thread and record.running not in running)
+            ]
+            self._open.difference_update(over)
+        return over

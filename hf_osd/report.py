@@ -1,0 +1,106 @@
+"""`report`: what an assistant has observed of its speed, in words that a user can act on."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from hf_osd.lookahead import best_length, break_even
+
+if TYPE_CHECKING:
+    from hf_osd.lookahead import Lookahead
+    from hf_osd.stats import CallStats, Stats
+
+
+def report(stats: Stats, lookahead: Lookahead) -> str:
+    """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, and what was gained."""
+    rolling, costs = stats.rolling, lookahead.costs
+    if not stats.total.rounds:
+        return "Nothing was served yet: pass this assistant to generate(..., assistant_model=assistant)."
+    lines = []
+    if costs.step_seconds is None and not costs.are_fixed:
+        lines.append("The cost of a plain step is not known yet: serve a few more tokens.")
+    else:
+        lines += _of_costs(lookahead)
+        lines += _of_draft(rolling, lookahead) if lookahead.has_draft else []
+    lines += _of_sources(rolling)
+    lines += _of_speed(rolling, lookahead)
+    return "\n".join(lines)
+
+
+def _of_costs(lookahead: Lookahead) -> list[str]:
+    costs, longest = lookahead.costs, lookahead.most + 1
+    step = "" if costs.step_seconds is None else f" (one-token target step: {1e3 * costs.step_seconds:.1f} ms)"
+    v = ", ".join(f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest))
+    lines = [f"Verifying several tokens, in one-token target steps: {v}{step}."]
+    if lookahead.has_draft:
+        c = "not measured yet" if costs.c is None else f"c = {costs.c:.2f} of one"
+        lines.append(f"A draft step: {c}.")
+    return lines
+
+
+def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
+    c, v, most = lookahead.c, lookahead.v, lookahead.most
+    if c is None:
+        return ["The draft was not asked yet, so what it is worth is not known."]
+    first = lookahead.acceptance()[0]
+    alpha = (
+        f"α = {rolling.alpha:.2f} over the last requests" if not math.isnan(rolling.alpha) else "α is not known yet"
+    )
+    gamma, expected = best_length([first] * most, c, v)
+    needed = break_even(c, v, most)
+    lines = [f"The draft: {alpha}; its next token is accepted with probability {first:.2f}, of late."]
+    if needed is None:
+        lines.append(
+            f"No draft pays at these costs: even one that is always right would not be faster. Take a smaller draft than c = {c:.2f}, or "
+            "hardware on which verifying several tokens costs little more than one."
+        )
+    elif gamma:
+        lines.append(
+            f"Drafting pays from α = {needed:.2f} on. Best fixed γ: {gamma}, expected speed-up of the draft alone {expected:.2f}×."
+        )
+    else:
+        lines.append(
+            f"Drafting pays from α = {needed:.2f} on, so the target decodes plainly and still teaches the draft. Let it learn from more requests, "
+            "or warm it up on prompts like yours; a draft with a cheaper step would pay sooner."
+        )
+    if gamma == most and expected > 1.2:
+        lines.append(f"The best γ is the largest allowed: try num_assistant_tokens={2 * most}.")
+    if rolling.head_alpha_loss > 0.01:
+        lines.append(
+            f"The rows that its LM head left out cost {rolling.head_alpha_loss:.3f} of α: try more draft_head_rows, or draft_head='full'."
+        )
+    return lines
+
+
+def _of_sources(rolling: CallStats) -> list[str]:
+    lines = []
+    for source, name in (("draft", "The draft"), ("cache", "The suffix cache")):
+        if drafted := rolling.drafted_by[source]:
+            accepted = rolling.accepted_by[source]
+            lines.append(
+                f"{name} drafted {drafted} tokens, of which {accepted} were accepted: {accepted / max(rolling.new_tokens, 1):.0%} of what was "
+                "generated."
+            )
+    return lines
+
+
+def _of_speed(rolling: CallStats, lookahead: Lookahead) -> list[str]:
+    seconds = rolling.draft_seconds + rolling.target_seconds + rolling.lookup_seconds + rolling.capture_seconds
+    one = lookahead.costs.step_seconds
+    if one is None or not rolling.rounds or not seconds:
+        return []
+    c = lookahead.c or 0.0
+    expected = rolling.new_tokens / max(rolling.draft_steps * c + _verification(rolling, lookahead), 1e-9)
+    observed = rolling.new_tokens * one / seconds
+    return [
+        f"Speed-up over plain decoding, prompts included in the time: observed {observed:.2f}× over the last {rolling.requests} requests, "
+        f"{rolling.tokens_per_round:.2f} tokens a round; {expected:.2f}× expected of c, v and these rounds."
+    ]
+
+
+def _verification(rolling: CallStats, lookahead: Lookahead) -> float:
+    """What the rounds' verifications take, in one-token target steps."""
+    longest = max(rolling.verified_lengths, default=1)
+    v = lookahead.costs.v_upto(longest)
+    return sum(count * v[n - 1] for n, count in rolling.verified_lengths.items())

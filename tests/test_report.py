@@ -1,0 +1,81 @@
+"""`report()`: figures that were observed, and words for what to do in each case."""
+
+import pytest
+import torch
+
+from hf_osd import OnlineAssistant
+from hf_osd.lookahead import Lookahead
+from hf_osd.report import report
+from hf_osd.stats import CallStats, Stats
+
+
+def served(lookahead: Lookahead, rounds: list[tuple[int, int]], target_ms=10.0, draft_ms=1.0, **call) -> Stats:
+    """Rounds of (drafted, accepted), told to both."""
+    stats, total = Stats(), CallStats(requests=1, **call)
+    for drafted, accepted in rounds:
+        tested = min(drafted, accepted + 1)
+        lookahead.observe_round(drafted, tested, accepted, draft_ms * drafted / 1e3, target_ms / 1e3)
+        total.observe_round(drafted, tested, accepted, accepted + 1)
+        total.target_seconds += target_ms / 1e3
+        total.draft_seconds += draft_ms * drafted / 1e3
+    total.overlap_sum, total.overlap_count = sum(a for _, a in rounds), max(sum(d for d, _ in rounds), 1)
+    stats.observe_call(total)
+    return stats
+
+
+PLAIN = [(0, 0)] * 4
+
+
+def test_before_anything_was_served_it_says_so():
+    assert "Nothing was served yet" in report(Stats(), Lookahead("cost", 3))
+
+
+def test_costs_that_are_not_known_yet_are_not_made_up():
+    text = report(served(Lookahead("cost", 3), [(0, 0)]), Lookahead("cost", 3))
+    assert "not known yet" in text
+
+
+def test_a_draft_that_pays():
+    lookahead = Lookahead("cost", 3)
+    text = report(served(lookahead, [*PLAIN, *[(2, 2)] * 60]), lookahead)
+    assert "c = 0.10" in text
+    assert "one-token target step: 10.0 ms" in text
+    assert "Best fixed γ: 3" in text
+    assert "try num_assistant_tokens=6" in text
+    assert "The draft drafted 120 tokens, of which 120 were accepted: 65%" in text
+    # 184 tokens in 64 steps of 10 ms and 120 of 1 ms.
+    assert "observed 2.42×" in text
+    assert "2.42× expected" in text
+
+
+def test_a_draft_that_does_not_pay_is_told_from_what_on_it_would():
+    lookahead = Lookahead("cost", 3)
+    text = report(served(lookahead, [*PLAIN, *[(1, 0)] * 60], draft_ms=4.0), lookahead)
+    assert "Drafting pays from α = 0.40 on, so the target decodes plainly" in text
+    assert "Best fixed γ" not in text
+
+
+def test_costs_at_which_no_draft_can_pay():
+    lookahead = Lookahead("cost", 3)
+    text = report(served(lookahead, [*PLAIN, *[(1, 0)] * 60], draft_ms=40.0), lookahead)
+    assert "No draft pays at these costs" in text
+    assert "smaller draft than c = 4.00" in text
+
+
+def test_a_head_that_costs_acceptance_is_named():
+    lookahead = Lookahead("cost", 3)
+    stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60], head_tokens=200, head_lacked=30, head_missed=12)
+    assert "cost 0.100 of α: try more draft_head_rows" in report(stats, lookahead)
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_of_an_assistant_that_served(tiny_llama, noised_copy, draft):
+    target = tiny_llama(layers=3)
+    assistant = OnlineAssistant(noised_copy(target, 0.2) if draft else None, draft_cost=0.1)
+    prompt = torch.tensor([[5, 9, 5, 9, 5, 9, 5]])
+    for _ in range(3):
+        target.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, assistant_model=assistant)
+    text = assistant.report()
+    assert ("A draft step" in text) == draft
+    assert "The suffix cache drafted" in text
+    assert text.count("\n") < 8, "a few lines"
