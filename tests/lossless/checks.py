@@ -268,24 +268,34 @@ class Served:
 
 
 def assistant_of(draft: PreTrainedModel, **config) -> OnlineAssistant:
-    """An assistant that drafts a constant γ, keeps its distributions whole and learns only when told to."""
+    """An assistant that drafts a constant γ with its draft alone, keeps its distributions whole and learns only when told to."""
     settings = {"lookahead": "constant", "update_interval": 10**6, "top_k": 64, "feedback_dtype": "float32"}
+    settings["suffix_cache"] = False
     return OnlineAssistant(draft, **settings | config)
 
 
 def serve(target: PreTrainedModel, assistant: OnlineAssistant, prompt: Tensor, **kwargs) -> Served:
     """One call of `target.generate(**kwargs)` with `assistant`, and what it left behind."""
-    lengths, choose = [], assistant.lookahead.next_length
+    lengths, lookahead = [], assistant.lookahead
+    choose, observe = lookahead.plan, lookahead.observe_round
+    selective = False
 
-    def next_length(*args, **kwargs):
-        lengths.append(choose(*args, **kwargs))
-        return lengths[-1]
+    def plan(*args, **kwargs):
+        nonlocal selective
+        lengths.append((chosen := choose(*args, **kwargs)).length)
+        selective = chosen.selective
+        return chosen
 
-    assistant.lookahead.next_length = next_length
+    def observe_round(drafted, *args, **kwargs):
+        if selective:  # it was the draft's confidence that chose
+            lengths[-1] = drafted
+        observe(drafted, *args, **kwargs)
+
+    lookahead.plan, lookahead.observe_round = plan, observe_round
     try:
         output = target.generate(prompt, assistant_model=assistant, pad_token_id=0, **{**unpadded(prompt), **kwargs})
     finally:
-        del assistant.lookahead.next_length
+        del lookahead.plan, lookahead.observe_round
     assistant.update()
     new = assistant.buffer.new()
     return Served(output, new[-1], assistant.stats.last, lengths, assistant.osd_config.top_k)

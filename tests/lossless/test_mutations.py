@@ -11,14 +11,17 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from hf_osd import OnlineCandidateGenerator, processors
 from hf_osd.call_record import CallRecord
-from hf_osd.draft_context import DraftContext
-from hf_osd.feedback import TAIL_FLOOR, SparseRows
+from hf_osd.draft_context import DraftContext, DraftRows
+from hf_osd.drafting import Drafting
+from hf_osd.feedback import ACCEPTED, REJECTED, TAIL_FLOOR, SparseRows
 from hf_osd.processors import VerifiedProcessors
 from hf_osd.serving import ServingDraft
 from hf_osd.stopping import DraftStops
+from hf_osd.suffix_cache import SuffixCaches
 from hf_osd.translation import Translation
 
 from .checks import InMidCall, assistant_of, check_greedy, check_lease, check_sampling, one_layer, retrained
+from .sources import BOTH, check_ends, check_few_rows, check_mixed, check_sampled_sources, check_tenants
 
 PROMPT = torch.tensor([[3, 7, 11, 5, 2]])
 
@@ -49,6 +52,7 @@ class Checks:
     def __init__(self, tiny_llama, noised_copy):
         self.target = tiny_llama(vocab=16, bos_token_id=None, eos_token_id=None, pad_token_id=0)
         self.draft = noised_copy(self.target, 0.3, seed=1)
+        self.wide = tiny_llama(bos_token_id=None, eos_token_id=None, pad_token_id=0)
         self._noised = noised_copy
         self._passed: set[str] = set()
 
@@ -110,6 +114,28 @@ class Checks:
         )
         assert torch.equal(plain, served)
         assert assistant.stats.total.alpha_live == 1.0
+
+    def blocks_of_two(self):
+        """Of draft and cache, greedy."""
+        prompts = [PROMPT, PROMPT.flip(1), PROMPT, PROMPT.flip(1), PROMPT + 1]
+        check_mixed(self.target, self.draft, assistant_of(self.draft, **BOTH), prompts)
+
+    def sampled_blocks_of_two(self):
+        check_sampled_sources(self._noised(one_layer(5), 1.0, seed=1), mixes=True)
+
+    def ends_in_cached_blocks(self):
+        check_ends(self.wide, None, "a criterion")
+
+    def few_rows(self):
+        assistant = assistant_of(self.draft, draft_head="traffic", draft_head_rows=4)
+        check_few_rows(self.target, self.draft, assistant, PROMPT)
+
+    def sampled_from_few_rows(self):
+        few = {"draft_head": "traffic", "draft_head_rows": 2, "suffix_cache": False, "lookahead": "constant"}
+        check_sampled_sources(self._noised(one_layer(6), 0.5, seed=1), 6, sources=("draft",), config=few)
+
+    def tenants(self):
+        check_tenants(self.wide)
 
     def passes(self, name: str):
         if name not in self._passed:
@@ -174,7 +200,7 @@ def always_accepted_if_likelier(original):
 def sampled_with_other_processors(original):
     """The draft samples through the call's processors, and hands over scores of before them."""
 
-    def draft(self, input_ids, gamma):
+    def draft(self, input_ids, plan, text):
         given = self._verified.for_drafting
         raw = []
 
@@ -189,11 +215,11 @@ def sampled_with_other_processors(original):
 
         self._verified.for_drafting = for_drafting
         try:
-            candidates = original(self, input_ids, gamma)
+            block = original(self, input_ids, plan, text)
         finally:
             del self._verified.for_drafting
-        self._draft_scores = torch.cat(raw)
-        return candidates
+        block.scores = raw
+        return block
 
     return draft
 
@@ -214,8 +240,8 @@ def prompt_off_by_one(original):
 
 
 def bonus_counted_as_accepted(original):
-    def add_round(self, pieces, raw, scores, drafted, accepted, overlap):
-        return original(self, pieces, raw, scores, drafted, min(accepted + 1, len(overlap)), overlap)
+    def add_round(self, pieces, raw, block, accepted, tested, *args):
+        return original(self, pieces, raw, block, min(accepted + 1, tested), tested, *args)
 
     return add_round
 
@@ -224,9 +250,8 @@ def matches_at_face_value(original):
     """num_matches is one short where a block ends with an accepted EOS: the EOS is read as a rejection."""
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
-        if num_matches < len(self._drafted):
-            self._drafted = [*self._drafted]
-            self._drafted[num_matches] = (self._drafted[num_matches] + 1) % scores.shape[-1]
+        if num_matches < len(self._block.own):
+            self._block.own[num_matches] = (self._block.own[num_matches] + 1) % scores.shape[-1]
         return original(self, input_ids, scores, num_matches)
 
     return update_candidate_strategy
@@ -303,11 +328,55 @@ def another_token_read(original):
     return token
 
 
+def another_token_is_sure(original):
+    """A cached token is handed over as though another one had been certain."""
+
+    def get_candidates(self, input_ids, **kwargs):
+        candidates, scores = original(self, input_ids, **kwargs)
+        if scores is not None and self._block.cached:
+            own = len(self._block.own)
+            scores = torch.cat([scores[:, :own], scores[:, own:].roll(1, -1)], dim=1)
+        return candidates, scores
+
+    return get_candidates
+
+
+def unasked_cached_tokens(original):
+    """The cache goes on where the text must end."""
+    return lambda self, input_ids, room: None
+
+
+def tokens_off_by_one(original):
+    """A head of some rows takes its columns for those beside them."""
+    return lambda self, columns: original(self, (columns + 1) % self.logits.shape[-1])
+
+
+def cached_counted_as_drafted(original):
+    """What the cache proposed is put to the draft's account."""
+
+    def add_round(self, pieces, raw, block, accepted, tested, *args):
+        original(self, pieces, raw, block, accepted, tested, *args)
+        first = len(self._positions) - len(pieces)
+        for j in range(min(tested, len(block.own)), tested):
+            self._positions[first + j] = (block.tokens[j], ACCEPTED if j < accepted else REJECTED)
+
+    return add_round
+
+
+def one_for_all_tenants(original):
+    return lambda self, tenant: original(self, None)
+
+
+def all_rows_handed_over(original):
+    """The scores of all rows, where the tokens were drawn from some."""
+    return lambda self, block, n: torch.cat([self.context.head.full(said.hidden) for said in block.said[:n]])
+
+
 MUTANTS: list[tuple[Callable, str, object, str]] = [
     (other_scores, "sampled", OnlineCandidateGenerator, "get_candidates"),
     (rejected_from_p, "sampled", generation, "_speculative_sampling"),
     (always_accepted_if_likelier, "sampled", generation, "_speculative_sampling"),
-    (sampled_with_other_processors, "sampled_hot", OnlineCandidateGenerator, "_draft"),
+    (sampled_with_other_processors, "sampled_hot", Drafting, "draft"),
     (rows_off_by_one, "greedy", CallRecord, "add_round"),
     (prompt_off_by_one, "greedy", CallRecord, "seal"),
     (bonus_counted_as_accepted, "greedy", CallRecord, "add_round"),
@@ -320,6 +389,12 @@ MUTANTS: list[tuple[Callable, str, object, str]] = [
     (without_tail, "greedy", SparseRows, "of_logits"),
     (past_the_stop, "stops", DraftStops, "end"),
     (another_token_read, "vocabularies", Translation, "token"),
+    (another_token_is_sure, "sampled_blocks_of_two", OnlineCandidateGenerator, "get_candidates"),
+    (unasked_cached_tokens, "ends_in_cached_blocks", OnlineCandidateGenerator, "_cut"),
+    (tokens_off_by_one, "few_rows", DraftRows, "tokens"),
+    (cached_counted_as_drafted, "blocks_of_two", CallRecord, "add_round"),
+    (one_for_all_tenants, "tenants", SuffixCaches, "of"),
+    (all_rows_handed_over, "sampled_from_few_rows", Drafting, "dense"),
 ]
 
 

@@ -6,6 +6,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
+from hf_osd.lookahead import Plan
+
 from .checks import assistant_of, check_greedy, check_padded, check_sampled
 
 VOCAB = 16  # few, so that an end of sequence is often said, and processors often bite
@@ -98,7 +100,7 @@ def test_rounds_without_a_draft(target, noised_copy, wished, draft, prompt):
     draft, prompt = noised_copy(target, *draft), prompt_of(prompt)
     assistant = assistant_of(draft)
     wished = iter(wished * 3)
-    assistant.lookahead.next_length = lambda: next(wished)
+    assistant.lookahead.plan = lambda *proposal: Plan("draft", next(wished))
     check_greedy(target, draft, prompt, 16, assistant=assistant)
 
 

@@ -149,8 +149,13 @@ def test_our_heuristic_schedule_follows_upstreams_rule(tiny_model):
     target, other = tiny_model("Llama"), tiny_model("Llama", seed=1)
     draft = copy.deepcopy(target)
     assistant = assist(draft, lookahead="heuristic", num_assistant_tokens=4)
-    lengths, choose = [], assistant.lookahead.next_length
-    assistant.lookahead.next_length = lambda: lengths.append(choose()) or lengths[-1]
+    lengths, choose = [], assistant.lookahead.plan
+
+    def plan(*proposal):
+        lengths.append((chosen := choose(*proposal)).length)
+        return chosen
+
+    assistant.lookahead.plan = plan
     other.generate(PROMPT, assistant_model=assistant, **GREEDY)  # says other things than the draft
     assert lengths[:6] == [4, 3, 2, 1, 1, 1]
     lengths.clear()

@@ -1,0 +1,107 @@
+"""Tenants of one assistant: none is proposed another's text, and all share the draft, its learner and the statistics, threads or not."""
+
+import threading
+
+import pytest
+import torch
+
+from .checks import InMidCall, assistant_of
+from .sources import BOTH, FEW, GREEDY, PROMPTS, alone, answer_to, check_tenants, proposals_seen
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model):
+    return tiny_model("Llama")
+
+
+@pytest.fixture(scope="module")
+def draft(target, noised_copy):
+    return noised_copy(target, 0.1)
+
+
+def test_no_text_of_one_tenant_is_proposed_to_another(target):
+    check_tenants(target)
+
+
+def test_a_closed_assistant_has_forgotten_all_text(target, draft):
+    """In mid-call, too: that call's text is not kept either."""
+    assistant = assistant_of(draft, **BOTH)
+    views = (assistant, assistant.tenant("a"))
+    for view in views:
+        answer_to(target, view, PROMPTS[0])
+    assistant.take_in()
+    assert assistant.stats.suffix_cache_bytes > 0
+    answer_to(target, assistant, PROMPTS[0], streamer=None)
+    closing = InMidCall(assistant.close, rounds=1)
+    output = target.generate(PROMPTS[1], assistant_model=views[1], streamer=closing, **GREEDY)
+    assert closing.results
+    assert torch.equal(output, target.generate(PROMPTS[1], **GREEDY))
+    assistant.take_in()
+    before = assistant.stats.total.accepted_by["draft"]
+    for view in views:
+        for prompt in PROMPTS[:2]:
+            with proposals_seen() as seen:
+                answer_to(target, view, prompt)
+            assistant.take_in()
+            assert not seen
+            assert assistant.stats.last.drafted_by["cache"] == 0
+    assert assistant.stats.total.accepted_by["draft"] > before
+    assert assistant.stats.suffix_cache_bytes == 0
+
+
+def test_tenants_share_draft_learner_and_statistics(target, draft, tokenizer):
+    from transformers import pipeline
+
+    assistant = assistant_of(draft, **BOTH, update_interval=2, learning_rate=5e-3, seed=0)
+    views = [assistant.tenant(name) for name in "ab"]
+    for view in views:
+        for name in ("config", "generation_config", "device", "dtype", "osd_config", "serving", "stats"):
+            assert getattr(view, name) == getattr(assistant, name)
+    for prompt in PROMPTS:
+        for view in views:
+            answer_to(target, view, prompt)
+    assert (assistant.stats.updates, assistant.stats.failed_updates) == (3, 0)
+    assert assistant.stats.draft_version == 3
+    kwargs = {"return_tensors": True, "max_new_tokens": 24, "do_sample": False}
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)
+    assisted = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=views[0])
+    text = tokenizer.decode(PROMPTS[0, 0])
+    assert plain(text, **kwargs) == assisted(text, **kwargs)
+    assistant.take_in()
+    assert assistant.stats.total.requests == 9
+    assert assistant.stats.last.accepted_by["cache"] > 0
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_tenants_in_several_threads(target, draft, with_draft):
+    """One assistant, two tenants and a call without one, at the same time, while the draft learns."""
+    assistant = alone()
+    if with_draft:
+        assistant = assistant_of(draft, **BOTH, **FEW, update_interval=4, learning_rate=5e-3, seed=0)
+    plain = [target.generate(prompt, **GREEDY) for prompt in PROMPTS]
+    wrong, errors = [], []
+
+    def work(view, shift):
+        try:
+            for i in range(2 * len(PROMPTS)):
+                at = (i + shift) % len(PROMPTS)
+                output = target.generate(PROMPTS[at], assistant_model=view, **GREEDY)
+                if not torch.equal(output, plain[at]):
+                    wrong.append((output, plain[at]))
+        except BaseException as error:  # the threads' own: raised below
+            errors.append(error)
+
+    views = [assistant, assistant.tenant("a"), assistant.tenant("b"), assistant.tenant("a")]
+    threads = [threading.Thread(target=work, args=(view, shift)) for shift, view in enumerate(views)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert not wrong, wrong[0]
+    assistant.flush()
+    total = assistant.stats.total
+    assert (total.requests, total.new_tokens) == (8 * len(PROMPTS), 8 * len(PROMPTS) * 24)
+    assert total.accepted_by["cache"] > 0
+    assert assistant.stats.failed_updates == 0
+    assert (assistant.stats.updates > 2) == with_draft
