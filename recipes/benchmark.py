@@ -1,189 +1,182 @@
-"""The one source of figures about cost: everything is measured in one process, interleaved, and reported as medians.
+"""The one source of figures about speed: everything is measured in one process, interleaved, and reported as medians.
 
+    python recipes/benchmark.py --methods plain,assisted,online --draft my-draft --stream my.jsonl --json methods.json
     python recipes/benchmark.py --what overhead --json overhead.json
+    python recipes/benchmark.py --what lookahead --json lookahead.json
 
-`overhead` serves the same requests with capture on and off in turn, then times updates against the bare forward, backward and step of the
-same batches.
+`methods` serves the same requests by each method in turn; `overhead` is what hf_osd adds to the models' own work; `lookahead` what each policy
+for γ would have made of recorded answers. What they write is described in docs/recipes.md.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import statistics
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from command import check_numbers, run_command
-from models import ModelArguments, encode, load_draft, load_target, use_threads
-from torch import Tensor
+from methods import METHODS, Contest, names_of, numbers_of
+from models import ModelArguments
+from overhead import BareForwards, Overhead
+from workload import WARM_UP, Workload, peak_rss_mb
 
-from hf_osd import OnlineAssistant, OnlineConfig, record_answers
-from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
+from hf_osd import OnlineConfig, record_answers
+from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.draft_head import DraftHead
+from hf_osd.regret import Trace, regrets
 from hf_osd.scoring import answer_logits
+
+# A benchmark serves a draft as it is, unless told otherwise.
+DEFAULTS = {"learn": False}
+# Forwards of each size timed where costs are measured for `lookahead`.
+_TIMED = 15
 
 
 @dataclass
 class BenchmarkArguments(ModelArguments):
-    """What to measure, on what."""
+    """What to measure, on what; all other arguments are those of `OnlineConfig`."""
 
-    what: str = field(default="overhead", metadata={"help": "What to measure: 'overhead'."})
-    stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
-    requests: int = field(
-        default=8,
-        metadata={"help": "Requests served with each setting, each repeat; an update learns `update_interval`."},
+    what: str = field(default="methods", metadata={"help": "What to measure: 'methods', 'overhead' or 'lookahead'."})
+    methods: str = field(
+        default="plain,assisted,prompt_lookup,online",
+        metadata={"help": f"Methods to compare, with ',' between: {', '.join(METHODS)}."},
     )
+    stream: str = field(default="stdlib", metadata={"help": "A JSONL file or a built-in stream, see prompts.py."})
+    requests: int = field(default=8, metadata={"help": "Requests served with each setting, each repeat."})
+    skip: int = field(default=0, metadata={"help": "Prompts left out before the first request."})
+    held_back: int = field(
+        default=0, metadata={"help": "Take prompts from those that a job with this flag and seed held back."}
+    )
+    warm: int = field(
+        default=0,
+        metadata={"help": "Requests just before the measured ones that online methods serve first, untimed."},
+    )
+    gammas: str = field(default="1,2,3,4,5,7", metadata={"help": "γ that 'assisted' chooses from."})
+    lookups: str = field(default="3,5,10", metadata={"help": "Lengths that 'prompt_lookup' chooses from."})
     repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    sample: bool = field(default=False, metadata={"help": "Sample, by the target's generation config."})
+    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
     json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
 
     def __post_init__(self):
-        if self.what != "overhead":
-            raise ValueError(f"`what` is {self.what!r}; choose 'overhead'.")
+        if self.what not in MEASURES:
+            raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, MEASURES))}.")
         super().__post_init__()
-        check_numbers(self, {"requests": 1, "repeats": 1, "max_new_tokens": 1})
+        names_of(self.methods)
+        for name in ("gammas", "lookups"):
+            numbers_of(getattr(self, name), name)
+        least = {"requests": 1, "skip": 0, "held_back": 0, "warm": 0, "repeats": 1, "max_new_tokens": 2, "threads": 1}
+        check_numbers(self, least)
+        if self.sample and self.what != "methods":
+            raise ValueError(f"`sample` is for --what methods; {self.what!r} is measured on greedy answers.")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit status."""
-    return run_command(BenchmarkArguments, measure, argv)
+    return run_command(BenchmarkArguments, measure, argv, DEFAULTS)
 
 
 def measure(args: BenchmarkArguments, config: OnlineConfig):
-    """The figures, as JSON to the console and to the file asked for."""
-    figures = {"overhead": Overhead(args, config).measure(), "machine": machine()}
-    print(json.dumps(figures, indent=2))
+    """The figures, as a table or JSON to the console, and as JSON to the file asked for."""
+    figures = MEASURES[args.what](args, config)
+    figures |= {"machine": machine(), "arguments": asdict(args) | {"config": config.to_dict()}}
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.what == "methods":
+        print(table(figures["methods"]))
+    else:
+        print(json.dumps(figures[args.what], indent=2))
 
 
-class Overhead:
-    """What capture costs serving, and what hf_osd and Trainer cost learning."""
-
-    def __init__(self, args: BenchmarkArguments, config: OnlineConfig):
-        from prompts import load_streams
-
-        use_threads(args.threads)
-        self.args = args
-        # A constant γ: the same work in every repeat, whatever the clock says. No update falls due by itself.
-        never, self.interval = 10**9, config.update_interval
-        self.config = OnlineConfig.from_dict(
-            {**config.to_dict(), "lookahead": "constant", "update_interval": never, "seed": config.seed or 0}
-        )
-        self.target, tokenizer = load_target(args.target, args.dtype)
-        name, rows = load_streams(args.stream, self.config.seed)[0]
-        prompts = [encode(tokenizer, row["prompt"])[None] for row in rows[: max(args.requests, self.interval)]]
-        self.prompts, self.learnt = prompts[: args.requests], prompts[: self.interval]
-        self.draft = load_draft(args.draft, self.target)
-
-    def measure(self) -> dict:
-        return {"capture": self.capture(), "learning": self.learning()}
-
-    def capture(self) -> dict:
-        """The same requests, served with capture on and off in turn."""
-        on = OnlineAssistant(self.draft, self.config)
-        off = OnlineAssistant(self.draft, self.config, learn=False)
-        for assistant in (on, off):
-            self._serve(assistant, self.prompts[0])  # warm up
-        ratios, shares, splits = [], [], []
-        for repeat in range(self.args.repeats):
-            seconds = {on: 0.0, off: 0.0}
-            before = copy.deepcopy(on.stats.total)
-            for i, prompt in enumerate(self.prompts):
-                for assistant in (on, off) if (repeat + i) % 2 else (off, on):
-                    seconds[assistant] += self._serve(assistant, prompt)
-            total = on.stats.total
-            rounds = total.rounds - before.rounds
-            parts = {
-                name: getattr(total, f"{name}_seconds") - getattr(before, f"{name}_seconds")
-                for name in ("draft", "target", "capture")
-            }
-            parts["python"] = seconds[on] - sum(parts.values())
-            ratios.append(seconds[on] / seconds[off])
-            shares.append(parts["capture"] / seconds[on])
-            splits.append({name: 1e3 * value / rounds for name, value in parts.items()})
-        return {
-            "decode_seconds_on_over_off": spread(ratios),
-            "capture_share_of_decode": spread(shares),
-            "round_ms": {name: statistics.median(split[name] for split in splits) for name in splits[0]},
-            "bytes_a_position": on.buffer.nbytes / on.buffer.tokens,
-            "requests": len(self.prompts),
-            "repeats": self.args.repeats,
-        }
-
-    def learning(self) -> dict:
-        """Updates as the learner makes them, against the bare forward, backward and step of the same batches, in turn."""
-        assistant = OnlineAssistant(self.draft, self.config)
-        learner = assistant.learner
-        bare = copy.deepcopy(
-            learner.module
-        )  # before the trainer patches forward: a later copy would run the original's weights
-        trainer = learner.trainer
-        feedback = record_answers(self.target, [p[0] for p in self.learnt], self.args.max_new_tokens)
-        replayed = round(self.config.replay * len(feedback))
-        optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=self.config.learning_rate)
-        ratios, throughput, tokens = [], [], 0
-        for repeat in range(self.args.repeats + 1):
-            for item in feedback:
-                assistant.buffer.add(item)
-            requests = [*feedback, *(feedback[i % len(feedback)] for i in range(replayed))]
-            trainer._requests = requests
-            batches = list(trainer.get_train_dataloader())
-            trainer._requests = None
-            timed = {}
-            for what in ("update", "bare") if repeat % 2 else ("bare", "update"):
-                start = time.perf_counter()
-                if what == "update":
-                    assistant.flush()
-                else:
-                    bare.train()
-                    for batch in batches:
-                        self._bare_step(bare, optimizer, batch, learner.autocast_dtype)
-                timed[what] = time.perf_counter() - start
-            tokens = sum(len(batch["rows"]) for batch in batches)
-            if repeat:  # the first warms up
-                ratios.append(timed["update"] / timed["bare"])
-                throughput.append(tokens / timed["update"])
-        return {
-            "update_seconds_over_bare": spread(ratios),
-            "learned_tokens_per_second": spread(throughput),
-            "tokens_an_update": tokens,
-            "failed_updates": learner.failed,
-            "learner_dtype": "float32" if learner.autocast_dtype is None else str(learner.autocast_dtype),
-        }
-
-    def _serve(self, assistant: OnlineAssistant, prompt: Tensor) -> float:
-        assistant.update()  # take in the call before, outside the timed part
-        prompt = prompt.to(self.target.device)
-        start = time.perf_counter()
-        self.target.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=self.args.max_new_tokens,
-            do_sample=False,
-            assistant_model=assistant,
-        ).cpu()
-        return time.perf_counter() - start
-
-    def _bare_step(self, model, optimizer, batch: dict, autocast_dtype: torch.dtype | None):
-        config = self.config
-        batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            logits = answer_logits(model, batch)
-        p, q = target_buckets(batch["top_logps"], batch["tail_logp"]), draft_buckets(logits, batch["top_ids"])
-        divergence(p, q, config.divergence, config.beta, config.total_variation_weight).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+def methods(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    contest = Contest(args, config)
+    return {"methods": contest.run(), "prompts": prompts_of(contest.work)}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def overhead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    work = Overhead(args, config)
+    return {"overhead": work.measure(), "prompts": prompts_of(work.work)}
+
+
+def lookahead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Each policy's rate, and its regret beside the best fixed γ, on the target's own answers and what the draft says of them."""
+    work = Workload(args, config.seed)
+    prompts = [request["ids"] for request in work.requests]
+    answers = record_answers(work.target, prompts, args.max_new_tokens, top_k=config.top_k)
+    traces = traces_of(work.draft, answers)
+    most, c, slope = config.num_assistant_tokens, config.draft_cost, config.verify_cost
+    if c is None:
+        bare = BareForwards(work.target, work.draft, answers[0].tokens.long(), DraftHead.of(work.draft, config))
+        c, slope = costs_of(bare, most)
+    found = {"costs": {"c": c, "verify_cost": slope, "measured": config.draft_cost is None}}
+    found |= {"alpha": statistics.mean(hit for trace in traces for hit in trace.hits)}
+    return {"lookahead": found | {"policies": regrets(traces, most, c, slope)}, "prompts": prompts_of(work)}
+
+
+MEASURES = {"methods": methods, "overhead": overhead, "lookahead": lookahead}
+
+
+@torch.no_grad()
+def traces_of(draft, answers: list) -> list[Trace]:
+    """What the draft says at each position of the answers, teacher-forced, and how sure it is."""
+    collate, traces = FeedbackCollator("all"), []
+    for answer in answers:
+        batch = {k: v.to(draft.device) if hasattr(v, "to") else v for k, v in collate([answer]).items()}
+        top = answer_logits(draft, batch).float().softmax(-1).max(-1)
+        hits = (top.indices.cpu() == answer.answer).int()
+        traces.append(Trace(hits.tolist(), top.values.tolist()))
+    return traces
+
+
+def costs_of(bare: BareForwards, most: int) -> tuple[float, float]:
+    """c, and the slope of v from one token to `most`+1."""
+    timed = [(bare.verify(1), bare.verify(most + 1), bare.step()) for _ in range(_TIMED + WARM_UP)][WARM_UP:]
+    one, block, step = (statistics.median(times) for times in zip(*timed, strict=True))
+    return step / one, max(block / one - 1, 0.0) / most
+
+
+def prompts_of(work: Workload) -> dict:
+    """Which prompts were used, by the ids of their rows."""
+    ids = {name: [row["id"] for row in getattr(work, name)] for name in ("requests", "warm", "warm_up")}
+    return {"stream": work.name, **ids}
+
+
+def table(found: dict[str, dict]) -> str:
+    """A line a method."""
+    columns = {
+        "tok/s": ("tokens_per_second", "{:.1f}"),
+        "speed-up": ("speedup_vs_plain", "{:.2f}"),
+        "decode only": ("speedup_decode_only", "{:.2f}"),
+        "ideal": ("ideal_speedup", "{:.2f}"),
+        "of ideal": ("share_of_ideal", "{:.0%}"),
+        "alpha": ("alpha", "{:.3f}"),
+        "tok/round": ("tokens_per_round", "{:.2f}"),
+        "c": ("c", "{:.2f}"),
+        "identical": ("identical_share", "{:.0%}"),
+        "near-ties": ("near_ties", "{}"),
+        "mismatches": ("mismatches", "{}"),
+    }
+    lines = [["", *columns]]
+    for name, figures in found.items():
+        lines.append([name, *(_cell(figures[key], form) for key, form in columns.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def _cell(value, form: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{form.format(value['median'])} ({form.format(value['min'])}-{form.format(value['max'])})"
+    return form.format(value)
 
 
 def machine() -> dict:
@@ -198,6 +191,7 @@ def machine() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "peak_rss_mb": peak_rss_mb(),
     }
 
 
