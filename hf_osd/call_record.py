@@ -108,7 +108,7 @@ class CallRecord:
             return
         # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
         drafted = block.tokens[:own]
-        with self._aside(raw):
+        with self._aside(raw, *block.scores, *(said.logits for said in block.said)):
             columns = self._translation.shared_columns(raw.device)
             rows = SparseRows.of_logits(raw, self._top_k, self._dtype, columns)  # in the target's ids
             draft_rows = torch.full_like(rows.top_logps, torch.nan)  # (m+1, k)
@@ -133,9 +133,9 @@ class CallRecord:
         self._positions += _spread(seen, at, len(tokens), (-1, UNTESTED))
 
     @contextlib.contextmanager
-    def _aside(self, raw: Tensor):
-        """Beside what the device does next, where it can: on CUDA in a stream of its own. What is kept stays on the device until the call
-        ends, so that no round waits for it."""
+    def _aside(self, raw: Tensor, *others: Tensor):
+        """Beside what the device does next, where it can: on CUDA in a stream of its own, which reads `raw` and, of the others, those that lie
+        there too. What is kept stays on the device until the call ends, so that no round waits for it."""
         if raw.device.type != "cuda":
             yield
             return
@@ -144,7 +144,9 @@ class CallRecord:
         self._stream.wait_stream(torch.cuda.current_stream(raw.device))
         with torch.cuda.stream(self._stream):
             yield
-        raw.record_stream(self._stream)
+        for tensor in (raw, *others):  # their memory is not to be given away before this stream has read them
+            if tensor.device == raw.device:
+                tensor.record_stream(self._stream)
 
     @property
     def prompt(self) -> Tensor:
