@@ -25,6 +25,6 @@ class Tenant:
         return self._assistant.open_call(*args, **kwargs, tenant=self._name)
 
     def __getattr__(self, name: str):
-        if name.startswith("_"):  # of a half-made copy too, which has no assistant to ask
+        if name == "_assistant" or name.startswith("__"):  # of a half-made copy, which has no assistant to ask
             raise AttributeError(name)
         return getattr(self._assistant, name)
