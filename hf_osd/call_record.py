@@ -180,7 +180,8 @@ class CallRecord:
     def _kept(self) -> SparseRows:
         if self._stream is not None:
             self._stream.synchronize()
-        return SparseRows.cat(self._rows).cpu()
+        self._rows = [SparseRows.cat(self._rows).cpu()]  # in one piece, for whoever asks next
+        return self._rows[0]
 
     def seal(self) -> Feedback | None:
         """The request's feedback; `None` if nothing was verified or captured. Also settles the figures of `stats`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from hf_osd.draft_context import DraftContext, draft_window
 from hf_osd.drafting import Block, Drafting
-from hf_osd.lookahead import Plan
 from hf_osd.processors import VerifiedProcessors
 from hf_osd.stopping import DraftStops
 
@@ -206,14 +206,14 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
     def _fill(self, input_ids: Tensor, room: int):
         """Fill the round's block from whichever source is worth more, with at most `room` tokens."""
-        continuation = self._look_up(input_ids, min(room, self.lookahead.most_cached))
+        continuation = self._look_up(min(room, self.lookahead.most_cached))
         plan = self.lookahead.plan(*((continuation.match, continuation.shares) if continuation else ()))
         if plan.source == "cache":
             if continuation:
                 self._block.take(continuation, plan.length)
         elif plan.length and (length := min(plan.length, room, self._window - self._drafting.context.length)) > 0:
             text = self._text if self.lookahead.wants_cache else None
-            self._block = self._drafting.draft(input_ids, Plan(plan.source, int(length), plan.selective), text)
+            self._block = self._drafting.draft(input_ids, replace(plan, length=int(length)), text)
         self._cut(input_ids, room)
 
     def _cut(self, input_ids: Tensor, room: int):
@@ -231,7 +231,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 break
         block.cached, block.shares = kept, block.shares[: len(kept)]
 
-    def _look_up(self, input_ids: Tensor, most: int) -> Continuation | None:
+    def _look_up(self, most: int) -> Continuation | None:
         """What the suffix cache proposes, `None` for nothing."""
         start = time.perf_counter()
         found = None

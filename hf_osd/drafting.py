@@ -177,7 +177,7 @@ class Drafting:
                     break
             if len(block.own) == plan.length:
                 break
-            if selective and text is not None and self._take_tail(block, text, tokens, reach, plan.length):
+            if selective and text is not None and self._take_tail(block, text, tokens, reach):
                 break
             if selective and not self._lookahead.worth_step(len(block.own), reach):
                 break
@@ -267,7 +267,7 @@ class Drafting:
             return float(said.confidence()) < self._threshold
         return float(scores.softmax(-1)[0, token]) < self._threshold
 
-    def _take_tail(self, block: Block, text: CallText, tokens: list[int], reach: float, most: int) -> bool:
+    def _take_tail(self, block: Block, text: CallText, tokens: list[int], reach: float) -> bool:
         """End the block with cached tokens, if that is worth more than drafting on."""
         if not (continuation := text.continuation(self._lookahead.most_cached, tokens)):
             return False
