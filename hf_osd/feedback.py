@@ -75,7 +75,7 @@ class Feedback:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields by name, for storage."""
+        """The tensor fields by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -87,6 +87,25 @@ class Feedback:
     def with_overlap(self, overlap: Tensor) -> Feedback:
         """The same request with `overlap` filled in at the positions where it was unknown."""
         return replace(self, overlap=torch.where(self.overlap.isnan(), overlap, self.overlap))
+
+    def sparser(self, k: int) -> Feedback:
+        """The same request with the k likeliest of its stored tokens alone; the mass of the others joins the tail. Itself if it has no more.
+
+        Raises:
+            ValueError: if `k` is below 1.
+        """
+        if k < 1:
+            raise ValueError(f"`k` is {k}; keep at least 1 of the log-probs.")
+        if k >= self.top_ids.shape[1]:
+            return self
+        left_out = self.top_logps[:, k:].float().logsumexp(-1)  # (N,)
+        tail = torch.logaddexp(self.tail_logp.float(), left_out).clamp_min(TAIL_FLOOR)  # NaN stays NaN
+        return replace(
+            self,
+            tail_logp=tail.to(self.tail_logp.dtype),
+            # Copies: a view would keep what was cut in memory.
+            **{name: getattr(self, name)[:, :k].clone() for name in ("top_ids", "top_logps", "draft_logps")},
+        )
 
     @classmethod
     def of_target(

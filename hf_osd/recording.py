@@ -4,16 +4,21 @@ back, and for warming a draft up. Nothing is drafted."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_osd.feedback import Feedback, SparseRows
+from hf_osd.scoring import contiguous_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Prompt tokens a batch, padding included: a few long prompts would otherwise make a batch of dozens take minutes, and gigabytes.
+_BATCH_TOKENS = 8192
 
 
 class _RawRows:
@@ -52,7 +57,7 @@ def record_answers(
         target (`PreTrainedModel`): a causal LM.
         prompts (`Sequence[Tensor]`): token ids, int64 `(L,)` each.
         max_new_tokens (`int`): the longest answer; an answer ends with its first end-of-sequence token.
-        batch_size (`int`): prompts a `generate` call.
+        batch_size (`int`): prompts a `generate` call, at most; long prompts come in smaller batches.
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
 
@@ -72,15 +77,14 @@ def record_answers(
     eos = target.generation_config.eos_token_id
     ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long)
     pad = int(ends[0]) if len(ends) else 0
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch_size):
         longest = max(len(prompts[i]) for i in chosen)
         input_ids = torch.full((len(chosen), longest), pad)
         mask = torch.zeros_like(input_ids)
         for row, i in enumerate(chosen):
             input_ids[row, longest - len(prompts[i]) :] = prompts[i]
             mask[row, longest - len(prompts[i]) :] = 1
-        with _RawRows(target, top_k, dtype) as raw:
+        with _RawRows(target, top_k, dtype) as raw, contiguous_head(target):
             sequences = target.generate(
                 input_ids=input_ids.to(target.device),
                 attention_mask=mask.to(target.device),
@@ -102,3 +106,15 @@ def record_answers(
         if on_batch is not None:
             on_batch(len(chosen))
     return answers
+
+
+def _batches(order: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
+    """`order`, which is by ascending length, in parts of at most `size` prompts and `_BATCH_TOKENS` tokens, or of one prompt."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == size or lengths[i] * (len(batch) + 1) > _BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

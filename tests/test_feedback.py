@@ -1,4 +1,4 @@
-"""`Feedback` and `SparseRows`: sparse distributions that are still distributions, and what a position costs."""
+"""`Feedback` and `SparseRows`: sparse distributions that are still distributions, also when cut, and what a position costs."""
 
 import pytest
 import torch
@@ -111,3 +111,83 @@ def test_feedback_of_the_target_alone_teaches_everywhere():
     assert (feedback.drafted == -1).all()
     assert feedback.overlap.isnan().all()
     assert feedback.draft_logps.isnan().all()
+
+
+@given(n=st.integers(0, 6), stored=st.integers(1, 30), k=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_sparser_is_what_a_smaller_k_would_have_stored(n, stored, k, seed):
+    logits = logits_of(n, 30, 3.0, seed)
+    tokens = torch.arange(2 + n)
+    feedback = Feedback.of_target(tokens, 2, SparseRows.of_logits(logits, stored, torch.float32))
+    sparser = feedback.sparser(k)
+    expected = SparseRows.of_logits(logits, min(k, stored), torch.float32)
+    assert torch.equal(sparser.top_ids, expected.top_ids)
+    assert torch.equal(sparser.top_logps, expected.top_logps)
+    # float32; and the floor of a stored tail adds at most exp(-16) = 1.1e-7 of mass to what is left out, which may be as small: a
+    # tail above -9, of 1.2e-4, is off by 1e-3 at most.
+    close = (sparser.tail_logp - expected.tail_logp).abs() < 1e-3
+    assert (close | (expected.tail_logp < -9)).all()
+    assert (sparser.tail_logp >= expected.tail_logp - 1e-5).all()
+    assert sparser.draft_logps.shape == sparser.top_ids.shape
+
+
+@given(n=st.integers(1, 6), k=st.integers(1, 64), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparser_loses_no_mass(make_feedback, dtype, n, k, seed):
+    sparser = make_feedback(n=n, k=64, seed=seed, dtype=dtype).sparser(k)
+    assert sparser.top_logps.dtype == sparser.tail_logp.dtype == sparser.draft_logps.dtype == dtype
+    assert sparser.top_logps.shape == (n, k)
+    mass = sparser.top_logps.float().exp().sum(-1) + sparser.tail_logp.float().exp()
+    # As stored, a log-prob of magnitude 16 or less is off by at most eps/2·16, and so, relatively, is what it says of the mass; the
+    # tail is rounded once more.
+    torch.testing.assert_close(mass, torch.ones(n), atol=16 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_sparser_cuts_the_draft_too_and_leaves_all_else(make_feedback):
+    feedback = make_feedback(n=20, k=16)
+    before = {name: tensor.clone() for name, tensor in feedback.tensors().items()}
+    sparser = feedback.sparser(4)
+    for name in ("top_ids", "top_logps", "draft_logps"):
+        torch.testing.assert_close(
+            getattr(sparser, name), getattr(feedback, name)[:, :4], equal_nan=True, atol=0, rtol=0
+        )
+    for name in ("tokens", "drafted", "drafted_logp", "outcome", "overlap"):
+        assert getattr(sparser, name) is getattr(feedback, name)
+    for name in ("prompt_length", "sampled", "created", "source"):
+        assert getattr(sparser, name) == getattr(feedback, name)
+    for name, tensor in before.items():
+        torch.testing.assert_close(getattr(feedback, name), tensor, equal_nan=True, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_sparser_frees_what_it_cut(make_feedback, n):
+    sparser = make_feedback(n=n, k=16).sparser(4)
+    for name in ("top_ids", "top_logps", "draft_logps"):
+        tensor = getattr(sparser, name)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+def test_a_position_without_target_gets_none_by_being_cut():
+    rows = SparseRows.of_logits(logits_of(3, 20, 1.0, 0), 8).spread([0, 2, 3], 5)
+    feedback = Feedback.of_target(torch.arange(7), 2, rows)
+    sparser = feedback.sparser(3)
+    assert sparser.teaches("all").tolist() == feedback.teaches("all").tolist() == [True, False, True, True, False]
+    assert sparser.tail_logp.isnan().tolist() == [False, True, False, False, True]
+
+
+def test_what_has_no_probability_adds_none_to_the_tail():
+    """A top_k processor before the capture stores -inf."""
+    logits = torch.tensor([[1.0, 0.5, -torch.inf, -torch.inf]])
+    feedback = Feedback.of_target(torch.arange(3), 2, SparseRows.of_logits(logits, 4))
+    assert feedback.sparser(2).tail_logp.item() == TAIL_FLOOR
+
+
+@pytest.mark.parametrize("k", [16, 17, 1000])
+def test_sparser_is_the_request_itself_where_nothing_is_cut(make_feedback, k):
+    feedback = make_feedback(k=16)
+    assert feedback.sparser(k) is feedback
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_sparser_keeps_at_least_one(make_feedback, k):
+    with pytest.raises(ValueError, match=f"`k` is {k}"):
+        make_feedback().sparser(k)

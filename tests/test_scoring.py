@@ -1,5 +1,6 @@
-"""`score`: α by a plain loop over positions, whatever the batch, the padding and the architecture."""
+"""`score`: α by a plain loop over positions, whatever the batch, the padding and the architecture; and the faster head under it."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfig
 
+from hf_osd import scoring
 from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.scoring import score
+from hf_osd.scoring import contiguous_head, judge, score
 
 SHAPES = [(9, 4), (3, 7), (12, 1), (5, 6), (3, 2)]  # (prompt, answer); not in the order of their lengths
 
@@ -152,6 +154,67 @@ def test_a_position_is_scored_by_what_stands_before_it():
         def _supports_logits_to_keep(self):
             return False
 
+        def get_output_embeddings(self):
+            return torch.nn.Identity()
+
     tokens = torch.tensor([5, 6, 7, 8, 20, 21])
     rows = SparseRows.of_logits(torch.zeros(4, 64), 4, torch.float32)
     assert score(SaysNext(), [Feedback.of_target(tokens, 2, rows)])[0].tolist() == [1, 1, 0, 1]
+
+
+def reading(head):
+    """Whether each input that the head's forward gets from now on is contiguous; after the hooks that stand before it."""
+    seen = []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_contiguous_head_changes_no_score(tiny_llama, answer_of, monkeypatch, name):
+    target = tiny_llama() if name == "llama" else family(name)
+    draft, requests = noised(target, 0.07), requests_of(target, answer_of)
+    seen = reading(draft.get_output_embeddings())
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "contiguous_head", lambda model: contextlib.nullcontext())
+        before = judge(draft, requests)
+    assert not all(seen), "the case has rows that are not contiguous by themselves"
+    seen.clear()
+    now = judge(draft, requests)
+    assert seen
+    assert all(seen)
+    for (overlap, sure), (was_overlap, was_sure) in zip(now, before, strict=True):
+        assert torch.equal(overlap, was_overlap)
+        torch.testing.assert_close(
+            sure, was_sure, atol=1e-5, rtol=0
+        )  # float32: another product, another order of sums
+
+
+def test_a_contiguous_head_still_carries_gradients(tiny_llama):
+    draft = tiny_llama()
+    with contiguous_head(draft):
+        draft(input_ids=torch.arange(2, 8).view(2, 3), logits_to_keep=2).logits.sum().backward()
+    assert all(p.grad is not None for p in draft.parameters())
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_no_hook_stays_on_the_head(tiny_llama, error):
+    draft = tiny_llama()
+    head = draft.get_output_embeddings()
+    with contextlib.suppress(ValueError, KeyboardInterrupt), contiguous_head(draft):
+        assert len(head._forward_pre_hooks) == 1
+        if error is not None:
+            raise error
+    assert not head._forward_pre_hooks
+
+
+def test_no_hook_stays_where_scoring_fails(tiny_llama, answer_of, monkeypatch):
+    draft = tiny_llama()
+    requests = requests_of(draft, answer_of)
+
+    def failing(model, batch):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(scoring, "answer_logits", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        score(draft, requests)
+    assert not draft.get_output_embeddings()._forward_pre_hooks

@@ -1,0 +1,108 @@
+"""Record once: the target's greedy answers to streams of prompts, as traces that `recipes/replay.py` learns from as often as you like.
+
+    python recipes/record.py --stream sql.jsonl,maths.jsonl --requests 1000 --held_back 100 --output_dir runs/traces
+
+A trace holds the prompts and answers as token ids. An interrupted recording goes on where it stopped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from command import check_numbers, run_command
+from models import DTYPES, encode_rows, load_target, use_threads
+from tqdm import tqdm
+
+from hf_osd import OnlineConfig, record_answers
+from hf_osd.trace import read_trace, write_trace
+
+logger = logging.getLogger("hf_osd.recipes.record")
+
+SHARD = 96  # requests a file: what an interruption may lose
+
+
+@dataclass
+class RecordArguments:
+    """What to record. Of `OnlineConfig` only `top_k`, `feedback_dtype` and `seed` matter here."""
+
+    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
+    stream: str = field(default="stdlib", metadata={"help": "Streams with ',' between, see prompts.py."})
+    requests: int = field(default=1000, metadata={"help": "Requests a stream, at most."})
+    held_back: int = field(default=100, metadata={"help": "Prompts a stream to score on, in a trace of their own."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    batch_answers: int = field(default=48, metadata={"help": "Prompts a batch."})
+    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    dtype: str = field(
+        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
+    output_dir: str = field(default="runs/traces", metadata={"help": "A folder a domain is made in here."})
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        check_numbers(self, {"requests": 1, "held_back": 1, "max_new_tokens": 1, "batch_answers": 1, "threads": 1})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Record each stream in turn; the exit status."""
+    return run_command(RecordArguments, record, argv)
+
+
+def record(args: RecordArguments, config: OnlineConfig):
+    """A trace `held_back` and a trace `stream` for each domain, in shards."""
+    from prompts import load_streams, split_held_back
+
+    use_threads(args.threads)
+    target, tokenizer = load_target(args.target, args.dtype)
+    seed = config.seed or 0
+    for name, rows in load_streams(args.stream, seed):
+        rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
+        held_back, rest = split_held_back(rows, args.held_back, seed, name)
+        # In random order: files come by module or database, which would be a drift in every measurement.
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
+        parts = {"held_back": held_back, "stream": [rest[i] for i in order[: args.requests]]}
+        for part, rows in parts.items():
+            _record_part(args, config, target, Path(args.output_dir) / name, part, rows)
+
+
+def _record_part(args: RecordArguments, config: OnlineConfig, target, folder: Path, part: str, rows: list[dict]):
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in tqdm(range(0, len(rows), SHARD), desc=f"{folder.name}: {part}", unit="shard"):
+        shard = rows[start : start + SHARD]
+        path = folder / f"{part}-{start:05d}.safetensors"
+        facts = {
+            "target": args.target,
+            "max_new_tokens": str(args.max_new_tokens),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "ids": json.dumps([row.get("id") for row in shard]),
+        }
+        if path.is_file():
+            recorded = read_trace(path)[1]
+            changed = [name for name, value in facts.items() if recorded.get(name) != value]
+            if changed:
+                raise ValueError(
+                    f"{path} was recorded with another {', '.join(changed)}; choose another --output_dir, or delete it."
+                )
+            continue
+        began = time.perf_counter()
+        answers = record_answers(
+            target,
+            [row["ids"] for row in shard],
+            args.max_new_tokens,
+            batch_size=args.batch_answers,
+            top_k=config.top_k,
+            dtype=getattr(torch, config.feedback_dtype),
+        )
+        facts["seconds"] = f"{time.perf_counter() - began:.1f}"
+        write_trace(path, answers, facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
