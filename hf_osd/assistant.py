@@ -94,7 +94,7 @@ class OnlineAssistant(SavableAssistant):
                     "draft.requires_grad_(True), or pass learn=False."
                 )
             self.serving = ServingDraft(own, trainable)
-            self.learner = Learner(own, trainable, self.buffer, config, self._refresh) if config.learn else None
+            self.learner = Learner(own, trainable, self.buffer, config, self.serving.refresh) if config.learn else None
             self.head = DraftHead.of(own, config)
         self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
         self.lookahead = Lookahead(
@@ -271,6 +271,8 @@ class OnlineAssistant(SavableAssistant):
     def close(self):
         """Stop learning and let go of learner, feedback and cached text. The draft goes on drafting, frozen; closing again does nothing."""
         self.take_in()
+        if self.learner is not None:
+            self.learner.held.clear()
         self.learner = self.texts = None
         self.lookahead.most_cached = 0
         self.buffer.clear()
@@ -296,7 +298,7 @@ class OnlineAssistant(SavableAssistant):
                     f"The trained model has changed {name!r}, which this assistant holds fixed. Make it with freeze_embeddings=False "
                     "and a draft whose weights require gradients, or freeze these weights in training."
                 )
-        self._refresh(model)
+        self.serving.refresh(weights)
         if self.learner is not None:
             self.learner.take(weights)
 
@@ -308,6 +310,7 @@ class OnlineAssistant(SavableAssistant):
         if self.learner is not None:
             stats.updates, stats.failed_updates = self.learner.updates, self.learner.failed
             stats.learning_seconds, stats.learned_tokens = self.learner.seconds, self.learner.learned_tokens
+            stats.estimate, stats.held_back = self.learner.estimate, len(self.learner.held)
         stats.buffer_requests, stats.buffer_bytes = len(self.buffer), self.buffer.nbytes
         stats.buffer_capacity, stats.draft_version = self.buffer.max_bytes, self.serving.version
         stats.suffix_cache_bytes = self.texts.nbytes if self.texts is not None else 0
@@ -355,7 +358,7 @@ class OnlineAssistant(SavableAssistant):
             with self._lock:
                 self._stats.observe_call(record.stats)
             if feedback is not None and self.learner is not None:
-                self.buffer.add(feedback)
+                self.learner.offer(feedback)
 
     def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:
         """Where the call drafted nothing for long, ask the learner's draft afterwards what it would have said, before it learns it."""
@@ -384,6 +387,3 @@ class OnlineAssistant(SavableAssistant):
                 f"This assistant has no draft, so there is nothing to {what}. Make it with one: OnlineAssistant(draft), where "
                 "hf_osd.grow_draft(target) makes a draft."
             )
-
-    def _refresh(self, model: nn.Module):
-        self.serving.refresh({name: p.detach() for name, p in model.named_parameters()})

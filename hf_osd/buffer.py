@@ -10,6 +10,10 @@ from collections import deque
 import torch
 
 from hf_osd.feedback import Feedback
+from hf_osd.trace import read_trace, write_trace
+
+# Requests after which one is half as likely to be replayed by recency.
+HALF_LIFE = 64
 
 
 class FeedbackBuffer:
@@ -59,15 +63,29 @@ class FeedbackBuffer:
         with self._lock:
             self._new = sum(id(held) not in seen for held in self.new())
 
-    def sample(self, count: int, generator: torch.Generator | None = None) -> list[Feedback]:
-        """`count` requests drawn uniformly: without repetition in each pass over the buffer, as many passes as needed."""
+    def sample(self, count: int, generator: torch.Generator | None = None, by: str = "uniform") -> list[Feedback]:
+        """`count` requests: without repetition in each pass over the buffer, as many passes as needed.
+
+        Args:
+            count (`int`): how many.
+            generator (`torch.Generator`, *optional*): of the draws.
+            by (`str`): `"uniform"`; `"recency"`, where a request that `HALF_LIFE` others have followed is half as likely; `"loss"`, in proportion to
+                the rejection rate that it had when it was served.
+        """
         with self._lock:
             self._keep_bounds()
             held = list(self._held)
+        if by == "recency":
+            weights = torch.arange(1 - len(held), 1).div(HALF_LIFE).exp2()
+        elif by == "loss":
+            weights = torch.tensor([_rejection_rate(feedback) for feedback in held])
+        else:
+            weights = torch.ones(len(held))
         drawn: list[Feedback] = []
         while held and len(drawn) < count:
-            order = torch.randperm(len(held), generator=generator).tolist()
-            drawn += [held[i] for i in order[: count - len(drawn)]]
+            # An exponential race: whose clock of rate `weight` rings first. It is a weighted draw without repetition.
+            times = torch.empty(len(held)).exponential_(generator=generator) / weights
+            drawn += [held[i] for i in times.argsort()[: count - len(drawn)].tolist()]
         return drawn
 
     def clear(self):
@@ -77,21 +95,11 @@ class FeedbackBuffer:
             self._new = self.nbytes = 0
 
     def save(self, path: str | os.PathLike):
-        """Write the buffer to a safetensors file that only its owner may read. It holds the prompts as token ids: whoever
-        calls this has asked for that."""
-        from safetensors.torch import save
-
+        """Write the buffer to a trace that only its owner may read (see [`hf_osd.trace.write_trace`]). It holds the prompts as token ids:
+        whoever calls this has asked for that."""
         with self._lock:
             held, new = list(self._held), self._new
-        tensors, now = {}, time.monotonic()
-        for i, feedback in enumerate(held):
-            tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in feedback.tensors().items()}
-            facts = [feedback.prompt_length, feedback.sampled, now - feedback.created]
-            tensors[f"{i}.facts"] = torch.tensor(facts, dtype=torch.float64)
-        data = save(tensors, metadata={"requests": str(len(held)), "new": str(new)})
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            os.fchmod(file.fileno(), 0o600)  # a file that was there before keeps its mode otherwise
-            file.write(data)
+        write_trace(path, held, {"new": str(new)})
 
     def restore(self, path: str | os.PathLike):
         """Add what `save` wrote, as old as it was then, before what is held. What was new then is new again, unless requests
@@ -101,26 +109,16 @@ class FeedbackBuffer:
             OSError: if the file cannot be read.
             ValueError: if it is not a saved buffer.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not os.path.isfile(path):
             raise FileNotFoundError(f"No saved buffer at {path}.")
-        restored, now = [], time.monotonic()
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                count, new = int(facts["requests"]), int(facts["new"])
-                fields: list[dict] = [{} for _ in range(count)]
-                for key in file.keys():  # noqa: SIM118 (no mapping)
-                    index, _, name = key.partition(".")
-                    fields[int(index)][name] = file.get_tensor(key)
-            for own in fields:
-                prompt_length, sampled, age = own.pop("facts").tolist()
-                restored.append(
-                    Feedback(**own, prompt_length=int(prompt_length), sampled=bool(sampled), created=now - age)
-                )
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a buffer saved by hf_osd ({error}); delete it to start empty.") from error
+            restored, facts = read_trace(path)
+            new = int(facts["new"])
+        except (LookupError, ValueError) as error:
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"{path} is not a buffer saved by hf_osd ({reason}); delete it to start empty."
+            ) from error
         with self._lock:
             if self._new == len(self._held):
                 self._new += min(new, len(restored))
@@ -141,3 +139,9 @@ class FeedbackBuffer:
         if self.max_age is not None:
             while self._held and time.monotonic() - self._held[0].created > self.max_age:
                 self._drop_oldest()
+
+
+def _rejection_rate(feedback: Feedback) -> float:
+    """1 - α as it was served; 1 where nothing was predicted. Never 0: what is known well may be forgotten."""
+    known = feedback.overlap[~feedback.overlap.isnan()]
+    return max(1.0 - float(known.mean()), 0.02) if len(known) else 1.0

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+REPLAYS = ("uniform", "recency", "loss")
 LOOKAHEADS = ("cost", "heuristic", "constant")
 HEADS = ("auto", "full", "traffic", "low_rank")
 CONFIG_NAME = "osd_config.json"
@@ -64,6 +65,8 @@ class OnlineConfig:
             An update is also due once this many new tokens wait.
         update_age (`float`, *optional*):
             An update is also due once the oldest new feedback is this many seconds old.
+        held_back_share (`float`, defaults to 0.0625):
+            Share of the requests that are not learnt from: the draft's α on them says, without flattering it, how it does.
         positions (`str`, defaults to `"all"`):
             `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
         divergence (`str`, defaults to `"forward_kl"`):
@@ -74,14 +77,32 @@ class OnlineConfig:
             Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).
         replay (`float`, defaults to 3.0):
             Replayed requests for each new one in an update, drawn from the buffer.
+        replay_by (`str`, defaults to `"uniform"`):
+            How they are drawn: `"uniform"`; `"recency"`, a request that 64 others have followed being half as likely; `"loss"`, in
+            proportion to the rejection rate it had when it was served.
         clear_after_update (`bool`, defaults to `False`):
             Empty the buffer after an update, as Algorithm 1 does.
         batch_size (`int`, *optional*, defaults to 2):
             Requests an optimizer step. `None` puts the whole update into one step.
         learning_rate (`float`, defaults to 1e-3), weight_decay (`float`, defaults to 0.0),
         max_grad_norm (`float`, defaults to 1.0), warmup_steps (`int`, defaults to 10), optim (`str`, defaults to
-        `"adamw_torch"`):
+        `"adamw_torch_fused"`):
             As in `TrainingArguments`; the warm-up runs once, not once an update.
+        decay_steps (`int`, *optional*):
+            The learning rate falls as 1/√(1 + steps after the warm-up / decay_steps). `None` keeps it.
+        averaging (`float`, defaults to 0.0):
+            What serves is an average of the weights over optimizer steps, of which each step keeps this share. 0 serves the weights as they are.
+        optimism (`float`, defaults to 0.0):
+            What serves is moved on by this many times the last optimizer step, as if the next gradient were the last one (optimistic
+            online learning, arXiv 2603.12617).
+        ensemble (`list[float]`, *optional*):
+            Learn at several rates at once, these multiples of `learning_rate`, and serve the average of the weights, each with a share ∝
+            exp(-`ensemble_sharpness` · its loss so far on requests new to it) (the same). Learning takes that many times as long.
+        ensemble_sharpness (`float`, defaults to 10.0):
+            ε of that. The loss of an update is the mean rejection rate on its new requests.
+        tail_samples (`int`, *optional*, defaults to 2048):
+            Columns of the LM head drawn, at each optimizer step, to stand for all those outside the targets' top k; the gradient is then an
+            estimate, and the head no longer most of the work. `None` computes them all, as does a head of few columns.
         freeze_embeddings (`bool`, defaults to `True`):
             Do not train input embeddings and LM head. They are then shared by all copies of the draft.
         learner_dtype (`str`, defaults to `"auto"`):
@@ -113,18 +134,26 @@ class OnlineConfig:
     update_interval: int = 8
     update_tokens: int | None = None
     update_age: float | None = None
+    held_back_share: float = 0.0625
     positions: str = "all"
     divergence: str = "forward_kl"
     beta: float = 0.5
     total_variation_weight: float = 1.0
     replay: float = 3.0
+    replay_by: str = "uniform"
     clear_after_update: bool = False
     batch_size: int | None = 2
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup_steps: int = 10
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
+    decay_steps: int | None = None
+    averaging: float = 0.0
+    optimism: float = 0.0
+    ensemble: list[float] | None = None
+    ensemble_sharpness: float = 10.0
+    tail_samples: int | None = 2048
     freeze_embeddings: bool = True
     learner_dtype: str = "auto"
     seed: int | None = None
@@ -135,15 +164,24 @@ class OnlineConfig:
         self._choice("feedback_dtype", ("float16", "bfloat16", "float32"))
         self._choice("positions", ("all", "error"))
         self._choice("divergence", DIVERGENCES)
+        self._choice("replay_by", REPLAYS)
         self._choice("learner_dtype", ("auto", "float32", "bfloat16"))
         sizes = ("suffix_cache_bytes", "suffix_cache_tokens", "draft_head_rows", "draft_head_rank")
         for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", *sizes):
             self._at_least(name, 1, whole=True)
-        for name in ("update_tokens", "batch_size"):
+        for name in ("update_tokens", "batch_size", "decay_steps", "tail_samples"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1, whole=True)
         self._at_least("warmup_steps", 0, whole=True)
-        for name in ("verify_cost", "total_variation_weight", "replay", "weight_decay", "max_grad_norm"):
+        for name in (
+            "verify_cost",
+            "total_variation_weight",
+            "replay",
+            "weight_decay",
+            "max_grad_norm",
+            "optimism",
+            "ensemble_sharpness",
+        ):
             self._at_least(name, 0)
         for name in ("draft_cost", "buffer_age", "update_age", "learning_rate"):
             value = getattr(self, name)
@@ -153,6 +191,18 @@ class OnlineConfig:
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"`{name}` is {value!r}; give a number from 0 to 1.")
+        if not (_is_number(self.held_back_share) and 0 <= self.held_back_share <= 0.5):
+            raise ValueError(f"`held_back_share` is {self.held_back_share!r}; give a number from 0 to 0.5.")
+        if not (_is_number(self.averaging) and 0 <= self.averaging < 1):
+            raise ValueError(f"`averaging` is {self.averaging!r}; give a number from 0 to below 1, such as 0.95.")
+        if self.ensemble is not None and not (
+            isinstance(self.ensemble, (list, tuple))
+            and self.ensemble
+            and all(_is_number(factor) and factor > 0 for factor in self.ensemble)
+        ):
+            raise ValueError(
+                f"`ensemble` is {self.ensemble!r}; give a list of numbers above 0, such as [1, 2, 4], or None."
+            )
         if self.seed is not None:
             self._at_least("seed", 0, whole=True)
         if self.clear_after_update and self.replay:
@@ -186,6 +236,9 @@ class OnlineConfig:
             "batch_size": None,
             "learning_rate": 1e-4,
             "warmup_steps": 0,
+            "averaging": 0.0,
+            "tail_samples": None,
+            "held_back_share": 0.0,
         }
         return cls(**{**preset, **overrides})
 

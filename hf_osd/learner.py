@@ -1,15 +1,16 @@
-"""`Learner`: owns the module that trains, and decides when. Between it and the serving draft lies one refresh; whatever goes wrong
+"""`Learner`: decides when to learn, on what, and what is to serve of it. Between it and the serving draft lies one refresh; whatever goes wrong
 here leaves that draft as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
+from hf_osd.held_back import Estimate, HeldBack
+from hf_osd.member import Member, mixture, swap_weights
 from hf_osd.scoring import judge, learners_autocast
-from hf_osd.serving import copy_draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from hf_osd.distill.trainer import OnlineGKDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,15 @@ logger = logging.getLogger(__name__)
 class Learner:
     """Trains a draft on a buffer, in the caller's thread.
 
+    With `config.ensemble` several copies of the draft train, at several rates, and the average of their weights serves, a member's share falling
+    exponentially with the loss it has had on new requests so far (OnlineSPEC, arXiv 2603.12617).
+
     Args:
         draft (`PreTrainedModel`): the draft to start from; it is copied, and what does not train is shared with it.
         trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
         buffer (`FeedbackBuffer`): where feedback comes from.
         config (`OnlineConfig`): when to learn, and how.
-        refresh (`Callable[[nn.Module], None]`): takes the module after each update, to serve its weights.
+        serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name, after each update.
     """
 
     def __init__(
@@ -46,42 +49,39 @@ class Learner:
         trainable: set[str],
         buffer: FeedbackBuffer,
         config: OnlineConfig,
-        refresh: Callable[[nn.Module], None],
+        serve: Callable[[Mapping[str, Tensor]], None],
     ):
         self.buffer, self.config, self.trainable = buffer, config, trainable
-        self.refresh = refresh
+        self._serve = serve
         self.updates = self.failed = self.learned_tokens = 0
         self.seconds = 0.0
         self.autocast_dtype = _autocast_dtype(config, draft)
-        self.module = copy_draft(draft, {name for name, _ in draft.named_parameters()} - trainable)
-        with torch.inference_mode(False):
-            if self.autocast_dtype is None:
-                self.module.float()  # shared weights that are not float32 get a copy for the learner alone
-            for name, parameter in self.module.named_parameters():
-                parameter.requires_grad_(name in trainable)
-                if name in trainable:
-                    parameter.data = parameter.data.float()
+        factors = config.ensemble or [1.0]
+        self.members = [
+            Member(
+                draft,
+                trainable,
+                buffer,
+                config,
+                learning_rate=factor * config.learning_rate,
+                autocast_dtype=self.autocast_dtype,
+                refreshes=self if i == len(factors) - 1 else None,  # once all have learnt
+            )
+            for i, factor in enumerate(factors)
+        ]
+        self.losses = [0.0] * len(
+            self.members
+        )  # of each member, summed over updates: mean rejection rate on new requests
+        self.held = HeldBack(config.held_back_share, seed=config.seed)
+        self.estimate: Estimate | None = None  # the last one
         self._generator = torch.Generator()
         self._generator.manual_seed(config.seed if config.seed is not None else torch.seed() % 2**63)
-        self._trainer: OnlineGKDTrainer | None = None
         self._lock = threading.Lock()
 
     @property
-    def trainer(self) -> OnlineGKDTrainer:
-        """The trainer; made when first needed, for trl takes seconds to import."""
-        if self._trainer is None:
-            from hf_osd.distill.callbacks import RefreshAssistantCallback
-            from hf_osd.distill.trainer import OnlineGKDTrainer
-
-            with isolated_random_state():
-                self._trainer = OnlineGKDTrainer(
-                    self.module,
-                    self.buffer,
-                    self.config,
-                    autocast_dtype=self.autocast_dtype,
-                    callbacks=[RefreshAssistantCallback(self)],
-                )
-        return self._trainer
+    def module(self) -> PreTrainedModel:
+        """The module that trains; the first of an ensemble."""
+        return self.members[0].module
 
     def due(self) -> bool:
         """Whether enough requests or tokens wait, or one has waited long enough."""
@@ -98,7 +98,7 @@ class Learner:
         """One update on what is new and its replay. `True` if the serving draft was refreshed.
 
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
-        serve, with a new optimizer. An interrupt passes through.
+        it had, with new optimizers. An interrupt passes through.
 
         Args:
             wait (`bool`): while another thread learns, wait for it; else leave the learning to it.
@@ -112,96 +112,150 @@ class Learner:
             self._lock.release()
 
     def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
-        """Expected acceptance and confidence of the learner's weights on `feedback`, see [`hf_osd.scoring.judge`]; `None` if another thread
+        """Expected acceptance and confidence on `feedback` of what is to serve, see [`hf_osd.scoring.judge`]; `None` if another thread
         learns and `wait` is not set."""
         if not self._lock.acquire(blocking=wait):
             return None
         try:
-            with self._autocast():
-                return judge(self.module, feedback)
+            return self._judge_served(feedback)
         finally:
             self._lock.release()
 
-    def weights(self) -> dict[str, Tensor]:
-        """What trains, by name: live storage, float32."""
-        return {name: p.detach() for name, p in self.module.named_parameters() if name in self.trainable}
+    def offer(self, feedback: Feedback):
+        """Put a request into the buffer, or hold it back from learning, to judge by."""
+        if not self.held.take(feedback, self._as_judged):
+            self.buffer.add(feedback)
 
-    def take(self, weights: dict[str, Tensor]):
+    @property
+    def shares(self) -> list[float]:
+        """The weight of each member in what serves: ∝ exp(-sharpness · its loss so far)."""
+        least = min(self.losses)
+        raw = [math.exp(-self.config.ensemble_sharpness * (loss - least)) for loss in self.losses]
+        return [weight / sum(raw) for weight in raw]
+
+    def serving_weights(self) -> dict[str, Tensor]:
+        """What is to serve, by name, float32. To read, not to write."""
+        with torch.inference_mode(False), torch.no_grad():
+            return mixture(self.members, self.shares)
+
+    def refresh(self, model: nn.Module | None = None):
+        """Serve what has been learnt. [`RefreshAssistantCallback`] calls this when the last member has been trained."""
+        self._serve(self.serving_weights())
+
+    def take(self, weights: Mapping[str, Tensor]):
         """Go on learning from weights that were trained elsewhere."""
         with self._lock:
-            self._set_weights(weights)
+            for member in self.members:
+                member.set_weights(weights)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """What a restart needs: tensors (weights and the optimizer's moments, by name) and plain values."""
-        tensors = {f"weights.{name}": tensor for name, tensor in self.weights().items()}
-        optimizer = self._trainer.optimizer if self._trainer is not None else None
-        if optimizer is not None:
-            for index, entries in optimizer.state_dict()["state"].items():
-                tensors |= {
-                    f"optimizer.{index}.{name}": value for name, value in entries.items() if isinstance(value, Tensor)
-                }
-        scheduler = self._trainer.lr_scheduler if self._trainer is not None else None
+        """What a restart needs: tensors, by member and name, and plain values."""
+        tensors, members = {}, []
+        for i, member in enumerate(self.members):
+            own, values = member.state()
+            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+            members.append(values)
         return tensors, {
             "updates": self.updates,
             "failed": self.failed,
             "learned_tokens": self.learned_tokens,
             "seconds": self.seconds,
-            "learning_rate_steps": scheduler.last_epoch if scheduler is not None else 0,
+            "losses": self.losses,
+            "offered": self.held.seen,
+            "members": members,
         }
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict):
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict):
         """Go on from `state()`.
 
         Raises:
-            ValueError: if the state is that of another draft.
+            ValueError: if the state is that of another draft, or of another number of members.
         """
-        saved = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.weights().items()}:
+        if len(values["members"]) != len(self.members):
             raise ValueError(
-                "The saved learner is that of another draft; resume with the --draft it was started with, or start afresh."
+                f"The saved learner has {len(values['members'])} members and this one {len(self.members)}; resume with the `ensemble` it was "
+                "started with, or start afresh."
             )
-        self._set_weights(saved)
-        self.updates, self.failed = values["updates"], values["failed"]
+        for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
+            prefix = f"{i}."
+            member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
+        self.updates, self.failed, self.losses = values["updates"], values["failed"], values["losses"]
         self.learned_tokens, self.seconds = values["learned_tokens"], values["seconds"]
-        state: dict[int, dict] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, entry = name.split(".", 2)
-                state.setdefault(int(index), {})[entry] = tensor
-        if state:
-            trainer = self.trainer
-            trainer.create_optimizer()
-            trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
-            trainer.create_scheduler(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # torch wants optimizer steps in between; they were taken before the restart
-                for _ in range(min(values["learning_rate_steps"], self.config.warmup_steps)):
-                    trainer.lr_scheduler.step()
+        self.held.seen = values["offered"]  # without what was held: it is traffic, and saved only where that is asked for
 
     def _update(self, new: list[Feedback]) -> bool:
         start = time.perf_counter()
-        replayed = self.buffer.sample(round(self.config.replay * len(new)), self._generator)
+        config = self.config
+        replayed = self.buffer.sample(round(config.replay * len(new)), self._generator, config.replay_by)
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
-        before = {name: tensor.clone() for name, tensor in self.weights().items()}
+        before = [member.snapshot() for member in self.members]
+        losses = list(self.losses)
         try:
-            self._train([*new, *replayed])
+            with self._apart():
+                if len(self.members) > 1:
+                    self._count_losses(new)
+                for member in self.members:
+                    member.learn([*new, *replayed])
         except Exception:
             self.failed += 1
             logger.exception("An update failed; the serving draft is as it was, and learning goes on from it.")
-            self._go_back(before)
+            self.losses = losses
+            for member, snapshot in zip(self.members, before, strict=True):
+                member.go_back(snapshot)
             return False
         finally:
             self.seconds += time.perf_counter() - start
         self.updates += 1
-        self.learned_tokens += sum(int(r.teaches(self.config.positions).sum()) for r in (*new, *replayed))
-        if self.config.clear_after_update:
+        self.learned_tokens += sum(int(r.teaches(config.positions).sum()) for r in (*new, *replayed))
+        if self.held.due(self.learned_tokens):
+            start = time.perf_counter()
+            self._estimate()
+            self.seconds += time.perf_counter() - start
+        if config.clear_after_update:
             self.buffer.clear()
         return True
 
-    def _train(self, requests: list[Feedback]):
-        # generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the process's random state.
+    def _as_judged(self, feedback: Feedback) -> Feedback:
+        """With α as this learner's own judging has it now, to which what it says later can be compared."""
+        judged = self.judge([feedback], wait=False)
+        if judged is None:
+            return feedback
+        self.held.note_judged(int(feedback.teaches("all").sum()))
+        return replace(feedback, overlap=judged[0][0])
+
+    def _estimate(self):
+        """Judge what serves now by all that is held back."""
+        requests = self.held.requests()
+        scores = [overlap for overlap, _ in self._judge_served(requests)]
+        self.held.note_judged(sum(int((~score.isnan()).sum()) for score in scores))
+        self.estimate = Estimate.of(requests, scores)
+
+    def _judge_served(self, feedback: list[Feedback]) -> list[tuple[Tensor, Tensor]]:
+        if len(self.members) == 1 and self.members[0].serves_as_is:
+            return self._judge(self.members[0], feedback)
+        kept = swap_weights(self.module, self.serving_weights())
+        try:
+            return self._judge(self.members[0], feedback)
+        finally:
+            swap_weights(self.module, kept)
+
+    def _count_losses(self, new: list[Feedback]):
+        """One verification says of every member how it would have done: nothing has to be tried out to choose among them."""
+        for i, member in enumerate(self.members):
+            overlap = torch.cat([overlap for overlap, _ in self._judge(member, new)])
+            overlap = overlap[~overlap.isnan()]
+            if len(overlap):
+                self.losses[i] += 1.0 - float(overlap.mean())
+
+    def _judge(self, member: Member, feedback: list[Feedback]) -> list[tuple[Tensor, Tensor]]:
+        # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
+        with learners_autocast(member.module.device.type, self.autocast_dtype):
+            return judge(member.module, feedback)
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the
+        process's random state."""
         with (
             isolated_random_state(),
             torch.inference_mode(False),
@@ -209,22 +263,7 @@ class Learner:
             learners_autocast(self.module.device.type, None),
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
         ):
-            self.module.train()
-            self.trainer.learn(requests)
-
-    def _autocast(self) -> torch.autocast:
-        """Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet."""
-        return learners_autocast(self.module.device.type, self.autocast_dtype)
-
-    def _go_back(self, weights: dict[str, Tensor]):
-        self._set_weights(weights)
-        if self._trainer is not None:
-            self._trainer.optimizer = self._trainer.lr_scheduler = None
-
-    def _set_weights(self, weights: dict[str, Tensor]):
-        with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in self.weights().items():
-                parameter.copy_(weights[name])
+            yield
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ def report(stats: Stats, lookahead: Lookahead) -> str:
     else:
         lines += _of_costs(lookahead)
         lines += _of_draft(rolling, lookahead) if lookahead.has_draft else []
+    lines += _of_learning(stats)
     lines += _of_sources(rolling)
     lines += _of_speed(rolling, lookahead)
     return "\n".join(lines)
@@ -71,6 +72,17 @@ def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
             f"The rows that its LM head left out cost {rolling.head_alpha_loss:.3f} of α: try more draft_head_rows, or draft_head='full'."
         )
     return lines
+
+
+def _of_learning(stats: Stats) -> list[str]:
+    estimate = stats.estimate
+    if estimate is None or estimate.requests < 2:
+        return []
+    since = estimate.since
+    return [
+        f"On {estimate.requests} requests that it did not learn from, the draft has α = {estimate.alpha:.2f} ({estimate.low:.2f} to {estimate.high:.2f}); "
+        f"on the same, when they came, it had {since.before:.2f}: {since.difference:+.2f} ({since.low:+.2f} to {since.high:+.2f}) since."
+    ]
 
 
 def _of_sources(rolling: CallStats) -> list[str]:

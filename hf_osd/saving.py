@@ -14,6 +14,7 @@ from hf_osd.checkpoint import staged
 from hf_osd.config import CONFIG_NAME, OnlineConfig
 from hf_osd.drafts import load_draft
 from hf_osd.model_card import model_card
+from hf_osd.trace import read_trace, write_trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STATE, _STATE_VALUES, _STATE_BUFFER = "learner.safetensors", "learner.json", "buffer.safetensors"
+_STATE, _STATE_VALUES = "learner.safetensors", "learner.json"
+_STATE_BUFFER, _STATE_HELD = "buffer.safetensors", "held_back.safetensors"
 
 
 class SavableAssistant:
@@ -110,7 +112,8 @@ class SavableAssistant:
 
         Args:
             directory: where to.
-            with_buffer: also write the feedback, which holds the prompts as token ids, readable by its owner alone.
+            with_buffer: also write the feedback, and what is held back from learning: both hold the prompts as token ids, readable by their owner
+                alone.
 
         Raises:
             OSError: if it cannot be written; an older state is then unchanged.
@@ -129,6 +132,8 @@ class SavableAssistant:
             (staging / _STATE_VALUES).write_text(json.dumps(values), encoding="utf-8")
             if with_buffer:
                 self.buffer.save(staging / _STATE_BUFFER)
+                held, facts = self.learner.held.state()
+                write_trace(staging / _STATE_HELD, held, {"held_back": json.dumps(facts)})
 
     def load_state(self, directory: str | os.PathLike):
         """Go on from `save_state`: the learner, and with it the serving draft, are as they were.
@@ -153,6 +158,9 @@ class SavableAssistant:
                 f"The learner's state in {directory} is damaged ({error}); delete it to start afresh."
             ) from error
         self.learner.load_state(tensors, values)
-        self._refresh(self.learner.module)
+        self.learner.refresh()
         if (directory / _STATE_BUFFER).is_file():
             self.buffer.restore(directory / _STATE_BUFFER)
+        if (directory / _STATE_HELD).is_file():
+            held, facts = read_trace(directory / _STATE_HELD)
+            self.learner.held.load_state(held, json.loads(facts["held_back"]))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_osd.held_back import Estimate
 
 ROLLING = 50  # requests; the paper's moving average
 
@@ -125,6 +129,8 @@ class Stats:
     buffer_capacity: int = 0
     draft_version: int = 0
     suffix_cache_bytes: int = 0
+    held_back: int = 0
+    estimate: Estimate | None = None  # α on what is held back
     recent: deque[CallStats] = field(default_factory=lambda: deque(maxlen=ROLLING), repr=False)
 
     @property
@@ -141,6 +147,9 @@ class Stats:
 
     def to_dict(self) -> dict:
         counts = {name: value for name, value in vars(self).items() if isinstance(value, (int, float))}
+        if self.estimate is not None:
+            counts |= {"alpha_held_back": self.estimate.alpha}
+            counts |= {f"alpha_held_back_{end}": getattr(self.estimate, end) for end in ("low", "high")}
         return counts | {name: getattr(self, name).to_dict() for name in ("last", "rolling", "total")}
 
     def __str__(self) -> str:
@@ -167,6 +176,7 @@ class Stats:
         mib = 2**20
         lines += [
             f"learning: {self.updates} updates ({self.failed_updates} failed), {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
+            f"held back: {self.held_back} requests" + (f", {self.estimate}" if self.estimate is not None else ""),
             f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
             f"suffix cache: {self.suffix_cache_bytes / mib:.1f} MiB",
         ]

@@ -90,7 +90,7 @@ class Overhead:
         learner = assistant.learner
         # Before the trainer patches forward: a later copy would run the original's weights.
         bare = copy.deepcopy(learner.module)
-        trainer = learner.trainer
+        trainer = learner.members[0].trainer
         feedback = self.answers[: self.interval]
         replayed = round(self.config.replay * len(feedback))
         optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=self.config.learning_rate)

@@ -36,6 +36,7 @@ class RecordArguments:
     requests: int = field(default=1000, metadata={"help": "Requests a stream, at most."})
     held_back: int = field(default=100, metadata={"help": "Prompts a stream to score on, in a trace of their own."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    longest_prompt: int | None = field(default=None, metadata={"help": "Leave out prompts of more tokens than this."})
     batch_answers: int = field(default=48, metadata={"help": "Prompts a batch."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
     dtype: str = field(
@@ -47,7 +48,17 @@ class RecordArguments:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
-        check_numbers(self, {"requests": 1, "held_back": 1, "max_new_tokens": 1, "batch_answers": 1, "threads": 1})
+        check_numbers(
+            self,
+            {
+                "requests": 1,
+                "held_back": 1,
+                "max_new_tokens": 1,
+                "batch_answers": 1,
+                "threads": 1,
+                "longest_prompt": 1,
+            },
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +75,8 @@ def record(args: RecordArguments, config: OnlineConfig):
     seed = config.seed or 0
     for name, rows in load_streams(args.stream, seed):
         rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
+        if args.longest_prompt is not None:
+            rows = [row for row in rows if len(row["ids"]) <= args.longest_prompt]
         held_back, rest = split_held_back(rows, args.held_back, seed, name)
         # In random order: files come by module or database, which would be a drift in every measurement.
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()

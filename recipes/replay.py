@@ -1,123 +1,270 @@
-"""Learner settings side by side on the same recorded answers: the target answers once, and every arm learns from that.
+"""Learner settings side by side on recorded answers: `recipes/record.py` has let the target answer once, and every arm learns from that.
 
-    python recipes/replay.py --stream stdlib --requests 48 --held_back 24 --arms "batch_size=2;batch_size=8,replay=6.0"
+    python recipes/replay.py --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay=6.0,batch_size=4" --seeds 0,1,2
 
 Greedy answers do not depend on the draft, so what an arm learns here is what it would have learnt serving. Only learning is timed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import logging
+import statistics
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from arms import Arm, intervals, read_arm
 from command import check_numbers, run_command
-from models import ModelArguments, encode, load_draft, load_target, use_threads
+from models import ModelArguments, load_target, use_threads
 
-from hf_osd import OnlineAssistant, OnlineConfig, record_answers
+from hf_osd import Feedback, OnlineAssistant, OnlineConfig
+from hf_osd.replaying import replay
+from hf_osd.trace import read_trace
+
+logger = logging.getLogger("hf_osd.recipes.replay")
 
 
 @dataclass
 class ReplayArguments(ModelArguments):
-    """What to record, and what to try on it. `OnlineConfig`'s own flags are the base of all arms."""
+    """What to learn from, and what to try on it. `OnlineConfig`'s own flags are the base of all arms."""
 
-    arms: str = field(default="", metadata={"help": "Arms with ';' between, each 'field=value,…' over the base."})
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see prompts.py."})
-    requests: int = field(default=48, metadata={"help": "Requests to learn from, in turn."})
-    held_back: int = field(default=24, metadata={"help": "Prompts to score on, never learnt."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    score_every: int = field(default=16, metadata={"help": "Requests between two scores."})
-    dtype: str = field(
-        default="float32", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    trace: str = field(
+        default="", metadata={"help": "Folders made by record.py with ',' between, learnt one after another."}
     )
-    batch_answers: int = field(default=8, metadata={"help": "Prompts a batch where answers are recorded."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    arms: str = field(
+        default="base", metadata={"help": "Arms with ';' between, each 'field=value,…' over the base, see arms.py."}
+    )
+    seeds: str = field(default="0", metadata={"help": "Of request order and learning, with ',' between; a run each."})
+    requests: str = field(
+        default="250",
+        metadata={"help": "Requests to learn from, in turn; one number a trace, with ',' between, or one for all."},
+    )
+    mixed: bool = field(
+        default=False,
+        metadata={"help": "Learn from the traces all at once, in random order, rather than in turn: a warm-up."},
+    )
+    held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
+    also: str = field(default="", metadata={"help": "Traces to score on that are not learnt from, with ',' between."})
+    score_every: int = field(default=50, metadata={"help": "Requests between two scores on held-back prompts."})
     save_to: str | None = field(
-        default=None, metadata={"help": "Also save each arm's draft, in a folder 0, 1, … here."}
+        default=None, metadata={"help": "Also save each run's draft, in a folder '<arm's number>-<seed>' here."}
     )
-    json: str | None = field(default=None, metadata={"help": "Also write the table to this file."})
+    log: str | None = field(
+        default=None,
+        metadata={"help": "Append a row a run to this JSONL file; runs that it has already are not run again."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"requests": 1, "held_back": 1, "max_new_tokens": 1, "score_every": 1, "batch_answers": 1})
+        check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1})
+        if not self.trace:
+            raise ValueError(
+                "`trace` is empty; name a folder that recipes/record.py has made, such as --trace runs/traces/sql."
+            )
+
+
+@dataclass
+class Traced:
+    """One domain's recording."""
+
+    name: str
+    stream: list[Feedback]
+    held_back: list[Feedback]
+    max_new_tokens: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Record, learn with each arm, print a row for each; the exit status."""
+    """Learn with each arm and seed, print a line for each and a table at the end; the exit status."""
     return run_command(ReplayArguments, measure, argv)
 
 
 def measure(args: ReplayArguments, base: OnlineConfig):
-    """The table, to the file asked for as well."""
-    table = replay(args, base)
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    """Every run, and the table of all arms against the first."""
+    arms = [read_arm(arm, base, args.draft) for arm in args.arms.split(";")]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    experiment = Experiment(args, top_k=max(arm.config.top_k for arm in arms))
+    done = {row["key"]: row for row in _rows(args.log)}
+    results: list[list[dict]] = []
+    for number, arm in enumerate(arms):
+        results.append([])
+        for seed in seeds:
+            key = experiment.key(arm, seed)
+            row = done.get(key)
+            if row is None:
+                row = {"key": key} | experiment.run(arm, seed, f"{number}-{seed}")
+                if args.log is not None:
+                    with Path(args.log).open("a", encoding="utf-8") as log:
+                        log.write(json.dumps(row) + "\n")
+            results[-1].append(row)
+            print(_line(row), flush=True)
+    print(table(results))
 
 
-def replay(args: ReplayArguments, base: OnlineConfig) -> list[dict]:
-    """A row an arm: held-back α every `score_every` requests, and what learning took."""
-    from prompts import load_streams, split_held_back
+class Experiment:
+    """What all runs share: target, traces, and how many requests of each."""
 
-    arms = [read_arm(arm, base) for arm in args.arms.split(";")]
-    use_threads(args.threads)
-    target, tokenizer = load_target(args.target, args.dtype)
-    name, rows = load_streams(args.stream, base.seed)[0]
-    parts = split_held_back(rows, args.held_back, base.seed, name)
-    held_back, stream = (
-        record_answers(
-            target,
-            [encode(tokenizer, row["prompt"], args.chat_template) for row in part],
-            args.max_new_tokens,
-            batch_size=args.batch_answers,
-            top_k=base.top_k,
-        )
-        for part in (parts[0], parts[1][: args.requests])
-    )
-    table = []
-    for number, (label, config) in enumerate(arms):
-        assistant = OnlineAssistant(load_draft(args.draft, target), config)
-        curve = [_alpha(assistant, held_back)]
-        for served, feedback in enumerate(stream, 1):
-            assistant.buffer.add(feedback)
-            assistant.update()
-            if served % args.score_every == 0:
-                curve.append(_alpha(assistant, held_back))
+    def __init__(self, args: ReplayArguments, top_k: int):
+        use_threads(args.threads)
+        self.args = args
+        self.target, self.tokenizer = load_target(args.target, args.dtype)
+        self.traces = [load_trace(Path(folder), top_k, args.held_back) for folder in args.trace.split(",")]
+        also = filter(None, args.also.split(","))
+        self.judged = [
+            *self.traces,
+            *(load_trace(Path(folder), top_k, args.held_back, stream=False) for folder in also),
+        ]
+        counts = [int(count) for count in args.requests.split(",")]
+        self.counts = counts * len(self.traces) if len(counts) == 1 else counts
+        if len(self.counts) != len(self.traces):
+            raise ValueError(
+                f"`requests` is {args.requests!r} for {len(self.traces)} traces; give one number, or one for each."
+            )
+        for traced, count in zip(self.traces, self.counts, strict=True):
+            if count > len(traced.stream):
+                raise ValueError(
+                    f"{traced.name} has {len(traced.stream)} recorded requests and `requests` asks for {count}; record more, or lower it."
+                )
+        self._first: dict[tuple, dict] = {}  # what drafts score before they learn, by draft
+
+    def run(self, arm: Arm, seed: int, folder: str) -> dict:
+        """One arm with one seed: α on what is held back every `score_every` requests, of each request before it was learnt, and what learning took."""
+        began = time.perf_counter()
+        config = dataclasses.replace(arm.config, seed=seed, suffix_cache=False)
+        assistant = OnlineAssistant(arm.draft(self.target), config)
+        kind = (arm.name, arm.lora, config.learner_dtype)
+        if kind not in self._first:
+            self._first[kind] = self._score(assistant)
+        points = {0: self._first[kind]}
+        served, prequential = 0, []
+        for requests, limit in self._turns(seed):
+            for request in replay(assistant, requests, limit):
+                served += 1
+                prequential.append(round(float(request.overlap.nanmean()), 4))
+                if served % self.args.score_every == 0 or served == sum(self.counts):
+                    points[served] = self._score(assistant)
         stats = assistant.stats
-        rate = stats.learned_tokens / stats.learning_seconds if stats.updates else 0.0
-        row = {"arm": label, "alpha": curve, "updates": stats.updates, "failed": stats.failed_updates}
-        row |= {"learning_seconds": stats.learning_seconds, "learned_tokens_per_second": rate}
-        table.append(row)
-        if args.save_to is not None:
-            assistant.save_pretrained(Path(args.save_to) / str(number), tokenizer)
-        figures = " ".join(f"{alpha:.3f}" for alpha in curve)
-        print(
-            f"{label or 'base':<36} alpha {figures}   {stats.learning_seconds:.0f} s, {rate:.0f} tokens/s", flush=True
-        )
-    return table
+        if self.args.save_to is not None:
+            assistant.save_pretrained(Path(self.args.save_to) / folder, self.tokenizer)
+        return {
+            "arm": arm.label,
+            "seed": seed,
+            "traces": [traced.name for traced in self.traces],
+            "requests": self.counts,
+            "mixed": self.args.mixed,
+            "scores": {
+                traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
+            },
+            "prequential": prequential,
+            "updates": stats.updates,
+            "failed": stats.failed_updates,
+            "learned_tokens": stats.learned_tokens,
+            "learning_seconds": round(stats.learning_seconds, 2),
+            "seconds": round(time.perf_counter() - began, 1),
+            "threads": torch.get_num_threads(),
+            "shares": [round(share, 4) for share in assistant.learner.shares],
+            "losses": [round(loss, 4) for loss in assistant.learner.losses],
+        }
+
+    def key(self, arm: Arm, seed: int) -> str:
+        """What makes two runs the same run."""
+        args = self.args
+        facts = [args.target, args.dtype, args.held_back, args.score_every, args.also, arm.facts(), seed]
+        facts += [[traced.name for traced in self.traces], self.counts, args.mixed]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def _score(self, assistant: OnlineAssistant) -> dict[str, list]:
+        """`[accepted, positions]` of each held-back prompt, by domain."""
+        return {traced.name: hits_of(assistant, traced.held_back) for traced in self.judged}
+
+    def _turns(self, seed: int) -> list[tuple[list[Feedback], int]]:
+        """The requests to learn, in turn, with the limit they were recorded with: a list a trace, or one of all."""
+        chosen = []
+        for traced, count in zip(self.traces, self.counts, strict=True):
+            order = torch.randperm(len(traced.stream), generator=torch.Generator().manual_seed(seed)).tolist()
+            chosen.append(([traced.stream[i] for i in order[:count]], traced.max_new_tokens))
+        if not self.args.mixed:
+            return chosen
+        together = [request for requests, _ in chosen for request in requests]
+        order = torch.randperm(len(together), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [([together[i] for i in order], max(limit for _, limit in chosen))]
 
 
-def read_arm(arm: str, base: OnlineConfig) -> tuple[str, OnlineConfig]:
-    """`"batch_size=2,replay=3.0"` over `base`.
+def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[int]]:
+    """`[accepted, positions]` of each request, as the draft serves now."""
+    return [[int(hits.nansum()), int((~hits.isnan()).sum())] for hits in assistant.score(held_back)]
+
+
+def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True) -> Traced:
+    """A domain's shards, cut to `top_k`.
 
     Raises:
-        ValueError: if it is not a list of fields of `OnlineConfig` with fitting values.
+        OSError: if there are none.
+        ValueError: if one is damaged, or too few prompts are held back.
     """
-    changes = {}
-    for item in filter(None, map(str.strip, arm.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"`arms` has {item!r}; write field=value, such as batch_size=2.")
-        try:
-            changes[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:  # a word, such as forward_kl
-            changes[key.strip()] = value.strip()
-    return arm.strip(), OnlineConfig.from_dict({**base.to_dict(), **changes})
+    parts: dict[str, list[Feedback]] = {"held_back": [], "stream": []}
+    limits = set()
+    for part in ("held_back", "stream") if stream else ("held_back",):
+        for path in sorted(folder.glob(f"{part}-*.safetensors")):
+            requests, facts = read_trace(path)
+            parts[part] += [request.sparser(top_k) for request in requests]
+            limits.add(int(facts["max_new_tokens"]))
+        if not parts[part]:
+            raise FileNotFoundError(f"No trace {part}-….safetensors in {folder}; make one with recipes/record.py.")
+    if len(parts["held_back"]) < held_back:
+        raise ValueError(
+            f"{folder} has {len(parts['held_back'])} prompts held back and `held_back` is {held_back}; lower it."
+        )
+    return Traced(folder.name, parts["stream"], parts["held_back"][:held_back], max(limits))
 
 
-def _alpha(assistant: OnlineAssistant, held_back: list) -> float:
-    return float(torch.cat(assistant.score(held_back)).mean())
+def table(results: list[list[dict]]) -> str:
+    """An arm a line: α on each domain's held-back prompts before and after, mean of the seeds, and the difference to the first arm, paired."""
+    lines = []
+    for name, points in results[0][0]["scores"].items():
+        first, last = min(points, key=int), max(points, key=int)
+        lines.append(f"\nheld back of {name}, {len(points[first])} prompts, {last} requests, {len(results[0])} seeds")
+        lines.append(
+            "| arm | α before | α after | by seed | gain (95%) | against the first arm (95%) | learning, s | tokens/s |"
+        )
+        lines.append("|---|---|---|---|---|---|---|---|")
+        for rows in results:
+            before, after = ([row["scores"][name][n] for row in rows] for n in (first, last))
+            gain, versus = (
+                intervals(before, after),
+                intervals([row["scores"][name][last] for row in results[0]], after),
+            )
+            seconds = [row["learning_seconds"] for row in rows]
+            rate = statistics.median(row["learned_tokens"] / max(row["learning_seconds"], 1e-9) for row in rows)
+            seeds = " ".join(f"{_mean(scores):.3f}" for scores in after)
+            lines.append(
+                f"| {rows[0]['arm']} | {statistics.fmean(map(_mean, before)):.3f} | {statistics.fmean(map(_mean, after)):.3f} | {seeds} "
+                f"| {gain} | {'' if rows is results[0] else versus} | {statistics.median(seconds):.0f} | {rate:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def _line(row: dict) -> str:
+    curves = "; ".join(
+        f"{name} "
+        + " ".join(f"{_mean(hits):.3f}" for _, hits in sorted(points.items(), key=lambda item: int(item[0])))
+        for name, points in row["scores"].items()
+    )
+    return f"{row['arm']:<40} seed {row['seed']} α {curves}  ({row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all)"
+
+
+def _mean(hits: list[list[int]]) -> float:
+    return sum(hit for hit, _ in hits) / max(sum(n for _, n in hits), 1)
+
+
+def _rows(log: str | None) -> list[dict]:
+    if log is None or not Path(log).is_file():
+        return []
+    return [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

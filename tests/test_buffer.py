@@ -1,6 +1,7 @@
 """`FeedbackBuffer`: its two bounds, what is new, and that it survives threads and the disk."""
 
 import os
+import re
 import stat
 import threading
 import time
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.buffer import FeedbackBuffer
+from hf_osd.trace import write_trace
 
 
 @pytest.fixture
@@ -218,6 +220,18 @@ def test_an_empty_buffer_survives_the_disk(tmp_path):
     assert len(restored) == 0
 
 
+def test_a_restored_buffer_holds_no_more_memory_than_it_counts(make_feedback, tmp_path):
+    """Requests that were views of the file's tensors would keep all of it until the last of them has gone."""
+    buffer = FeedbackBuffer()
+    for i in range(3):
+        buffer.add(make_feedback(n=10, seed=i))
+    buffer.save(tmp_path / "buffer")
+    smaller = FeedbackBuffer(max_bytes=make_feedback(n=10).nbytes)
+    smaller.restore(tmp_path / "buffer")
+    storages = [tensor.untyped_storage().nbytes() for f in smaller.new() for tensor in f.tensors().values()]
+    assert sum(storages) == smaller.nbytes > 0
+
+
 def test_restoring_into_a_smaller_buffer_drops_nothing_unseen(make_feedback, tmp_path):
     """What does not fit had been seen before it was saved: to count it as dropped would alarm for nothing."""
     one, buffer = make_feedback(n=10), FeedbackBuffer()
@@ -269,6 +283,7 @@ def test_a_missing_file_is_told_from_a_damaged_one(tmp_path):
 
 
 def test_a_damaged_file_is_refused_and_adds_nothing(make_feedback, tmp_path):
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     buffer, path = FeedbackBuffer(), tmp_path / "buffer"
@@ -278,7 +293,13 @@ def test_a_damaged_file_is_refused_and_adds_nothing(make_feedback, tmp_path):
     whole = path.read_bytes()
 
     def lacks_a_request():
-        save_file({"0.facts": torch.zeros(3)}, path, metadata={"requests": "2", "new": "0"})
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            metadata = file.metadata()
+        save_file({**tensors, "facts": tensors["facts"][:1].clone()}, path, metadata=metadata)
+
+    def a_trace_of_answers():
+        write_trace(path, [make_feedback()])
 
     def truncated():
         path.write_bytes(whole[:-20])
@@ -289,9 +310,10 @@ def test_a_damaged_file_is_refused_and_adds_nothing(make_feedback, tmp_path):
     def weights_of_a_model():
         save_file({"weight": torch.zeros(3)}, path)
 
-    for damage in (truncated, other_bytes, weights_of_a_model, lacks_a_request):
+    for damage in (lacks_a_request, truncated, other_bytes, weights_of_a_model, a_trace_of_answers):
         damage()
         restored = FeedbackBuffer()
-        with pytest.raises(ValueError, match="not a buffer saved by hf_osd"):
+        message = f"{re.escape(str(path))} is not a buffer saved by hf_osd .*; delete it to start empty"
+        with pytest.raises(ValueError, match=message):
             restored.restore(path)
         assert len(restored) == 0, damage.__name__

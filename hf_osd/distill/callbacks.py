@@ -1,4 +1,5 @@
-"""`RefreshAssistantCallback`: puts what a Trainer has learnt into the draft that serves."""
+"""Callbacks between a Trainer and a draft in service: `RefreshAssistantCallback` puts what was learnt into it; `FollowStepsCallback` tells
+whoever keeps weights beside those that train of each step."""
 
 from __future__ import annotations
 
@@ -12,6 +13,14 @@ class Refreshable(Protocol):
     """What can take new draft weights: an [`OnlineAssistant`], for one."""
 
     def refresh(self, model: nn.Module): ...
+
+
+class Follower(Protocol):
+    """What keeps weights beside those that train: a [`hf_osd.member.Member`]."""
+
+    def before_step(self, last: bool): ...
+
+    def after_step(self): ...
 
 
 class RefreshAssistantCallback(TrainerCallback):
@@ -41,3 +50,16 @@ class RefreshAssistantCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.assistant.refresh(model)
+
+
+class FollowStepsCallback(TrainerCallback):
+    """Tells a [`Follower`] of each optimizer step."""
+
+    def __init__(self, follower: Follower):
+        self.follower = follower
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.follower.before_step(last=state.global_step + 1 == state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.follower.after_step()

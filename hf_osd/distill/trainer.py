@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
+from hf_osd.distill.muon import MuonWithAdamW
 from hf_osd.feedback import Feedback
 from hf_osd.scoring import answer_logits, learners_autocast
 
@@ -39,6 +41,7 @@ class OnlineGKDTrainer(GKDTrainer):
         model (`PreTrainedModel`): the draft to train. trl patches its `forward`: make serving copies first.
         buffer (`FeedbackBuffer`): where `train()` takes its requests from.
         config (`OnlineConfig`, *optional*): divergence, positions, batch size, optimizer; its other fields do not matter here.
+        learning_rate (`float`, *optional*): in place of the config's.
         args (`GKDConfig`, *optional*): replaces what `config` says of the optimizer; see `training_args`.
         autocast_dtype (`torch.dtype`, *optional*): run forward passes under autocast in it.
         callbacks (`list[TrainerCallback]`, *optional*): such as [`RefreshAssistantCallback`].
@@ -50,6 +53,7 @@ class OnlineGKDTrainer(GKDTrainer):
         buffer: FeedbackBuffer,
         config: OnlineConfig | None = None,
         args: GKDConfig | None = None,
+        learning_rate: float | None = None,
         autocast_dtype: torch.dtype | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -62,7 +66,8 @@ class OnlineGKDTrainer(GKDTrainer):
         super().__init__(
             model=model,
             teacher_model=_NoTeacher(model.config),
-            args=args or training_args(self.config, model.device),
+            args=args
+            or training_args(self.config, model.device, learning_rate=learning_rate or self.config.learning_rate),
             data_collator=FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.
             train_dataset=Dataset.from_dict({"labels": [[0]]}),
@@ -106,10 +111,9 @@ class OnlineGKDTrainer(GKDTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step."""
-        with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
-            logits = answer_logits(model, inputs)  # (R, V)
+        logits, at = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
-        q = draft_buckets(logits, inputs["top_ids"])
+        q = draft_buckets(logits, at)
         losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)  # (R,)
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -117,6 +121,20 @@ class OnlineGKDTrainer(GKDTrainer):
                 loss * self.accelerator.num_processes
             )  # the count is over all processes, and gradients are averaged over them
         return (loss, SimpleNamespace(logits=logits)) if return_outputs else loss
+
+    def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
+        """The draft's logits `(R, C)`, and in which columns those of `top_ids` are, `(R, k)`: all V of them, or enough to estimate the loss."""
+        head = getattr(model, "module", model).get_output_embeddings()
+        columns, samples = None, self.config.tail_samples
+        if samples is not None and not whole and isinstance(head, LossHead):
+            columns = loss_columns(inputs["top_ids"], head.out_features, samples, self._draws)
+        with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
+            if columns is None:
+                return answer_logits(model, inputs), inputs["top_ids"]
+            chosen, at, support = columns
+            with head.only(chosen):
+                logits = answer_logits(model, inputs)
+        return sampled_tail(logits.float(), support, head.out_features), at
 
     def _drop_prepared(self, *objects) -> list:
         """`Accelerator.free_memory`, with which every `train()` begins, without what it costs an update: a full garbage collection (a
@@ -126,11 +144,22 @@ class OnlineGKDTrainer(GKDTrainer):
         self.accelerator.step = 0
         return list(objects)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Upstream's, or Muon, which upstream does not know."""
+        if self.config.optim == "muon" and self.optimizer is None:
+            args = self.args
+            self.optimizer = MuonWithAdamW(model or self.model, args.learning_rate, args.weight_decay)
+        return super().create_optimizer(*(() if model is None else (model,)))
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """A constant rate after one warm-up. Made once: upstream would begin the warm-up anew at every update."""
+        """One warm-up, and then a rate that is constant or falls with the root of the steps. Made once: upstream would begin anew at every update."""
         if self.lr_scheduler is None:
+            decay = self.config.decay_steps
             self.lr_scheduler = get_scheduler(
-                "constant_with_warmup", optimizer or self.optimizer, num_warmup_steps=self.config.warmup_steps
+                "constant_with_warmup" if decay is None else "inverse_sqrt",
+                optimizer or self.optimizer,
+                num_warmup_steps=self.config.warmup_steps,
+                scheduler_specific_kwargs={} if decay is None else {"timescale": decay},
             )
         return self.lr_scheduler
 
@@ -160,7 +189,7 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "optim": config.optim,
+        "optim": "adamw_torch" if config.optim == "muon" else config.optim,
         "seed": config.seed if config.seed is not None else 42,
         "lmbda": 0.0,
         "save_strategy": "no",

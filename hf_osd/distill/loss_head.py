@@ -1,0 +1,84 @@
+"""`LossHead`: the LM head of a draft in training, which can compute some of its columns alone. For a small draft the head is most of the
+work, and the loss asks for the target's top k and a tail alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_osd.draft_head import can_select_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LossHead(nn.Linear):
+    """An LM head in place of another, with its very parameters, under the same names."""
+
+    def __init__(self, full: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = full.in_features, full.out_features
+        self.weight, self.bias = full.weight, full.bias
+        self._columns: Tensor | None = None
+
+    @classmethod
+    def install(cls, draft: PreTrainedModel) -> LossHead | None:
+        """Put one into `draft`, before any trainer has patched it; `None`, and nothing changed, where its head is no plain linear layer whose
+        logits are treated one by one."""
+        if not can_select_rows(draft):
+            return None
+        head = cls(draft.get_output_embeddings()).train(draft.training)
+        draft.set_output_embeddings(head)
+        return head
+
+    @contextlib.contextmanager
+    def only(self, columns: Tensor) -> Iterator[None]:
+        """While open, logits are those of the tokens `columns`, int64 `(C,)`, in their order."""
+        self._columns = columns
+        try:
+            yield
+        finally:
+            self._columns = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self._columns is None:
+            return F.linear(hidden, self.weight, self.bias)
+        weight = self.weight.index_select(0, self._columns)
+        return F.linear(hidden, weight, None if self.bias is None else self.bias.index_select(0, self._columns))
+
+
+def loss_columns(top_ids: Tensor, size: int, samples: int, generator: torch.Generator | None = None):
+    """The columns that a loss over the targets `top_ids` is computed of.
+
+    Args:
+        top_ids (`Tensor` int64 `(R, k)`): the tokens that have a log-prob of their own.
+        size (`int`): V, the columns of the whole head.
+        samples (`int`): how many of the others are drawn, uniformly without repetition, to stand for all of them.
+
+    Returns:
+        `columns` int64 `(C,)`, those of `top_ids` first; `at` int64 `(R, k)`, where each of `top_ids` lies in them; and `support`, how many are
+        not drawn. `None` if the whole head has hardly more columns.
+    """
+    support, at = top_ids.unique(return_inverse=True)  # ascending
+    others = size - len(support)
+    if len(support) + samples >= size // 2:
+        return None
+    ranks = torch.randperm(others, generator=generator)[:samples].to(top_ids.device)  # among the others
+    # The i-th smallest token outside the support: it has as many of the support below it as have rank + their number below it.
+    below = support - torch.arange(len(support), device=support.device)  # others below each of the support
+    drawn = ranks + torch.searchsorted(below, ranks, right=True)
+    return torch.cat([support, drawn]), at, len(support)
+
+
+def sampled_tail(logits: Tensor, support: int, size: int) -> Tensor:
+    """Logits `(R, C)` with those of the drawn columns raised by the log of how many each stands for, so that sums of exp over the row estimate
+    those over all of V."""
+    drawn = logits.shape[1] - support
+    raised = torch.zeros(logits.shape[1], device=logits.device, dtype=logits.dtype)
+    raised[support:] = torch.log(torch.tensor((size - support) / drawn))
+    return logits + raised

@@ -1,0 +1,78 @@
+"""`replay`: requests that were recorded, served to an assistant's learner again without the target. Greedy answers do not depend on the draft, so what the draft
+would have said, and what it learns, is what serving would have given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
+
+if TYPE_CHECKING:
+    from hf_osd.assistant import OnlineAssistant
+
+
+def replay(
+    assistant: OnlineAssistant,
+    requests: Sequence[Feedback],
+    max_new_tokens: int | None = None,
+) -> Iterator[Feedback]:
+    """Predict, then learn: each request as it would have been kept if `assistant` had served it, once it has been taken in.
+
+    `overlap` is of the weights that would have served it, at every position (serving knows it at all but the last), whatever γ; `outcome` is that of rounds of
+    `num_assistant_tokens` drafts each. Where serving follows a changing γ, its rounds end elsewhere, which matters to `positions="error"` alone.
+    Updates come when they are due, as between live calls.
+
+    Args:
+        assistant ([`OnlineAssistant`]): with a draft, and learning.
+        requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` gives; cut to its `top_k`.
+        max_new_tokens (`int`, *optional*): the limit they were recorded with; the last token of an answer that reached it cannot be drafted.
+
+    Raises:
+        ValueError: if the assistant does not learn, or a request was sampled.
+    """
+    if assistant.learner is None:
+        raise ValueError(
+            "This assistant does not learn (no draft, `learn=False`, or closed), so a trace is of no use to it."
+        )
+    config = assistant.osd_config
+    for start in range(0, len(requests), config.update_interval):  # mostly no update comes within one
+        chunk = [request.sparser(config.top_k) for request in requests[start : start + config.update_interval]]
+        if any(request.sampled for request in chunk):
+            raise ValueError(
+                "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
+            )
+        overlaps, version = assistant.score(chunk), assistant.serving.version
+        for i, request in enumerate(chunk):
+            if assistant.serving.version != version:  # an update was due before the chunk ended, by tokens or age
+                overlaps[i:], version = assistant.score(chunk[i:]), assistant.serving.version
+            served = as_drafted(request, overlaps[i], config.num_assistant_tokens, max_new_tokens)
+            assistant.learner.offer(served)
+            assistant.update()
+            yield served
+
+
+def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: int | None = None) -> Feedback:
+    """A greedy request as rounds of `gamma` drafts would have verified it.
+
+    Args:
+        request (`Feedback`): N verified positions.
+        overlap (`Tensor` float `(N,)`): 1 where the draft's likeliest token is the target's, else 0.
+        gamma (`int`): tokens drafted a round.
+        max_new_tokens (`int`, *optional*): where generation had to stop; the last token it gives is never drafted.
+    """
+    n, outcome, at = len(request), torch.full((len(request),), UNTESTED, dtype=torch.int8), 0
+    testable = n if max_new_tokens is None or n < max_new_tokens else n - 1
+    hits = (overlap == 1).tolist()
+    while at < n:
+        drafted = min(gamma, testable - at)
+        accepted = next((j for j in range(drafted) if not hits[at + j]), drafted)
+        outcome[at : at + accepted] = ACCEPTED
+        if accepted < drafted:
+            outcome[at + accepted] = REJECTED
+        at += accepted + 1  # and the target's own token
+    return replace(request, outcome=outcome, overlap=overlap.float())

@@ -1,0 +1,106 @@
+"""Arms of an experiment: a learner's config and the draft it begins with; and how sure their differences are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from models import load_draft
+
+from hf_osd import OnlineConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESAMPLES = 2000
+
+
+@dataclass
+class Arm:
+    """What to learn with."""
+
+    label: str
+    config: OnlineConfig
+    name: str  # of the draft, as `--draft` has it
+    lora: int | None = None  # rank
+
+    def draft(self, target: PreTrainedModel) -> PreTrainedModel:
+        """The draft to begin with: of its own for each run."""
+        draft = load_draft(self.name, target)
+        if self.lora is None:
+            return draft
+        from peft import LoraConfig, get_peft_model
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed or 0)
+            config = LoraConfig(
+                r=self.lora, lora_alpha=2 * self.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            return get_peft_model(draft, config)
+
+    def facts(self) -> dict:
+        return {"config": {**self.config.to_dict(), "seed": None}, "draft": self.name, "lora": self.lora}
+
+
+def read_arm(arm: str, base: OnlineConfig, draft: str) -> Arm:
+    """`"batch_size=2,replay=3.0"` over `base`; `"base"` is that itself.
+
+    Beside the fields of `OnlineConfig`: `draft=…`, as `--draft` has it, but with '+' between layers; `lora=8`, adapters of that rank on all linear layers;
+    `preset=paper`, `OnlineConfig.paper()` in place of the base.
+
+    Raises:
+        ValueError: if it is not such a list, or a value does not fit.
+    """
+    changes, label = {}, arm.strip() or "base"
+    for item in filter(None, map(str.strip, "" if label == "base" else arm.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"`arms` has {item!r}; write field=value, such as batch_size=2.")
+        value = value.strip().replace("+", ",")  # a comma ends the field
+        try:
+            changes[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:  # a word, such as forward_kl
+            changes[key.strip()] = value
+    draft, lora = changes.pop("draft", draft), changes.pop("lora", None)
+    preset = changes.pop("preset", None)
+    if preset not in (None, "paper"):
+        raise ValueError(f"`arms` has preset={preset!r}; the preset is 'paper'.")
+    if preset == "paper":
+        return Arm(label, OnlineConfig.paper(**changes), draft, lora)
+    return Arm(label, OnlineConfig.from_dict({**base.to_dict(), **changes}), draft, lora)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of α, and between what it lies in 95 of 100 resamplings of the prompts."""
+
+    difference: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def intervals(before: list[list[list[int]]], after: list[list[list[int]]]) -> Interval:
+    """The difference of α between two arms, paired by prompt: a bootstrap over prompts, and over the seeds of each arm.
+
+    Args:
+        before, after: a list a seed, of `[hits, positions]` a prompt.
+    """
+    generator = torch.Generator().manual_seed(0)
+    arms = [torch.tensor(arm, dtype=torch.float64) for arm in (before, after)]  # (seeds, prompts, 2)
+    prompts = arms[0].shape[1]
+    drawn = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
+    alphas, means = [], []
+    for arm in arms:
+        sums = torch.stack([one[drawn].sum(1) for one in arm])  # (seeds, RESAMPLES, 2)
+        seeds = torch.randint(len(arm), (RESAMPLES, len(arm)), generator=generator)
+        by_seed = (sums[..., 0] / sums[..., 1].clamp_min(1)).T  # (RESAMPLES, seeds)
+        alphas.append(by_seed.gather(1, seeds).mean(1))
+        whole = arm.sum(1)
+        means.append(float((whole[:, 0] / whole[:, 1].clamp_min(1)).mean()))
+    low, high = (alphas[1] - alphas[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(means[1] - means[0], low, high)

@@ -1,0 +1,189 @@
+"""`recipes/replay.py` and `recipes/on_policy.py`: arms on one trace, runs that are not run twice, and differences with their intervals."""
+
+import json
+
+import pytest
+import torch
+
+from hf_osd import OnlineConfig
+
+
+@pytest.fixture(scope="module")
+def traces(target_dir, words, tmp_path_factory):
+    """Two domains of recorded answers."""
+    import record
+
+    folder = tmp_path_factory.mktemp("traces")
+    for name, some in (("left", words[:30]), ("right", words[30:])):
+        rows = [{"prompt": " ".join(some[i : i + 4])} for i in range(24)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags = f"--target {target_dir} --stream {folder / name}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --output_dir {folder}"
+        assert record.main([*flags.split(), "--threads", "1"]) == 0
+    return folder
+
+
+def flags(target_dir, traces, *more) -> list[str]:
+    given = f"--target {target_dir} --trace {traces / 'left'} --requests 8 --held_back 5 --score_every 4 --threads 1 --update_interval 4"
+    return [*given.split(), "--learning_rate", "5e-3", "--held_back_share", "0", *more]
+
+
+def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_path, capsys, monkeypatch):
+    import replay
+
+    log = tmp_path / "runs.jsonl"
+    given = flags(
+        target_dir,
+        traces,
+        "--arms",
+        "base;replay=0.0,positions=error;preset=paper,update_interval=4",
+        "--seeds",
+        "0,1",
+        "--log",
+        str(log),
+    )
+    assert replay.main(given) == 0
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm, seed)
+        for arm in ("base", "replay=0.0,positions=error", "preset=paper,update_interval=4")
+        for seed in (0, 1)
+    ]
+    for row in rows:
+        assert sorted(map(int, row["scores"]["left"])) == [0, 4, 8]
+        assert [len(hits) for hits in row["scores"]["left"].values()] == [5, 5, 5]
+        assert len(row["prequential"]) == 8
+        assert row["updates"] == 2
+        assert row["failed"] == 0
+    assert rows[0]["scores"]["left"]["0"] == rows[1]["scores"]["left"]["0"]  # before learning all are the same
+    assert rows[0]["prequential"] != rows[1]["prequential"]  # in another order
+    table = capsys.readouterr().out
+    assert "held back of left, 5 prompts, 8 requests, 2 seeds" in table
+
+    monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("a run that is in the log was run again"))
+    assert replay.main(given) == 0
+    assert capsys.readouterr().out.split("held back")[1] == table.split("held back")[1]
+
+
+def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
+    import replay
+
+    both = f"{traces / 'left'},{traces / 'right'}"
+    log = tmp_path / "runs.jsonl"
+    given = flags(
+        target_dir,
+        traces,
+        "--trace",
+        both,
+        "--also",
+        str(traces / "right"),
+        "--log",
+        str(log),
+        "--save_to",
+        str(tmp_path),
+    )
+    assert replay.main([*given, "--requests", "4,8", "--also", ""]) == 0
+    assert replay.main([*given, "--requests", "4,8", "--also", "", "--mixed", "true"]) == 0
+    turn, mixed = (json.loads(line) for line in log.read_text().splitlines())
+    assert set(turn["scores"]) == set(mixed["scores"]) == {"left", "right"}
+    assert len(turn["prequential"]) == len(mixed["prequential"]) == 12
+    assert turn["key"] != mixed["key"]
+    assert (tmp_path / "0-0" / "model.safetensors").is_file()
+
+
+def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
+    import replay
+
+    for more, words in (
+        (["--requests", "99"], "left has 12 recorded requests and `requests` asks for 99"),
+        (["--requests", "4,4"], "give one number, or one for each"),
+        (["--held_back", "6"], "5 prompts held back and `held_back` is 6"),
+        (["--trace", str(traces / "nothing")], "make one with recipes/record.py"),
+        (["--arms", "replay"], "write field=value"),
+        (["--arms", "preset=other"], "the preset is 'paper'"),
+    ):
+        caplog.clear()
+        assert replay.main(flags(target_dir, traces, *more)) == 2
+        assert words in caplog.text
+
+
+def test_arms_are_fields_over_the_base():
+    from arms import read_arm
+
+    base = OnlineConfig(replay=5.0)
+    assert read_arm("base", base, "grow:0").config == base
+    arm = read_arm("ensemble=[1+2+4],draft=grow:0+2,lora=4,divergence=jsd", base, "grow:0")
+    assert arm.config.ensemble == [1, 2, 4]
+    assert arm.config.replay == 5.0
+    assert arm.config.divergence == "jsd"
+    assert (arm.name, arm.lora) == ("grow:0,2", 4)
+    assert read_arm("preset=paper,learning_rate=3e-3", base, "").config == OnlineConfig.paper(learning_rate=3e-3)
+
+
+def test_a_lora_arm_trains_adapters_alone(target_dir):
+    from arms import read_arm
+    from models import load_target
+
+    target, _ = load_target(str(target_dir), "float32")
+    draft = read_arm("lora=2", OnlineConfig(seed=0), "grow:0,1").draft(target)
+    trained = [name for name, p in draft.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_intervals_are_paired():
+    from arms import intervals
+
+    random = torch.Generator().manual_seed(0)
+    # Prompts differ far more than arms do: only pairing shows a gain of one position in ten each.
+    hits = torch.randint(0, 9, (60,), generator=random)
+    before = [[[int(hit), 10] for hit in hits]]
+    after = [[[int(hit) + 1, 10] for hit in hits]]
+    gain = intervals(before, after)
+    assert gain.difference == pytest.approx(0.1)
+    assert (gain.low, gain.high) == pytest.approx((0.1, 0.1))
+    nothing = intervals(before, before)
+    assert (nothing.low, nothing.difference, nothing.high) == (0, 0, 0)
+    noisy = intervals(before, [[[int(hit), 10] for hit in hits.flip(0)]])
+    assert noisy.low < -0.02 < 0.02 < noisy.high
+    assert noisy.difference == pytest.approx(0)
+
+
+def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_path):
+    import on_policy
+
+    log = tmp_path / "runs.jsonl"
+    given = f"--target {target_dir} --trace {traces / 'left'} --requests 8 --held_back 5 --threads 1 --update_interval 4 --log {log}"
+    assert on_policy.main(given.split()) == 0
+    rows = {row["arm"]: row for row in map(json.loads, log.read_text().splitlines())}
+    assert list(rows) == ["teacher", "drafted", "student", "mixed"]
+    assert {row["updates"] for row in rows.values()} == {2}
+    assert {row["failed"] for row in rows.values()} == {0}
+    assert rows["drafted"]["learned_tokens"] > rows["teacher"]["learned_tokens"]
+    assert rows["student"]["scores"] != rows["teacher"]["scores"]
+
+
+def test_rows_after_a_rejection_are_the_targets_on_the_drafts_text(target_dir, traces):
+    from pathlib import Path
+
+    import on_policy
+    from models import load_draft, load_target
+    from replay import load_trace
+
+    from hf_osd import OnlineAssistant
+    from hf_osd.replaying import as_drafted
+
+    target, _ = load_target(str(target_dir), "float32")
+    draft, config = load_draft("grow:0,1", target), OnlineConfig(seed=0)
+    traced = load_trace(Path(traces / "left"), 64, 5)
+    assistant = OnlineAssistant(draft, config)
+    found = 0
+    for request in traced.stream:
+        served = as_drafted(request, assistant.score([request])[0], config.num_assistant_tokens, 8)
+        for branch in on_policy.branches(target, draft, served, config, 4, torch.Generator().manual_seed(0)):
+            found += 1
+            at = branch.prompt_length - 1  # the rejected token's place
+            assert torch.equal(branch.tokens[:at], request.tokens[:at])
+            assert branch.tokens[at] != request.tokens[at]
+            logits = target(input_ids=branch.tokens[None].long()).logits[0, branch.prompt_length - 1 : -1]
+            assert torch.equal(branch.top_ids[:, 0].long(), logits.argmax(-1))
+    assert found

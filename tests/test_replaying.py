@@ -1,0 +1,113 @@
+"""`replay`: what a trace says of a draft, and teaches it, is what serving would have said and taught."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
+from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
+from hf_osd.replaying import as_drafted, replay
+from hf_osd.trace import read_trace, write_trace
+
+PROMPTS = torch.randint(2, 64, (16, 7), generator=torch.Generator().manual_seed(4))
+LONGEST = 20
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama):
+    return tiny_llama(layers=3)
+
+
+@pytest.fixture(scope="module")
+def trace(target, tmp_path_factory):
+    """The target's answers to all prompts, written to a file and read again."""
+    path = tmp_path_factory.mktemp("trace") / "answers.safetensors"
+    write_trace(path, record_answers(target, PROMPTS, LONGEST, dtype=torch.float32))
+    return read_trace(path)[0]
+
+
+def learning(**config) -> OnlineConfig:
+    settings = {"update_interval": 4, "learning_rate": 5e-3, "seed": 0, "feedback_dtype": "float32"}
+    return OnlineConfig(
+        **settings | {"lookahead": "constant", "num_assistant_tokens": 3, "suffix_cache": False} | config
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"positions": "error", "held_back_share": 0.0},
+        {"replay_by": "loss", "averaging": 0.9, "top_k": 8},
+        {"update_interval": 100, "update_tokens": 50},
+    ],
+)
+def test_replayed_alpha_is_live_alpha_request_by_request(target, trace, config):
+    draft, config = grow_draft(target), learning(**config)
+    live, again = OnlineAssistant(draft, config), OnlineAssistant(draft, config)
+    seen = []
+    taken = live.learner.offer
+    live.learner.offer = lambda feedback: (seen.append(feedback), taken(feedback))
+    for prompt in PROMPTS:
+        target.generate(prompt[None], assistant_model=live, max_new_tokens=LONGEST, do_sample=False)
+        live.update()
+    replayed = list(replay(again, trace, LONGEST))
+
+    assert live.stats.updates == again.stats.updates > 2
+    alphas = []
+    for served, request in zip(seen, replayed, strict=True):
+        assert torch.equal(served.tokens, request.tokens)
+        assert torch.equal(served.overlap[:-1], request.overlap[:-1])  # the last is put to no draft while serving
+        assert torch.equal(served.outcome, request.outcome)
+        alphas.append(float(request.overlap.mean()))
+    assert max(alphas) > min(alphas)
+    for (name, a), (_, b) in zip(live.serving.weights(), again.serving.weights(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_no_target_and_no_prediction_that_was_learnt_first(target, trace):
+    """The first requests are scored by the draft as it came; the later ones by what had been learnt until then and no more."""
+    assistant = OnlineAssistant(grow_draft(target), learning(held_back_share=0.0))
+    fresh = assistant.score(trace[:4])
+    for i, request in enumerate(replay(assistant, trace)):
+        if i < 4:
+            assert torch.equal(request.overlap, fresh[i])
+        if i == 3:
+            after = assistant.score(trace[4:8])
+        if 4 <= i < 8:
+            assert torch.equal(request.overlap, after[i - 4])
+
+
+def test_requests_are_cut_to_the_configs_top_k(target, trace):
+    assistant = OnlineAssistant(grow_draft(target), learning(top_k=5))
+    assert {request.top_ids.shape[1] for request in replay(assistant, trace[:5])} == {5}
+
+
+def test_what_cannot_be_replayed_is_refused(target, trace, make_feedback):
+    frozen = OnlineAssistant(grow_draft(target), learn=False)
+    with pytest.raises(ValueError, match="does not learn"):
+        next(replay(frozen, trace))
+    assistant = OnlineAssistant(grow_draft(target), learning())
+    with pytest.raises(ValueError, match="sampled"):
+        next(replay(assistant, [make_feedback(sampled=True)]))
+
+
+@given(hits=st.lists(st.booleans(), min_size=1, max_size=30), gamma=st.integers(1, 6), limited=st.booleans())
+def test_outcomes_are_those_of_rounds(make_feedback, hits, gamma, limited):
+    request = make_feedback(n=len(hits))
+    overlap = torch.tensor(hits).float()
+    served = as_drafted(request, overlap, gamma, len(hits) if limited else None)
+    outcome = served.outcome.tolist()
+    in_block = 0
+    for i, (hit, seen) in enumerate(zip(hits, outcome, strict=True)):
+        last = limited and i == len(hits) - 1
+        if in_block == gamma or last:
+            assert seen == UNTESTED
+            in_block = 0
+        else:
+            assert seen == (ACCEPTED if hit else REJECTED)
+            in_block = in_block + 1 if hit else 0
+    assert torch.equal(served.overlap, overlap)
+    ends = [i for i, seen in enumerate(outcome) if seen != ACCEPTED]
+    assert served.teaches("error").nonzero().flatten().tolist() == ends
