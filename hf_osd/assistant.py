@@ -365,7 +365,11 @@ class OnlineAssistant(SavableAssistant):
         unknown = feedback.overlap.isnan() & feedback.teaches("all")
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
-        judged = self.learner.judge([feedback], wait=False)
+        try:
+            judged = self.learner.judge([feedback], wait=False)
+        except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
+            logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
+            judged = None
         if judged is None:
             return feedback
         [(overlap, confidence)] = judged

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     grow = commands.add_parser("grow", help="make a draft out of a target's own layers")
     grow.add_argument("target", help="path or Hub id of a causal LM")
     grow.add_argument("output", help="folder for the draft")
-    grow.add_argument("--layers", default="0,-1", help="layers of the target, comma-separated; default 0,-1")
+    grow.add_argument("--layers", default="0,1", help="layers of the target, comma-separated; default 0,1")
     args = parser.parse_args(argv)
     try:
         return check() if args.command == "check" else grow_to(args.target, args.output, args.layers)
@@ -49,7 +49,7 @@ def grow_to(target: str, output: str, layers: str) -> int:
     try:
         picked = [int(i) for i in layers.split(",")]
     except ValueError as error:
-        raise ValueError(f"`--layers` is {layers!r}; write numbers with commas between, such as 0,-1.") from error
+        raise ValueError(f"`--layers` is {layers!r}; write numbers with commas between, such as 0,1.") from error
     draft = grow_draft(AutoModelForCausalLM.from_pretrained(target, dtype="auto"), picked)
     tokenizer = AutoTokenizer.from_pretrained(target)
     with staged(output) as staging:

@@ -198,11 +198,13 @@ class OnlineConfig:
         if self.ensemble is not None and not (
             isinstance(self.ensemble, (list, tuple))
             and self.ensemble
-            and all(_is_number(factor) and factor > 0 for factor in self.ensemble)
+            and all(_is_number(factor) and 0 < factor < float("inf") for factor in self.ensemble)
         ):
             raise ValueError(
                 f"`ensemble` is {self.ensemble!r}; give a list of numbers above 0, such as [1, 2, 4], or None."
             )
+        if self.ensemble is not None:
+            self.ensemble = list(self.ensemble)  # as JSON gives it back
         if self.seed is not None:
             self._at_least("seed", 0, whole=True)
         if self.clear_after_update and self.replay:

@@ -34,7 +34,7 @@ def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         ) from error
 
 
-def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> PreTrainedModel:
+def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTrainedModel:
     """A draft of the target's class made of some of its decoder layers.
 
     Input embeddings and LM head are the target's own storage, frozen, and cost no memory; layers, final norm and whatever else the

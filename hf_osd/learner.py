@@ -75,7 +75,10 @@ class Learner:
         self.held = HeldBack(config.held_back_share, seed=config.seed)
         self.estimate: Estimate | None = None  # the last one
         self._generator = torch.Generator()
-        self._generator.manual_seed(config.seed if config.seed is not None else torch.seed() % 2**63)
+        if config.seed is None:
+            self._generator.seed()  # its own: `torch.seed` would set the process's
+        else:
+            self._generator.manual_seed(config.seed)
         self._lock = threading.Lock()
 
     @property
@@ -162,6 +165,7 @@ class Learner:
             "seconds": self.seconds,
             "losses": self.losses,
             "offered": self.held.seen,
+            "judged_rows": self.held.judged_rows,
             "members": members,
         }
 
@@ -176,18 +180,22 @@ class Learner:
                 f"The saved learner has {len(values['members'])} members and this one {len(self.members)}; resume with the `ensemble` it was "
                 "started with, or start afresh."
             )
-        for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
-            prefix = f"{i}."
-            member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
+        with isolated_random_state():  # a Trainer seeds the process's
+            for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
+                prefix = f"{i}."
+                member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
         self.updates, self.failed, self.losses = values["updates"], values["failed"], values["losses"]
         self.learned_tokens, self.seconds = values["learned_tokens"], values["seconds"]
-        self.held.seen = values["offered"]  # without what was held: it is traffic, and saved only where that is asked for
+        # Without what was held: it is traffic, and saved only where that is asked for.
+        self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
 
     def _update(self, new: list[Feedback]) -> bool:
         start = time.perf_counter()
         config = self.config
         replayed = self.buffer.sample(round(config.replay * len(new)), self._generator, config.replay_by)
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
+        if not any(request.teaches(config.positions).any() for request in (*new, *replayed)):
+            return False  # nothing but accepted drafts, where errors alone teach
         before = [member.snapshot() for member in self.members]
         losses = list(self.losses)
         try:
@@ -209,7 +217,10 @@ class Learner:
         self.learned_tokens += sum(int(r.teaches(config.positions).sum()) for r in (*new, *replayed))
         if self.held.due(self.learned_tokens):
             start = time.perf_counter()
-            self._estimate()
+            try:
+                self._estimate()
+            except Exception:
+                logger.exception("The draft could not be judged by what is held back; the update stands.")
             self.seconds += time.perf_counter() - start
         if config.clear_after_update:
             self.buffer.clear()
@@ -217,7 +228,11 @@ class Learner:
 
     def _as_judged(self, feedback: Feedback) -> Feedback:
         """With α as this learner's own judging has it now, to which what it says later can be compared."""
-        judged = self.judge([feedback], wait=False)
+        try:
+            judged = self.judge([feedback], wait=False)
+        except Exception:
+            logger.exception("A request that is held back could not be judged as it came.")
+            judged = None
         if judged is None:
             return feedback
         self.held.note_judged(int(feedback.teaches("all").sum()))

@@ -112,7 +112,7 @@ class Member:
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in self.weights().items():
                 parameter.copy_(weights[name])
-        self._average = self._last_step = None
+        self._average = self._last_step = self._before_step = None
         self.steps = 0
 
     def snapshot(self) -> tuple:
@@ -125,6 +125,9 @@ class Member:
         weights, average, last_step, steps = snapshot
         self.set_weights(weights)
         self._average, self._last_step, self.steps = average, last_step, steps
+        self._forget_optimizer()
+
+    def _forget_optimizer(self):
         if self._trainer is not None:
             self._trainer.optimizer = self._trainer.lr_scheduler = None
 
@@ -184,10 +187,12 @@ class Member:
                 "The saved learner is that of another draft; resume with the --draft it was started with, or start afresh."
             )
         self.set_weights(kinds["weights"])
+        self._forget_optimizer()
         device = self.module.device
+        # One that this config does not keep up would serve for ever.
         self._average, self._last_step = (
-            {name: t.to(device, copy=True) for name, t in kinds[kind].items()} or None
-            for kind in ("average", "last_step")
+            {name: t.to(device, copy=True) for name, t in kinds[kind].items()} or None if asked else None
+            for kind, asked in (("average", self.config.averaging), ("last_step", self.config.optimism))
         )
         self.steps = values["steps"]
         state: dict[int, dict] = {}

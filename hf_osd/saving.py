@@ -134,6 +134,11 @@ class SavableAssistant:
                 self.buffer.save(staging / _STATE_BUFFER)
                 held, facts = self.learner.held.state()
                 write_trace(staging / _STATE_HELD, held, {"held_back": json.dumps(facts)})
+        if (
+            not with_buffer
+        ):  # of an older state: prompts that nobody asks to keep any more, and which this state does not go with
+            for name in (_STATE_BUFFER, _STATE_HELD):
+                (Path(directory) / name).unlink(missing_ok=True)
 
     def load_state(self, directory: str | os.PathLike):
         """Go on from `save_state`: the learner, and with it the serving draft, are as they were.
@@ -153,14 +158,14 @@ class SavableAssistant:
         try:
             tensors = load_file(directory / _STATE)
             values = json.loads((directory / _STATE_VALUES).read_text(encoding="utf-8"))
-        except (SafetensorError, json.JSONDecodeError) as error:
+            self.learner.load_state(tensors, values)
+            self.learner.refresh()
+            if (directory / _STATE_BUFFER).is_file():
+                self.buffer.restore(directory / _STATE_BUFFER)
+            if (directory / _STATE_HELD).is_file():
+                held, facts = read_trace(directory / _STATE_HELD)
+                self.learner.held.load_state(held, json.loads(facts["held_back"]))
+        except (SafetensorError, json.JSONDecodeError, LookupError, TypeError) as error:
             raise ValueError(
-                f"The learner's state in {directory} is damaged ({error}); delete it to start afresh."
+                f"The learner's state in {directory} is damaged, or of another version ({error!r}); delete it to start afresh."
             ) from error
-        self.learner.load_state(tensors, values)
-        self.learner.refresh()
-        if (directory / _STATE_BUFFER).is_file():
-            self.buffer.restore(directory / _STATE_BUFFER)
-        if (directory / _STATE_HELD).is_file():
-            held, facts = read_trace(directory / _STATE_HELD)
-            self.learner.held.load_state(held, json.loads(facts["held_back"]))

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, run_command
-from models import EMBEDDED, EMBEDDED_FACTS, ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
+from models import (
+    EMBEDDED,
+    EMBEDDED_FACTS,
+    ModelArguments,
+    answer,
+    encode_rows,
+    load_draft,
+    load_target,
+    shuffled,
+    use_threads,
+)
 from report import RunReport
 from run_log import RunLog, Tracking
 from torch import Tensor
@@ -37,6 +47,7 @@ class DistillArguments(ModelArguments):
     held_back: int = field(
         default=100, metadata={"help": "Prompts a stream kept from learning, scored before and after."}
     )
+    shuffle: bool = field(default=False, metadata={"help": "Serve each stream in a seeded random order, not its own."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
     warm_up: int = field(
         default=0, metadata={"help": "Prompts a stream answered in batches and learnt before serving."}
@@ -204,6 +215,7 @@ class Job:
                 self.target, self.tokenizer, name, rows, args.max_new_tokens, args.chat_template
             )
             held_back, rest = split_held_back(encoded, args.held_back, self.seed, name)
+            rest = shuffled(rest, self.seed) if args.shuffle else rest
             served = rest[args.warm_up :][: args.requests]
             wanted = args.requests or 1
             if len(served) < wanted:
@@ -217,7 +229,7 @@ class Job:
 
     def _identity(self) -> dict:
         """What must be the same for a run to be resumed."""
-        names = ("target", "draft", "stream", "requests", "held_back", "warm_up", "max_new_tokens", "dtype")
+        names = ("target", "draft", "stream", "shuffle", "requests", "held_back", "warm_up", "max_new_tokens", "dtype")
         return {name: getattr(self.args, name) for name in names} | {"config": self.config.to_dict()}
 
     def _overall(self, assistant: OnlineAssistant, log: RunLog) -> dict:

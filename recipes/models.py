@@ -30,7 +30,7 @@ class ModelArguments:
     """What every recipe is told of its models."""
 
     target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    draft: str = field(default="grow:0,-1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    draft: str = field(default="grow:0,1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     dtype: str = field(
         default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
@@ -66,7 +66,7 @@ def load_target(
 
 
 def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
-    """A draft for `target`: a path, a Hub id, or `"grow:0,-1"` for one made of these layers of the target.
+    """A draft for `target`: a path, a Hub id, or `"grow:0,1"` for one made of these layers of the target.
 
     Raises:
         ValueError: if the name cannot be read, or the vocabularies differ.
@@ -76,14 +76,14 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
         try:
             layers = [int(i) for i in name.removeprefix("grow:").split(",")]
         except ValueError as error:
-            raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,-1.") from error
+            raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,1.") from error
         return drafts.grow_draft(target, layers)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
     tokens = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if tokens[0] != tokens[1]:
         raise ValueError(
             f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family, or "
-            "--draft grow:0,-1."
+            "--draft grow:0,1."
         )
     return draft
 
@@ -115,6 +115,11 @@ def encode_rows(
     if skipped := len(encoded) - len(fitting):
         logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)
     return fitting, skipped
+
+
+def shuffled(rows: list, seed: int) -> list:
+    """`rows` in random order, the same for the same seed. Files come by module or by database, which would be a drift in every figure."""
+    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()]
 
 
 def answer(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, **kwargs) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, run_command
-from models import DTYPES, encode_rows, load_target, use_threads
+from models import DTYPES, encode_rows, load_target, shuffled, use_threads
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
@@ -78,9 +78,7 @@ def record(args: RecordArguments, config: OnlineConfig):
         if args.longest_prompt is not None:
             rows = [row for row in rows if len(row["ids"]) <= args.longest_prompt]
         held_back, rest = split_held_back(rows, args.held_back, seed, name)
-        # In random order: files come by module or database, which would be a drift in every measurement.
-        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
-        parts = {"held_back": held_back, "stream": [rest[i] for i in order[: args.requests]]}
+        parts = {"held_back": held_back, "stream": shuffled(rest, seed)[: args.requests]}
         for part, rows in parts.items():
             _record_part(args, config, target, Path(args.output_dir) / name, part, rows)
 

@@ -227,11 +227,11 @@ def table(results: list[list[dict]]) -> str:
     lines = []
     for name, points in results[0][0]["scores"].items():
         first, last = min(points, key=int), max(points, key=int)
-        lines.append(f"\nheld back of {name}, {len(points[first])} prompts, {last} requests, {len(results[0])} seeds")
-        lines.append(
-            "| arm | α before | α after | by seed | gain (95%) | against the first arm (95%) | learning, s | tokens/s |"
-        )
-        lines.append("|---|---|---|---|---|---|---|---|")
+        lines += [
+            f"\nheld back of {name}, {len(points[first])} prompts, {last} requests, {len(results[0])} seeds",
+            "| arm | α before | α after | by seed | gain (95%) | against the first arm (95%) | learning, s | tokens/s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for rows in results:
             before, after = ([row["scores"][name][n] for row in rows] for n in (first, last))
             gain, versus = (
@@ -245,6 +245,16 @@ def table(results: list[list[dict]]) -> str:
                 f"| {rows[0]['arm']} | {statistics.fmean(map(_mean, before)):.3f} | {statistics.fmean(map(_mean, after)):.3f} | {seeds} "
                 f"| {gain} | {'' if rows is results[0] else versus} | {statistics.median(seconds):.0f} | {rate:.0f} |"
             )
+    if all("prequential" in row for rows in results for row in rows):
+        lines += [
+            "\n| arm | prequential α, all requests | regret against the best arm, accepted tokens of 100 |",
+            "|---|---|---|",
+        ]
+        means = [statistics.fmean(statistics.fmean(row["prequential"]) for row in rows) for rows in results]
+        lines += [
+            f"| {rows[0]['arm']} | {mean:.3f} | {100 * (max(means) - mean):.1f} |"
+            for rows, mean in zip(results, means, strict=True)
+        ]
     return "\n".join(lines)
 
 

@@ -1,11 +1,8 @@
 """The assistant: it learns from what it serves, serves what it learnt, ends calls however they end, and says what is wrong."""
 
-import errno
 import gc
 import json
 import logging
-import os
-import stat
 import threading
 
 import pytest
@@ -14,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
-from hf_osd.model_card import model_card
 
 PROMPTS = torch.randint(2, 64, (12, 1, 6), generator=torch.Generator().manual_seed(0))
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
@@ -348,6 +344,25 @@ def test_past_the_drafts_window_the_target_goes_on_alone():
     assert assistant.stats.failed_updates == 0
 
 
+def test_what_is_held_back_says_how_the_draft_does(target, draft):
+    """Of requests that nobody learnt from: what serves now, as figures and in words."""
+    assistant = OnlineAssistant(draft, update_interval=4, held_back_share=0.25, learning_rate=5e-3, seed=0)
+    serve(target, assistant, 4)
+    assert "alpha_held_back" not in assistant.stats.to_dict()
+    for _ in range(4):  # eleven prompts over and over, each fourth request held back: all are learnt sooner or later
+        serve(target, assistant, 11)
+    assistant.flush()
+    held, figures = assistant.learner.held.requests(), json.loads(json.dumps(assistant.stats.to_dict()))
+    assert figures["held_back"] == len(held) == 12
+    assert len(assistant.buffer) == 36
+    estimate = assistant.stats.estimate
+    assert figures["alpha_held_back"] == estimate.alpha > estimate.since.before + 0.2
+    assert figures["alpha_held_back_low"] <= estimate.alpha <= figures["alpha_held_back_high"]
+    assert f"held back: 12 requests, alpha {estimate.alpha:.3f}" in str(assistant.stats)
+    assert f"On {estimate.requests} requests that it did not learn from" in assistant.report()
+    assert f"α = {estimate.alpha:.2f} (" in assistant.report()
+
+
 # What bad input gets.
 
 
@@ -382,132 +397,6 @@ def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, mon
 
 
 # Coming and going.
-
-
-def test_a_saved_draft_is_a_plain_checkpoint(target, draft, tmp_path):
-    assistant = OnlineAssistant(draft, update_interval=2, num_assistant_tokens=3)
-    serve(target, assistant, 5)
-    assistant.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.bin"))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    stock = target.generate(PROMPTS[0], assistant_model=plain, **GREEDY)
-    assert torch.equal(stock, target.generate(PROMPTS[0], **GREEDY))
-    again = OnlineAssistant.from_pretrained(tmp_path)
-    assert again.osd_config == assistant.osd_config
-    for (name, a), (_, b) in zip(assistant.serving.weights(), again.serving.weights(), strict=True):
-        assert torch.equal(a, b), name
-    card = (tmp_path / "README.md").read_text()
-    assert "speculative-decoding" in card
-    assert str(assistant.stats.total.requests) in card
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(target, draft, tmp_path, monkeypatch):
-    assistant = OnlineAssistant(draft)
-    assistant.save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(OnlineConfig, "save_pretrained", full)
-    with pytest.raises(OSError, match=r"Cannot save to .*No space left.*unchanged"):
-        assistant.save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_an_unreadable_draft_is_named(draft, tmp_path):
-    with pytest.raises((OSError, ValueError), match=str(tmp_path)):
-        OnlineAssistant.from_pretrained(tmp_path)
-    OnlineAssistant(draft).save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match=f"{tmp_path} are damaged"):
-        OnlineAssistant.from_pretrained(tmp_path)
-    weights.write_bytes(whole)
-    (tmp_path / "osd_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        OnlineAssistant.from_pretrained(tmp_path)
-
-
-def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
-    def fresh():
-        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, draft_cost=0.2)
-
-    straight, stopped = fresh(), fresh()
-    for assistant in (straight, stopped):
-        serve(target, assistant, 4)
-        assistant.flush()
-    stopped.save_state(tmp_path)
-    resumed = fresh()
-    resumed.load_state(tmp_path)
-    assert resumed.stats.updates == 1
-    for (_, a), (_, b) in zip(stopped.serving.weights(), resumed.serving.weights(), strict=True):
-        assert torch.equal(a, b)
-    for assistant in (straight, resumed):
-        for p in PROMPTS[4:8]:
-            target.generate(p, assistant_model=assistant, **GREEDY)
-        assistant.flush()
-    for (name, a), (_, b) in zip(straight.serving.weights(), resumed.serving.weights(), strict=True):
-        # Not exactly: the optimizer's state is float32 in both, but batches may be drawn in another order.
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
-
-
-def test_a_damaged_or_foreign_state_is_refused(target, draft, tmp_path):
-    assistant = OnlineAssistant(draft)
-    with pytest.raises(OSError, match="learner"):
-        assistant.load_state(tmp_path)
-    assistant.save_state(tmp_path)
-    with pytest.raises(ValueError, match="another draft"):
-        OnlineAssistant(grow_draft(target, (0,))).load_state(tmp_path)
-    path = tmp_path / "learner.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged"):
-        assistant.load_state(tmp_path)
-
-
-def test_prompts_are_written_only_when_asked(target, draft, tmp_path):
-    assistant = OnlineAssistant(draft, update_interval=2)
-    serve(target, assistant, 3)
-    assistant.save_pretrained(tmp_path / "draft")
-    assistant.save_state(tmp_path / "state")
-    assert not (tmp_path / "state" / "buffer.safetensors").exists()
-    assistant.save_state(tmp_path / "asked", with_buffer=True)
-    assert stat.S_IMODE(os.stat(tmp_path / "asked" / "buffer.safetensors").st_mode) == 0o600
-    restored = OnlineAssistant(draft)
-    restored.load_state(tmp_path / "asked")
-    assert len(restored.buffer) == 3
-
-
-def test_pushes_privately_and_nothing_but_the_draft(target, draft, monkeypatch):
-    import huggingface_hub
-
-    pushed = {}
-
-    class Api:
-        def __init__(self, token=None):
-            pushed["token"] = token
-
-        def create_repo(self, repo_id, private, exist_ok):
-            pushed["private"] = private
-            return type("Url", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            pushed["files"] = sorted(os.listdir(folder_path))
-            return f"hub/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assistant = OnlineAssistant(draft, update_interval=2)
-    serve(target, assistant, 3)
-    assert assistant.push_to_hub("me/draft", token="secret") == "hub/me/draft"
-    assert pushed["private"] is True
-    expected = ["README.md", "config.json", "generation_config.json", "model.safetensors", "osd_config.json"]
-    assert pushed["files"] == expected
-
-
-def test_the_model_card_names_no_local_path(target, draft):
-    card = model_card(OnlineAssistant(draft).stats, target="/some/where")
-    assert "/some/where" not in card
 
 
 def test_refresh_refuses_what_it_would_drop(target, draft):

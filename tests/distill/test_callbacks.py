@@ -1,4 +1,4 @@
-"""`RefreshAssistantCallback`: what a Trainer has learnt reaches the assistant, in our trainer and in a user's own."""
+"""Callbacks: what a Trainer has learnt reaches the assistant, in our trainer and in a user's own; and of each step a follower is told."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from transformers import Trainer, TrainingArguments
 from hf_osd.assistant import OnlineAssistant
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
-from hf_osd.distill.callbacks import RefreshAssistantCallback
-from hf_osd.distill.trainer import OnlineGKDTrainer
+from hf_osd.distill.callbacks import FollowStepsCallback, RefreshAssistantCallback
+from hf_osd.distill.trainer import OnlineGKDTrainer, training_args
 
 
 class Assistant:
@@ -91,3 +91,34 @@ def test_an_assistant_serves_what_was_trained(tiny_llama, requests, tmp_path, tr
 def test_less_than_a_step_is_refused(every):
     with pytest.raises(ValueError, match=f"`every_steps` is {every}; give a whole number"):
         RefreshAssistantCallback(Assistant(), every)
+
+
+class Follower:
+    """Keeps what it is told, and whether the weights have moved since it was last told anything."""
+
+    def __init__(self, draft):
+        self.draft, self.told, self.last = draft, [], draft.model.norm.weight.detach().clone()
+
+    def before_step(self, last):
+        self.note("last" if last else "before")
+
+    def after_step(self):
+        self.note("after")
+
+    def note(self, what):
+        now = self.draft.model.norm.weight.detach().clone()
+        self.told.append((what, not torch.equal(now, self.last)))
+        self.last = now
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_follower_is_told_of_each_step_and_which_is_the_last_of_an_update(tiny_llama, requests, accumulate):
+    draft = tiny_llama(layers=1)
+    follower, config = Follower(draft), OnlineConfig(batch_size=2 // accumulate, warmup_steps=0, seed=0)
+    args = training_args(config, draft.device, gradient_accumulation_steps=accumulate)
+    trainer = OnlineGKDTrainer(draft, FeedbackBuffer(), config, args, callbacks=[FollowStepsCallback(follower)])
+    step, end = [("before", False), ("after", True)], [("last", False), ("after", True)]
+    for count, told in ((5, [*step, *step, *end]), (2, end)):
+        trainer.learn(requests[:count])
+        assert follower.told == told, "the weights move in between, and at no other time"
+        follower.told.clear()

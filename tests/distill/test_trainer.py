@@ -174,6 +174,24 @@ def test_the_warm_up_runs_once_over_all_updates(tiny_llama, taught):
     assert rates.rates == pytest.approx([0.0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.01, 0.01])
 
 
+def test_the_rate_falls_with_the_root_of_the_steps_after_the_warm_up(tiny_llama, taught):
+    rates = Rates()
+    config = plain(batch_size=1, warmup_steps=2, decay_steps=4, learning_rate=0.01)
+    trainer = trainer_of(tiny_llama(layers=1), config, callbacks=[rates])
+    for _ in range(4):
+        trainer.learn(taught[:2])
+    falling = [0.01 / (1 + steps / 4) ** 0.5 for steps in range(7)]
+    assert rates.rates == pytest.approx([0.0, 0.005, *falling[:6]])
+    assert trainer.lr_scheduler.get_last_lr() == pytest.approx([falling[6]] * len(trainer.optimizer.param_groups))
+
+
+def test_a_rate_may_be_given_in_place_of_the_configs(tiny_llama, taught):
+    rates = Rates()
+    trainer = trainer_of(tiny_llama(layers=1), plain(learning_rate=0.01), learning_rate=0.05, callbacks=[rates])
+    trainer.learn(taught)
+    assert set(rates.rates) == {0.05}
+
+
 def test_the_optimizers_state_carries_over(tiny_llama, taught):
     """Adam begun anew at every update takes a full step into whatever direction comes first."""
     draft = tiny_llama(layers=1)

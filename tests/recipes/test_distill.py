@@ -106,6 +106,23 @@ def test_warm_up_learns_before_serving_begins(run):
     assert read(run.out / "metrics.jsonl")[0]["updates"] >= 1
 
 
+def test_a_stream_can_be_served_in_random_order(run, monkeypatch):
+    import models
+
+    assert run("--requests", "6") == 0
+    in_turn = [row["alpha"] for row in read(run.out / "metrics.jsonl")]
+    monkeypatch.setattr("distill.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
+    asked = []
+    monkeypatch.setattr(
+        "distill.answer", lambda *args, **kwargs: (asked.append(args[1].tolist()), models.answer(*args, **kwargs))[1]
+    )
+    assert run("--requests", "6") == 0
+    own, asked[:] = list(asked), []
+    assert run("--requests", "6", "--shuffle", "true") == 0
+    assert len(in_turn) == 12
+    assert asked != own
+
+
 def test_a_prompt_longer_than_the_window_is_skipped_and_counted(run, words, tmp_path, caplog):
     rows = [{"prompt": " ".join(words[(i + j) % 62] for j in range(600 if i == 3 else 6))} for i in range(14)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,352 @@
+"""`Member`, and an ensemble of them: what serves of weights that train, and who judges what."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerCallback
+
+from hf_osd import learner as learner_module
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.config import OnlineConfig
+from hf_osd.learner import Learner
+from hf_osd.member import Member, mixture
+from hf_osd.scoring import judge
+
+# One request a step, and no draws: a run can be repeated by hand, or resumed.
+PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay": 0.0, "tail_samples": None, "seed": 0}
+
+
+def trainable_of(draft) -> set[str]:
+    return {name for name, _ in draft.named_parameters() if "layers" in name}
+
+
+@pytest.fixture
+def member(tiny_llama):
+    def make(**fields) -> Member:
+        draft, config = tiny_llama(layers=1), OnlineConfig(**PLAIN | fields)
+        return Member(draft, trainable_of(draft), FeedbackBuffer(), config, config.learning_rate)
+
+    return make
+
+
+@pytest.fixture
+def learner(tiny_llama):
+    """`learner(**config) -> Learner`, whose refreshes are kept in `learner.refreshed`."""
+
+    def make(**fields) -> Learner:
+        draft, refreshed = tiny_llama(layers=1), []
+        config = OnlineConfig(**PLAIN | fields)
+        made = Learner(draft, trainable_of(draft), FeedbackBuffer(), config, lambda w: refreshed.append(cloned(w)))
+        made.refreshed = refreshed
+        return made
+
+    return make
+
+
+@pytest.fixture
+def requests(make_feedback):
+    return [make_feedback(n=6, prompt=4, seed=i) for i in range(12)]
+
+
+@pytest.fixture
+def taught(tiny_llama, answer_of):
+    """What can be learnt: what another random model says."""
+    target, random = tiny_llama(layers=2, seed=7), torch.Generator().manual_seed(0)
+    return [answer_of(target, torch.randint(2, 64, (6,), generator=random), 12) for _ in range(4)]
+
+
+def cloned(weights) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in weights.items()}
+
+
+def same(one, other) -> bool:
+    return set(one) == set(other) and all(torch.equal(p, other[name]) for name, p in one.items())
+
+
+def close(one, other):
+    for name, p in one.items():
+        torch.testing.assert_close(p, other[name], atol=1e-6, rtol=1e-5, msg=name)  # float32, sums in another order
+
+
+def learn(learner, requests) -> bool:
+    for request in requests:
+        learner.buffer.add(request)
+    return learner.update()
+
+
+class EachStep(TrainerCallback):
+    """The weights after every optimizer step."""
+
+    def __init__(self, member):
+        self.member, self.weights = member, []
+        member.trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weights.append(cloned(self.member.weights()))
+
+
+# What of one member serves.
+
+
+def averaged(steps, most):
+    """By hand: the average after all steps, each counted from 1."""
+    average = steps[0]
+    for t, weights in enumerate(steps[1:], 2):
+        decay = min(most, (1 + t) / (10 + t))
+        average = {name: decay * average[name] + (1 - decay) * p for name, p in weights.items()}
+    return average
+
+
+@pytest.mark.parametrize("averaging", [0.4, 0.99])
+def test_an_average_over_steps_serves(member, requests, averaging):
+    """At 0.4 the decay is that of the warm-up in the first five steps, and 0.4 in the others; at 0.99 the warm-up's throughout."""
+    one = member(averaging=averaging)
+    steps = EachStep(one)
+    for part in (requests[:5], requests[5:]):  # two updates are one run of steps
+        one.learn(part)
+    assert len(steps.weights) == one.steps == 12
+    close(one.serving_weights(), averaged(steps.weights, averaging))
+    assert same(one.weights(), steps.weights[-1]), "training goes on from the weights themselves"
+    assert not one.serves_as_is
+
+
+@pytest.mark.parametrize("optimism", [0.5, 2.0])
+@pytest.mark.parametrize("averaging", [0.0, 0.4])
+def test_what_serves_is_moved_on_by_the_last_step(member, requests, optimism, averaging):
+    one = member(optimism=optimism, averaging=averaging)
+    steps = EachStep(one)
+    for part in (requests[:2], requests[2:5]):
+        one.learn(part)
+    *_, before, last = steps.weights
+    base = averaged(steps.weights, averaging) if averaging else last
+    close(one.serving_weights(), {name: base[name] + optimism * (p - before[name]) for name, p in last.items()})
+    assert same(one.weights(), last)
+
+
+def test_by_default_the_weights_serve_as_they_are(member, requests):
+    one = member()
+    steps = EachStep(one)
+    one.learn(requests[:2])
+    assert one.serves_as_is
+    assert same(one.serving_weights(), steps.weights[-1])
+
+
+BOTH = {"averaging": 0.9, "optimism": 1.0}
+
+
+@pytest.mark.parametrize("fields", [BOTH, {"averaging": 0.9}, {"optimism": 1.0}, {"ensemble": [1, 4], **BOTH}])
+def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, requests, monkeypatch, fields):
+    made = learner(**fields)
+    assert learn(made, requests[:4])
+    masters = [cloned(member.weights()) for member in made.members]
+    served, master = tiny_llama(layers=1), judge(made.module, requests)
+    with torch.no_grad():
+        for name, p in made.serving_weights().items():
+            served.get_parameter(name).copy_(p)
+    for now, expected in zip(made.judge(requests), judge(served, requests), strict=True):
+        assert torch.equal(now[0], expected[0])
+        assert torch.equal(now[1], expected[1])
+    assert any(not torch.equal(a[1], b[1]) for a, b in zip(made.judge(requests), master, strict=True))
+    assert all(same(member.weights(), kept) for member, kept in zip(made.members, masters, strict=True))
+
+    def breaks(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(learner_module, "judge", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.judge(requests)
+    assert all(same(member.weights(), kept) for member, kept in zip(made.members, masters, strict=True))
+
+
+def test_going_back_is_being_as_before(member, requests):
+    one = member(**BOTH)
+    one.learn(requests[:3])
+    snapshot, weights, served = one.snapshot(), cloned(one.weights()), cloned(one.serving_weights())
+    one.learn(requests[3:6])
+    assert not same(one.serving_weights(), served)
+    one.go_back(snapshot)
+    assert one.steps == 3
+    assert same(one.weights(), weights)
+    assert same(one.serving_weights(), served)
+    one.learn(requests[6:7])
+    assert one.steps == 4
+    assert one.trainer.lr_scheduler.last_epoch == 1, "and the optimizer is a new one"
+
+
+def test_a_step_that_failed_is_none(member, requests, monkeypatch):
+    """Its beginning must not be taken for that of a later step."""
+    one = member(optimism=1.0)
+    one.learn(requests[:1])
+    snapshot, served = one.snapshot(), cloned(one.serving_weights())
+
+    def breaks(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(one.trainer, "training_step", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one.learn(requests[1:2])
+    one.go_back(snapshot)
+    one.after_step()
+    assert same(one.serving_weights(), served)
+
+
+def test_other_weights_come_without_a_past(learner, requests):
+    made = learner(ensemble=[1, 4], **BOTH)
+    assert learn(made, requests[:4])
+    weights = cloned(made.members[0].weights())
+    made.take(weights)
+    for member in made.members:
+        assert member.serves_as_is
+        assert member.steps == 0
+        assert same(member.serving_weights(), weights)
+    close(made.serving_weights(), weights)
+    assert learn(made, requests[4:8])
+
+
+# Several members.
+
+
+def test_members_train_at_multiples_of_the_rate(learner, requests):
+    """Plain descent: from one start, on one batch, the steps are as the rates."""
+    made = learner(ensemble=[1, 4], optim="sgd", max_grad_norm=0.0, batch_size=None)
+    before = cloned(made.members[0].weights())
+    assert learn(made, requests[:2])
+    one, four = ({name: p - before[name] for name, p in member.weights().items()} for member in made.members)
+    assert any(step.abs().max() > 1e-4 for step in one.values())
+    for name, step in one.items():
+        torch.testing.assert_close(four[name], 4 * step, atol=1e-6, rtol=1e-3, msg=name)  # differences of float32
+
+
+@given(losses=st.lists(st.floats(0, 1e4), min_size=1, max_size=5), sharpness=st.floats(0, 50))
+def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses, sharpness):
+    draft = tiny_llama(layers=1)
+    config = OnlineConfig(ensemble=[1.0] * len(losses), ensemble_sharpness=sharpness)
+    made = Learner(draft, trainable_of(draft), FeedbackBuffer(), config, print)
+    made.losses = losses
+    assert sum(made.shares) == pytest.approx(1.0)
+    best = losses.index(min(losses))
+    for share, loss in zip(made.shares, losses, strict=True):
+        assert share == pytest.approx(made.shares[best] * math.exp(-sharpness * (loss - losses[best])))
+
+
+def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught):
+    made = learner(ensemble=[0.1, 1], replay=1.0)
+    expected = [0.0, 0.0]
+    for new in (taught, taught[:2], taught):
+        for i, member in enumerate(made.members):
+            overlap = torch.cat([overlap for overlap, _ in judge(member.module, new)])
+            expected[i] += 1 - overlap.mean().item()
+        assert learn(made, new)
+        assert made.losses == pytest.approx(expected)
+    assert made.losses[0] != made.losses[1]
+
+
+def test_the_mean_by_shares_serves(learner, taught):
+    made = learner(ensemble=[0.1, 1, 2], averaging=0.9, ensemble_sharpness=3.0)
+    for _ in range(2):
+        assert learn(made, taught)
+    shares, parts = made.shares, [member.serving_weights() for member in made.members]
+    assert len({round(share, 4) for share in shares}) > 1
+    expected = {n: sum(share * part[n] for share, part in zip(shares, parts, strict=True)) for n in made.trainable}
+    close(made.serving_weights(), expected)
+    assert len(made.refreshed) == 2, "once an update, when all have learnt"
+    close(made.refreshed[-1], expected)
+    close(mixture(made.members, [0.0, 1.0, 0.0]), parts[1])
+
+
+def test_who_did_better_has_the_larger_share(learner, taught):
+    made = learner(ensemble=[1e-4, 1], ensemble_sharpness=5.0)
+    assert made.shares == [0.5, 0.5]
+    for _ in range(8):  # the same requests over and over: one member learns them
+        assert learn(made, taught)
+    assert made.losses[1] < made.losses[0]
+    assert made.shares[1] > 0.9
+
+
+def test_what_fails_in_one_member_is_taken_back_in_all(learner, requests, monkeypatch):
+    made = learner(ensemble=[1, 4], **BOTH)
+    assert learn(made, requests[:3])
+    weights, served = [cloned(member.weights()) for member in made.members], cloned(made.serving_weights())
+    losses, steps = list(made.losses), [member.steps for member in made.members]
+    second = made.members[1].learn
+
+    def diverge(requests):
+        second(requests)
+        raise RuntimeError("diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.members[1], "learn", diverge)
+        patch.setattr(made, "_serve", lambda weights: None)
+        assert not learn(made, requests[3:6])
+    assert (made.updates, made.failed) == (1, 1)
+    assert all(same(member.weights(), kept) for member, kept in zip(made.members, weights, strict=True))
+    assert same(made.serving_weights(), served)
+    assert (made.losses, [member.steps for member in made.members]) == (losses, steps)
+    assert learn(made, requests[6:9])
+    assert not same(made.serving_weights(), served)
+
+
+# Restarts.
+
+
+def saved(learner):
+    """Its state as it comes from the disk."""
+    tensors, values = learner.state()
+    return cloned(tensors), json.loads(json.dumps(values))
+
+
+@pytest.mark.parametrize("fields", [{}, BOTH, {"ensemble": [1, 4], "warmup_steps": 6, "decay_steps": 3, **BOTH}])
+def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(learner, requests, fields):
+    fields = {"batch_size": None, **fields}  # batches come in an order that is drawn anew
+    straight, resumed = learner(**fields), learner(**fields)
+    for new in (requests[:2], requests[2:5]):
+        assert learn(straight, new)
+    straight.losses = [0.1 * i for i in range(len(straight.members))]  # as if they had not done alike
+    resumed.load_state(*saved(straight))
+    assert saved(resumed)[1] == saved(straight)[1]
+    assert same(resumed.serving_weights(), straight.serving_weights())
+    for made in (straight, resumed):
+        assert learn(made, requests[5:8])
+    assert resumed.shares == straight.shares
+    for one, other in zip(resumed.members, straight.members, strict=True):
+        assert one.steps == other.steps
+        assert one.trainer.lr_scheduler.get_last_lr() == other.trainer.lr_scheduler.get_last_lr()
+        assert same(one.weights(), other.weights())
+        assert same(one.serving_weights(), other.serving_weights())
+
+
+def test_a_state_of_another_number_of_members_is_refused(learner, requests):
+    one, two, pair = learner(), learner(ensemble=[1, 4]), learner(ensemble=[1, 2])
+    before = cloned(two.serving_weights())
+    assert learn(one, requests[:2])
+    with pytest.raises(ValueError, match="has 1 members and this one 2; resume with the `ensemble`"):
+        two.load_state(*saved(one))
+    assert same(two.serving_weights(), before)
+    pair.load_state(*saved(two))  # other rates may be tried
+
+
+def test_a_state_may_be_taken_up_where_another_was(learner, requests):
+    """Moments and the rate's steps of what was learnt since are gone."""
+    fields = {"batch_size": None, "warmup_steps": 8}
+    straight, back = learner(**fields), learner(**fields)
+    for made in (straight, back):
+        assert learn(made, requests[:2])
+    state = saved(back)
+    assert learn(back, requests[2:4])
+    back.load_state(*state)
+    for made in (straight, back):
+        assert learn(made, requests[4:6])
+    assert same(back.serving_weights(), straight.serving_weights())
+
+
+def test_an_average_that_is_no_longer_asked_for_does_not_serve_on(learner, requests):
+    """Nothing would move it: what is learnt from then on would never serve."""
+    before, plain = learner(**BOTH), learner()
+    assert learn(before, requests[:4])
+    plain.load_state(*saved(before))
+    assert learn(plain, requests[4:6])
+    assert same(plain.serving_weights(), plain.members[0].weights())
