@@ -75,7 +75,7 @@ class OnlineConfig:
             Mixture weight of `"jsd"`, in the sense of trl's GKD: M = beta·target + (1-beta)·draft.
         total_variation_weight (`float`, defaults to 1.0):
             Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).
-        replay (`float`, defaults to 3.0):
+        replay (`float`, defaults to 6.0):
             Replayed requests for each new one in an update, drawn from the buffer.
         replay_by (`str`, defaults to `"uniform"`):
             How they are drawn: `"uniform"`; `"recency"`, a request that 64 others have followed being half as likely; `"loss"`, in
@@ -90,7 +90,7 @@ class OnlineConfig:
             As in `TrainingArguments`; the warm-up runs once, not once an update.
         decay_steps (`int`, *optional*):
             The learning rate falls as 1/√(1 + steps after the warm-up / decay_steps). `None` keeps it.
-        averaging (`float`, defaults to 0.0):
+        averaging (`float`, defaults to 0.98):
             What serves is an average of the weights over optimizer steps, of which each step keeps this share. 0 serves the weights as they are.
         optimism (`float`, defaults to 0.0):
             What serves is moved on by this many times the last optimizer step, as if the next gradient were the last one (optimistic
@@ -139,7 +139,7 @@ class OnlineConfig:
     divergence: str = "forward_kl"
     beta: float = 0.5
     total_variation_weight: float = 1.0
-    replay: float = 3.0
+    replay: float = 6.0
     replay_by: str = "uniform"
     clear_after_update: bool = False
     batch_size: int | None = 2
@@ -149,7 +149,7 @@ class OnlineConfig:
     warmup_steps: int = 10
     optim: str = "adamw_torch_fused"
     decay_steps: int | None = None
-    averaging: float = 0.0
+    averaging: float = 0.98
     optimism: float = 0.0
     ensemble: list[float] | None = None
     ensemble_sharpness: float = 10.0

@@ -69,9 +69,8 @@ class Learner:
             )
             for i, factor in enumerate(factors)
         ]
-        self.losses = [0.0] * len(
-            self.members
-        )  # of each member, summed over updates: mean rejection rate on new requests
+        # Of each member, summed over updates: the mean rejection rate on new requests of what it would have served.
+        self.losses = [0.0] * len(self.members)
         self.held = HeldBack(config.held_back_share, seed=config.seed)
         self.estimate: Estimate | None = None  # the last one
         self._generator = torch.Generator()
@@ -246,26 +245,30 @@ class Learner:
         self.estimate = Estimate.of(requests, scores)
 
     def _judge_served(self, feedback: list[Feedback]) -> list[tuple[Tensor, Tensor]]:
-        if len(self.members) == 1 and self.members[0].serves_as_is:
-            return self._judge(self.members[0], feedback)
-        kept = swap_weights(self.module, self.serving_weights())
-        try:
-            return self._judge(self.members[0], feedback)
-        finally:
-            swap_weights(self.module, kept)
+        alone = len(self.members) == 1 and self.members[0].serves_as_is
+        return self._judge(self.members[0], feedback, None if alone else self.serving_weights())
 
     def _count_losses(self, new: list[Feedback]):
         """One verification says of every member how it would have done: nothing has to be tried out to choose among them."""
         for i, member in enumerate(self.members):
-            overlap = torch.cat([overlap for overlap, _ in self._judge(member, new)])
+            weights = None if member.serves_as_is else member.serving_weights()
+            overlap = torch.cat([overlap for overlap, _ in self._judge(member, new, weights)])
             overlap = overlap[~overlap.isnan()]
             if len(overlap):
                 self.losses[i] += 1.0 - float(overlap.mean())
 
-    def _judge(self, member: Member, feedback: list[Feedback]) -> list[tuple[Tensor, Tensor]]:
-        # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
-        with learners_autocast(member.module.device.type, self.autocast_dtype):
-            return judge(member.module, feedback)
+    def _judge(
+        self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
+        kept = None if weights is None else swap_weights(member.module, weights)
+        try:
+            # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
+            with learners_autocast(member.module.device.type, self.autocast_dtype):
+                return judge(member.module, feedback)
+        finally:
+            if kept is not None:
+                swap_weights(member.module, kept)
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:

@@ -155,7 +155,7 @@ def same(one, other) -> bool:
 
 
 def test_every_sixteenth_request_is_held_back_and_not_learnt(learner, make_feedback, monkeypatch):
-    made, learnt = learner(update_interval=10**6), []
+    made, learnt = learner(update_interval=10**6, replay=3.0), []
     requests = [make_feedback(n=2, seed=i) for i in range(48)]
     offer(made, *requests)
     held = made.held.requests()

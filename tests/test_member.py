@@ -17,7 +17,8 @@ from hf_osd.member import Member, mixture
 from hf_osd.scoring import judge
 
 # One request a step, and no draws: a run can be repeated by hand, or resumed.
-PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay": 0.0, "tail_samples": None, "seed": 0}
+PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay": 0.0, "averaging": 0.0}
+PLAIN |= {"tail_samples": None, "seed": 0}
 
 
 def trainable_of(draft) -> set[str]:
@@ -127,7 +128,7 @@ def test_what_serves_is_moved_on_by_the_last_step(member, requests, optimism, av
     assert same(one.weights(), last)
 
 
-def test_by_default_the_weights_serve_as_they_are(member, requests):
+def test_the_weights_serve_as_they_are_where_nothing_else_is_asked(member, requests):
     one = member()
     steps = EachStep(one)
     one.learn(requests[:2])
@@ -233,12 +234,15 @@ def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses, sharpness):
         assert share == pytest.approx(made.shares[best] * math.exp(-sharpness * (loss - losses[best])))
 
 
-def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught):
-    made = learner(ensemble=[0.1, 1], replay=1.0)
+def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny_llama):
+    """Of what a member would have served: an average, here."""
+    made = learner(ensemble=[0.1, 1], replay=1.0, averaging=0.9)
     expected = [0.0, 0.0]
     for new in (taught, taught[:2], taught):
         for i, member in enumerate(made.members):
-            overlap = torch.cat([overlap for overlap, _ in judge(member.module, new)])
+            would = tiny_llama(layers=1)
+            would.load_state_dict(member.serving_weights(), strict=False)
+            overlap = torch.cat([overlap for overlap, _ in judge(would, new)])
             expected[i] += 1 - overlap.mean().item()
         assert learn(made, new)
         assert made.losses == pytest.approx(expected)
