@@ -51,6 +51,10 @@ class ReplayArguments(ModelArguments):
     held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
     also: str = field(default="", metadata={"help": "Traces to score on that are not learnt from, with ',' between."})
     score_every: int = field(default=50, metadata={"help": "Requests between two scores on held-back prompts."})
+    at: str = field(
+        default="",
+        metadata={"help": "Also a table after so many requests, with ',' between; '500-1000' is from 500 to 1000."},
+    )
     save_to: str | None = field(
         default=None, metadata={"help": "Also save each run's draft, in a folder '<arm's number>-<seed>' here."}
     )
@@ -102,7 +106,7 @@ def measure(args: ReplayArguments, base: OnlineConfig):
                         log.write(json.dumps(row) + "\n")
             results[-1].append(row)
             print(_line(row), flush=True)
-    print(table(results))
+    print(table(results, args.at))
 
 
 class Experiment:
@@ -147,6 +151,8 @@ class Experiment:
                 prequential.append(round(float(request.overlap.nanmean()), 4))
                 if served % self.args.score_every == 0 or served == sum(self.counts):
                     points[served] = self._score(assistant)
+                    means = " ".join(f"{name} {_mean(hits):.3f}" for name, hits in points[served].items())
+                    logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
         stats = assistant.stats
         if self.args.save_to is not None:
             assistant.save_pretrained(Path(self.args.save_to) / folder, self.tokenizer)
@@ -222,29 +228,21 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True) ->
     return Traced(folder.name, parts["stream"], parts["held_back"][:held_back], max(limits))
 
 
-def table(results: list[list[dict]]) -> str:
-    """An arm a line: α on each domain's held-back prompts before and after, mean of the seeds, and the difference to the first arm, paired."""
+def table(results: list[list[dict]], at: str = "") -> str:
+    """An arm a line: α on each domain's held-back prompts before and after, mean of the seeds, and the difference to the first arm, paired. `at`: as the flag.
+
+    Raises:
+        ValueError: if α was not measured at a point that `at` names.
+    """
     lines = []
     for name, points in results[0][0]["scores"].items():
-        first, last = min(points, key=int), max(points, key=int)
-        lines += [
-            f"\nheld back of {name}, {len(points[first])} prompts, {last} requests, {len(results[0])} seeds",
-            "| arm | α before | α after | by seed | gain (95%) | against the first arm (95%) | learning, s | tokens/s |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for rows in results:
-            before, after = ([row["scores"][name][n] for row in rows] for n in (first, last))
-            gain, versus = (
-                intervals(before, after),
-                intervals([row["scores"][name][last] for row in results[0]], after),
-            )
-            seconds = [row["learning_seconds"] for row in rows]
-            rate = statistics.median(row["learned_tokens"] / max(row["learning_seconds"], 1e-9) for row in rows)
-            seeds = " ".join(f"{_mean(scores):.3f}" for scores in after)
-            lines.append(
-                f"| {rows[0]['arm']} | {statistics.fmean(map(_mean, before)):.3f} | {statistics.fmean(map(_mean, after)):.3f} | {seeds} "
-                f"| {gain} | {'' if rows is results[0] else versus} | {statistics.median(seconds):.0f} | {rate:.0f} |"
-            )
+        spans = [span.split("-") if "-" in span else ["0", span] for span in filter(None, at.split(","))]
+        for first, last in [*spans, ["0", max(points, key=int)]]:
+            if not {first, last} <= set(points):
+                raise ValueError(
+                    f"`at` is {at!r}, and α of {name} was measured after {', '.join(points)} requests; see --score_every."
+                )
+            lines += _table(results, name, first, last)
     if all("prequential" in row for rows in results for row in rows):
         lines += [
             "\n| arm | prequential α, all requests | regret against the best arm, accepted tokens of 100 |",
@@ -256,6 +254,25 @@ def table(results: list[list[dict]]) -> str:
             for rows, mean in zip(results, means, strict=True)
         ]
     return "\n".join(lines)
+
+
+def _table(results: list[list[dict]], name: str, first: str, last: str) -> list[str]:
+    lines = [
+        f"\nheld back of {name}, {len(results[0][0]['scores'][name][first])} prompts, from {first} to {last} requests, {len(results[0])} seeds",
+        "| arm | α before | α after | by seed | gain (95%) | against the first arm (95%) | learning in all, s | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for rows in results:
+        before, after = ([row["scores"][name][n] for row in rows] for n in (first, last))
+        gain, versus = intervals(before, after), intervals([row["scores"][name][last] for row in results[0]], after)
+        seconds = [row["learning_seconds"] for row in rows]
+        rate = statistics.median(row["learned_tokens"] / max(row["learning_seconds"], 1e-9) for row in rows)
+        seeds = " ".join(f"{_mean(scores):.3f}" for scores in after)
+        lines.append(
+            f"| {rows[0]['arm']} | {statistics.fmean(map(_mean, before)):.3f} | {statistics.fmean(map(_mean, after)):.3f} | {seeds} "
+            f"| {gain} | {'' if rows is results[0] else versus} | {statistics.median(seconds):.0f} | {rate:.0f} |"
+        )
+    return lines
 
 
 def _line(row: dict) -> str:

@@ -57,11 +57,18 @@ def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_pat
     assert rows[0]["scores"]["left"]["0"] == rows[1]["scores"]["left"]["0"]  # before learning all are the same
     assert rows[0]["prequential"] != rows[1]["prequential"]  # in another order
     table = capsys.readouterr().out
-    assert "held back of left, 5 prompts, 8 requests, 2 seeds" in table
+    assert "held back of left, 5 prompts, from 0 to 8 requests, 2 seeds" in table
 
     monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("a run that is in the log was run again"))
     assert replay.main(given) == 0
     assert capsys.readouterr().out.split("held back")[1] == table.split("held back")[1]
+    assert replay.main([*given, "--at", "4,4-8"]) == 0
+    assert [line.split(", ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("held back")] == [
+        "from 0 to 4 requests",
+        "from 4 to 8 requests",
+        "from 0 to 8 requests",
+    ]
+    assert replay.main([*given, "--at", "5"]) == 2
 
 
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
