@@ -85,21 +85,21 @@ class Interval:
 
 
 def intervals(before: list[list[list[int]]], after: list[list[list[int]]]) -> Interval:
-    """The difference of α between two arms, paired by prompt: a bootstrap over prompts, and over the seeds of each arm.
+    """The difference of α between two arms, paired: a bootstrap over prompts, and over seeds, which are the same requests in the same order in both.
 
     Args:
-        before, after: a list a seed, of `[hits, positions]` a prompt.
+        before, after: a list a seed, of `[hits, positions]` a prompt; as many seeds, and the same prompts.
     """
     generator = torch.Generator().manual_seed(0)
     arms = [torch.tensor(arm, dtype=torch.float64) for arm in (before, after)]  # (seeds, prompts, 2)
-    prompts = arms[0].shape[1]
+    seeds, prompts = arms[0].shape[:2]
     drawn = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
+    picked = torch.randint(seeds, (RESAMPLES, seeds), generator=generator)
     alphas, means = [], []
     for arm in arms:
         sums = torch.stack([one[drawn].sum(1) for one in arm])  # (seeds, RESAMPLES, 2)
-        seeds = torch.randint(len(arm), (RESAMPLES, len(arm)), generator=generator)
         by_seed = (sums[..., 0] / sums[..., 1].clamp_min(1)).T  # (RESAMPLES, seeds)
-        alphas.append(by_seed.gather(1, seeds).mean(1))
+        alphas.append(by_seed.gather(1, picked).mean(1))
         whole = arm.sum(1)
         means.append(float((whole[:, 0] / whole[:, 1].clamp_min(1)).mean()))
     low, high = (alphas[1] - alphas[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
