@@ -154,3 +154,27 @@ def test_recording_leaves_no_trace_on_the_target(tiny_llama, prompts):
     record_answers(target, prompts, max_new_tokens=2)
     assert target.generation_config.to_dict() == before
     assert not target._forward_hooks
+
+
+def test_long_prompts_come_in_batches_of_their_own(tiny_llama, prompts, monkeypatch):
+    """A batch is padded to its longest prompt: a few long ones would make one of dozens take gigabytes."""
+    import hf_osd.recording as recording
+
+    target = tiny_llama(layers=2)
+
+    expected = [feedback.answer.tolist() for feedback in record_answers(target, prompts, max_new_tokens=6)]
+    monkeypatch.setattr(recording, "_BATCH_TOKENS", 2 * max(map(len, prompts)) - 1)
+    sizes, generate = [], target.generate
+
+    def watched(input_ids, **kwargs):
+        sizes.append(input_ids.shape)
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(target, "generate", watched)
+    told = []
+    recorded = record_answers(target, prompts, max_new_tokens=6, on_batch=told.append)
+    assert [feedback.answer.tolist() for feedback in recorded] == expected
+    assert sum(told) == len(prompts)
+    assert len(sizes) > 1
+    assert all(count == 1 or count * length < 2 * max(map(len, prompts)) for count, length in sizes)
+    assert sizes[-1][0] == 1  # the longest is alone

@@ -188,3 +188,11 @@ def test_bad_input_is_named_before_any_work(run, caplog, flags, message):
     assert message in caplog.text
     assert run.recorded == []
     assert not run.out.exists()
+
+
+def test_prompts_that_are_too_long_are_left_out(run):
+    assert run("--longest_prompt", "6") == 0
+    for domain in STREAMS:
+        for part in ("held_back", "stream"):
+            assert {request.prompt_length for request in trace(run.out, domain, part)[0]} <= {5, 6}
+    assert sum(run.recorded) < sum(STREAMS.values())
