@@ -114,7 +114,7 @@ def test_the_edge_of_each_range_is_accepted(field, value):
 
 
 def test_a_cleared_buffer_cannot_be_replayed():
-    with pytest.raises(ValueError, match=r"`replay` is 3\.0 with `clear_after_update=True`"):
+    with pytest.raises(ValueError, match=r"`replay` is 6\.0 with `clear_after_update=True`"):
         OnlineConfig(clear_after_update=True)
     assert OnlineConfig(clear_after_update=True, replay=0).clear_after_update
 
