@@ -32,9 +32,17 @@ class LossHead(nn.Linear):
         logits are treated one by one."""
         if not can_select_rows(draft):
             return None
-        head = cls(draft.get_output_embeddings()).train(draft.training)
-        draft.set_output_embeddings(head)
-        return head
+        full = draft.get_output_embeddings()
+        head = cls(full).train(draft.training)
+        # By its place in the tree: `set_output_embeddings` of some models knows one name alone.
+        parent, _, name = next(n for n, module in draft.named_modules() if module is full).rpartition(".")
+        setattr(draft.get_submodule(parent), name, head)
+        if draft.get_output_embeddings() is head:
+            return head
+        setattr(
+            draft.get_submodule(parent), name, full
+        )  # reached by another way too, which would go on with the old one
+        return None
 
     @contextlib.contextmanager
     def only(self, columns: Tensor) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The benchmark and the replay on a tiny model: the figures they print are there, whole and of the right sort."""
+"""The benchmark on a tiny model: the figures they print are there, whole and of the right sort."""
 
 import json
 
@@ -6,7 +6,6 @@ import benchmark
 import methods
 import prompts
 import pytest
-import replay
 import torch
 from workload import WARM_UP, Workload
 
@@ -182,8 +181,9 @@ def test_overhead_reports_every_part(run, capsys):
     assert capture["bytes_a_position"] <= 1024
     assert learning["failed_updates"] == 0
     assert (
-        learning["tokens_an_update"] == 3 * (1 + 3) * 8 or learning["tokens_an_update"] < 3 * 4 * 8
+        learning["tokens_an_update"] == 3 * (1 + 6) * 8 or learning["tokens_an_update"] < 3 * 7 * 8
     )  # EOS may come early
+    assert learning["whole_head_seconds_over_bare"]["median"] > 0
     head = found["head"]
     assert set(head["step_ms"]) == {"full", "traffic", "low_rank"}
     assert all(0 <= head[f"alpha_{name}"] <= 1 for name in ("full", "traffic", "low_rank"))
@@ -263,31 +263,6 @@ def test_a_useless_draft_has_weights_of_its_own(target_dir, stream):
     assert not torch.equal(made.get_input_embeddings().weight, work.draft.get_input_embeddings().weight)
     again = methods.random_draft(work.draft, seed=0)
     assert torch.equal(made.get_input_embeddings().weight, again.get_input_embeddings().weight)
-
-
-def test_replayed_arms_learn_from_the_same_answers(flags, tmp_path):
-    arms = "learning_rate=0.005;learning_rate=1e-7"
-    assert (
-        replay.main(
-            [*flags, "--requests", "8", "--held_back", "4", "--score_every", "4", "--arms", arms, "--seed", "0"]
-        )
-        == 0
-    )
-    fast, slow = json.loads((tmp_path / "out.json").read_text())
-    assert fast["alpha"][0] == slow["alpha"][0]  # the same draft, on the same prompts
-    assert len(fast["alpha"]) == 3
-    assert slow["alpha"][-1] == slow["alpha"][0]  # a rate that moves nothing
-    assert (fast["updates"], fast["failed"]) == (1, 0)
-
-
-def test_an_arm_is_read_over_the_base_or_named():
-    label, config = replay.read_arm(" batch_size=3, divergence=jsd ,learning_rate=1e-3", OnlineConfig(replay=5.0))
-    assert label == "batch_size=3, divergence=jsd ,learning_rate=1e-3"
-    assert (config.batch_size, config.divergence, config.learning_rate, config.replay) == (3, "jsd", 0.001, 5.0)
-    with pytest.raises(ValueError, match="field=value"):
-        replay.read_arm("batch_size", OnlineConfig())
-    with pytest.raises(ValueError, match="no key 'batchsize'"):
-        replay.read_arm("batchsize=2", OnlineConfig())
 
 
 @pytest.mark.parametrize(

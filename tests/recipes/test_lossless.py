@@ -150,12 +150,12 @@ def test_a_near_tie_is_counted_and_no_failure(run, monkeypatch):
 
 
 def test_a_failed_update_is_told_and_is_no_mismatch(run, monkeypatch):
-    from hf_osd.learner import Learner
+    from hf_osd.member import Member
 
     def failing(self, requests):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(Learner, "_train", failing)
+    monkeypatch.setattr(Member, "learn", failing)
     assert run("--requests", "5") == 0
     _, summary = read(run.out)
     assert summary["overall"]["failed_updates"] == 2
