@@ -39,21 +39,24 @@ def replay(
         raise ValueError(
             "This assistant does not learn (no draft, `learn=False`, or closed), so a trace is of no use to it."
         )
-    config = assistant.osd_config
-    for start in range(0, len(requests), config.update_interval):  # mostly no update comes within one
-        chunk = [request.sparser(config.top_k) for request in requests[start : start + config.update_interval]]
+    config, at = assistant.osd_config, 0
+    while at < len(requests):
+        # As many as no update comes between, but for one that is due by tokens or age: what is held back counts for none.
+        ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
+        chunk = [request.sparser(config.top_k) for request in requests[at : at + ahead]]
         if any(request.sampled for request in chunk):
             raise ValueError(
                 "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
             )
-        overlaps, version = assistant.score(chunk), assistant.serving.version
-        for i, request in enumerate(chunk):
-            if assistant.serving.version != version:  # an update was due before the chunk ended, by tokens or age
-                overlaps[i:], version = assistant.score(chunk[i:]), assistant.serving.version
-            served = as_drafted(request, overlaps[i], config.num_assistant_tokens, max_new_tokens)
+        version = assistant.serving.version
+        for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
+            served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
             assistant.learner.offer(served)
             assistant.update()
+            at += 1
             yield served
+            if assistant.serving.version != version:
+                break  # the others are the new weights' to predict
 
 
 def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: int | None = None) -> Feedback:
