@@ -26,11 +26,10 @@ EMBEDDED_FACTS = {
 
 
 @dataclass
-class ModelArguments:
-    """What every recipe is told of its models."""
+class TargetArguments:
+    """What every recipe is told of its target."""
 
     target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    draft: str = field(default="grow:0,1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
     dtype: str = field(
         default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
@@ -39,6 +38,13 @@ class ModelArguments:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+
+
+@dataclass
+class ModelArguments(TargetArguments):
+    """And of its draft."""
+
+    draft: str = field(default="grow:0,1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
 
 
 def use_threads(threads: int | None):

@@ -14,7 +14,6 @@ the target to judge it, so they are no replay.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, run_command
-from models import ModelArguments, load_draft, load_target, use_threads
-from replay import Traced, hits_of, load_trace, table
+from models import ModelArguments, load_draft, load_target, shuffled, use_threads
+from replay import Traced, append_row, hits_of, learning_of, load_trace, table
 from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
@@ -70,9 +69,7 @@ def measure(args: OnPolicyArguments, config: OnlineConfig):
         for seed in map(int, args.seeds.split(",")):
             row = run(args, config, arm, seed, target, traced)
             results[-1].append(row)
-            if args.log is not None:
-                with Path(args.log).open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(row) + "\n")
+            append_row(args.log, row)
             print(
                 f"{arm} seed {seed}: {row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all",
                 flush=True,
@@ -86,8 +83,7 @@ def run(args: OnPolicyArguments, config: OnlineConfig, arm: str, seed: int, targ
     config = dataclasses.replace(config, seed=seed, suffix_cache=False)
     assistant = OnlineAssistant(load_draft(args.draft, target), config)
     draws = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(traced.stream), generator=torch.Generator().manual_seed(seed)).tolist()
-    requests = [traced.stream[i] for i in order[: args.requests]]
+    requests = shuffled(traced.stream, seed)[: args.requests]
     scores = {"0": hits_of(assistant, traced.held_back)}
     for start in range(0, len(requests), config.update_interval):
         chunk = requests[start : start + config.update_interval]
@@ -102,18 +98,12 @@ def run(args: OnPolicyArguments, config: OnlineConfig, arm: str, seed: int, targ
                     assistant.buffer.add(branch)
         assistant.flush()  # what a request adds beside itself must not make updates more frequent
     scores[str(args.requests)] = hits_of(assistant, traced.held_back)
-    stats = assistant.stats
     return {
         "arm": arm,
         "seed": seed,
         "requests": args.requests,
         "scores": {traced.name: scores},
-        "updates": stats.updates,
-        "failed": stats.failed_updates,
-        "learned_tokens": stats.learned_tokens,
-        "learning_seconds": round(stats.learning_seconds, 2),
-        "seconds": round(time.perf_counter() - began, 1),
-        "threads": torch.get_num_threads(),
+        **learning_of(assistant, began),
     }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, run_command
-from models import DTYPES, encode_rows, load_target, shuffled, use_threads
+from models import TargetArguments, encode_rows, load_target, shuffled, use_threads
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
@@ -28,10 +28,9 @@ SHARD = 96  # requests a file: what an interruption may lose
 
 
 @dataclass
-class RecordArguments:
+class RecordArguments(TargetArguments):
     """What to record. Of `OnlineConfig` only `top_k`, `feedback_dtype` and `seed` matter here."""
 
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
     stream: str = field(default="stdlib", metadata={"help": "Streams with ',' between, see prompts.py."})
     requests: int = field(default=1000, metadata={"help": "Requests a stream, at most."})
     held_back: int = field(default=100, metadata={"help": "Prompts a stream to score on, in a trace of their own."})
@@ -39,15 +38,10 @@ class RecordArguments:
     longest_prompt: int | None = field(default=None, metadata={"help": "Leave out prompts of more tokens than this."})
     batch_answers: int = field(default=48, metadata={"help": "Prompts a batch."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    dtype: str = field(
-        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     output_dir: str = field(default="runs/traces", metadata={"help": "A folder a domain is made in here."})
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        super().__post_init__()
         check_numbers(
             self,
             {

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from arms import Arm, intervals, read_arm
 from command import check_numbers, run_command
-from models import ModelArguments, load_target, use_threads
+from models import ModelArguments, load_target, shuffled, use_threads
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.replaying import replay
@@ -101,9 +101,7 @@ def measure(args: ReplayArguments, base: OnlineConfig):
             row = done.get(key)
             if row is None:
                 row = {"key": key} | experiment.run(arm, seed, f"{number}-{seed}")
-                if args.log is not None:
-                    with Path(args.log).open("a", encoding="utf-8") as log:
-                        log.write(json.dumps(row) + "\n")
+                append_row(args.log, row)
             results[-1].append(row)
             print(_line(row), flush=True)
     print(table(results, args.at))
@@ -153,7 +151,6 @@ class Experiment:
                     points[served] = self._score(assistant)
                     means = " ".join(f"{name} {_mean(hits):.3f}" for name, hits in points[served].items())
                     logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
-        stats = assistant.stats
         if self.args.save_to is not None:
             assistant.save_pretrained(Path(self.args.save_to) / folder, self.tokenizer)
         return {
@@ -166,12 +163,7 @@ class Experiment:
                 traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
             },
             "prequential": prequential,
-            "updates": stats.updates,
-            "failed": stats.failed_updates,
-            "learned_tokens": stats.learned_tokens,
-            "learning_seconds": round(stats.learning_seconds, 2),
-            "seconds": round(time.perf_counter() - began, 1),
-            "threads": torch.get_num_threads(),
+            **learning_of(assistant, began),
             "shares": [round(share, 4) for share in assistant.learner.shares],
             "losses": [round(loss, 4) for loss in assistant.learner.losses],
         }
@@ -191,13 +183,31 @@ class Experiment:
         """The requests to learn, in turn, with the limit they were recorded with: a list a trace, or one of all."""
         chosen = []
         for traced, count in zip(self.traces, self.counts, strict=True):
-            order = torch.randperm(len(traced.stream), generator=torch.Generator().manual_seed(seed)).tolist()
-            chosen.append(([traced.stream[i] for i in order[:count]], traced.max_new_tokens))
+            chosen.append((shuffled(traced.stream, seed)[:count], traced.max_new_tokens))
         if not self.args.mixed:
             return chosen
         together = [request for requests, _ in chosen for request in requests]
-        order = torch.randperm(len(together), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [([together[i] for i in order], max(limit for _, limit in chosen))]
+        return [(shuffled(together, seed), max(limit for _, limit in chosen))]
+
+
+def learning_of(assistant: OnlineAssistant, began: float) -> dict:
+    """What learning came to in a run that began at `began` (`time.perf_counter`), for its row."""
+    stats = assistant.stats
+    return {
+        "updates": stats.updates,
+        "failed": stats.failed_updates,
+        "learned_tokens": stats.learned_tokens,
+        "learning_seconds": round(stats.learning_seconds, 2),
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def append_row(log: str | None, row: dict):
+    """Add a run to the JSONL file `log`, if there is to be one."""
+    if log is not None:
+        with Path(log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[int]]:
