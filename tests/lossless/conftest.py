@@ -110,6 +110,18 @@ def tiny_model() -> Callable:
     return make
 
 
+@pytest.fixture(scope="module")
+def target(tiny_model):
+    """What a file serves that asks for no other."""
+    return tiny_model("Llama")
+
+
+@pytest.fixture(scope="module")
+def draft(target, noised_copy):
+    """One that agrees with the file's target on some tokens and not on others."""
+    return noised_copy(target, 0.1)
+
+
 def _enliven(t5):
     """T5 has no positions but relative ones, a tied head and small weights: left so, it repeats its first token for ever."""
     with torch.no_grad():

@@ -26,16 +26,6 @@ from .sources import (
 )
 
 
-@pytest.fixture(scope="module")
-def target(tiny_model):
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def draft(target, noised_copy):
-    return noised_copy(target, 0.1)
-
-
 @pytest.mark.parametrize("name", [*DECODERS, "T5", "Bart"])
 def test_blocks_of_draft_and_cache(tiny_model, noised_copy, name):
     """Overlap off where the draft catches up with cached tokens; sliding windows cropped wrong; tokens counted to the other source."""

@@ -24,16 +24,6 @@ from .sources import (
 )
 
 
-@pytest.fixture(scope="module")
-def target(tiny_model):
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def draft(target, noised_copy):
-    return noised_copy(target, 0.1)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cache_alone_drafts_what_was_said_before(tiny_model, serve_as_plain, name):
     """Also in the calls of an encoder-decoder, whose text is the decoder's."""

@@ -24,16 +24,6 @@ from .sources import (
 from .test_vocabularies import WORDS, renamed, tokenizer_of
 
 
-@pytest.fixture(scope="module")
-def target(tiny_model):
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def draft(target, noised_copy):
-    return noised_copy(target, 0.1)
-
-
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3"])
 @pytest.mark.parametrize("scale", [0.0, 0.1])
 def test_a_head_of_few_rows_drafts_what_the_draft_says_among_them(tiny_model, noised_copy, name, scale):

@@ -9,16 +9,6 @@ from .checks import InMidCall, assistant_of
 from .sources import BOTH, FEW, GREEDY, PROMPTS, alone, answer_to, check_tenants, proposals_seen
 
 
-@pytest.fixture(scope="module")
-def target(tiny_model):
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def draft(target, noised_copy):
-    return noised_copy(target, 0.1)
-
-
 def test_no_text_of_one_tenant_is_proposed_to_another(target):
     check_tenants(target)
 
