@@ -107,10 +107,12 @@ class Learner:
         """
         if not self._lock.acquire(blocking=wait):
             return False
+        start = time.perf_counter()
         try:
             new = self.buffer.new()
             return bool(new) and self._update(new)
         finally:
+            self.seconds += time.perf_counter() - start
             self._lock.release()
 
     def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
@@ -189,7 +191,6 @@ class Learner:
         self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
 
     def _update(self, new: list[Feedback]) -> bool:
-        start = time.perf_counter()
         config = self.config
         replayed = self.buffer.sample(round(config.replay * len(new)), self._generator, config.replay_by)
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
@@ -210,17 +211,13 @@ class Learner:
             for member, snapshot in zip(self.members, before, strict=True):
                 member.go_back(snapshot)
             return False
-        finally:
-            self.seconds += time.perf_counter() - start
         self.updates += 1
         self.learned_tokens += sum(int(r.teaches(config.positions).sum()) for r in (*new, *replayed))
         if self.held.due(self.learned_tokens):
-            start = time.perf_counter()
             try:
                 self._estimate()
             except Exception:
                 logger.exception("The draft could not be judged by what is held back; the update stands.")
-            self.seconds += time.perf_counter() - start
         if config.clear_after_update:
             self.buffer.clear()
         return True

@@ -134,9 +134,8 @@ class SavableAssistant:
                 self.buffer.save(staging / _STATE_BUFFER)
                 held, facts = self.learner.held.state()
                 write_trace(staging / _STATE_HELD, held, {"held_back": json.dumps(facts)})
-        if (
-            not with_buffer
-        ):  # of an older state: prompts that nobody asks to keep any more, and which this state does not go with
+        if not with_buffer:
+            # Of an older state: prompts that nobody asks to keep any more, and which do not go with this one.
             for name in (_STATE_BUFFER, _STATE_HELD):
                 (Path(directory) / name).unlink(missing_ok=True)
 

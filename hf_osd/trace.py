@@ -4,7 +4,6 @@ asked for that."""
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_osd.checkpoint import staged
 from hf_osd.feedback import Feedback
 
 _FORMAT = "hf_osd.trace.1"
@@ -64,16 +64,13 @@ def write_trace(path: str | os.PathLike, feedback: Sequence[Feedback], facts: di
             tensors["source"] = torch.cat(sources)
     data = save(tensors, metadata={**(facts or {}), "format": _FORMAT})
     path = Path(path)
-    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"No folder {path.parent} to write {path.name} into; make it first.")
+    with (
+        staged(path.parent) as staging,
+        os.fdopen(os.open(staging / path.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file,
+    ):
+        file.write(data)
 
 
 def read_trace(path: str | os.PathLike) -> tuple[list[Feedback], dict[str, str]]:

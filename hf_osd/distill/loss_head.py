@@ -39,9 +39,8 @@ class LossHead(nn.Linear):
         setattr(draft.get_submodule(parent), name, head)
         if draft.get_output_embeddings() is head:
             return head
-        setattr(
-            draft.get_submodule(parent), name, full
-        )  # reached by another way too, which would go on with the old one
+        # It is reached by another way too, which would go on with the old one.
+        setattr(draft.get_submodule(parent), name, full)
         return None
 
     @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,19 +23,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices = [p for p in training if p.ndim == 2 and id(p) not in ends]
         chosen = set(map(id, matrices))
         rest = [p for p in training if id(p) not in chosen]
-        self._parts: list[torch.optim.Optimizer] = []
+        self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self._parts.append(
+            self.parts.append(
                 torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         if rest:
-            self._parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay))
-        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+            self.parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay))
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
         self._share()
 
     def _share(self):
         """The parts work on this optimizer's own groups and state, which a Trainer reads, schedules and saves."""
-        for part, group in zip(self._parts, self.param_groups, strict=True):
+        for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
     @torch.no_grad()
@@ -44,14 +44,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
+        for part in self.parts:
             part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict):
         super().load_state_dict(state_dict)
         self._share()
-
-    @property
-    def parts(self) -> Sequence[torch.optim.Optimizer]:
-        return self._parts
