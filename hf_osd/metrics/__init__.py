@@ -1,0 +1,34 @@
+"""Metrics for Hugging Face's `evaluate`, a folder each, with its card: acceptance rate, accepted length and speed-up, as docs/figures.md defines them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
+NAMES = ("acceptance_rate", "accepted_length", "speedup")
+
+
+def path(name: str) -> str:
+    """The folder of a metric, for `evaluate.load` and `evaluate.combine`; `ValueError` for a name that is none of `NAMES`."""
+    if name not in NAMES:
+        raise ValueError(f"There is no metric {name!r}; choose one of {', '.join(map(repr, NAMES))}.")
+    return str(Path(__file__).parent / name)
+
+
+def load(name: str, config_name: str | None = None, **kwargs) -> EvaluationModule:
+    """`evaluate.load` of a metric by its name; no network is needed.
+
+    Args:
+        name (`str`): one of `NAMES`.
+        config_name (`str`, *optional*): what the rows are; each card lists its metric's configurations.
+        kwargs: others of `evaluate.load`, such as `keep_in_memory`, `num_process` or `experiment_id`.
+
+    Raises:
+        ValueError: for an unknown name or configuration.
+    """
+    import evaluate
+
+    return evaluate.load(path(name), config_name, **kwargs)
