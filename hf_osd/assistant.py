@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_osd import integration
 from hf_osd.admission import check_call, check_draft, check_vocabularies
+from hf_osd.background import BackgroundLearner
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.call_record import CallRecord
 from hf_osd.candidates import OnlineCandidateGenerator
@@ -24,14 +25,15 @@ from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.lookahead import Lookahead
 from hf_osd.open_calls import OpenCalls
+from hf_osd.remote import RemoteLearner
 from hf_osd.report import report
 from hf_osd.saving import SavableAssistant
-from hf_osd.scoring import score
+from hf_osd.scoring import judge, learners_autocast
 from hf_osd.serving import NoServing, ServingDraft, copy_draft, embedding_names
 from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
-from hf_osd.tenant import Tenant
 from hf_osd.translation import Translation
+from hf_osd.view import View
 
 if TYPE_CHECKING:
     from transformers import (
@@ -82,19 +84,20 @@ class OnlineAssistant(SavableAssistant):
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NoServing(), None, None
+        self._calls = OpenCalls()
         if draft is not None:
             # Three copies, made before any trainer exists. The first owns its weights, so that a user's training of `draft` reaches
             # the serving draft by refreshes alone; the others share with it what does not train.
             fixed = embedding_names(draft) if config.freeze_embeddings else set()
             own = copy_draft(draft)
             trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
-            if config.learn and not trainable:
+            if config.learns and not trainable:
                 raise ValueError(
                     f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
                     "draft.requires_grad_(True), or pass learn=False."
                 )
             self.serving = ServingDraft(own, trainable)
-            self.learner = Learner(own, trainable, self.buffer, config, self.serving.refresh) if config.learn else None
+            self.learner = self._make_learner(own, trainable)
             self.head = DraftHead.of(own, config)
         self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
         self.lookahead = Lookahead(
@@ -107,10 +110,25 @@ class OnlineAssistant(SavableAssistant):
         )
 
         self._stats = Stats()
-        self._calls = OpenCalls()
         self._lock = threading.RLock()
         self._said: set[str] = set()  # warnings given
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
+
+    def _make_learner(
+        self, draft: PreTrainedModel, trainable: set[str]
+    ) -> Learner | BackgroundLearner | RemoteLearner | None:
+        config = self.osd_config
+        if not config.learns:
+            return None
+        if config.learn == "process":
+            learner = RemoteLearner(self.serving, self.buffer, config)
+            self._calls = OpenCalls(learner.note_busy)
+            return learner
+        if config.learner_device is not None:
+            draft = copy_draft(draft, frozen=set()).to(config.learner_device)
+        if config.learn == "background":
+            return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
+        return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
 
     # What transformers reads on an assistant model.
 
@@ -147,10 +165,15 @@ class OnlineAssistant(SavableAssistant):
 
     # Serving.
 
-    def tenant(self, name: Hashable) -> Tenant:
+    def tenant(self, name: Hashable) -> View:
         """This assistant as one tenant sees it: `generate(..., assistant_model=assistant.tenant("acme"))`. Draft, learner and statistics are
         shared; text in the suffix cache never comes to another tenant's calls, nor to those of none."""
-        return Tenant(self, name)
+        return View(self, name)
+
+    def private(self) -> View:
+        """This assistant for calls of which nothing is to be kept: `generate(..., assistant_model=assistant.private())`. They are drafted for as others are,
+        and counted; nothing is learnt from them, and none of their text goes into a cache. `assistant.tenant(name).private()` is both."""
+        return View(self, private=True)
 
     def open_call(
         self,
@@ -164,6 +187,7 @@ class OnlineAssistant(SavableAssistant):
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
         running: integration.RunningCall | None = None,
         tenant: Hashable = None,
+        private: bool = False,
     ) -> OnlineCandidateGenerator:
         """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
 
@@ -201,16 +225,17 @@ class OnlineAssistant(SavableAssistant):
             translation,
             sampled=generation_config.do_sample,
             processed=bool(logits_processor),
-            capture=teaches and self.learner is not None,
-            note_likely=self.head is not None,
+            capture=teaches and self.learner is not None and not private,
+            note_likely=self.head is not None and not private,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
             source=source,
         )
-        record.running = running
+        record.running, record.private = running, private
         if self.texts is not None:
-            record.cache = self.texts.of(tenant)
-            record.text = CallText(said.tolist(), record.cache)
+            cache = self.texts.of(tenant)
+            record.text = CallText(said.tolist(), cache)
+            record.cache = None if private else cache
         record.model = self.serving.lease()
         try:
             generator = OnlineCandidateGenerator(
@@ -272,7 +297,7 @@ class OnlineAssistant(SavableAssistant):
         """Stop learning and let go of learner, feedback and cached text. The draft goes on drafting, frozen; closing again does nothing."""
         self.take_in()
         if self.learner is not None:
-            self.learner.held.clear()
+            self.learner.close()
         self.learner = self.texts = None
         self.lookahead.most_cached = 0
         self.buffer.clear()
@@ -308,9 +333,8 @@ class OnlineAssistant(SavableAssistant):
         self._take_in(self._calls.take_over())
         stats = self._stats
         if self.learner is not None:
-            stats.updates, stats.failed_updates = self.learner.updates, self.learner.failed
-            stats.learning_seconds, stats.learned_tokens = self.learner.seconds, self.learner.learned_tokens
-            stats.estimate, stats.held_back = self.learner.estimate, len(self.learner.held)
+            for name, value in self.learner.figures().items():
+                setattr(stats, name, value)
         stats.buffer_requests, stats.buffer_bytes = len(self.buffer), self.buffer.nbytes
         stats.buffer_capacity, stats.draft_version = self.buffer.max_bytes, self.serving.version
         stats.suffix_cache_bytes = self.texts.nbytes if self.texts is not None else 0
@@ -327,9 +351,7 @@ class OnlineAssistant(SavableAssistant):
         See [`hf_osd.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
         """
         self._needs_draft("score")
-        if self.learner is None:
-            return score(self.serving.active, feedback)
-        return [overlap for overlap, _ in self.learner.judge(feedback)]
+        return [overlap for overlap, _ in self._judge(feedback)]
 
     # How calls end.
 
@@ -353,7 +375,7 @@ class OnlineAssistant(SavableAssistant):
                 feedback = None  # the draft has no positions to learn the end of it at
             if feedback is not None and self.learner is not None:
                 feedback = self._in_shadow(feedback, record)
-            if self.head is not None:
+            if self.head is not None and not record.private:
                 self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:
                 self._stats.observe_call(record.stats)
@@ -361,18 +383,15 @@ class OnlineAssistant(SavableAssistant):
                 self.learner.offer(feedback)
 
     def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:
-        """Where the call drafted nothing for long, ask the learner's draft afterwards what it would have said, before it learns it."""
+        """Where the call drafted nothing for long, ask the draft afterwards what it would have said, before it learns it."""
         unknown = feedback.overlap.isnan() & feedback.teaches("all")
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
         try:
-            judged = self.learner.judge([feedback], wait=False)
+            [(overlap, confidence)] = self._judge([feedback], wait=False)
         except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
             logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
-            judged = None
-        if judged is None:
             return feedback
-        [(overlap, confidence)] = judged
         if self.head is not None:  # the learner's is whole: the draft as it serves could not have said all that
             overlap *= self.head.could_say(record.prompt, record.answer)
         unknown &= ~overlap.isnan()
@@ -384,6 +403,18 @@ class OnlineAssistant(SavableAssistant):
         known = feedback.overlap[~feedback.overlap.isnan()]
         record.stats.overlap_sum, record.stats.overlap_count = float(known.sum()), len(known)
         return feedback
+
+    def _judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]]:
+        """See [`hf_osd.scoring.judge`]: the learner's draft, or the one that serves where the learner is busy, elsewhere, or none."""
+        judged = self.learner.judge(feedback, wait) if self.learner is not None else None
+        if judged is not None:
+            return judged
+        model = self.serving.lease()
+        try:
+            with learners_autocast(model.device.type, None):
+                return judge(model, feedback)
+        finally:
+            self.serving.release(model)
 
     def _needs_draft(self, what: str):
         if not self.lookahead.has_draft:

@@ -63,6 +63,15 @@ class FeedbackBuffer:
         with self._lock:
             self._new = sum(id(held) not in seen for held in self.new())
 
+    def discard(self, feedback: list[Feedback]):
+        """Forget these requests, wherever they are."""
+        gone = set(map(id, feedback))
+        with self._lock:
+            new = self.new()
+            self._new = sum(id(held) not in gone for held in new)
+            self._held = deque(held for held in self._held if id(held) not in gone)
+            self.nbytes = sum(held.nbytes for held in self._held)
+
     def sample(self, count: int, generator: torch.Generator | None = None, by: str = "uniform") -> list[Feedback]:
         """`count` requests: without repetition in each pass over the buffer, as many passes as needed.
 

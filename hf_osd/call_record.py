@@ -54,6 +54,7 @@ class CallRecord:
         self.stats = CallStats(requests=1)
         self.thread = threading.get_ident()
         self.model: PreTrainedModel | None = None  # the leased draft
+        self.private = False  # whether nothing of it is to be kept
         self.running: RunningCall | None = None  # None if generate's own loop does not run it
         self.head_usage: HeadUsage | None = None  # of a head of some rows
         self.text: CallText | None = None  # as the suffix cache has it,

@@ -11,6 +11,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 REPLAYS = ("uniform", "recency", "loss")
 LOOKAHEADS = ("cost", "heuristic", "constant")
 HEADS = ("auto", "full", "traffic", "low_rank")
+LEARNS = ("inline", "background", "process", "off")
 CONFIG_NAME = "osd_config.json"
 
 
@@ -49,8 +50,15 @@ class OnlineConfig:
             How many rows that is, beside the prompt's; of `"low_rank"`, an eighth of it.
         draft_head_rank (`int`, defaults to 64):
             The rank of the projection of `"low_rank"`.
-        learn (`bool`, defaults to `True`):
-            Whether to capture and learn. `False` serves the draft as it is.
+        learn (`str` or `bool`, defaults to `"inline"`):
+            When to learn: `"inline"` (or `True`), between requests, in the thread that serves; `"background"`, in a thread beside it; `"process"`, in
+            a process of its own, which is kinder to a CPU that serves; `"off"` (or `False`) captures nothing and serves the draft as it is.
+        learning_budget (`float`, defaults to 0.1):
+            In the background: the share of the time that learning may take while a call is served. It takes all there is while none is.
+        learner_device (`str`, *optional*):
+            Where to learn, such as `"cuda:1"`; the draft's device if left out.
+        learner_threads (`int`, defaults to 1):
+            CPU threads of a process that learns.
         top_k (`int`, defaults to 64):
             How many of the target's log-probs are kept a position; the rest is one tail bucket.
         feedback_dtype (`str`, defaults to `"float16"`):
@@ -67,6 +75,9 @@ class OnlineConfig:
             An update is also due once the oldest new feedback is this many seconds old.
         held_back_share (`float`, defaults to 0.0625):
             Share of the requests that are not learnt from: the draft's α on them says, without flattering it, how it does.
+        gate_tolerance (`float`, defaults to 0.02):
+            By how much α on these may fall for what was learnt to serve; it must fall by more than chance lets it, too. Checked on a few of them
+            at every update, and on all whenever learning has paid for that.
         positions (`str`, defaults to `"all"`):
             `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
         divergence (`str`, defaults to `"forward_kl"`):
@@ -126,7 +137,10 @@ class OnlineConfig:
     draft_head: str = "auto"
     draft_head_rows: int = 8192
     draft_head_rank: int = 64
-    learn: bool = True
+    learn: str = "inline"
+    learning_budget: float = 0.1
+    learner_device: str | None = None
+    learner_threads: int = 1
     top_k: int = 64
     feedback_dtype: str = "float16"
     buffer_bytes: int = 64 * 2**20
@@ -135,6 +149,7 @@ class OnlineConfig:
     update_tokens: int | None = None
     update_age: float | None = None
     held_back_share: float = 0.0625
+    gate_tolerance: float = 0.02
     positions: str = "all"
     divergence: str = "forward_kl"
     beta: float = 0.5
@@ -159,6 +174,9 @@ class OnlineConfig:
     seed: int | None = None
 
     def __post_init__(self):
+        # As flags, YAML and users write it.
+        self.learn = {"true": "inline", "false": "off"}.get(str(self.learn).lower(), self.learn)
+        self._choice("learn", LEARNS)
         self._choice("lookahead", LOOKAHEADS)
         self._choice("draft_head", HEADS)
         self._choice("feedback_dtype", ("float16", "bfloat16", "float32"))
@@ -167,7 +185,7 @@ class OnlineConfig:
         self._choice("replay_by", REPLAYS)
         self._choice("learner_dtype", ("auto", "float32", "bfloat16"))
         sizes = ("suffix_cache_bytes", "suffix_cache_tokens", "draft_head_rows", "draft_head_rank")
-        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", *sizes):
+        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", "learner_threads", *sizes):
             self._at_least(name, 1, whole=True)
         for name in ("update_tokens", "batch_size", "decay_steps", "tail_samples"):
             if getattr(self, name) is not None:
@@ -181,6 +199,7 @@ class OnlineConfig:
             "max_grad_norm",
             "optimism",
             "ensemble_sharpness",
+            "gate_tolerance",
         ):
             self._at_least(name, 0)
         for name in ("draft_cost", "buffer_age", "update_age", "learning_rate"):
@@ -191,6 +210,8 @@ class OnlineConfig:
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"`{name}` is {value!r}; give a number from 0 to 1.")
+        if not (_is_number(self.learning_budget) and 0 < self.learning_budget <= 1):
+            raise ValueError(f"`learning_budget` is {self.learning_budget!r}; give a share above 0 up to 1.")
         if not (_is_number(self.held_back_share) and 0 <= self.held_back_share <= 0.5):
             raise ValueError(f"`held_back_share` is {self.held_back_share!r}; give a number from 0 to 0.5.")
         if not (_is_number(self.averaging) and 0 <= self.averaging < 1):
@@ -221,6 +242,11 @@ class OnlineConfig:
         value = getattr(self, name)
         if not _is_number(value) or (whole and not isinstance(value, int)) or not value >= least:
             raise ValueError(f"`{name}` is {value!r}; give {'a whole number' if whole else 'a number'} ≥ {least}.")
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is captured and learnt."""
+        return self.learn != "off"
 
     @classmethod
     def paper(cls, **overrides) -> OnlineConfig:

@@ -7,7 +7,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -149,9 +149,9 @@ class Comparison:
     low: float
     high: float
 
-    def worse_than(self, tolerance: float) -> bool:
-        """Whether α fell by more than `tolerance`; without requests nothing says so."""
-        return self.difference < -tolerance
+    def surely_worse_than(self, tolerance: float) -> bool:
+        """Whether α fell by more than `tolerance`, and by more than chance lets it: one request, or none, does not say so."""
+        return self.difference < -tolerance and self.high < 0
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor], level: float = 0.9, seed: int = 0) -> Comparison:
@@ -161,14 +161,14 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor], level: float = 0.
     if not same or any((b.isnan() & ~a.isnan()).any() for b, a in zip(before, after, strict=True)):
         raise ValueError(f"{len(before)} and {len(after)} scores, not of the same positions; score the same requests.")
     after = [torch.where(b.isnan(), b, a.nan_to_num(0.0)) for b, a in zip(before, after, strict=True)]
-    requests, *gain = _bootstrap([a - b for b, a in zip(before, after, strict=True)], level, seed)
+    requests, *gain = bootstrap([a - b for b, a in zip(before, after, strict=True)], level, seed)
     was, now = (float(torch.cat(scores).double().nanmean()) if requests else 0.0 for scores in (list(before), after))
     return Comparison(requests, was, now, *gain)
 
 
 def interval(scores: Sequence[Tensor], level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
     """α of one draft's scores, and its interval, as in `compare`: 0 to 1 with fewer than two requests; α is NaN with none."""
-    requests, alpha, low, high = _bootstrap(scores, level, seed)
+    requests, alpha, low, high = bootstrap(scores, level, seed)
     return alpha if requests else math.nan, max(low, 0.0), min(high, 1.0)
 
 
@@ -187,6 +187,13 @@ class Estimate:
         then = f"; {self.since.before:.3f} when they came" if self.since.requests else ""
         return f"alpha {self.alpha:.3f} ({self.low:.3f} to {self.high:.3f}) on {self.requests} of them{then}"
 
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Estimate:
+        return cls(**{**values, "since": Comparison(**values["since"])})
+
     @classmethod
     def of(cls, requests: Sequence[Feedback], scores: Sequence[Tensor]) -> Estimate:
         """From what was held, with the `overlap` of its time, and its scores now, `(N,)` a request."""
@@ -196,8 +203,8 @@ class Estimate:
         return cls(*interval(scores), len(requests), compare(then, now))
 
 
-def _bootstrap(scores: Sequence[Tensor], level: float, seed: int) -> tuple[int, float, float, float]:
-    """Requests with a number, the mean of all numbers (0 without any), and its percentiles over 1000 resamples of requests."""
+def bootstrap(scores: Sequence[Tensor], level: float, seed: int) -> tuple[int, float, float, float]:
+    """For numbers `(N,)` a request: requests with a number, the mean of all numbers (0 without any), and its percentiles over 1000 resamples of requests."""
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level!r}; give a number between 0 and 1, such as 0.9.")
     counted = [numbers.double() for one in scores if len(numbers := one[~one.isnan()])]

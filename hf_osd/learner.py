@@ -9,7 +9,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
+from hf_osd.gate import Gate, Rejected
 from hf_osd.held_back import Estimate, HeldBack
 from hf_osd.member import Member, mixture, swap_weights
 from hf_osd.scoring import judge, learners_autocast
@@ -28,9 +30,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# After n updates in a row that came to nothing the next one waits for 2ⁿ times as many requests, at most for this many times.
+_LONGEST_WAIT = 64
+# An update whose mean loss is above this many times the largest of the last few has exploded.
+_EXPLODED, _LAST_LOSSES = 4.0, 8
+_COUNTS = ("updates", "failed", "rejected", "misses", "learned_tokens", "seconds")  # of a restart
+
 
 class Learner:
     """Trains a draft on a buffer, in the caller's thread.
+
+    What is learnt serves if the [`Gate`] lets it. An update that fails, explodes or is rejected leaves no trace but its count: learning goes back to
+    where it was, forgets the requests that it broke on, and waits longer, the more often in a row that happens.
 
     With `config.ensemble` several copies of the draft train, at several rates, and the average of their weights serves, a member's share falling
     exponentially with the loss it has had on new requests so far (OnlineSPEC, arXiv 2603.12617).
@@ -41,6 +52,9 @@ class Learner:
         buffer (`FeedbackBuffer`): where feedback comes from.
         config (`OnlineConfig`): when to learn, and how.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name, after each update.
+        after_step (`Callable[[], None]`, *optional*): called after each optimizer step and each judging, where learning is to pause.
+        alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it gives back the process's random
+            state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout.
     """
 
     def __init__(
@@ -50,10 +64,14 @@ class Learner:
         buffer: FeedbackBuffer,
         config: OnlineConfig,
         serve: Callable[[Mapping[str, Tensor]], None],
+        after_step: Callable[[], None] | None = None,
+        alone: bool = True,
     ):
         self.buffer, self.config, self.trainable = buffer, config, trainable
-        self._serve = serve
-        self.updates = self.failed = self.learned_tokens = 0
+        self._serve, self._after_step, self._alone = serve, after_step, alone
+        # Updates that serve, that raised, and that the gate turned away.
+        self.updates = self.failed = self.rejected = self.learned_tokens = 0
+        self.misses = 0  # of the last two, in a row
         self.seconds = 0.0
         self.autocast_dtype = _autocast_dtype(config, draft)
         factors = config.ensemble or [1.0]
@@ -65,6 +83,7 @@ class Learner:
                 config,
                 learning_rate=factor * config.learning_rate,
                 autocast_dtype=self.autocast_dtype,
+                after_step=after_step,
                 refreshes=self if i == len(factors) - 1 else None,  # once all have learnt
             )
             for i, factor in enumerate(factors)
@@ -73,6 +92,16 @@ class Learner:
         self.losses = [0.0] * len(self.members)
         self.held = HeldBack(config.held_back_share, seed=config.seed)
         self.estimate: Estimate | None = None  # the last one
+        self.gate: Gate | None = None
+        if config.held_back_share:
+            # Before any learning, in the dtype they came in, which holds them exactly.
+            self._static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
+            self.gate = Gate(self.held, config.gate_tolerance, self._scores, self._scores_of_static)
+        self._checked = [member.snapshot() for member in self.members] if self.gate else []  # at the last full check
+        self._since_check: list[Feedback] = []  # new requests learnt since
+        self._checks_failed = 0  # in a row
+        self._update_rows = 0  # of the update that runs
+        self._last_losses: deque[float] = deque(maxlen=_LAST_LOSSES)
         self._generator = torch.Generator()
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
@@ -90,13 +119,14 @@ class Learner:
         new, config = self.buffer.new(), self.config
         if not new:
             return False
+        wait = min(2**self.misses, _LONGEST_WAIT)
         return (
-            len(new) >= config.update_interval
-            or (config.update_tokens is not None and sum(map(len, new)) >= config.update_tokens)
-            or (config.update_age is not None and time.monotonic() - new[0].created >= config.update_age)
+            len(new) >= config.update_interval * wait
+            or (config.update_tokens is not None and sum(map(len, new)) >= config.update_tokens * wait)
+            or (config.update_age is not None and time.monotonic() - new[0].created >= config.update_age * wait)
         )
 
-    def update(self, wait: bool = True) -> bool:
+    def update(self, wait: bool = True, most: int | None = None) -> bool:
         """One update on what is new and its replay. `True` if the serving draft was refreshed.
 
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
@@ -104,13 +134,15 @@ class Learner:
 
         Args:
             wait (`bool`): while another thread learns, wait for it; else leave the learning to it.
+            most (`int`, *optional*): requests to learn at once, replay included. Of what is new the oldest are then left to later replay, and a learner
+                that falls behind its traffic serves what it learns as often as ever.
         """
         if not self._lock.acquire(blocking=wait):
             return False
         start = time.perf_counter()
         try:
             new = self.buffer.new()
-            return bool(new) and self._update(new)
+            return bool(new) and self._update(new, most)
         finally:
             self.seconds += time.perf_counter() - start
             self._lock.release()
@@ -130,6 +162,18 @@ class Learner:
         if not self.held.take(feedback, self._as_judged):
             self.buffer.add(feedback)
 
+    def figures(self) -> dict:
+        """What [`hf_osd.stats.Stats`] says of learning, by its names there."""
+        return {
+            "updates": self.updates,
+            "failed_updates": self.failed,
+            "rejected_updates": self.rejected,
+            "learned_tokens": self.learned_tokens,
+            "learning_seconds": self.seconds,
+            "held_back": len(self.held),
+            "estimate": self.estimate,
+        }
+
     @property
     def shares(self) -> list[float]:
         """The weight of each member in what serves: ∝ exp(-sharpness · its loss so far)."""
@@ -143,7 +187,24 @@ class Learner:
             return mixture(self.members, self.shares)
 
     def refresh(self, model: nn.Module | None = None):
-        """Serve what has been learnt. [`RefreshAssistantCallback`] calls this when the last member has been trained."""
+        """Serve what has been learnt, if it may. [`RefreshAssistantCallback`] calls this when the last member has been trained.
+
+        Raises:
+            Rejected: if the gate turns it away.
+            ArithmeticError: if the loss of this update is not finite, or has exploded.
+        """
+        self._check_losses()
+        estimate = None
+        if self.gate is not None:
+            estimate = self.gate.check(self.learned_tokens + self._update_rows, self._update_rows)
+        self.serve()
+        if estimate is not None:
+            self.estimate = estimate
+            self._checked = [member.snapshot() for member in self.members]
+            self._since_check, self._checks_failed = [], 0
+
+    def serve(self):
+        """Serve what has been learnt, whatever the gate would say."""
         self._serve(self.serving_weights())
 
     def take(self, weights: Mapping[str, Tensor]):
@@ -151,24 +212,27 @@ class Learner:
         with self._lock:
             for member in self.members:
                 member.set_weights(weights)
+            self._trust()
+
+    def close(self):
+        """Forget what is held back; learning has ended."""
+        self.held.clear()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """What a restart needs: tensors, by member and name, and plain values."""
+        """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
         tensors, members = {}, []
-        for i, member in enumerate(self.members):
-            own, values = member.state()
-            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
-            members.append(values)
-        return tensors, {
-            "updates": self.updates,
-            "failed": self.failed,
-            "learned_tokens": self.learned_tokens,
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "offered": self.held.seen,
-            "judged_rows": self.held.judged_rows,
-            "members": members,
-        }
+        with self._lock:
+            for i, member in enumerate(self.members):
+                own, values = member.state()
+                tensors |= {f"{i}.{name}": tensor.clone() for name, tensor in own.items()}
+                members.append(values)
+            return tensors, {
+                **{name: getattr(self, name) for name in _COUNTS},
+                "losses": list(self.losses),
+                "offered": self.held.seen,
+                "judged_rows": self.held.judged_rows,
+                "members": members,
+            }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
         """Go on from `state()`.
@@ -181,46 +245,99 @@ class Learner:
                 f"The saved learner has {len(values['members'])} members and this one {len(self.members)}; resume with the `ensemble` it was "
                 "started with, or start afresh."
             )
-        with isolated_random_state():  # a Trainer seeds the process's
+        with self._lock, isolated_random_state():  # a Trainer seeds the process's
             for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
                 prefix = f"{i}."
                 member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
-        self.updates, self.failed, self.losses = values["updates"], values["failed"], values["losses"]
-        self.learned_tokens, self.seconds = values["learned_tokens"], values["seconds"]
-        # Without what was held: it is traffic, and saved only where that is asked for.
-        self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
+            for name in _COUNTS:
+                setattr(self, name, values[name])
+            self.losses = list(values["losses"])
+            # Without what was held: it is traffic, and saved only where that is asked for.
+            self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
+            self._trust()
 
-    def _update(self, new: list[Feedback]) -> bool:
+    def _update(self, new: list[Feedback], most: int | None) -> bool:
         config = self.config
-        replayed = self.buffer.sample(round(config.replay * len(new)), self._generator, config.replay_by)
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
-        if not any(request.teaches(config.positions).any() for request in (*new, *replayed)):
+        count = round(config.replay * len(new))
+        if most is not None:
+            new = new[-most:]
+            count = min(count, most - len(new))
+        # After a miss without replay: what broke the update may be in it, and would break every other one.
+        replayed = self.buffer.sample(0 if self.misses else count, self._generator, config.replay_by)
+        requests = [*new, *replayed]
+        self._update_rows = sum(int(request.teaches(config.positions).sum()) for request in requests)
+        if not self._update_rows:
             return False  # nothing but accepted drafts, where errors alone teach
         before = [member.snapshot() for member in self.members]
         losses = list(self.losses)
+        self._since_check += new
         try:
             with self._apart():
                 if len(self.members) > 1:
                     self._count_losses(new)
                 for member in self.members:
-                    member.learn([*new, *replayed])
-        except Exception:
-            self.failed += 1
-            logger.exception("An update failed; the serving draft is as it was, and learning goes on from it.")
+                    member.learn(requests)
+        except Exception as error:
             self.losses = losses
-            for member, snapshot in zip(self.members, before, strict=True):
-                member.go_back(snapshot)
+            self._undo(error, new, before)
             return False
         self.updates += 1
-        self.learned_tokens += sum(int(r.teaches(config.positions).sum()) for r in (*new, *replayed))
-        if self.held.due(self.learned_tokens):
-            try:
-                self._estimate()
-            except Exception:
-                logger.exception("The draft could not be judged by what is held back; the update stands.")
+        self.misses = 0
+        self.learned_tokens += self._update_rows
         if config.clear_after_update:
             self.buffer.clear()
         return True
+
+    def _undo(self, error: Exception, new: list[Feedback], before: list[tuple]):
+        """Be as before an update that must not serve, and wait longer for the next."""
+        self.misses += 1
+        wait = f"The next update waits for {min(2**self.misses, _LONGEST_WAIT)} times as many requests."
+        whole_check = isinstance(error, Rejected) and error.since_check
+        self.buffer.discard(self._since_check if whole_check else new)
+        for member, snapshot in zip(self.members, self._checked if whole_check else before, strict=True):
+            member.go_back(snapshot)
+        if not isinstance(error, Rejected):
+            self.failed += 1
+            logger.error(
+                "An update failed; the serving draft is as it was, and learning goes on from it. %s",
+                wait,
+                exc_info=error,
+            )
+            return
+        self.rejected += 1
+        if not whole_check:
+            logger.warning("An update may not serve, and is undone: %s. %s", error, wait)
+            return
+        # What serves has been let through since the last check, and may be no better.
+        self._checks_failed += 1
+        self._since_check = []
+        if self._checks_failed > 1:
+            for member in self.members:
+                member.set_weights(self._static)
+                member.forget_optimizer()
+            self._trust()
+        self.serve()
+        to = "the static draft" if self._checks_failed > 1 else "the draft of the last check"
+        logger.warning("What was learnt may not serve, and %s serves again: %s. %s", to, error, wait)
+
+    def _trust(self):
+        """Take what is learnt so far for what a failed check goes back to."""
+        if self.gate is not None:
+            self._checked = [member.snapshot() for member in self.members]
+        self._since_check, self._checks_failed = [], 0
+        self._last_losses.clear()
+
+    def _check_losses(self):
+        loss = max((member.last_loss for member in self.members), key=lambda loss: loss if loss == loss else math.inf)
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"The loss of this update is {loss}. Lower the learning rate if that comes again.")
+        if len(self._last_losses) >= 3 and loss > _EXPLODED * max(self._last_losses):
+            raise ArithmeticError(
+                f"The loss of this update is {loss:.2f}, over {_EXPLODED:.0f} times the largest of the last ones, {max(self._last_losses):.2f}. Lower the "
+                "learning rate if that comes again."
+            )
+        self._last_losses.append(loss)
 
     def _as_judged(self, feedback: Feedback) -> Feedback:
         """With α as this learner's own judging has it now, to which what it says later can be compared."""
@@ -234,12 +351,17 @@ class Learner:
         self.held.note_judged(int(feedback.teaches("all").sum()))
         return replace(feedback, overlap=judged[0][0])
 
-    def _estimate(self):
-        """Judge what serves now by all that is held back."""
-        requests = self.held.requests()
-        scores = [overlap for overlap, _ in self._judge_served(requests)]
-        self.held.note_judged(sum(int((~score.isnan()).sum()) for score in scores))
-        self.estimate = Estimate.of(requests, scores)
+    def _scores(self, requests: Sequence[Feedback]) -> list[Tensor]:
+        """What is to serve, on requests held back."""
+        return self._paused([overlap for overlap, _ in self._judge_served(list(requests))])
+
+    def _scores_of_static(self, requests: Sequence[Feedback]) -> list[Tensor]:
+        return self._paused([overlap for overlap, _ in self._judge(self.members[0], list(requests), self._static)])
+
+    def _paused(self, scores: list[Tensor]) -> list[Tensor]:
+        if self._after_step is not None:
+            self._after_step()
+        return scores
 
     def _judge_served(self, feedback: list[Feedback]) -> list[tuple[Tensor, Tensor]]:
         alone = len(self.members) == 1 and self.members[0].serves_as_is
@@ -272,7 +394,7 @@ class Learner:
         """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the
         process's random state."""
         with (
-            isolated_random_state(),
+            isolated_random_state() if self._alone else contextlib.nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
             learners_autocast(self.module.device.type, None),

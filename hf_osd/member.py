@@ -3,8 +3,9 @@ what, is the learner's."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,7 @@ class Member:
         learning_rate (`float`): in place of the config's.
         autocast_dtype (`torch.dtype`, *optional*): of the forward passes; float32 throughout if left out.
         refreshes (`Refreshable`, *optional*): told when an update of this member is over.
+        after_step (`Callable[[], None]`, *optional*): called after each optimizer step.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Member:
         learning_rate: float,
         autocast_dtype: torch.dtype | None = None,
         refreshes: Refreshable | None = None,
+        after_step: Callable[[], None] | None = None,
     ):
-        self.buffer, self.config, self.trainable = buffer, config, trainable
+        self.buffer, self.config, self.trainable, self._after_step = buffer, config, trainable, after_step
         self.learning_rate, self.autocast_dtype, self._refreshes = learning_rate, autocast_dtype, refreshes
         self.module = copy_draft(draft, {name for name, _ in draft.named_parameters()} - trainable)
         with torch.inference_mode(False):
@@ -91,6 +94,11 @@ class Member:
         self.module.train()
         self.trainer.learn(requests)
 
+    @property
+    def last_loss(self) -> float:
+        """The mean loss a row of the last update, as far as it has come; NaN before any."""
+        return self._trainer.mean_loss if self._trainer is not None else math.nan
+
     def weights(self) -> dict[str, Tensor]:
         """What trains, by name: live storage, float32."""
         return {name: p.detach() for name, p in self.module.named_parameters() if name in self.trainable}
@@ -125,9 +133,10 @@ class Member:
         weights, average, last_step, steps = snapshot
         self.set_weights(weights)
         self._average, self._last_step, self.steps = average, last_step, steps
-        self._forget_optimizer()
+        self.forget_optimizer()
 
-    def _forget_optimizer(self):
+    def forget_optimizer(self):
+        """Go on with a new optimizer, its warm-up included."""
         if self._trainer is not None:
             self._trainer.optimizer = self._trainer.lr_scheduler = None
 
@@ -152,6 +161,8 @@ class Member:
                 self._average = {name: t.clone() for name, t in weights.items()}
             for name, average in self._average.items():
                 average.lerp_(weights[name], 1 - decay)
+        if self._after_step is not None:
+            self._after_step()
 
     # What a restart needs.
 
@@ -187,7 +198,7 @@ class Member:
                 "The saved learner is that of another draft; resume with the --draft it was started with, or start afresh."
             )
         self.set_weights(kinds["weights"])
-        self._forget_optimizer()
+        self.forget_optimizer()
         device = self.module.device
         # One that this config does not keep up would serve for ever.
         self._average, self._last_step = (

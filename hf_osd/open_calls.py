@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,15 @@ if TYPE_CHECKING:
 
 
 class OpenCalls:
-    """The records of calls that run, and of those that are over and not taken in yet. Thread-safe."""
+    """The records of calls that run, and of those that are over and not taken in yet. Thread-safe.
 
-    def __init__(self):
+    Args:
+        on_change (`Callable[[bool], None]`, *optional*): told whether any call runs, as calls begin and end. It may be called anywhere, in the middle of
+            anything, and must take no lock.
+    """
+
+    def __init__(self, on_change: Callable[[bool], None] | None = None):
+        self._on_change = on_change
         self._open: set[CallRecord] = set()
         # What finalizers append to: they may run anywhere, so they take no lock.
         self._ended: deque[CallRecord] = deque()
@@ -27,7 +34,18 @@ class OpenCalls:
         """A call begins; it is over when its candidate generator is gone."""
         with self._lock:
             self._open.add(record)
-        weakref.finalize(generator, self._ended.append, record).atexit = False
+        if self._on_change is not None:
+            self._on_change(True)
+        weakref.finalize(generator, self._over, record).atexit = False
+
+    def any(self) -> bool:
+        """Whether a call runs, as far as is known. Takes no lock."""
+        return len(self._open) > len(self._ended)
+
+    def _over(self, record: CallRecord):
+        self._ended.append(record)
+        if self._on_change is not None and not self.any():
+            self._on_change(False)
 
     def take_over(self, here: bool = False) -> list[CallRecord]:
         """Those that are over, each once: their generator is gone. And, with `here`, those of this thread that have come back, though a

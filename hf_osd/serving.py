@@ -41,6 +41,26 @@ def embedding_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
 
 
+def check_weights(weights: Mapping[str, Tensor], served: Mapping[str, Tensor]):
+    """See that `weights`, of any dtype and device, can take the place of all those `served`.
+
+    Raises:
+        ValueError: if one is missing, or has another shape or a value that is not finite.
+    """
+    for name, old in served.items():
+        if name not in weights:
+            raise ValueError(f"The new weights lack {name!r}; refresh from a model of the draft's own architecture.")
+        if weights[name].shape != old.shape:
+            raise ValueError(
+                f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(old.shape)} in the draft; "
+                "refresh from a model of the draft's own architecture."
+            )
+        if not torch.isfinite(weights[name].to(old.dtype)).all():  # as served: float16 ends at 65504
+            raise ValueError(
+                f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
+            )
+
+
 class ServingDraft:
     """Two serving copies of a draft.
 
@@ -88,20 +108,7 @@ class ServingDraft:
             ValueError: if a trainable parameter is missing, or has another shape or a value that is not finite. The
                 serving draft is then as it was.
         """
-        for name, served in self.weights():
-            if name not in weights:
-                raise ValueError(
-                    f"The new weights lack {name!r}; refresh from a model of the draft's own architecture."
-                )
-            if weights[name].shape != served.shape:
-                raise ValueError(
-                    f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(served.shape)} in the draft; "
-                    "refresh from a model of the draft's own architecture."
-                )
-            if not torch.isfinite(weights[name].to(served.dtype)).all():  # as served: float16 ends at 65504
-                raise ValueError(
-                    f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
-                )
+        check_weights(weights, dict(self.weights()))
         with self._refreshing:
             idle = self._copies[1 - self._active]  # nobody can lease it before the flip
             with self._lock:

@@ -37,6 +37,20 @@ def write_trace(path: str | os.PathLike, feedback: Sequence[Feedback], facts: di
     """
     from safetensors.torch import save
 
+    tensors = pack(feedback)
+    data = save(tensors, metadata={**(facts or {}), "format": _FORMAT})
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"No folder {path.parent} to write {path.name} into; make it first.")
+    with (
+        staged(path.parent) as staging,
+        os.fdopen(os.open(staging / path.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file,
+    ):
+        file.write(data)
+
+
+def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
+    """Requests as a few tensors, for a file or for another process; `unpack` gives them back, as old as they are now."""
     now = time.monotonic()
     rows = [
         (
@@ -62,15 +76,7 @@ def write_trace(path: str | os.PathLike, feedback: Sequence[Feedback], facts: di
         sources = [one.source for one in feedback if one.source is not None]
         if sources:
             tensors["source"] = torch.cat(sources)
-    data = save(tensors, metadata={**(facts or {}), "format": _FORMAT})
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"No folder {path.parent} to write {path.name} into; make it first.")
-    with (
-        staged(path.parent) as staging,
-        os.fdopen(os.open(staging / path.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file,
-    ):
-        file.write(data)
+    return tensors
 
 
 def read_trace(path: str | os.PathLike) -> tuple[list[Feedback], dict[str, str]]:
@@ -90,13 +96,14 @@ def read_trace(path: str | os.PathLike) -> tuple[list[Feedback], dict[str, str]]
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r} in place of {_FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        requests = _unpack(tensors)
+        requests = unpack(tensors)
     except (SafetensorError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is no trace that hf_osd can read ({error}); record it again.") from error
     return requests, {name: value for name, value in metadata.items() if name != "format"}
 
 
-def _unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
+def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
+    """The requests that `pack` was given. Whatever is damaged raises some error."""
     facts = dict(zip(_FACTS, tensors["facts"].T.tolist(), strict=True))
     lengths, ks = [int(n) for n in facts["tokens"]], [int(k) for k in facts["k"]]
     answers = [n - int(prompt) for n, prompt in zip(lengths, facts["prompt"], strict=True)]

@@ -31,7 +31,7 @@ from hf_osd.regret import Trace, regrets
 from hf_osd.scoring import answer_logits
 
 # A benchmark serves a draft as it is, unless told otherwise.
-DEFAULTS = {"learn": False}
+DEFAULTS = {"learn": "off"}
 # Forwards of each size timed where costs are measured for `lookahead`.
 _TIMED = 15
 

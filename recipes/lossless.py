@@ -58,7 +58,7 @@ class Job:
     """One run: `run` reads from top to bottom."""
 
     def __init__(self, args: LosslessArguments, config: OnlineConfig):
-        if not config.learn:
+        if not config.learns:
             raise ValueError("`learn` is False; leave it out: what is compared is serving while the draft learns.")
         self.args, self.config = args, config
         use_threads(args.threads)

@@ -364,24 +364,26 @@ def test_fewer_than_two_requests_say_nothing_of_the_spread():
         nothing = compare(none, none)
         assert (nothing.requests, nothing.before, nothing.after, nothing.difference) == (0, 0.0, 0.0, 0.0)
         assert (nothing.low, nothing.high) == (-math.inf, math.inf)
-        assert not nothing.worse_than(0.0)
+        assert not nothing.surely_worse_than(0.0)
 
 
-def test_worse_is_judged_by_the_estimate_not_by_the_interval():
-    before, after = scores_at(torch.tensor([0.5, 0.5, 0.75])), scores_at(torch.tensor([0.5, 0.5, 0.0]))
+def test_surely_worse_is_worse_by_the_estimate_and_by_more_than_chance():
+    before, after = scores_at(torch.tensor([0.5, 0.5, 0.75])), scores_at(torch.tensor([0.25, 0.25, 0.5]))
     fell = compare(before, after)
-    assert fell.low < -0.25 < fell.high == 0.0
     assert fell.difference == -0.25
-    assert fell.worse_than(0.24)
-    assert not fell.worse_than(0.25)
-    assert not compare(after, before).worse_than(0.0)
+    assert fell.surely_worse_than(0.24)
+    assert not fell.surely_worse_than(0.25)
+    assert not compare(after, before).surely_worse_than(0.0)
+    by_chance = compare(before, scores_at(torch.tensor([0.5, 0.5, 0.0])))
+    assert (by_chance.difference, by_chance.high) == (-0.25, 0.0)
+    assert not by_chance.surely_worse_than(0.0)
 
 
 def test_a_draft_that_diverged_does_not_pass_by_saying_nan():
     fine, broken = scores_at(torch.tensor([0.5, 0.7])), [torch.full((20,), NAN)] * 2
     found = compare(fine, broken)
     assert (found.after, found.requests) == (0.0, 2)
-    assert found.worse_than(0.5)
+    assert found.surely_worse_than(0.5)
 
 
 @pytest.mark.parametrize(

@@ -218,18 +218,18 @@ def test_where_nobody_can_judge_it_is_held_as_it_was_served(learner, make_feedba
 PLAIN = {"replay": 3.0, "warmup_steps": 0, "tail_samples": None}
 
 
-@pytest.mark.parametrize("fields", [{}, {"averaging": 0.9, "optimism": 50.0, "ensemble": [1, 3]}])
+@pytest.mark.parametrize("fields", [{}, {"averaging": 0.9, "optimism": 0.5, "ensemble": [1, 3]}])
 def test_an_estimate_comes_when_learning_has_paid_for_it_and_never_before(learner, tiny_llama, answer_of, fields):
     made, target = learner(held_back_share=0.25, learning_rate=1e-2, **PLAIN, **fields), tiny_llama(seed=7)
     texts = [
         answer_of(target, torch.arange(2, 8) + i, 8) for i in range(3)
     ]  # learnt by heart: what serves is far off it
-    learned = judged = estimates = 0
+    learned = estimates = 0
     for i in range(30):
-        last = made.estimate
+        last, judged = made.estimate, made.held.judged_rows
         offer(made, replace(texts[i % 3]))
         if not made.buffer.new():
-            judged += 8  # as it came
+            assert made.held.judged_rows == judged + 8  # as it came
             continue
         assert made.update()
         learned += 32  # and three replayed
@@ -237,8 +237,8 @@ def test_an_estimate_comes_when_learning_has_paid_for_it_and_never_before(learne
         assert (made.estimate is not last) == (0 < 8 * len(held) <= JUDGED_SHARE * learned - judged)
         if made.estimate is last:
             continue
-        judged, estimates = judged + 8 * len(held), estimates + 1
-        assert judged == made.held.judged_rows <= JUDGED_SHARE * learned == JUDGED_SHARE * made.learned_tokens
+        estimates += 1
+        assert made.held.judged_rows >= judged + 8 * len(held)
         scores = torch.cat([overlap for overlap, _ in made.judge(held)])
         assert made.estimate.alpha == pytest.approx(scores.mean().item())
         assert made.estimate.requests == len(held)
@@ -254,17 +254,18 @@ def test_without_anything_held_back_there_is_no_estimate(learner, make_feedback)
     assert made.estimate is None
 
 
-def test_an_estimate_that_fails_takes_no_update_with_it(learner, make_feedback, monkeypatch, caplog):
+def test_a_draft_that_cannot_be_judged_does_not_serve(learner, make_feedback, monkeypatch, caplog):
     made = learner(held_back_share=0.25, **PLAIN)
     offer(made, *(make_feedback(n=8, seed=i) for i in range(8)))
     monkeypatch.setattr(learner_module, "judge", breaks)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
-        assert made.update()
+        assert not made.update()
     assert "out of memory" in caplog.text
-    assert (made.updates, made.failed, made.estimate) == (1, 0, None)
+    assert (made.updates, made.failed, made.estimate, made.refreshed) == (0, 1, None, [])
     monkeypatch.undo()
-    offer(made, make_feedback(n=8, seed=9))
-    assert made.update()
+    for i in range(24):
+        offer(made, make_feedback(n=8, seed=9 + i))
+        made.update()
     assert made.estimate is not None
 
 

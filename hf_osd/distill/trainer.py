@@ -3,6 +3,7 @@ teacher never runs."""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ class OnlineGKDTrainer(GKDTrainer):
         self.config = config or OnlineConfig()
         self.buffer = buffer
         self._requests: Sequence[Feedback] | None = None
+        self._losses: list[tuple[Tensor, int]] = []  # of the steps of `learn`: sum, and over how many rows
         self._autocast_dtype = autocast_dtype
         self._draws = torch.Generator()
         self._draws.manual_seed(self.config.seed if self.config.seed is not None else torch.seed() % 2**63)
@@ -81,11 +83,17 @@ class OnlineGKDTrainer(GKDTrainer):
 
     def learn(self, requests: Sequence[Feedback]) -> float:
         """One pass over `requests`; the mean loss a row."""
-        self._requests = requests
+        self._requests, self._losses = requests, []
         try:
             return self.train().training_loss
         finally:
             self._requests = None
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss a row of `learn`, as far as it has come; NaN before any step."""
+        rows = sum(rows for _, rows in self._losses)
+        return float(sum(total for total, _ in self._losses)) / rows if rows else math.nan
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of requests of like length, in random order.
@@ -101,7 +109,14 @@ class OnlineGKDTrainer(GKDTrainer):
         by_length = sorted(requests, key=lambda request: request.tokens.shape[0])
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
         order = torch.randperm(len(batches), generator=self._draws).tolist()
-        return DataLoader([batches[i] for i in order], batch_size=None, collate_fn=self.data_collator)
+        # With draws of its own: it would take its seed from the process's.
+        return DataLoader(
+            [batches[i] for i in order], batch_size=None, collate_fn=self.data_collator, generator=self._draws
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Without what GKDTrainer adds: it draws from Python's random state, which may be a user's, whether to have the student answer."""
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -115,6 +130,7 @@ class OnlineGKDTrainer(GKDTrainer):
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
         q = draft_buckets(logits, at)
         losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)  # (R,)
+        self._losses.append((losses.detach().sum(), len(losses)))
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = (

@@ -64,7 +64,7 @@ class Event:
 
     def __init__(self, name, draft, monkeypatch):
         self.name, self.count = name, 0
-        self._draft = draft
+        self._draft, self._requests = draft, []
         if name in ("raising", "diverging"):
             monkeypatch.setattr(OnlineGKDTrainer, "compute_loss", globals()[name])
 
@@ -74,8 +74,10 @@ class Event:
         if self.name == "swap":
             assistant.refresh(retrained(self._draft, 0.3, seed=self.count))
         else:
-            for feedback in list(assistant.buffer.sample(1, torch.Generator())):
-                assistant.buffer.add(copy.copy(feedback))  # learnt from already, and new again
+            # Learnt from already, and new again; an update that fails forgets its requests.
+            self._requests = self._requests or assistant.buffer.sample(1, torch.Generator())
+            for feedback in self._requests:
+                assistant.buffer.add(copy.copy(feedback))
             assert assistant.flush() == (self.name == "update")
         rolled_back = self.name in ("raising", "diverging")
         assert assistant.stats.failed_updates == failed + rolled_back

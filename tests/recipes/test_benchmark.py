@@ -100,14 +100,14 @@ def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
     assert found["useless"]["alpha"] < 0.5
     assert found["cache"]["alpha"] is None
     assert found["cache"]["draft_forwards"] == 0
-    assert figures["arguments"]["config"]["learn"] is False
+    assert figures["arguments"]["config"]["learn"] == "off"
     assert figures["machine"]["threads"] == 1
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:]] == list(methods.METHODS)
 
 
 def test_a_learning_draft_learns_between_requests(run):
-    more = ["--learn", "--update_interval", 2, "--seed", 0, "--methods", "plain,online"]
+    more = ["--learn", "inline", "--update_interval", 2, "--seed", 0, "--methods", "plain,online"]
     figures = run("--requests", 4, "--repeats", 1, *more)["methods"]
     assert figures["online"]["updates"] == 2
     assert figures["online"]["mismatches"] == 0

@@ -1,0 +1,234 @@
+"""`BackgroundLearner`: a [`Learner`] in a thread of its own, which takes no more than its share of the time while somebody is served."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.config import OnlineConfig
+from hf_osd.feedback import Feedback
+from hf_osd.learner import Learner, isolated_random_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at whether anybody is still served: the end of a generate call tells nobody.
+_LOOK = 0.02
+
+
+class Stopped(BaseException):
+    """The learner is to stop in the middle of an update. No `Exception`, for an update that is stopped has not failed."""
+
+
+class Pace:
+    """Keeps a worker to a share of the time: after each piece of work it waits until that piece was no more than the share.
+
+    Args:
+        share (`float`): of the time, above 0 up to 1.
+        busy (`Callable[[], bool]`): whether somebody is served. While nobody is, there is no waiting.
+    """
+
+    def __init__(self, share: float, busy: Callable[[], bool]):
+        self.share, self._busy = share, busy
+        self._since = time.monotonic()
+        self._hurry = threading.Event()
+        self._stop = False
+
+    def begin(self):
+        """Work begins now."""
+        self._since = time.monotonic()
+
+    def pause(self):
+        """A piece of work is done: wait for as long as it asks for.
+
+        Raises:
+            Stopped: if `stop` was called.
+        """
+        now = time.monotonic()
+        until = now + (now - self._since) * (1 / self.share - 1)
+        while not self._hurry.is_set() and (left := until - time.monotonic()) > 0 and self._busy():
+            self._hurry.wait(min(left, _LOOK))
+        if self._stop:
+            raise Stopped
+        self._since = time.monotonic()
+
+    def hurry(self, whether: bool = True):
+        """Wait no longer: somebody waits for the work."""
+        if whether or self._stop:
+            self._hurry.set()
+        else:
+            self._hurry.clear()
+
+    def stop(self):
+        """Let the next `pause` raise."""
+        self._stop = True
+        self._hurry.set()
+
+
+class BackgroundLearner:
+    """What a [`Learner`] does, beside serving: `update` and `offer` return at once, and the thread learns when an update is due.
+
+    A thread that ends for whatever reason is made anew at the next call of `update`, and counted in `restarts`. The thread ends with `close`, with the
+    process, and when nobody holds this object any more.
+
+    Args:
+        draft, trainable, buffer, config, serve: as [`Learner`] takes them. `serve` is called from the thread.
+        busy (`Callable[[], bool]`): whether somebody is served.
+        after_update (`Callable[[], None]`, *optional*): called from the thread after each update, whatever came of it.
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        trainable: set[str],
+        buffer: FeedbackBuffer,
+        config: OnlineConfig,
+        serve: Callable[[Mapping[str, Tensor]], None],
+        busy: Callable[[], bool],
+        after_update: Callable[[], None] | None = None,
+    ):
+        self._after_update = after_update
+        self._most = round(config.update_interval * (1 + config.replay))
+        self.pace = Pace(config.learning_budget, busy)
+        self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
+        self.restarts, self._prepared = 0, False
+        self._wake, self._imported = threading.Event(), threading.Event()
+        self._starting = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._end = weakref.finalize(self, _end, self.pace, self._wake, self._threads)
+
+    def __getattr__(self, name: str):
+        if name == "learner":  # of a half-made copy
+            raise AttributeError(name)
+        return getattr(self.learner, name)
+
+    def offer(self, feedback: Feedback):
+        """Put a request into the buffer, or hold it back, and learn from it when that is due."""
+        self.learner.offer(feedback)
+        if self.due():
+            self.update(wait=False)
+
+    def due(self) -> bool:
+        return self.learner.due()
+
+    def update(self, wait: bool = True) -> bool:
+        """Learn in the background; with `wait`, learn from all that is new, here and now, as fast as it goes. `True` if the serving draft was
+        refreshed meanwhile."""
+        if wait or self._imported.is_set():
+            self.prepare()
+        if not wait:
+            self._start()
+            self._wake.set()
+            return False
+        before = self.learner.updates
+        with self._hurried():
+            self.learner.update(wait=True)
+        return self.learner.updates > before
+
+    def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
+        """As [`Learner.judge`], but `None` while the thread learns: that may take long, and the serving draft can be asked."""
+        return self.learner.judge(feedback, wait=False)
+
+    def take(self, weights: Mapping[str, Tensor]):
+        with self._hurried():
+            self.learner.take(weights)
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        with self._hurried():
+            return self.learner.state()
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict):
+        with self._hurried():
+            self.learner.load_state(tensors, values)
+
+    def close(self):
+        """End the thread, in the middle of an update if there is one."""
+        self._end()
+        self.learner.close()
+
+    def figures(self) -> dict:
+        return self.learner.figures() | {"learner_restarts": self.restarts}
+
+    def prepare(self):
+        """Make the trainers here and now. The thread imports what they need, which takes seconds; but it must not make them: Trainer then seeds the
+        process's random state, and giving that back from another thread would repeat what this one has drawn meanwhile."""
+        if not self._prepared:
+            with isolated_random_state():
+                for member in self.learner.members:
+                    member.trainer  # noqa: B018 (made when first asked for)
+            self._prepared = True
+
+    @contextlib.contextmanager
+    def _hurried(self) -> Iterator[None]:
+        """Somebody waits for the update that runs, if one does."""
+        self.pace.hurry()
+        try:
+            yield
+        finally:
+            self.pace.hurry(False)
+
+    def _start(self):
+        with self._starting:
+            if not self._end.alive or any(thread.is_alive() for thread in self._threads):
+                return
+            if self._threads:
+                self.restarts += 1
+                logger.error(
+                    "The learner's thread was dead; another one takes over, and the serving draft is as it was."
+                )
+            self._threads[:] = [
+                threading.Thread(
+                    target=_run,
+                    args=(weakref.ref(self), self._wake, self._imported),
+                    name="hf_osd learner",
+                    daemon=True,
+                )
+            ]
+            self._threads[0].start()
+
+    def _learn(self):
+        """What the thread does each time it is woken."""
+        while self._prepared and self.due():
+            self.pace.begin()
+            self.learner.update(wait=True, most=self._most)
+            if self._after_update is not None:
+                self._after_update()
+            self.pace.pause()  # for what came after the last step
+
+
+def _run(owner: weakref.ref, wake: threading.Event, imported: threading.Event):
+    """The thread: holds its owner for as long as it learns, and no longer."""
+    import hf_osd.distill.callbacks
+    import hf_osd.distill.trainer  # noqa: F401
+
+    imported.set()
+    while True:
+        wake.wait()
+        wake.clear()
+        learner = owner()
+        if learner is None or not learner._end.alive:
+            return
+        try:
+            learner._learn()
+        except Stopped:
+            return
+        del learner
+
+
+def _end(pace: Pace, wake: threading.Event, threads: list[threading.Thread]):
+    """Also at the end of the process, which must not come in the middle of an optimizer step."""
+    pace.stop()
+    wake.set()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()

@@ -1,0 +1,121 @@
+"""The process of `OnlineConfig(learn="process")`: a [`BackgroundLearner`] that reads feedback from a pipe and writes weights into another.
+
+[`hf_osd.remote.RemoteLearner`] starts it, as `python -m hf_osd.learner_process FOLDER`; the folder holds the draft and what else it needs to begin.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from hf_osd.background import BackgroundLearner
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.config import OnlineConfig
+from hf_osd.serving import check_weights
+from hf_osd.trace import unpack
+from hf_osd.wire import FrameWriter, read_frame
+
+DRAFT, BEGIN, BUSY = "draft", "begin.json", "busy"  # in the folder
+
+# Below whoever serves, where they share a CPU: enough to be let in between, not to be in the way.
+_NICENESS = 5
+
+
+class LearnerProcess:
+    """Does what the frames say, until they end.
+
+    Args:
+        folder (`Path`): holds the draft, `begin.json` and `busy`, a byte that is 1 while somebody is served.
+        frames (`FrameWriter`): where weights, figures and answers go.
+    """
+
+    def __init__(self, folder: Path, frames: FrameWriter):
+        import transformers
+
+        begin = json.loads((folder / BEGIN).read_text(encoding="utf-8"))
+        config = OnlineConfig.from_dict(begin["config"])
+        draft = getattr(transformers, begin["class"]).from_pretrained(
+            folder / DRAFT, dtype=getattr(torch, begin["dtype"]), local_files_only=True
+        )
+        draft.to(begin["device"])
+        with (folder / BUSY).open("r+b") as file:
+            self._busy = mmap.mmap(file.fileno(), 1)
+        self._frames = frames
+        self._served = {name: p for name, p in draft.named_parameters() if name in begin["trainable"]}
+        self._buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
+        self.learner = BackgroundLearner(
+            draft,
+            set(begin["trainable"]),
+            self._buffer,
+            config,
+            serve=self._serve,
+            busy=lambda: self._busy[0] == 1,
+            after_update=lambda: self._send("figures"),
+        )
+        self.learner.prepare()
+
+    def run(self, stream: BinaryIO):
+        """Read frames until there are no more."""
+        while (frame := read_frame(stream)) is not None:
+            kind, tensors, values = frame
+            if kind == "feedback":
+                for feedback in unpack(tensors):
+                    self.learner.offer(feedback)
+            elif kind == "replay":
+                requests = unpack(tensors)
+                for feedback in requests:
+                    self._buffer.add(feedback)
+                self._buffer.mark_seen(requests)
+            elif kind == "flush":
+                refreshed = self.learner.update(wait=True)
+                self._send("answer", values={"refreshed": refreshed})
+            elif kind == "state":
+                tensors, values = self.learner.state()
+                self._send("answer", tensors, {"state": values})
+            elif kind == "load":
+                self.learner.load_state(tensors, values["state"])
+                self._send("answer")
+            elif kind == "take":
+                self.learner.take(tensors)
+            else:
+                raise ValueError(f"A frame of kind {kind!r}: both processes must run one version of hf_osd.")
+
+    def _serve(self, weights: Mapping[str, Tensor]):
+        check_weights(weights, self._served)
+        self._send("weights", {name: tensor.to(self._served[name].dtype) for name, tensor in weights.items()})
+
+    def _send(self, kind: str, tensors: dict | None = None, values: dict | None = None):
+        figures = self.learner.figures()
+        if figures["estimate"] is not None:
+            figures["estimate"] = figures["estimate"].to_dict()
+        self._frames.write(kind, tensors, {**(values or {}), "figures": figures})
+
+
+def main(argv: list[str]) -> int:
+    """Run the process; the exit status."""
+    folder = Path(argv[1])
+    frames = FrameWriter(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)  # whoever prints must not print into a frame
+    with suppress(OSError, AttributeError):
+        os.nice(_NICENESS)
+    torch.set_num_threads(int(argv[2]))
+    disable_progress_bar()
+    process = LearnerProcess(folder, frames)
+    with suppress(OSError):  # nobody reads any more: the other process has ended
+        process.run(sys.stdin.buffer)
+    process.learner.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

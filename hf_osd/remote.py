@@ -1,0 +1,311 @@
+"""`RemoteLearner`: a learner in a process of its own, as whoever serves sees it. If the process dies, the serving draft stays and another one is
+started."""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.config import OnlineConfig
+from hf_osd.feedback import Feedback
+from hf_osd.held_back import Estimate, HeldBack
+from hf_osd.learner_process import BEGIN, BUSY, DRAFT
+from hf_osd.trace import pack
+from hf_osd.wire import FrameWriter, read_frame
+
+if TYPE_CHECKING:
+    from hf_osd.serving import ServingDraft
+
+logger = logging.getLogger(__name__)
+
+# Seconds that a process is given to end by itself.
+_PATIENCE = 10
+# After n deaths in a row, the next process waits for 2ⁿ updates' requests, at most for this many.
+_LONGEST_WAIT = 64
+
+
+class RemoteLearner:
+    """Sends feedback to a process that learns, and serves the weights that come back.
+
+    The process has a gate, a buffer and held-back requests of its own; the buffer here holds the same feedback, for a process that has to be started
+    anew. What the dead one held back is lost.
+
+    Args:
+        serving (`ServingDraft`): the draft to start from, and to refresh.
+        buffer (`FeedbackBuffer`), config (`OnlineConfig`): as [`hf_osd.learner.Learner`] takes them.
+
+    Raises:
+        ValueError: if the draft is not a class of transformers, which alone another process can load.
+    """
+
+    def __init__(self, serving: ServingDraft, buffer: FeedbackBuffer, config: OnlineConfig):
+        draft = serving.active
+        if not type(draft).__module__.startswith("transformers."):
+            raise ValueError(
+                f"learn='process' loads the draft in another process, and {type(draft).__name__} is no class of transformers. Pass learn='background', which "
+                "learns in a thread."
+            )
+        self._serving, self.buffer, self.config = serving, buffer, config
+        self.held = HeldBack(0.0)  # the process holds its own
+        self.restarts = 0
+        self._figures: dict = {}
+        self._worker: _Worker | None = None
+        self._deaths = self._offered = 0  # in a row; since the last death
+        self._lock = threading.Lock()
+        self._closed = False
+
+    # What an assistant asks of every learner.
+
+    def offer(self, feedback: Feedback):
+        """Send a request to the process."""
+        self.buffer.add(feedback)
+        self.buffer.mark_seen([feedback])
+        with self._lock:
+            self._offered += 1
+            worker = self._running()
+        if worker is not None:
+            worker.send("feedback", [feedback])
+
+    def due(self) -> bool:
+        """Never: the process sees to that."""
+        return False
+
+    def update(self, wait: bool = True) -> bool:
+        """With `wait`, have the process learn from all that is new and wait for it. `True` if the serving draft was refreshed; `False` also if
+        the process died over it."""
+        if not wait:
+            return False
+        try:
+            _, values = self._ask("flush")
+        except RuntimeError as error:
+            logger.error("%s", error)
+            return False
+        return values["refreshed"]
+
+    def judge(self, feedback: list[Feedback], wait: bool = True) -> None:
+        """`None`: ask the serving draft."""
+        return
+
+    def figures(self) -> dict:
+        return {**self._figures, "learner_restarts": self.restarts}
+
+    def take(self, weights: Mapping[str, Tensor]):
+        """Go on learning from weights that were trained elsewhere."""
+        with self._lock:
+            worker = self._running()
+        if worker is not None:
+            worker.send("take", tensors=weights)
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """As [`hf_osd.learner.Learner.state`].
+
+        Raises:
+            RuntimeError: if the process dies over it.
+        """
+        tensors, values = self._ask("state")
+        return tensors, values["state"]
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict):
+        """Go on from `state()`; the serving draft with it."""
+        self._ask("load", tensors, {"state": values})
+
+    def serve(self):
+        """Done by the process itself."""
+
+    def note_busy(self, busy: bool):
+        """Whether somebody is served, for the process to see. May be called anywhere, and takes no lock."""
+        worker = self._worker
+        if worker is not None:
+            worker.note_busy(busy)
+
+    def close(self):
+        """End the process."""
+        with self._lock:
+            self._closed, worker = True, self._worker
+        if worker is not None:
+            worker.end()
+
+    # The process.
+
+    def _running(self) -> _Worker | None:
+        """The process, started if it was not, or if it has died and enough requests have come since."""
+        if self._closed:
+            return None
+        if self._worker is not None and self._worker.dead.is_set():
+            if self._offered < self.config.update_interval * min(2**self._deaths, _LONGEST_WAIT):
+                return None
+            self.restarts += 1
+            self._worker = None
+        if self._worker is None:
+            self._worker = _Worker(
+                self._serving, self.config, weakref.WeakMethod(self._came), weakref.WeakMethod(self._died)
+            )
+            if self._deaths:
+                self._worker.send("replay", self.buffer.sample(len(self.buffer)))
+        return self._worker
+
+    def _ask(
+        self, kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None
+    ) -> tuple[dict, dict]:
+        with self._lock:
+            worker = self._running()
+        answer = None if worker is None else worker.ask(kind, tensors, values)
+        if answer is None:
+            raise RuntimeError(
+                f"The process that learns is dead, so it cannot answer ({kind}). The draft goes on serving, and another process is started after more "
+                "requests; what the dead one said is on stderr."
+            )
+        return answer
+
+    def _came(self, kind: str, tensors: dict[str, Tensor], values: dict):
+        """A frame of the process."""
+        figures = values.get("figures")
+        if figures is not None:
+            figures["estimate"] = None if figures["estimate"] is None else Estimate.from_dict(figures["estimate"])
+            self._figures = figures
+        if kind == "weights":
+            self._serving.refresh(tensors)
+            self._deaths = 0
+
+    def _died(self, status: int | None):
+        with self._lock:
+            self._deaths, self._offered = self._deaths + 1, 0
+        logger.error(
+            "The process that learns has died (exit status %s). The serving draft is as it was; another process is started after %d more requests.",
+            status,
+            self.config.update_interval * min(2**self._deaths, _LONGEST_WAIT),
+        )
+
+
+class _Worker:
+    """One process, with a thread that writes to it and one that reads. Its owner is held weakly, or a forgotten one would never end."""
+
+    def __init__(
+        self, serving: ServingDraft, config: OnlineConfig, came: weakref.WeakMethod, died: weakref.WeakMethod
+    ):
+        from safetensors.torch import save_model
+
+        self.dead = threading.Event()
+        folder = Path(tempfile.mkdtemp(prefix="hf_osd-"))
+        draft = serving.active
+        draft.config.save_pretrained(folder / DRAFT)
+        save_model(draft, str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
+        begin = {
+            "class": type(draft).__name__,
+            "dtype": str(draft.dtype).removeprefix("torch."),
+            "device": config.learner_device or str(draft.device),
+            "trainable": sorted(serving.trainable),
+            "config": config.to_dict(),
+        }
+        (folder / BEGIN).write_text(json.dumps(begin), encoding="utf-8")
+        (folder / BUSY).write_bytes(b"\0")
+        with (folder / BUSY).open("r+b") as file:
+            self._busy = mmap.mmap(file.fileno(), 1)
+        threads = str(config.learner_threads)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hf_osd.learner_process", str(folder), threads],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+        self._out: queue.SimpleQueue = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue = queue.SimpleQueue()
+        self._asking, ending = threading.Lock(), threading.Event()
+        # At the end of this process, too: the other one would see its pipe end, but in the middle of an update.
+        self._end = weakref.finalize(self, _end, self._process, self._out, ending, folder)
+        for run, arguments in (
+            (_write, (self._process, self._out)),
+            (_read, (self._process, self._answers, self.dead, ending, came, died)),
+        ):
+            threading.Thread(target=run, args=arguments, name="hf_osd learner", daemon=True).start()
+
+    def send(
+        self,
+        kind: str,
+        feedback: list[Feedback] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        values: dict | None = None,
+    ):
+        """Have a frame written, soon."""
+        self._out.put((kind, feedback, tensors, values))
+
+    def ask(self, kind: str, tensors: Mapping[str, Tensor] | None, values: dict | None) -> tuple[dict, dict] | None:
+        """The answer to a frame; `None` if the process dies before it comes."""
+        with self._asking:
+            self.send(kind, None, tensors, values)
+            return self._answers.get()
+
+    def note_busy(self, busy: bool):
+        self._busy[0] = busy
+
+    def end(self):
+        """End the process, and wait for that."""
+        self._end()
+
+
+def _write(process: subprocess.Popen, out: queue.SimpleQueue):
+    frames = FrameWriter(process.stdin)
+    with suppress(OSError):  # dead: whoever reads notices
+        while (item := out.get()) is not None:
+            kind, feedback, tensors, values = item
+            frames.write(kind, pack(feedback) if feedback else tensors, values)
+    with suppress(OSError):
+        process.stdin.close()
+
+
+def _read(
+    process: subprocess.Popen,
+    answers: queue.SimpleQueue,
+    dead: threading.Event,
+    ending: threading.Event,
+    came: weakref.WeakMethod,
+    died: weakref.WeakMethod,
+):
+    try:
+        while (frame := read_frame(process.stdout)) is not None:
+            take = came()
+            if take is not None:
+                try:
+                    take(*frame)
+                except Exception:
+                    logger.exception("What the learning process sent cannot serve; the serving draft is as it was.")
+            if frame[0] == "answer":
+                answers.put(frame[1:])
+            del take
+    except (OSError, ValueError):
+        logger.exception("The learning process cannot be understood.")
+        process.kill()
+    status = process.wait()
+    process.stdout.close()
+    dead.set()
+    answers.put(None)  # for whoever waits
+    tell = died()
+    if tell is not None and not ending.is_set():
+        tell(status)
+
+
+def _end(process: subprocess.Popen, out: queue.SimpleQueue, ending: threading.Event, folder: Path):
+    ending.set()
+    out.put(None)
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)

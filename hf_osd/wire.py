@@ -1,0 +1,72 @@
+"""Frames: tensors and plain values from one process to another, as safetensors in length-prefixed pieces. Nothing that is read can run."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from typing import BinaryIO
+
+from torch import Tensor
+
+_LENGTH = 8  # bytes
+
+
+class FrameWriter:
+    """Writes frames to a stream. Thread-safe.
+
+    Args:
+        stream (`BinaryIO`): a pipe's or socket's end.
+    """
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._lock = stream, threading.Lock()
+        self.nbytes = 0  # written so far
+
+    def write(self, kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None):
+        """One frame: its kind, tensors of any device and dtype, and values as JSON has them.
+
+        Raises:
+            OSError: if nobody reads any more.
+        """
+        data = to_bytes(kind, tensors, values)
+        with self._lock:
+            self._stream.write(len(data).to_bytes(_LENGTH, "little"))
+            self._stream.write(data)
+            self._stream.flush()
+            self.nbytes += _LENGTH + len(data)
+
+
+def to_bytes(kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None) -> bytes:
+    """A frame without its length."""
+    from safetensors.torch import save
+
+    parts = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    return save(parts, metadata={"kind": kind, "values": json.dumps(values or {})})
+
+
+def from_bytes(data: bytes) -> tuple[str, dict[str, Tensor], dict]:
+    """Kind, tensors and values of `to_bytes`.
+
+    Raises:
+        ValueError: if it is no frame.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        header = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + header])["__metadata__"]
+        return metadata["kind"], load(data), json.loads(metadata["values"])
+    except (SafetensorError, LookupError, ValueError) as error:
+        raise ValueError(f"What came is no frame of hf_osd ({error}); both ends must be of one version.") from error
+
+
+def read_frame(stream: BinaryIO) -> tuple[str, dict[str, Tensor], dict] | None:
+    """The next frame; `None` at the end of the stream, also in the middle of a frame: whoever wrote it has died."""
+    length = stream.read(_LENGTH)
+    if len(length) < _LENGTH:
+        return None
+    size = int.from_bytes(length, "little")
+    data = stream.read(size)
+    return from_bytes(data) if len(data) == size else None
