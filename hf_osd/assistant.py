@@ -125,7 +125,16 @@ class OnlineAssistant(SavableAssistant):
             self._calls = OpenCalls(learner.note_busy)
             return learner
         if config.learner_device is not None:
-            draft = copy_draft(draft, frozen=set()).to(config.learner_device)
+            try:
+                draft = copy_draft(draft, frozen=set()).to(config.learner_device)
+            except (
+                RuntimeError,
+                AssertionError,
+            ) as error:  # the second where torch was built without that kind of device
+                raise ValueError(
+                    f"`learner_device` is {config.learner_device!r}, where the draft cannot be put ({error}); name a device of this machine, or leave it "
+                    "out to learn where the draft is."
+                ) from error
         if config.learn == "background":
             return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
         return Learner(draft, trainable, self.buffer, config, self.serving.refresh)

@@ -75,14 +75,19 @@ def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
 
 
 def _of_learning(stats: Stats) -> list[str]:
-    estimate = stats.estimate
-    if estimate is None or estimate.requests < 2:
-        return []
-    since = estimate.since
-    return [
-        f"On {estimate.requests} requests that it did not learn from, the draft has α = {estimate.alpha:.2f} ({estimate.low:.2f} to {estimate.high:.2f}); "
-        f"on the same, when they came, it had {since.before:.2f}: {since.difference:+.2f} ({since.low:+.2f} to {since.high:+.2f}) since."
-    ]
+    lines, estimate = [], stats.estimate
+    if estimate is not None and estimate.requests >= 2:
+        since = estimate.since
+        lines.append(
+            f"On {estimate.requests} requests that it did not learn from, the draft has α = {estimate.alpha:.2f} ({estimate.low:.2f} to {estimate.high:.2f}); "
+            f"on the same, when they came, it had {since.before:.2f}: {since.difference:+.2f} ({since.low:+.2f} to {since.high:+.2f}) since."
+        )
+    if missed := stats.rejected_updates + stats.failed_updates:
+        lines.append(
+            f"Of {missed + stats.updates} updates {missed} do not serve: {stats.rejected_updates} made the draft worse where it did not learn, and "
+            f"{stats.failed_updates} failed. If that goes on, lower the learning rate; the log says what went wrong."
+        )
+    return lines
 
 
 def _of_sources(rolling: CallStats) -> list[str]:

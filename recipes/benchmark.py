@@ -3,9 +3,10 @@
     python recipes/benchmark.py --methods plain,assisted,online --draft my-draft --stream my.jsonl --json methods.json
     python recipes/benchmark.py --what overhead --json overhead.json
     python recipes/benchmark.py --what lookahead --json lookahead.json
+    python recipes/benchmark.py --what background --json background.json
 
 `methods` serves the same requests by each method in turn; `overhead` is what hf_osd adds to the models' own work; `lookahead` what each policy
-for γ would have made of recorded answers. What they write is described in docs/recipes.md.
+for γ would have made of recorded answers; `background` what learning in a thread or a process takes from serving. What they write is described in docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from beside import Beside
 from command import check_numbers, run_command
 from methods import METHODS, Contest, names_of, numbers_of
 from models import ModelArguments
@@ -40,7 +42,9 @@ _TIMED = 15
 class BenchmarkArguments(ModelArguments):
     """What to measure, on what; all other arguments are those of `OnlineConfig`."""
 
-    what: str = field(default="methods", metadata={"help": "What to measure: 'methods', 'overhead' or 'lookahead'."})
+    what: str = field(
+        default="methods", metadata={"help": "What to measure: 'methods', 'overhead', 'lookahead' or 'background'."}
+    )
     methods: str = field(
         default="plain,assisted,prompt_lookup,online",
         metadata={"help": f"Methods to compare, with ',' between: {', '.join(METHODS)}."},
@@ -103,6 +107,11 @@ def overhead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
     return {"overhead": work.measure(), "prompts": prompts_of(work.work)}
 
 
+def background(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    work = Beside(args, config)
+    return {"background": work.measure(), "prompts": prompts_of(work.work)}
+
+
 def lookahead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
     """Each policy's rate, and its regret beside the best fixed γ, on the target's own answers and what the draft says of them."""
     work = Workload(args, config.seed)
@@ -118,7 +127,7 @@ def lookahead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
     return {"lookahead": found | {"policies": regrets(traces, most, c, slope)}, "prompts": prompts_of(work)}
 
 
-MEASURES = {"methods": methods, "overhead": overhead, "lookahead": lookahead}
+MEASURES = {"methods": methods, "overhead": overhead, "lookahead": lookahead, "background": background}
 
 
 @torch.no_grad()

@@ -68,6 +68,14 @@ def test_a_head_that_costs_acceptance_is_named():
     assert "cost 0.100 of α: try more draft_head_rows" in report(stats, lookahead)
 
 
+def test_updates_that_do_not_serve_are_told():
+    lookahead = Lookahead("cost", 3)
+    stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
+    assert "do not serve" not in report(stats, lookahead)
+    stats.updates, stats.rejected_updates, stats.failed_updates = 5, 2, 1
+    assert "Of 8 updates 3 do not serve: 2 made the draft worse" in report(stats, lookahead)
+
+
 @pytest.mark.parametrize("draft", [True, False])
 def test_of_an_assistant_that_served(tiny_llama, noised_copy, draft):
     target = tiny_llama(layers=3)
