@@ -1,54 +1,201 @@
-"""Files that are whole or absent: everything hf_osd writes is staged beside its place and then renamed into it."""
+"""Files that are whole or absent, whenever the process ends. What stands for itself is written beside its place and renamed into it (`staged`);
+files that mean something together alone are a numbered folder, which is there by one rename (`new_state`, `newest_state`)."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder can be neither locked nor written through
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+_STAGED, _STATE, _MANIFEST = ".staged-", "state-", "manifest.json"
+
 
 @contextlib.contextmanager
 def staged(directory: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into; when the block ends well, its files replace those of the same name in `directory`.
+    """A folder to write into; when the block ends well, its files replace those of the same name in `directory`, one after the other.
 
-    When it does not (a full disk, an interrupt), `directory` is as it was.
+    When it does not (a full disk, an interrupt), `directory` is as it was. Each file is whole at any moment, but a process that is killed between two
+    renames leaves new files beside old ones: for files that must not be mixed there is `new_state`.
 
     Raises:
-        OSError: if `directory` cannot be made or written; the message names it and says that nothing was changed.
+        OSError: if `directory` cannot be made or written; the message names it and says what has become of what was there.
     """
-    directory = Path(directory)
-    staging = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Inside `directory`, so that the renames cannot cross a file system.
-        staging = Path(tempfile.mkdtemp(prefix=".staged-", dir=directory))
+    directory, replaced = Path(directory), []
+    with _naming(directory, replaced), _staging(directory) as staging:
         yield staging
-        for path in sorted(staging.rglob("*")):
-            if path.is_file():
-                _sync(path)
-        for path in sorted(staging.rglob("*")):
-            place = directory / path.relative_to(staging)
+        paths = sorted(staging.rglob("*"))
+        for path in paths:
+            _sync(path)
+        places = [directory / path.relative_to(staging) for path in paths]
+        for path, place in zip(paths, places, strict=True):
             if path.is_dir():
                 place.mkdir(exist_ok=True)
             else:
                 os.replace(path, place)
-    except OSError as error:
+                replaced.append(place.name)
+        for folder in {place.parent for place in places}:
+            _sync(folder)
+
+
+@contextlib.contextmanager
+def new_state(directory: str | os.PathLike, keep: int = 2) -> Iterator[Path]:
+    """A folder to write into; when the block ends well, it is the newest state in `directory`, all of it at once.
+
+    The states are the folders `state-00000001` and so on, each with the lengths and SHA-256 of its files in `manifest.json`, and readable by their
+    owner alone. A process that is killed leaves the states as they were or with the new one; what it had written of it goes at the next save.
+
+    Args:
+        directory: where the states lie.
+        keep (`int`): how many of them stay, this one included.
+
+    Raises:
+        OSError: if it cannot be written; the message names `directory`, whose states are then as they were.
+    """
+    directory = Path(directory)
+    with _naming(directory), _staging(directory) as staging:
+        yield staging
+        facts = {path.name: _facts(path) for path in sorted(staging.iterdir())}
+        (staging / _MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for path in (*staging.iterdir(), staging):
+            _sync(path)
+        before = states(directory)
+        number = int(before[0].name.removeprefix(_STATE)) + 1 if before else 1
+        os.rename(staging, directory / f"{_STATE}{number:08d}")
+        _sync(directory)
+    for old in states(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)  # it is tried again at the next save
+
+
+def states(directory: str | os.PathLike) -> list[Path]:
+    """The states in `directory`, newest first, whole or not."""
+    found = [path for path in Path(directory).glob(f"{_STATE}*") if path.name.removeprefix(_STATE).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_STATE)), reverse=True)
+
+
+def newest_state(directory: str | os.PathLike) -> Path:
+    """The newest state that is as it was written. One that is not (a truncated file, a flipped bit) is passed over for the one before it, with
+    a warning.
+
+    Raises:
+        FileNotFoundError: if there is no state.
+        ValueError: if none is whole; the message names the file.
+    """
+    found, damages = states(directory), []
+    if not found:
+        raise FileNotFoundError(f"There is no saved state in {directory}.")
+    for folder in found:
+        if (damage := _damage(folder)) is None:
+            for passed_over in damages:
+                logger.warning("%s. Going on from the state before it, %s.", passed_over, folder)
+            return folder
+        damages.append(damage)
+    raise ValueError(
+        f"{damages[0]}, and no older state there is whole; put it back from a copy, or delete {directory} to start afresh."
+    )
+
+
+def discard_states(directory: str | os.PathLike):
+    """Delete all states in `directory`; `OSError` if one stays."""
+    for folder in states(directory):
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _naming(directory: Path, replaced: list[str] | None = None) -> Iterator[None]:
+    """What cannot be written, as an `OSError` that names `directory`. safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, (OSError, SafetensorError)) else error
+        code = re.search(r"os error (\d+)", str(cause))
+        became = f"New are {', '.join(replaced)}; the rest" if replaced else "What was there before"
         raise OSError(
-            error.errno,
-            f"Cannot save to {directory}: {error.strerror or error}. What was there before is unchanged; free space or choose another "
-            "directory",
-        ) from error
+            getattr(cause, "errno", None) or (int(code[1]) if code else errno.EIO),
+            f"Cannot save to {directory}: {getattr(cause, 'strerror', None) or cause}. {became} is unchanged; free space or choose "
+            "another directory",
+        ) from cause
+
+
+@contextlib.contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """An empty folder inside `directory`, so that renames cannot cross a file system; gone afterwards. Those that killed saves left go first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f"{_STAGED}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGED, dir=directory))
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
+                stack.enter_context(_locked(staging))
+            yield staging
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else may take `folder` for one that a killed save left, as long as this lasts: the system ends the lock with the process.
+
+    Raises:
+        OSError: if another save holds it, or there are no locks here.
+    """
+    if fcntl is None:
+        raise OSError("no locks on folders")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path):
+    """Have a file's bytes, or a folder's names, survive a power failure."""
+    if fcntl is None and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _facts(path: Path) -> dict:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a state, in words; `None` if it is as it was written."""
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for name, facts in manifest.items():
+            path = folder / name
+            if path.stat().st_size != facts["bytes"]:
+                return f"{path} is damaged: it has {path.stat().st_size} bytes in place of {facts['bytes']}"
+            if _facts(path) != facts:
+                return f"{path} is damaged: its bytes are not those that were written"
+    except OSError as error:
+        return f"{path} is damaged: it cannot be read ({error.strerror or error})"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{folder / _MANIFEST} is damaged: it is no list of files ({error})"
+    return None

@@ -113,6 +113,16 @@ class CallStats:
         by_source["verified_lengths"] = {str(n): count for n, count in sorted(self.verified_lengths.items())}
         return counts | figures | by_source
 
+    def state(self) -> dict:
+        """All counts as JSON has them, for `of_state`; `to_dict` has figures."""
+        # Pairs: JSON would make the positions that some are counted by into strings.
+        return {n: list(v.items()) if isinstance(v, Counter) else v for n, v in vars(self).items()}
+
+    @classmethod
+    def of_state(cls, values: dict) -> CallStats:
+        """What gave `state()`; `TypeError` for a count that this version does not know."""
+        return cls(**{n: Counter(dict(v)) if isinstance(v, list) else v for n, v in values.items()})
+
 
 @dataclass
 class Stats:
@@ -122,6 +132,8 @@ class Stats:
     total: CallStats = field(default_factory=CallStats)
     updates: int = 0
     failed_updates: int = 0
+    rejected_updates: int = 0  # turned away by the gate
+    learner_restarts: int = 0  # of a thread or process that was dead
     learning_seconds: float = 0.0
     learned_tokens: int = 0
     buffer_requests: int = 0
@@ -144,6 +156,19 @@ class Stats:
         self.last = call
         self.recent.append(call)
         self.total.add(call)
+
+    def state(self) -> dict:
+        """What a restart needs, as JSON has it: the sums and the recent calls. The learner's counts are the learner's to keep."""
+        return {"total": self.total.state(), "recent": [call.state() for call in self.recent]}
+
+    @classmethod
+    def of_state(cls, values: dict) -> Stats:
+        """Go on from `state()`; `LookupError` or `TypeError` for that of another version."""
+        stats = cls(total=CallStats.of_state(values["total"]))
+        stats.recent.extend(map(CallStats.of_state, values["recent"]))
+        if stats.recent:
+            stats.last = stats.recent[-1]
+        return stats
 
     def to_dict(self) -> dict:
         counts = {name: value for name, value in vars(self).items() if isinstance(value, (int, float))}
@@ -175,7 +200,7 @@ class Stats:
         ]
         mib = 2**20
         lines += [
-            f"learning: {self.updates} updates ({self.failed_updates} failed), {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
+            f"learning: {self.updates} updates ({self.failed_updates} failed, {self.rejected_updates} rejected), {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
             f"held back: {self.held_back} requests" + (f", {self.estimate}" if self.estimate is not None else ""),
             f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
             f"suffix cache: {self.suffix_cache_bytes / mib:.1f} MiB",

@@ -112,7 +112,7 @@ class Job:
                     f"{figures['near_ties']}  mismatches {figures['mismatches']}  updates {row['updates']}"
                 )
             if log.served % self.args.checkpoint_every == 0:
-                log.save(assistant)
+                log.try_to_save(assistant)
         bar.close()
 
     def _answer(self, prompt: Tensor, **kwargs) -> Tensor:

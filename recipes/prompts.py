@@ -131,7 +131,8 @@ def _parse(line: bytes, where: str, defaults: dict) -> dict:
         raise ValueError(f'{where}: {type(row).__name__} in place of an object such as {{"prompt": "…"}}.')
     row = {key: row[key] for key in ("prompt", "domain", "id", "group") if row.get(key) is not None}
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError(f"{where}: `prompt` is {row.get('prompt')!r}; it must be a text that is not empty.")
+        what = "lacking" if row.get("prompt") is None else "empty or no text"  # not what it is: prompts are never told
+        raise ValueError(f"{where}: `prompt` is {what}; it must be a text that is not empty.")
     if "id" in row:
         row["id"] = str(row["id"])
     row = defaults | row
@@ -167,7 +168,7 @@ def read_hub(name: str, count: int) -> list[dict]:
             break
         prompt = row[field]
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{name}, row {i}: `{field}` is {prompt!r}; it must be a text that is not empty.")
+            raise ValueError(f"{name}, row {i}: `{field}` is empty or no text; it must be a text that is not empty.")
         rows.setdefault(prompt, {"prompt": prompt, "domain": parts[1], "id": str(i)})
     if not rows:
         raise ValueError(f"{name}: no prompts in it; choose another split.")

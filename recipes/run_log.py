@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 from pathlib import Path
 
-from hf_osd.checkpoint import staged
+from hf_osd.checkpoint import discard_states, states
+from hf_osd.state import saved_progress
 from hf_osd.stats import Stats
 
-METRICS, PROGRESS = "metrics.jsonl", "progress.json"
+logger = logging.getLogger("hf_osd.recipes.run_log")
+
+METRICS = "metrics.jsonl"
 
 
 class RunLog:
     """The rows of a run, its plain-decoding pairs, and its held-back α.
+
+    Rows are appended to their file as they come, and a checkpoint notes how many of them it knows. A run that was killed goes on there: the rows
+    after it go, and their requests are served again.
 
     Args:
         output_dir: where the rows and checkpoint/ lie.
@@ -24,7 +31,7 @@ class RunLog:
         name (`str`): of the file of rows.
 
     Raises:
-        ValueError: if the checkpoint is of another run.
+        ValueError: if the checkpoint is of another run or damaged, or the file of rows lacks some that it knows.
         OSError: if the directory cannot be written.
     """
 
@@ -38,13 +45,13 @@ class RunLog:
         self.target_forwards = 0
         self.wall_before = 0.0  # seconds spent before the run was resumed
         self._started = time.perf_counter()
+        self._written, self._bytes = 0, 0  # rows in the file, and how long it is with them
         self.directory.mkdir(parents=True, exist_ok=True)
-        if resume and (self.checkpoint / PROGRESS).is_file():
+        if resume and states(self.checkpoint):
             self._load()
         else:
-            (self.checkpoint / PROGRESS).unlink(missing_ok=True)  # of an older run, not to be taken for this one's
-        with self._file.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            discard_states(self.checkpoint)  # of an older run, not to be taken for this one's
+        self._write()
 
     @property
     def checkpoint(self) -> Path:
@@ -76,8 +83,10 @@ class RunLog:
             "updates": stats.updates,
         }
         self.rows.append(row)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            self._write()
+        except OSError as error:  # a full disk, say: it waits in memory, and is written with a later one
+            logger.error("Row %d waits: cannot write to %s (%s).", row["request"], self._file, error.strerror)
         return row
 
     def add_pair(self, domain: str, verdict: str, plain_seconds: float, decode_seconds: float):
@@ -96,29 +105,63 @@ class RunLog:
             "tokens_per_second": tokens / seconds,
         }
 
-    def save(self, assistant):
-        """Checkpoint: the learner and how far the stream is."""
-        progress = {name: getattr(self, name) for name in ("identity", "rows", "pairs", "before", "target_forwards")}
-        with staged(self.checkpoint) as staging:  # both at once: the rows are those that the learner has learnt
-            assistant.save_state(staging)
-            (staging / PROGRESS).write_text(json.dumps(progress | {"wall": self.wall}), encoding="utf-8")
+    def save(self, assistant, with_buffer: bool = False):
+        """Checkpoint: the learner, the statistics and how far the stream is, all of one moment; and, `with_buffer`, the feedback.
+
+        Raises:
+            OSError: if it cannot be written; the checkpoint before it is then unchanged.
+        """
+        self._write(through=True)  # before the state that counts on these rows
+        known = {name: getattr(self, name) for name in ("identity", "pairs", "before", "target_forwards", "wall")}
+        assistant.save_state(
+            self.checkpoint, with_buffer, progress=known | {"rows": self._written, "bytes": self._bytes}
+        )
+
+    def try_to_save(self, assistant, with_buffer: bool = False) -> bool:
+        """`save` as serving goes on: if it cannot be written, that is logged, and the next one is tried again. Whether it was written."""
+        try:
+            self.save(assistant, with_buffer)
+        except OSError as error:
+            logger.error("No checkpoint after %d requests; serving goes on. %s", self.served, error)
+            return False
+        return True
+
+    def _write(self, through: bool = False):
+        """Append the rows that are not in the file yet, in place of whatever follows those that are: half a row, or rows of a run that was killed."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows[self._written :]).encode()
+        with self._file.open("r+b" if self._file.exists() else "wb") as file:
+            file.truncate(self._bytes)
+            file.seek(self._bytes)
+            file.write(lines)
+            if through:
+                file.flush()
+                os.fsync(file.fileno())
+        self._written, self._bytes = len(self.rows), self._bytes + len(lines)
 
     def _load(self):
-        try:
-            progress = json.loads((self.checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.checkpoint / PROGRESS} is damaged ({error}); delete it to start afresh."
-            ) from error
+        progress = saved_progress(self.checkpoint)
         saved = progress["identity"]
         if changed := [name for name, value in self.identity.items() if saved.get(name) != value]:
             raise ValueError(
                 f"The checkpoint in {self.checkpoint} was made with other settings of {', '.join(changed)}; resume with the "
                 "same ones, or choose another --output_dir."
             )
-        for name in ("rows", "pairs", "before", "target_forwards"):
+        for name in ("pairs", "before", "target_forwards"):
             setattr(self, name, progress[name])
         self.wall_before = progress["wall"]
+        self._written, self._bytes = progress["rows"], progress["bytes"]
+        try:
+            with self._file.open("rb") as file:
+                self.rows = [json.loads(line) for line in file.read(self._bytes).splitlines()]
+        except (OSError, ValueError) as error:
+            reason = error
+        else:
+            reason = f"it has {len(self.rows)}" if len(self.rows) != self._written else None
+        if reason is not None:
+            raise ValueError(
+                f"{self._file} lacks rows of the {self._written} that the checkpoint in {self.checkpoint} knows ({reason}); put the file back "
+                "as it was, or start without --resume."
+            )
 
 
 class Tracking:
@@ -134,10 +177,15 @@ class Tracking:
         self._callbacks = []
         if report_to == "none":
             return
+        from accelerate.state import is_initialized
         from transformers import TrainerControl, TrainerState, TrainingArguments, integrations
 
         name = Path(output_dir).resolve().name
-        args = TrainingArguments(output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name)
+        # They reset accelerate's state unless told not to, and a trainer that was made before them fails from then on.
+        state = {"use_configured_state": is_initialized()}
+        args = TrainingArguments(
+            output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name, accelerator_config=state
+        )
         self._event = (args, TrainerState(is_world_process_zero=True), TrainerControl())
         self._model = model
         self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]

@@ -1,11 +1,13 @@
-"""`staged`: files are whole or absent, and what was there before survives whatever goes wrong."""
+"""Files and states are whole or absent, and what was there before survives whatever goes wrong. Kills are in test_crash.py."""
 
 import errno
+import logging
 import os
 
 import pytest
+from safetensors import SafetensorError
 
-from hf_osd.checkpoint import staged
+from hf_osd.checkpoint import discard_states, new_state, newest_state, staged, states
 
 
 @pytest.fixture
@@ -106,3 +108,128 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, below):
         save(place)
     assert str(place) in str(error.value)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_what_killed_saves_left_goes_at_the_next_one(saved):
+    for name in (".staged-abc", ".staged-def"):
+        (saved / name).mkdir()
+        (saved / name / "weights").write_text("half")
+    save(saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["notes", "weights"]
+
+
+def test_a_save_within_another_leaves_its_files_alone(saved):
+    with staged(saved) as outer:
+        (outer / "weights").write_text("new")
+        with staged(saved) as inner:
+            (inner / "notes").write_text("new too")
+    assert contents(saved) == {"weights": "new", "notes": "new too"}
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(saved, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (saved / ".staged-abc").mkdir()
+    monkeypatch.setattr("fcntl.flock", refuse)
+    save(saved)
+    assert contents(saved) == {"weights": "half", "notes": "half"}
+    assert [p.name for p in saved.glob(".*")] == [".staged-abc"], "it may be a living save's"
+
+
+def test_what_was_replaced_before_an_error_is_said(saved):
+    (saved / "weights").unlink()
+    (saved / "weights").mkdir()  # which no file replaces
+    with pytest.raises(OSError, match=r"New are notes; the rest is unchanged"):
+        save(saved)
+    assert contents(saved) == {"notes": "half"}
+
+
+# States.
+
+
+def state(directory, text, keep=2, then=lambda: None):
+    with new_state(directory, keep=keep) as folder:
+        for name in ("learner", "position"):
+            (folder / name).write_text(text)
+        then()
+
+
+def test_states_are_numbered_and_the_last_two_stay(tmp_path):
+    for text in ("first", "second", "third"):
+        state(tmp_path, text)
+    assert [p.name for p in states(tmp_path)] == ["state-00000003", "state-00000002"]
+    assert (newest_state(tmp_path) / "learner").read_text() == "third"
+    state(tmp_path, "fourth", keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["state-00000004"]
+    discard_states(tmp_path)
+    assert not states(tmp_path)
+
+
+def test_states_are_ordered_by_number_and_other_folders_are_none(tmp_path):
+    state(tmp_path, "first")
+    (tmp_path / "state-00000001").rename(tmp_path / "state-99999999")
+    (tmp_path / "state-of-the-art").mkdir()
+    state(tmp_path, "second")
+    assert (newest_state(tmp_path) / "learner").read_text() == "second"
+    assert len(states(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, stop):
+    def stopped():
+        raise stop
+
+    state(tmp_path, "first")
+    with pytest.raises(type(stop)):
+        state(tmp_path, "second", then=stopped)
+    assert [p.name for p in tmp_path.iterdir()] == ["state-00000001"]
+    assert (newest_state(tmp_path) / "learner").read_text() == "first"
+
+
+def test_a_full_disk_in_safetensors_own_words_is_an_os_error(tmp_path):
+    def full():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        state(tmp_path, "first", then=full)
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def harmed(how, folder):
+    path = folder / "learner"
+    if how == "truncated":
+        path.write_text("sec")
+    elif how == "flipped":
+        path.write_text("secoNd")
+    elif how == "lost":
+        path.unlink()
+    elif how == "no manifest":
+        path = folder / "manifest.json"
+        path.unlink()
+    else:
+        path = folder / "manifest.json"
+        path.write_text(how)
+    return path
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "lost", "no manifest", "{", "[1]", '{"learner": 1}'])
+def test_damage_is_named_and_the_state_before_it_is_whole(tmp_path, caplog, how):
+    state(tmp_path, "second")
+    path = harmed(how, newest_state(tmp_path))
+    with pytest.raises(ValueError, match="start afresh") as error:
+        newest_state(tmp_path)
+    assert f"{path} is damaged" in str(error.value)
+    discard_states(tmp_path)
+    state(tmp_path, "first")
+    state(tmp_path, "second")
+    path = harmed(how, newest_state(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert (newest_state(tmp_path) / "learner").read_text() == "first"
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_no_state_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved state"):
+        newest_state(tmp_path / "nowhere")

@@ -83,7 +83,14 @@ def test_to_dict_holds_counts_and_the_three_views():
 
 
 def test_printing_shows_the_figures():
-    stats = Stats(updates=4, failed_updates=1, rejected_updates=2, learned_tokens=321, buffer_requests=7, buffer_capacity=64 * 2**20)
+    stats = Stats(
+        updates=4,
+        failed_updates=1,
+        rejected_updates=2,
+        learned_tokens=321,
+        buffer_requests=7,
+        buffer_capacity=64 * 2**20,
+    )
     stats.observe_call(call(alpha=0.1))
     stats.observe_call(call(alpha=0.9))
     lines = {line.split("  ")[0].strip(): line.split() for line in str(stats).splitlines()}

@@ -6,6 +6,8 @@ import lossless
 import pytest
 import torch
 
+from hf_osd.state import saved_progress
+
 
 @pytest.fixture
 def run(target_dir, words, tmp_path):
@@ -95,7 +97,7 @@ def test_ctrl_c_saves_what_was_compared_and_more_requests_may_follow(run, monkey
     with monkeypatch.context() as patch:
         stopping(patch, KeyboardInterrupt(), at=5)
         assert run() == 130
-    assert json.loads((run.out / "checkpoint" / "progress.json").read_text())["rows"][-1]["request"] == 3
+    assert saved_progress(run.out / "checkpoint")["rows"] == 4
     assert run("--resume", "--requests", "6") == 0
     short, _ = read(run.out)
     assert run("--resume") == 0
@@ -156,9 +158,9 @@ def test_a_failed_update_is_told_and_is_no_mismatch(run, monkeypatch):
         raise RuntimeError("planted")
 
     monkeypatch.setattr(Member, "learn", failing)
-    assert run("--requests", "5") == 0
+    assert run("--requests", "8") == 0
     _, summary = read(run.out)
-    assert summary["overall"]["failed_updates"] == 2
+    assert summary["overall"]["failed_updates"] == 2  # the second waits for twice as many requests
     assert summary["checks"] == {"no_mismatches": True, "no_failed_updates": False}
 
 
@@ -178,7 +180,7 @@ def test_no_prompt_is_in_what_it_writes(run, words):
     prompt = " ".join(words[j] for j in range(5))
     ids = ", ".join(str(2 + j) for j in range(5))
     paths = [path for path in run.out.rglob("*") if path.is_file()]
-    assert {path.name for path in paths} >= {"lossless.jsonl", "summary.json", "progress.json", "learner.safetensors"}
+    assert {path.name for path in paths} >= {"lossless.jsonl", "summary.json", "state.json", "learner.safetensors"}
     for path in paths:
         data = path.read_bytes()
         assert prompt.encode() not in data, path

@@ -1,0 +1,111 @@
+"""`ResumableAssistant`: what a restart needs beyond the draft: the learner, the statistics, and how far its caller has come."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_osd.checkpoint import new_state, newest_state, states
+from hf_osd.stats import Stats
+from hf_osd.trace import read_trace, write_trace
+
+_LEARNER, _VALUES = "learner.safetensors", "state.json"
+_BUFFER, _HELD = "buffer.safetensors", "held_back.safetensors"
+_VERSION = 2  # 1 was files beside each other, without statistics
+
+
+class ResumableAssistant:
+    """The part of [`OnlineAssistant`] that stops and goes on."""
+
+    def save_state(self, directory: str | os.PathLike, with_buffer: bool = False, progress: Any = None):
+        """Write what a restart needs beyond the draft: the learner's float32 weights, their average and its optimizer, and the statistics.
+
+        It becomes the newest state in `directory` at once, so that a process that is killed resumes from this one or from the one before, which
+        stays beside it (see [`hf_osd.checkpoint.new_state`]). Left out, and begun anew by a restart: the suffix cache, what was measured to choose γ
+        by, and the rows of a draft head that follow traffic.
+
+        Args:
+            directory: where the states lie.
+            with_buffer: also write the feedback, and what is held back from learning: both hold the prompts as token ids, readable by their owner
+                alone. Without it, states that hold them do not stay.
+            progress: what `load_state` is to give back, as JSON has it: the position in a stream, say.
+
+        Raises:
+            OSError: if it cannot be written; the older states are then unchanged.
+            ValueError: if the assistant does not learn.
+        """
+        from safetensors.torch import save_file
+
+        if self.learner is None:
+            raise ValueError(
+                "This assistant does not learn (`learn=False`, or closed), so there is no learner's state to save."
+            )
+        self.take_in()
+        tensors, values = self.learner.state()
+        with self._lock:
+            stats = self._stats.state()
+        values = {"version": _VERSION, "learner": values, "stats": stats, "progress": progress}
+        # An older state with prompts, which nobody asks to keep any more, does not stay beside this one.
+        asked = any((folder / _BUFFER).exists() for folder in states(directory))
+        with new_state(directory, keep=1 if asked and not with_buffer else 2) as folder:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _LEARNER)
+            (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
+            if with_buffer:
+                self.buffer.save(folder / _BUFFER)
+                held, facts = self.learner.held.state()
+                write_trace(folder / _HELD, held, {"held_back": json.dumps(facts)})
+
+    def load_state(self, directory: str | os.PathLike) -> Any:
+        """Go on from `save_state`: learner and statistics, and with them the serving draft, are as they were. Returns its `progress`.
+
+        A state that is not as it was written is passed over for the one before it, with a warning.
+
+        Raises:
+            OSError: if there is no state in `directory`.
+            ValueError: if none is whole, or it is that of another draft or version.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if self.learner is None:
+            raise ValueError(
+                "This assistant does not learn (`learn=False`, or closed), so it cannot take a learner's state."
+            )
+        folder = newest_state(directory)
+        values = _values(folder)
+        try:
+            stats = Stats.of_state(values["stats"])
+            self.learner.load_state(load_file(folder / _LEARNER), values["learner"])
+            self.learner.serve()
+            if (folder / _BUFFER).is_file():
+                self.buffer.restore(folder / _BUFFER)
+                held, facts = read_trace(folder / _HELD)
+                self.learner.held.load_state(held, json.loads(facts["held_back"]))
+        except (SafetensorError, json.JSONDecodeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"The state in {folder} is of another version ({error!r}); delete {directory} to start afresh."
+            ) from error
+        with self._lock:
+            self._stats = stats
+        return values["progress"]
+
+
+def saved_progress(directory: str | os.PathLike) -> Any:
+    """The `progress` of the state that `load_state` would go on from, without an assistant.
+
+    Raises:
+        OSError, ValueError: as `load_state`.
+    """
+    return _values(newest_state(directory))["progress"]
+
+
+def _values(folder: Path) -> dict:
+    values = json.loads((folder / _VALUES).read_text(encoding="utf-8")) if (folder / _VALUES).is_file() else {}
+    if values.get("version") != _VERSION:
+        raise ValueError(
+            f"The state in {folder} is of another version of hf_osd ({values.get('version')} in place of {_VERSION}); delete {folder.parent} "
+            "to start afresh."
+        )
+    return values

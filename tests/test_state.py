@@ -1,0 +1,233 @@
+"""`save_state` and `load_state`: what of an assistant goes on after a restart, whose state is refused, and whose prompts go to disk."""
+
+import copy
+import json
+import logging
+import os
+import resource
+import stat
+
+import pytest
+import torch
+
+from hf_osd import OnlineAssistant, grow_draft
+from hf_osd.checkpoint import new_state, newest_state, states
+from hf_osd.state import saved_progress
+
+PROMPTS = torch.randint(2, 64, (12, 1, 6), generator=torch.Generator().manual_seed(0))
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama):
+    return tiny_llama(layers=3)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    return grow_draft(target, (0, -1))
+
+
+def serve(target, assistant, prompts=range(12)):
+    return [target.generate(PROMPTS[i], assistant_model=assistant, **GREEDY) for i in prompts]
+
+
+def weights(assistant):
+    return torch.cat([p.flatten() for _, p in assistant.serving.weights()])
+
+
+@pytest.fixture
+def learnt(target, draft):
+    """An assistant that has served five requests and learnt from four."""
+    assistant = OnlineAssistant(draft, update_interval=2, seed=0)
+    serve(target, assistant, range(5))
+    assistant.take_in()
+    return assistant
+
+
+def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
+    def fresh():
+        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, batch_size=8, draft_cost=0.2)
+
+    straight, stopped = fresh(), fresh()
+    for assistant in (straight, stopped):
+        serve(target, assistant, range(4))
+        assistant.flush()
+    stopped.save_state(tmp_path)
+    resumed = fresh()
+    resumed.load_state(tmp_path)
+    assert resumed.stats.updates == 1
+    assert torch.equal(weights(stopped), weights(resumed))
+    for assistant in (straight, resumed):
+        serve(target, assistant, range(4, 8))
+        assistant.flush()
+    assert not torch.equal(weights(stopped), weights(resumed))
+    # Not exactly: the order of sums may be another.
+    torch.testing.assert_close(weights(straight), weights(resumed), atol=1e-6, rtol=1e-5)
+
+
+def test_statistics_go_on(target, draft, learnt, tmp_path):
+    serve(target, learnt, [i % 12 for i in range(55)])  # more than the rolling window
+    was = copy.deepcopy(learnt.stats)
+    learnt.save_state(tmp_path)
+    resumed = OnlineAssistant(draft, update_interval=2, seed=0)
+    resumed.load_state(tmp_path)
+    now = resumed.stats
+    assert (now.total, now.last, now.rolling) == (was.total, was.last, was.rolling)
+    assert now.total.requests == 60
+    assert (now.updates, now.learned_tokens) == (was.updates, was.learned_tokens)
+    serve(target, resumed, [0])
+    assert resumed.stats.total.requests == 61
+    assert resumed.stats.rolling.requests == 50
+
+
+def test_progress_comes_back(draft, learnt, tmp_path):
+    learnt.save_state(tmp_path, progress={"at": 5})
+    learnt.save_state(tmp_path, progress={"at": 6})
+    assert saved_progress(tmp_path) == {"at": 6}
+    assert OnlineAssistant(draft).load_state(tmp_path) == {"at": 6}
+
+
+def test_no_state_is_said(learnt, tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="no saved state in"):
+            learnt.load_state(place)
+
+
+def test_an_assistant_that_does_not_learn_has_no_state(draft, learnt, tmp_path):
+    learnt.save_state(tmp_path)
+    frozen = OnlineAssistant(draft, learn=False)
+    with pytest.raises(ValueError, match="no learner's state to save"):
+        frozen.save_state(tmp_path)
+    with pytest.raises(ValueError, match="cannot take a learner's state"):
+        frozen.load_state(tmp_path)
+
+
+def test_a_state_of_another_draft_is_refused(target, learnt, tmp_path):
+    learnt.save_state(tmp_path)
+    other = OnlineAssistant(grow_draft(target, (0,)))
+    before = weights(other)
+    with pytest.raises(ValueError, match="another draft"):
+        other.load_state(tmp_path)
+    assert torch.equal(weights(other), before)
+    assert other.stats.total.requests == 0
+
+
+def test_a_truncated_state_is_refused_and_the_one_before_it_taken(draft, learnt, tmp_path, caplog):
+    learnt.save_state(tmp_path, progress=1)
+    path = newest_state(tmp_path) / "learner.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assistant = OnlineAssistant(draft)
+    with pytest.raises(ValueError, match=r"learner.safetensors is damaged: it has 100 bytes .* start afresh"):
+        assistant.load_state(tmp_path)
+    learnt.save_state(tmp_path, progress=2)
+    learnt.save_state(tmp_path, progress=3)
+    path = newest_state(tmp_path) / "learner.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # safetensors itself would not notice
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert assistant.load_state(tmp_path) == 2
+    assert f"{path} is damaged" in caplog.text
+    assert torch.equal(weights(assistant), weights(learnt))
+
+
+@pytest.mark.parametrize(
+    "values", ["{}", '{"version": 1}', '{"version": 2}', '{"version": 2, "stats": {"total": {"x": 1}}}']
+)
+def test_a_state_of_another_version_is_refused(draft, learnt, tmp_path, values):
+    learnt.save_state(tmp_path)
+    weights_file = (newest_state(tmp_path) / "learner.safetensors").read_bytes()
+    with new_state(tmp_path) as folder:
+        (folder / "learner.safetensors").write_bytes(weights_file)
+        (folder / "state.json").write_text(values)
+    with pytest.raises(ValueError, match=r"another version.*start afresh"):
+        OnlineAssistant(draft).load_state(tmp_path)
+
+
+def test_a_full_disk_leaves_the_state_and_serving(target, draft, learnt, tmp_path):
+    """A real refusal of the system, not of a mock: safetensors meets it in its own code and has an error of its own for it."""
+    learnt.save_state(tmp_path, progress="whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"Cannot save to .*too large.*unchanged; free space"):
+            learnt.save_state(tmp_path, progress="half")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000001"]
+    assert OnlineAssistant(draft).load_state(tmp_path) == "whole"
+    [output] = serve(target, learnt, [0])
+    assert torch.equal(output, target.generate(PROMPTS[0], **GREEDY))
+    learnt.save_state(tmp_path, progress="again")
+    assert saved_progress(tmp_path) == "again"
+
+
+def test_a_place_that_cannot_be_written_is_named(learnt, tmp_path):
+    """A file in the way stops root too, unlike a mode."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=f"Cannot save to {tmp_path / 'file'}"):
+        learnt.save_state(tmp_path / "file")
+
+
+# What is written of the prompts.
+
+
+def test_feedback_is_written_only_when_asked_and_for_its_owner_alone(draft, learnt, tmp_path):
+    learnt.save_state(tmp_path / "state")
+    assert sorted(p.name for p in newest_state(tmp_path / "state").iterdir()) == [
+        "learner.safetensors",
+        "manifest.json",
+        "state.json",
+    ]
+    learnt.save_state(tmp_path / "asked", with_buffer=True)
+    folder = newest_state(tmp_path / "asked")
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    for name in ("buffer.safetensors", "held_back.safetensors"):
+        assert stat.S_IMODE(os.stat(folder / name).st_mode) == 0o600
+    restored = OnlineAssistant(draft)
+    restored.load_state(tmp_path / "asked")
+    assert [f.tokens.tolist() for f in restored.buffer.sample(9)] != []
+    assert len(restored.buffer) == len(learnt.buffer) == 5
+    assert len(restored.buffer.new()) == len(learnt.buffer.new()) == 1
+
+
+def test_a_state_without_prompts_takes_those_of_older_ones_off_the_disk(learnt, tmp_path):
+    learnt.save_state(tmp_path, with_buffer=True)
+    learnt.save_state(tmp_path, with_buffer=True)
+    assert len(states(tmp_path)) == 2
+    learnt.save_state(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000003"]
+    assert not list(tmp_path.rglob("buffer*"))
+    learnt.save_state(tmp_path)
+    assert len(states(tmp_path)) == 2
+
+
+def test_what_is_held_back_survives_a_restart_where_asked(target, draft, tmp_path):
+    def fresh():
+        return OnlineAssistant(draft, update_interval=10**6, held_back_share=0.25, seed=0)
+
+    assistant = fresh()
+    serve(target, assistant, range(9))
+    assistant.save_state(tmp_path / "state")
+    assistant.save_state(tmp_path / "asked", with_buffer=True)
+    restored, without = fresh(), fresh()
+    restored.load_state(tmp_path / "asked")
+    without.load_state(tmp_path / "state")
+    assert (restored.stats.held_back, without.stats.held_back) == (2, 0)
+    for was, now in zip(assistant.learner.held.requests(), restored.learner.held.requests(), strict=True):
+        assert torch.equal(was.tokens, now.tokens)
+        assert torch.equal(was.overlap.nan_to_num(-1), now.overlap.nan_to_num(-1))
+    for other in (assistant, restored, without):
+        serve(target, other, range(2))  # the tenth is the next to be held back
+        other.update()
+        assert torch.equal(other.learner.held.requests()[-1].tokens[:6].long(), PROMPTS[0][0])
+        assert other.learner.held.judged_rows == assistant.learner.held.judged_rows > 0
+    assert [len(other.learner.held) for other in (assistant, restored, without)] == [3, 3, 1]
+
+
+def test_a_state_is_plain_values_and_safetensors(learnt, tmp_path):
+    learnt.save_state(tmp_path, with_buffer=True)
+    folder = newest_state(tmp_path)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert json.loads((folder / "state.json").read_text())["version"] == 2
