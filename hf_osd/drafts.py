@@ -10,28 +10,65 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hf_osd.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_FILES,
+    adapter_folder,
+    has_adapter,
+    load_with_adapter,
+    save_adapter,
+)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# The files of a draft's checkpoint: those of an older one that a newer one lacks would be read with it.
+CHECKPOINT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *BASE_FILES)
 
 
 def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` from safetensors alone, in the checkpoint's dtype unless `kwargs` say otherwise.
 
+    Where an adapter is there, it comes on its base, and trains: a transformers model with an adapter, whether or not it was saved as a PeftModel.
+
     Raises:
-        OSError: if there is no such draft, or its weights are damaged.
-        ValueError: if what is there is no causal LM.
+        OSError: if there is no such draft, or its weights are damaged or no safetensors.
+        ValueError: if what is there is no causal LM, or an adapter that names no base.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    kwargs = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, **{"dtype": "auto", "use_safetensors": True, **kwargs}
-        )
+        folder = adapter_folder(name_or_path, **kwargs)
+        if folder is None:
+            return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        return load_with_adapter(folder, AutoModelForCausalLM.from_pretrained, **kwargs)
     except SafetensorError as error:
         raise OSError(
             f"The weights of the draft {name_or_path} are damaged ({error}); save or download them again."
         ) from error
+
+
+def save_draft(draft: nn.Module, directory: str | os.PathLike, repo_id: str | None = None) -> None:
+    """Write a checkpoint that `load_draft` reads: a plain one; or of a draft with an adapter the adapter alone, with its base beside it unless
+    the Hub has that.
+
+    Args:
+        draft (`PreTrainedModel` or `PeftModel`): the draft.
+        directory: where to.
+        repo_id (`str`, *optional*): the repository that the folder will be.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if several adapters are active, or the weights have no safetensors form.
+    """
+    if has_adapter(draft):
+        save_adapter(draft, directory, repo_id)
+    else:
+        draft.save_pretrained(directory)
 
 
 def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTrainedModel:
@@ -69,6 +106,7 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
         if isinstance(value, (list, tuple)) and len(value) == depth and not other:
             setattr(draft_config, name, type(value)(value[i] for i in picked))
     draft_config.num_hidden_layers = len(picked)
+    draft_config._name_or_path = ""  # it is in no repository
     with torch.inference_mode(False), torch.device("meta"):
         draft = type(target)(draft_config)
 

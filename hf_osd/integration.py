@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import StoppingCriteriaList
+    from transformers import PreTrainedModel, StoppingCriteriaList
+
+logger = logging.getLogger(__name__)
 
 # What the seam relies on, by what has it: names of parameters. Checked when the seam opens.
 _CONTRACT = {
@@ -68,11 +71,8 @@ def enable():
     if is_enabled():
         return
     _check_contract()
-    for name, wrap in (("_get_candidate_generator", _dispatching), ("_assisted_decoding", _running)):
-        original = getattr(GenerationMixin, name)
-        wrapped = functools.wraps(original)(wrap(original, inspect.signature(original)))
-        wrapped._hf_osd_original = original
-        setattr(GenerationMixin, name, wrapped)
+    for name in _seam():
+        setattr(GenerationMixin, name, _wrapped(GenerationMixin, name))
 
 
 def disable():
@@ -80,7 +80,7 @@ def disable():
     from transformers import GenerationMixin
 
     if is_enabled():
-        for name in ("_get_candidate_generator", "_assisted_decoding"):
+        for name in _seam():
             setattr(GenerationMixin, name, getattr(GenerationMixin, name)._hf_osd_original)
 
 
@@ -89,6 +89,57 @@ def is_enabled() -> bool:
     from transformers import GenerationMixin
 
     return hasattr(GenerationMixin._get_candidate_generator, "_hf_osd_original")
+
+
+def generate_unpatched(target: PreTrainedModel, assistant_model: object = None, **kwargs):
+    """What `target.generate(assistant_model=assistant_model, **kwargs)` returns with the seam open, whether it is or not: for this call alone, the target
+    is seen as of a class of its own that has the seam. Target and transformers stay as they are, and other threads' calls too.
+
+    Called by the generation strategy that hf_osd writes for the Hub, which hands on what `generate` was given: arguments that only say where the strategy
+    came from are dropped.
+
+    Raises:
+        RuntimeError: as `enable` does.
+    """
+    for name in ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder"):
+        kwargs.pop(name, None)
+    cls = type(target)
+    # No assistant: `from_pretrained(..., trust_remote_code=True)` makes the strategy in a draft's repository the draft's own `generate`.
+    if assistant_model is None:
+        return cls.generate(target, **kwargs)
+    if not hasattr(assistant_model, "open_call"):
+        _say_that_it_learns_nothing(type(assistant_model).__name__)
+    _check_contract()
+    view = object.__new__(_with_seam(cls))
+    object.__setattr__(view, "__dict__", target.__dict__)
+    return cls.generate(view, assistant_model=assistant_model, **kwargs)
+
+
+@functools.cache
+def _say_that_it_learns_nothing(kind: str):
+    logger.warning(
+        "The assistant_model is a %s, which learns nothing; pass OnlineAssistant(draft) for one that does.", kind
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _with_seam(cls: type) -> type:
+    return type(
+        cls.__name__, (cls,), {"__module__": cls.__module__, **{name: _wrapped(cls, name) for name in _seam()}}
+    )
+
+
+def _seam() -> dict[str, Callable]:
+    """What is wrapped, and in what."""
+    return {"_get_candidate_generator": _dispatching, "_assisted_decoding": _running}
+
+
+def _wrapped(cls: type, name: str) -> Callable:
+    original = getattr(cls, name)
+    original = getattr(original, "_hf_osd_original", original)
+    wrapped = functools.wraps(original)(_seam()[name](original, inspect.signature(original)))
+    wrapped._hf_osd_original = original
+    return wrapped
 
 
 def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:

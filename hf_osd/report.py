@@ -29,6 +29,13 @@ def report(stats: Stats, lookahead: Lookahead) -> str:
     return "\n".join(lines)
 
 
+def observed_speedup(calls: CallStats, lookahead: Lookahead) -> float | None:
+    """How much faster than plain decoding these calls were, prompts included in their time; `None` until a plain step was measured."""
+    seconds = calls.draft_seconds + calls.target_seconds + calls.lookup_seconds + calls.capture_seconds
+    step = lookahead.costs.step_seconds
+    return None if step is None or not seconds else calls.new_tokens * step / seconds
+
+
 def _of_costs(lookahead: Lookahead) -> list[str]:
     costs, longest = lookahead.costs, lookahead.most + 1
     step = "" if costs.step_seconds is None else f" (one-token target step: {1e3 * costs.step_seconds:.1f} ms)"
@@ -103,13 +110,11 @@ def _of_sources(rolling: CallStats) -> list[str]:
 
 
 def _of_speed(rolling: CallStats, lookahead: Lookahead) -> list[str]:
-    seconds = rolling.draft_seconds + rolling.target_seconds + rolling.lookup_seconds + rolling.capture_seconds
-    one = lookahead.costs.step_seconds
-    if one is None or not rolling.rounds or not seconds:
+    observed = observed_speedup(rolling, lookahead)
+    if observed is None:
         return []
     c = lookahead.c or 0.0
     expected = rolling.new_tokens / max(rolling.draft_steps * c + _verification(rolling, lookahead), 1e-9)
-    observed = rolling.new_tokens * one / seconds
     return [
         f"Speed-up over plain decoding, prompts included in the time: observed {observed:.2f}× over the last {rolling.requests} requests, "
         f"{rolling.tokens_per_round:.2f} tokens a round; {expected:.2f}× expected of c, v and these rounds."

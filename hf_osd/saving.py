@@ -1,20 +1,22 @@
-"""`SavableAssistant`: how an assistant's draft and its learner come and go: checkpoints, the Hub, and the state of a restart."""
+"""`SavableAssistant`: how an assistant's draft comes and goes: checkpoints and the Hub."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
-from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_osd.adapters import describe_adapter
 from hf_osd.checkpoint import staged
 from hf_osd.config import CONFIG_NAME, OnlineConfig
-from hf_osd.drafts import load_draft
-from hf_osd.model_card import model_card
-from hf_osd.trace import read_trace, write_trace
+from hf_osd.custom_generate import write_custom_generate
+from hf_osd.drafts import CHECKPOINT_FILES, load_draft, save_draft
+from hf_osd.hub import FROM_WHERE, find_file, from_hub, license_of, open_repository, push_folder
+from hf_osd.model_card import machine_facts, model_card
+from hf_osd.state import ResumableAssistant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STATE, _STATE_VALUES = "learner.safetensors", "learner.json"
-_STATE_BUFFER, _STATE_HELD = "buffer.safetensors", "held_back.safetensors"
 
-
-class SavableAssistant:
+class SavableAssistant(ResumableAssistant):
     """The part of [`OnlineAssistant`] that touches disk and Hub."""
 
     def save_pretrained(
@@ -35,25 +34,55 @@ class SavableAssistant:
         directory: str | os.PathLike,
         processing_class: PreTrainedTokenizerBase | None = None,
         card: dict | None = None,
+        custom_generate: bool = False,
     ):
-        """Write the serving draft as a plain transformers checkpoint, with `osd_config.json` and a model card beside it.
+        """Write the serving draft as a transformers checkpoint, with `osd_config.json` and a model card beside it.
+
+        Of a draft with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it.
 
         Args:
-            directory: where to. Files of the same names are replaced, at once and whole; others stay.
+            directory: where to. Files of the same names are replaced, whole; those of an older checkpoint that this one lacks are removed; others
+                stay.
             processing_class: the tokenizer, to be saved with it.
             card (`dict`, *optional*): facts for the model card, see [`hf_osd.model_card.model_card`].
+            custom_generate: also write the generation strategy, see [`hf_osd.custom_generate.write_custom_generate`].
 
         Raises:
             OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
-            ValueError: if the assistant has no draft.
+            ValueError: if the assistant has no draft, or several adapters of it are active.
         """
+        self._save(directory, processing_class, card, custom_generate)
+
+    def _save(
+        self,
+        directory: str | os.PathLike,
+        processing_class: PreTrainedTokenizerBase | None,
+        card: dict | None,
+        custom_generate: bool,
+        repo_id: str | None = None,
+    ):
         self._needs_draft("save")
+        draft = self.serving.active
         with staged(directory) as staging:
-            self.serving.active.save_pretrained(staging)
+            save_draft(draft, staging, repo_id)
             self.osd_config.save_pretrained(staging)
-            (staging / "README.md").write_text(model_card(self.stats, **(card or {})), encoding="utf-8")
+            facts = {
+                "lookahead": self.lookahead,
+                "config": self.osd_config,
+                "machine": machine_facts(draft.device, draft.dtype),
+                "adapter": describe_adapter(staging),
+                "repo_id": repo_id,
+                "custom_generate": custom_generate,
+            }
+            (staging / "README.md").write_text(model_card(self.stats, **{**facts, **(card or {})}), encoding="utf-8")
             if processing_class is not None:
                 processing_class.save_pretrained(staging)
+            if custom_generate:
+                write_custom_generate(staging)
+            written = {path.name for path in staging.iterdir()}
+        for path in Path(directory).iterdir():
+            if path.name not in written and any(fnmatch(path.name, pattern) for pattern in CHECKPOINT_FILES):
+                path.unlink()
 
     @classmethod
     def from_pretrained(
@@ -67,19 +96,19 @@ class SavableAssistant:
             **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
 
         Raises:
-            OSError: if there is no such draft, or its weights are damaged.
+            OSError: if there is no such draft, its weights are damaged, or the Hub refuses or cannot be reached; the message says how to mend that.
             ValueError: if it is no causal LM, or its OnlineConfig does not fit.
         """
-        from transformers.utils import cached_file
 
-        draft = load_draft(name_or_path, **kwargs)
-        if config is None:
-            where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-            found = None
-            with suppress(OSError):  # a draft that hf_osd did not save
-                found = cached_file(name_or_path, CONFIG_NAME, **where)
-            config = OnlineConfig.from_json(found) if found is not None else None
-        return cls(draft, config)
+        def load():
+            draft = load_draft(name_or_path, **kwargs)
+            if config is not None:
+                return draft, config
+            where = {key: kwargs[key] for key in (*FROM_WHERE, "subfolder") if key in kwargs}
+            found = find_file(name_or_path, CONFIG_NAME, **where)  # `None` of a draft that hf_osd did not save
+            return draft, OnlineConfig.from_json(found) if found is not None else None
+
+        return cls(*from_hub(name_or_path, load))
 
     def push_to_hub(
         self,
@@ -87,84 +116,49 @@ class SavableAssistant:
         *,
         private: bool = True,
         token: str | None = None,
-        commit_message: str = "Upload an adapted draft",
+        commit_message: str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         card: dict | None = None,
+        custom_generate: bool = False,
     ) -> str:
-        """Push what `save_pretrained` writes: weights, config and figures, no feedback. Returns the commit's address.
+        """Push what `save_pretrained` writes, in one commit: weights, config and figures, no feedback. Returns the commit's address, whose last part is
+        a `revision` for `from_pretrained`.
 
-        The repository is private unless you say otherwise: weights that learnt from traffic can have memorised some of it.
+        The repository is private unless you say otherwise: weights that learnt from traffic can have memorised some of it. Whatever the Hub passes
+        over for a moment is tried again, and a push that is repeated uploads no weights a second time.
+
+        Args:
+            repo_id: where to; made if it is not there.
+            private: whether the repository is to be private.
+            token: of the Hub; the one you are logged in with if left out.
+            commit_message: says how much was learnt from if left out.
+            processing_class, card, custom_generate: as in `save_pretrained`. The licence, if `card` has none, is that of its `target` on the Hub.
+
+        Raises:
+            OSError: if the Hub refuses or cannot be reached: huggingface_hub's `HfHubHTTPError`, or a `ConnectionError`; the message says how to mend it.
+            ValueError: if the repository exists, is public, and `private` is set; or as in `save_pretrained`. Nothing is pushed then.
         """
         from huggingface_hub import HfApi
 
-        if not private:
+        self._needs_draft("push")
+        memorised = (
+            "weights that learnt from traffic can have memorised some of it, and give it away to whoever reads them"
+        )
+        if private:
             logger.warning(
-                "Pushing to a public repository: weights that learnt from traffic can have memorised some of it."
+                "Pushing to %s: %s. The repository is private; think of who has access.", repo_id, memorised
             )
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        else:
+            logger.warning(
+                "Pushing to %s FOR ALL TO READ: %s. What is public once cannot be called back. Push only what learnt from traffic that may be public.",
+                repo_id,
+                memorised,
+            )
+        api, card, stats = HfApi(token=token), dict(card or {}), self.stats
+        repo_id = open_repository(api, repo_id, private)
+        if card.get("license") is None and card.get("target"):
+            card |= license_of(api, card["target"])
+        message = commit_message or f"Draft after {stats.updates} updates on {stats.total.requests} requests"
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, processing_class, card)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message))
-
-    def save_state(self, directory: str | os.PathLike, with_buffer: bool = False):
-        """Write what a restart needs beyond the draft: the learner's float32 weights and optimizer, and counts.
-
-        Args:
-            directory: where to.
-            with_buffer: also write the feedback, and what is held back from learning: both hold the prompts as token ids, readable by their owner
-                alone.
-
-        Raises:
-            OSError: if it cannot be written; an older state is then unchanged.
-            ValueError: if the assistant does not learn.
-        """
-        from safetensors.torch import save_file
-
-        if self.learner is None:
-            raise ValueError(
-                "This assistant does not learn (`learn=False`, or closed), so there is no learner's state to save."
-            )
-        self.take_in()
-        tensors, values = self.learner.state()
-        with staged(directory) as staging:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / _STATE)
-            (staging / _STATE_VALUES).write_text(json.dumps(values), encoding="utf-8")
-            if with_buffer:
-                self.buffer.save(staging / _STATE_BUFFER)
-                held, facts = self.learner.held.state()
-                write_trace(staging / _STATE_HELD, held, {"held_back": json.dumps(facts)})
-        if not with_buffer:
-            # Of an older state: prompts that nobody asks to keep any more, and which do not go with this one.
-            for name in (_STATE_BUFFER, _STATE_HELD):
-                (Path(directory) / name).unlink(missing_ok=True)
-
-    def load_state(self, directory: str | os.PathLike):
-        """Go on from `save_state`: the learner, and with it the serving draft, are as they were.
-
-        Raises:
-            OSError: if there is no state in `directory`.
-            ValueError: if it is damaged, or that of another draft.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        directory = Path(directory)
-        if self.learner is None:
-            raise ValueError(
-                "This assistant does not learn (`learn=False`, or closed), so it cannot take a learner's state."
-            )
-        try:
-            tensors = load_file(directory / _STATE)
-            values = json.loads((directory / _STATE_VALUES).read_text(encoding="utf-8"))
-            self.learner.load_state(tensors, values)
-            self.learner.refresh()
-            if (directory / _STATE_BUFFER).is_file():
-                self.buffer.restore(directory / _STATE_BUFFER)
-            if (directory / _STATE_HELD).is_file():
-                held, facts = read_trace(directory / _STATE_HELD)
-                self.learner.held.load_state(held, json.loads(facts["held_back"]))
-        except (SafetensorError, json.JSONDecodeError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"The learner's state in {directory} is damaged, or of another version ({error!r}); delete it to start afresh."
-            ) from error
+            self._save(directory, processing_class, card, custom_generate, repo_id)
+            return push_folder(api, repo_id, Path(directory), message, CHECKPOINT_FILES)

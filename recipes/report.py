@@ -18,12 +18,12 @@ class RunReport:
     Args:
         log (`RunLog`): the run.
         overall (`dict`): facts of the whole run.
-        skipped (`dict[str, int]`): prompts skipped a domain.
+        skipped (`dict[str, int]`), held_back (`dict[str, int]`): prompts a domain that were skipped, and that α before and after is of.
     """
 
-    def __init__(self, log: RunLog, overall: dict, skipped: dict[str, int]):
+    def __init__(self, log: RunLog, overall: dict, skipped: dict[str, int], held_back: dict[str, int]):
         self.log = log
-        domains = {name: self._domain(name) | {"skipped": skipped[name]} for name in skipped}
+        domains = {name: self._domain(name) | {"held_back": held_back[name], "skipped": skipped[name]} for name in skipped}
         self.summary = {"domains": domains, "overall": overall}
 
     def write(self, output_dir: str | os.PathLike):

@@ -1,0 +1,225 @@
+"""A folder on the Hub: made private, pushed in one commit, with patience where huggingface_hub has none, and errors that say how to mend them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What says from where and how something is downloaded, among the arguments of `from_pretrained`.
+FROM_WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+# Requests that huggingface_hub 2.4 sends once. It repeats the others itself: what to upload, where to, the blobs, lists of files.
+_SENT_ONCE = re.compile(
+    r"/api/(repos/create|validate-yaml|models/[^/]+(/[^/]+)?(/revision/[^/]+)?|models/.+/commit/[^/]+)$"
+)
+_PASSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})  # 409 and 412: somebody else commits
+_WAITS = (1, 2, 4, 8, 8)  # seconds, those of huggingface_hub's `http_backoff`
+_LONGEST_WAIT = 300  # seconds; the Hub counts requests in windows of five minutes
+
+_MENDS = {
+    401: "The Hub does not know you: log in with `hf auth login`, or pass token=.",
+    403: "Your token may not do that: give it write permission for this repository (https://huggingface.co/settings/tokens), or push to another.",
+    404: "It does not exist, or your token may not see it: check the name and the token.",
+    409: "Somebody else is changing it: push again.",
+    412: "Somebody else is changing it: push again.",
+    429: "These were too many requests: wait some minutes, and push again.",
+}
+_PUSH_LATER = "Push again later; what has been uploaded is not uploaded a second time."
+_LOAD_LATER = "Load it again later; files that have come whole are not fetched again."
+
+
+def open_repository(api: HfApi, repo_id: str, private: bool) -> str:
+    """The whole name of a repository that exists now, and is private if `private` is set.
+
+    Raises:
+        OSError: if the Hub does not make it; the message says how to mend that.
+        ValueError: if it is there, public, and was to be private.
+    """
+    with _pushing(repo_id):
+        repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), _pushed_once).repo_id
+        # The Hub leaves a repository that is there as it is.
+        if private and not _patiently(lambda: api.repo_info(repo_id), _pushed_once).private:
+            raise ValueError(
+                f"{repo_id} exists and is public, so what is pushed to it is read by all. Pass private=False if you mean that, make it private in its "
+                "settings, or push to another repository."
+            )
+    return repo_id
+
+
+def push_folder(api: HfApi, repo_id: str, folder: Path, message: str, replaces: Collection[str]) -> str:
+    """Push a folder in one commit, and return the commit's address. Files of the repository stay, but for those that match a pattern of `replaces` and
+    are not in the folder. Without a change there is no commit, and the address is that of the last one.
+
+    Raises:
+        OSError: if the Hub does not take it, after some patience; the message says how to mend that.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def commit():
+        # Made anew for each attempt: then the Hub is asked again what it has, and a commit whose answer was lost is not repeated.
+        there = set(api.list_repo_files(repo_id)) - set(files)
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [CommitOperationDelete(n) for n in sorted(there) if any(fnmatch(n, p) for p in replaces)]
+        return api.create_commit(repo_id, operations, commit_message=message)
+
+    with _pushing(repo_id):
+        # The card is checked by a request whose answer is read before it is looked at.
+        return str(_patiently(commit, _pushed_once, json.JSONDecodeError).commit_url)
+
+
+def license_of(api: HfApi, target: str) -> dict:
+    """`license`, and `license_name` and `license_link` where it is the target's own, by the target's card on the Hub; nothing where that is out of
+    reach: a card without a licence says less, and a push that fails for it would say nothing at all."""
+    import httpx2
+
+    if os.path.exists(target):  # a folder of that name is another model
+        return {}
+    try:
+        card = api.model_info(target).card_data
+    except (OSError, ValueError, httpx2.TransportError) as error:
+        logger.info(
+            "The licence of %s could not be read (%s); pass it in card={'license': …}.", target, type(error).__name__
+        )
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: card[name] for name in names if card is not None and card.get(name) is not None}
+
+
+def find_file(name: str | os.PathLike, file: str, **where) -> str | None:
+    """Where a file of a folder or a repository lies; `None` if there is none, or, offline, none was ever downloaded.
+
+    Args:
+        name, file: the folder or repository, and the file in it.
+        **where: for `cached_file` of transformers: `revision`, `token`, `subfolder`, …
+
+    Raises:
+        OSError: if there is no such repository, or the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import is_offline_mode
+    from transformers.utils import cached_file
+
+    offline = is_offline_mode() or where.get("local_files_only", False)
+    return cached_file(
+        name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=not offline,
+        **where,
+    )
+
+
+def from_hub(name: str | os.PathLike, load: Callable[[], T]) -> T:
+    """What `load` returns, which reads from the repository `name`, or from a folder of that name.
+
+    Raises:
+        OSError: whatever `load` raises for the Hub or the connection; the message says what that was, and how to mend it.
+    """
+    import httpx2
+
+    try:
+        # Of its look-ups huggingface_hub repeats those that time out or meet a busy Hub, but not those that break off.
+        return _patiently(load, lambda request: request.method == "HEAD")
+    except httpx2.TransportError as error:
+        raise ConnectionError(f"Loading {name}: the Hub {_broke_off(error)}. {_LOAD_LATER}") from error
+    except OSError as error:
+        # transformers has no words for these statuses, and says that the Hub could not be reached.
+        status = _status_behind(error)
+        if status == 403:
+            mend = "Your token may not read it: give it that permission (https://huggingface.co/settings/tokens)."
+        elif status == 429 or (status or 0) >= 500:
+            mend = _LOAD_LATER
+        else:
+            raise
+        raise OSError(f"Loading {name}: the Hub answered with status {status}. {mend}") from error
+
+
+def _status_behind(error: BaseException | None) -> int | None:
+    """The status that the Hub answered with, if that was what led to the error."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return response.status_code
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _patiently(request: Callable[[], T], sent_once: Callable[[httpx2.Request], bool], *passing: type[Exception]) -> T:
+    """What `request` returns, asked again some times while the Hub is in the way of what huggingface_hub does not repeat, or for errors in `passing`."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in _WAITS:
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _PASSES or not sent_once(error.response.request):
+                raise
+            asked = _seconds_asked_for(error.response.headers)
+            reason, wait = f"status {error.response.status_code}", min(asked or wait, _LONGEST_WAIT)
+        except httpx2.TransportError as error:
+            if not sent_once(error.request):
+                raise
+            reason = type(error).__name__
+        except passing as error:
+            reason = type(error).__name__
+        logger.warning("The Hub: %s. Trying again in %d s.", reason, wait)
+        time.sleep(wait)
+    return request()
+
+
+def _pushed_once(request: httpx2.Request) -> bool:
+    return _SENT_ONCE.search(request.url.path) is not None
+
+
+def _seconds_asked_for(headers: Mapping[str, str]) -> int | None:
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds + 1  # it counts whole seconds
+    after = headers.get("retry-after", "")
+    return int(after) if after.isdigit() else None
+
+
+def _broke_off(error: Exception) -> str:
+    return f"cannot be reached, or broke off ({error or type(error).__name__})"
+
+
+@contextlib.contextmanager
+def _pushing(repo_id: str) -> Iterator[None]:
+    """Errors of the Hub say which repository they are of and how to mend them; those of the connection are OSErrors."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (HfHubHTTPError, httpx2.TransportError, RuntimeError, json.JSONDecodeError) as error:
+        # huggingface_hub puts what befalls a blob into a RuntimeError.
+        found = error.__cause__ if isinstance(error, RuntimeError) else error
+        if isinstance(found, HfHubHTTPError):
+            found.append_to_message(f"\n{repo_id}: {_MENDS.get(found.response.status_code, _PUSH_LATER)}")
+            raise found from None
+        if isinstance(found, httpx2.TransportError):
+            what = _broke_off(found)
+        elif isinstance(found, json.JSONDecodeError):
+            what = "answers with something else than JSON"
+        else:
+            raise
+        raise ConnectionError(f"Pushing to {repo_id}: the Hub {what}. {_PUSH_LATER}") from error
