@@ -95,17 +95,31 @@ def describe_adapter(directory: str | os.PathLike) -> tuple[str | None, bool] | 
     return base, _has_base(path.parent)
 
 
-def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The base of a model with adapters, in their storage."""
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A plain copy of a model with an adapter, which has what the active one does in its weights.
+
+    Raises:
+        ValueError: if not exactly one adapter is active.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _active_adapter(inner)
+    return without_adapters(inner, merge=True)
+
+
+def without_adapters(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
+    """The base of a model with adapters, in their storage; or with `merge` a copy that has the active adapter in its weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    base = copy_draft(model, {name for name, _ in model.named_parameters()})
+    base = copy_draft(model, set() if merge else {name for name, _ in model.named_parameters()})
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge()
             plain = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.original_module
+            trained = merge and module.unload_and_optionally_merge_module(True, safe_merge=False, adapter_names=None)
+            plain = trained or module.original_module
         else:
             continue
         parent, _, child = name.rpartition(".")

@@ -17,6 +17,7 @@ from hf_osd.adapters import (
     adapter_folder,
     has_adapter,
     load_with_adapter,
+    merged,
     save_adapter,
 )
 
@@ -52,7 +53,9 @@ def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         ) from error
 
 
-def save_draft(draft: nn.Module, directory: str | os.PathLike, repo_id: str | None = None) -> None:
+def save_draft(
+    draft: nn.Module, directory: str | os.PathLike, repo_id: str | None = None, merge: bool = False
+) -> None:
     """Write a checkpoint that `load_draft` reads: a plain one; or of a draft with an adapter the adapter alone, with its base beside it unless
     the Hub has that.
 
@@ -60,12 +63,15 @@ def save_draft(draft: nn.Module, directory: str | os.PathLike, repo_id: str | No
         draft (`PreTrainedModel` or `PeftModel`): the draft.
         directory: where to.
         repo_id (`str`, *optional*): the repository that the folder will be.
+        merge (`bool`): put an adapter into the weights, for those who read plain checkpoints alone.
 
     Raises:
         OSError: if it cannot be written.
         ValueError: if several adapters are active, or the weights have no safetensors form.
     """
-    if has_adapter(draft):
+    if has_adapter(draft) and merge:
+        merged(draft).save_pretrained(directory)
+    elif has_adapter(draft):
         save_adapter(draft, directory, repo_id)
     else:
         draft.save_pretrained(directory)

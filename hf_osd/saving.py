@@ -35,10 +35,12 @@ class SavableAssistant(ResumableAssistant):
         processing_class: PreTrainedTokenizerBase | None = None,
         card: dict | None = None,
         custom_generate: bool = False,
+        merge: bool = False,
     ):
         """Write the serving draft as a transformers checkpoint, with `osd_config.json` and a model card beside it.
 
-        Of a draft with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it.
+        Of a draft with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it. With
+        `merge` it is a plain checkpoint, which serving engines read.
 
         Args:
             directory: where to. Files of the same names are replaced, whole; those of an older checkpoint that this one lacks are removed; others
@@ -46,12 +48,13 @@ class SavableAssistant(ResumableAssistant):
             processing_class: the tokenizer, to be saved with it.
             card (`dict`, *optional*): facts for the model card, see [`hf_osd.model_card.model_card`].
             custom_generate: also write the generation strategy, see [`hf_osd.custom_generate.write_custom_generate`].
+            merge: put an adapter into the weights.
 
         Raises:
             OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
             ValueError: if the assistant has no draft, or several adapters of it are active.
         """
-        self._save(directory, processing_class, card, custom_generate)
+        self._save(directory, processing_class, card, custom_generate, merge=merge)
 
     def _save(
         self,
@@ -60,11 +63,12 @@ class SavableAssistant(ResumableAssistant):
         card: dict | None,
         custom_generate: bool,
         repo_id: str | None = None,
+        merge: bool = False,
     ):
         self._needs_draft("save")
         draft = self.serving.active
         with staged(directory) as staging:
-            save_draft(draft, staging, repo_id)
+            save_draft(draft, staging, repo_id, merge)
             self.osd_config.save_pretrained(staging)
             facts = {
                 "lookahead": self.lookahead,
