@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -15,7 +17,8 @@ from torch import Tensor
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
-from hf_osd.learner import Learner, isolated_random_state
+from hf_osd.learner import Learner
+from hf_osd.random_state import isolated_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks at whether anybody is still served: the end of a generate call tells nobody.
 _LOOK = 0.02
+
+# Threads that may run, and what has each of them end: the process must not end in the middle of an optimizer step.
+THREADS: dict[threading.Thread, Callable[[], None]] = {}
 
 
 class Stopped(BaseException):
@@ -41,7 +47,8 @@ class Pace:
     def __init__(self, share: float, busy: Callable[[], bool]):
         self.share, self._busy = share, busy
         self._since = time.monotonic()
-        self._hurry = threading.Event()
+        self._hurry, self._lock = threading.Event(), threading.Lock()
+        self._hurried = 0  # how many wait
         self._stop = False
 
     def begin(self):
@@ -63,11 +70,13 @@ class Pace:
         self._since = time.monotonic()
 
     def hurry(self, whether: bool = True):
-        """Wait no longer: somebody waits for the work."""
-        if whether or self._stop:
-            self._hurry.set()
-        else:
-            self._hurry.clear()
+        """Wait no longer: somebody waits for the work. With `False`, one of those does no more."""
+        with self._lock:
+            self._hurried += 1 if whether else -1
+            if self._hurried or self._stop:
+                self._hurry.set()
+            else:
+                self._hurry.clear()
 
     def stop(self):
         """Let the next `pause` raise."""
@@ -78,8 +87,8 @@ class Pace:
 class BackgroundLearner:
     """What a [`Learner`] does, beside serving: `update` and `offer` return at once, and the thread learns when an update is due.
 
-    A thread that ends for whatever reason is made anew at the next call of `update`, and counted in `restarts`. The thread ends with `close`, with the
-    process, and when nobody holds this object any more.
+    A thread that ends for whatever reason is made anew at the next call of `update`, and counted in `restarts`; it waits longer then, as after an update
+    that failed. The thread ends with `close`, with the process, and when nobody holds this object any more.
 
     Args:
         draft, trainable, buffer, config, serve: as [`Learner`] takes them. `serve` is called from the thread.
@@ -103,9 +112,10 @@ class BackgroundLearner:
         self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
         self.restarts, self._prepared = 0, False
         self._wake, self._imported = threading.Event(), threading.Event()
-        self._starting = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._end = weakref.finalize(self, _end, self.pace, self._wake, self._threads)
+        self._starting, self._preparing = threading.Lock(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        # Garbage collection comes anywhere, under any lock, so it waits for nothing.
+        self._end = weakref.finalize(self, _stop, self.pace, self._wake)
 
     def __getattr__(self, name: str):
         if name == "learner":  # of a half-made copy
@@ -125,13 +135,20 @@ class BackgroundLearner:
         """Learn in the background; with `wait`, learn from all that is new, here and now, as fast as it goes. `True` if the serving draft was
         refreshed meanwhile."""
         if wait or self._imported.is_set():
-            self.prepare()
+            try:
+                self.prepare()
+            except Exception:  # in the middle of somebody's call, maybe
+                self.learner.failed, self.learner.misses = self.learner.failed + 1, self.learner.misses + 1
+                logger.exception(
+                    "The trainer could not be made; the serving draft is as it was, and it is tried again after more requests."
+                )
+                return False
         if not wait:
             self._start()
             self._wake.set()
             return False
         before = self.learner.updates
-        with self._hurried():
+        with self._hurried(), contextlib.suppress(Stopped):  # closed meanwhile
             self.learner.update(wait=True)
         return self.learner.updates > before
 
@@ -154,6 +171,9 @@ class BackgroundLearner:
     def close(self):
         """End the thread, in the middle of an update if there is one."""
         self._end()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
         self.learner.close()
 
     def figures(self) -> dict:
@@ -162,7 +182,9 @@ class BackgroundLearner:
     def prepare(self):
         """Make the trainers here and now. The thread imports what they need, which takes seconds; but it must not make them: Trainer then seeds the
         process's random state, and giving that back from another thread would repeat what this one has drawn meanwhile."""
-        if not self._prepared:
+        with self._preparing:
+            if self._prepared:
+                return
             with isolated_random_state():
                 for member in self.learner.members:
                     member.trainer  # noqa: B018 (made when first asked for)
@@ -179,22 +201,19 @@ class BackgroundLearner:
 
     def _start(self):
         with self._starting:
-            if not self._end.alive or any(thread.is_alive() for thread in self._threads):
+            if not self._end.alive or (self._thread is not None and self._thread.is_alive()):
                 return
-            if self._threads:
+            if self._thread is not None:
                 self.restarts += 1
+                self.learner.misses += 1
                 logger.error(
                     "The learner's thread was dead; another one takes over, and the serving draft is as it was."
                 )
-            self._threads[:] = [
-                threading.Thread(
-                    target=_run,
-                    args=(weakref.ref(self), self._wake, self._imported),
-                    name="hf_osd learner",
-                    daemon=True,
-                )
-            ]
-            self._threads[0].start()
+            self._thread = threading.Thread(
+                target=_run, args=(weakref.ref(self), self._wake, self._imported), name="hf_osd learner", daemon=True
+            )
+            THREADS[self._thread] = functools.partial(_stop, self.pace, self._wake)
+            self._thread.start()
 
     def _learn(self):
         """What the thread does each time it is woken."""
@@ -208,27 +227,33 @@ class BackgroundLearner:
 
 def _run(owner: weakref.ref, wake: threading.Event, imported: threading.Event):
     """The thread: holds its owner for as long as it learns, and no longer."""
-    import hf_osd.distill.callbacks
-    import hf_osd.distill.trainer  # noqa: F401
+    try:
+        import hf_osd.distill.callbacks
+        import hf_osd.distill.trainer  # noqa: F401
 
-    imported.set()
-    while True:
-        wake.wait()
-        wake.clear()
-        learner = owner()
-        if learner is None or not learner._end.alive:
-            return
-        try:
-            learner._learn()
-        except Stopped:
-            return
-        del learner
+        imported.set()
+        while True:
+            wake.wait()
+            wake.clear()
+            learner = owner()
+            if learner is None or not learner._end.alive:
+                return
+            try:
+                learner._learn()
+            except Stopped:
+                return
+            del learner
+    finally:
+        THREADS.pop(threading.current_thread(), None)
 
 
-def _end(pace: Pace, wake: threading.Event, threads: list[threading.Thread]):
-    """Also at the end of the process, which must not come in the middle of an optimizer step."""
+def _stop(pace: Pace, wake: threading.Event):
     pace.stop()
     wake.set()
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join()
+
+
+@atexit.register
+def _end_all():
+    for thread, stop in list(THREADS.items()):
+        stop()
+        thread.join()

@@ -4,9 +4,9 @@ here leaves that draft as it was."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
-import random
 import threading
 import time
 from collections import deque
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.distributed import Ranks, RanksParted, check_job
 from hf_osd.feedback import Feedback
 from hf_osd.gate import Gate, Rejected
 from hf_osd.held_back import Estimate, HeldBack
 from hf_osd.member import Member, mixture, swap_weights
-from hf_osd.scoring import judge, learners_autocast
+from hf_osd.random_state import isolated_random_state
+from hf_osd.scoring import judge, learners_autocast, learners_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +48,9 @@ class Learner:
     With `config.ensemble` several copies of the draft train, at several rates, and the average of their weights serves, a member's share falling
     exponentially with the loss it has had on new requests so far (OnlineSPEC, arXiv 2603.12617).
 
+    In a job of several processes all learn one draft, each from its own buffer, and at the same moments alone: no update falls due by itself, and
+    `update` and `update_together` are to be called on all ranks. What an update learns, says and is judged by is then of all ranks together.
+
     Args:
         draft (`PreTrainedModel`): the draft to start from; it is copied, and what does not train is shared with it.
         trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
@@ -55,6 +60,9 @@ class Learner:
         after_step (`Callable[[], None]`, *optional*): called after each optimizer step and each judging, where learning is to pause.
         alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it gives back the process's random
             state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout.
+
+    Raises:
+        ValueError: if this is one of several processes that cannot learn like that.
     """
 
     def __init__(
@@ -69,11 +77,15 @@ class Learner:
     ):
         self.buffer, self.config, self.trainable = buffer, config, trainable
         self._serve, self._after_step, self._alone = serve, after_step, alone
+        self.ranks = Ranks.of_job()
+        if self.ranks.size > 1:
+            check_job(self.ranks, alone)
+        self._begun_together = False  # whether all ranks are known to have the same draft
         # Updates that serve, that raised, and that the gate turned away.
         self.updates = self.failed = self.rejected = self.learned_tokens = 0
         self.misses = 0  # of the last two, in a row
         self.seconds = 0.0
-        self.autocast_dtype = _autocast_dtype(config, draft)
+        self.autocast_dtype = learners_dtype(config, draft)
         factors = config.ensemble or [1.0]
         self.members = [
             Member(
@@ -96,7 +108,7 @@ class Learner:
         if config.held_back_share:
             # Before any learning, in the dtype they came in, which holds them exactly.
             self._static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-            self.gate = Gate(self.held, config.gate_tolerance, self._scores, self._scores_of_static)
+            self.gate = Gate(self.held, config.gate_tolerance, self._scores, self._scores_of_static, self.ranks)
         self._checked = [member.snapshot() for member in self.members] if self.gate else []  # at the last full check
         self._since_check: list[Feedback] = []  # new requests learnt since
         self._checks_failed = 0  # in a row
@@ -106,7 +118,7 @@ class Learner:
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
         else:
-            self._generator.manual_seed(config.seed)
+            self._generator.manual_seed(config.seed + self.ranks.rank)
         self._lock = threading.Lock()
 
     @property
@@ -115,7 +127,10 @@ class Learner:
         return self.members[0].module
 
     def due(self) -> bool:
-        """Whether enough requests or tokens wait, or one has waited long enough."""
+        """Whether enough requests or tokens wait, or one has waited long enough. Never in a job of several processes: one of them must not begin."""
+        return self.ranks.size == 1 and self._due()
+
+    def _due(self) -> bool:
         new, config = self.buffer.new(), self.config
         if not new:
             return False
@@ -132,20 +147,31 @@ class Learner:
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
         it had, with new optimizers. An interrupt passes through.
 
+        In a job of several processes all ranks call this, and learn if there is anything new on one of them.
+
         Args:
             wait (`bool`): while another thread learns, wait for it; else leave the learning to it.
             most (`int`, *optional*): requests to learn at once, replay included. Of what is new the oldest are then left to later replay, and a learner
                 that falls behind its traffic serves what it learns as often as ever.
         """
-        if not self._lock.acquire(blocking=wait):
+        if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
         start = time.perf_counter()
         try:
             new = self.buffer.new()
-            return bool(new) and self._update(new, most)
+            return self.ranks.any(bool(new)) and self._update(new, most)
+        except RanksParted as error:
+            return self._parted(error)
         finally:
             self.seconds += time.perf_counter() - start
             self._lock.release()
+
+    def update_together(self, force: bool = False) -> bool:
+        """[`hf_osd.distributed.update_together`], of calls that have been taken in."""
+        try:
+            return not self.ranks.parted and self.ranks.any(force or self._due()) and self.update()
+        except RanksParted as error:
+            return self._parted(error)
 
     def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
         """Expected acceptance and confidence on `feedback` of what is to serve, see [`hf_osd.scoring.judge`]; `None` if another thread
@@ -193,11 +219,13 @@ class Learner:
             Rejected: if the gate turns it away.
             ArithmeticError: if the loss of this update is not finite, or has exploded.
         """
+        self.ranks.agree_on(next((member.failure for member in self.members if member.failure is not None), None))
         self._check_losses()
         estimate = None
         if self.gate is not None:
             estimate = self.gate.check(self.learned_tokens + self._update_rows, self._update_rows)
-        self.serve()
+        with self.ranks.together():
+            self.serve()
         if estimate is not None:
             self.estimate = estimate
             self._checked = [member.snapshot() for member in self.members]
@@ -213,6 +241,7 @@ class Learner:
             for member in self.members:
                 member.set_weights(weights)
             self._trust()
+            self._begun_together = False
 
     def close(self):
         """Forget what is held back; learning has ended."""
@@ -220,7 +249,7 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
-        tensors, members = {}, []
+        tensors, members = {"draws": self._generator.get_state()}, []
         with self._lock:
             for i, member in enumerate(self.members):
                 own, values = member.state()
@@ -249,12 +278,18 @@ class Learner:
             for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
                 prefix = f"{i}."
                 member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
+            self._generator.set_state(tensors["draws"].cpu())
             for name in _COUNTS:
                 setattr(self, name, values[name])
             self.losses = list(values["losses"])
             # Without what was held: it is traffic, and saved only where that is asked for.
             self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
             self._trust()
+            self._begun_together = False
+
+    def _parted(self, error: RanksParted) -> bool:
+        logger.error("This rank learns no more, and its draft serves on as it is. %s", error)
+        return False
 
     def _update(self, new: list[Feedback], most: int | None) -> bool:
         config = self.config
@@ -266,12 +301,19 @@ class Learner:
         # After a miss without replay: what broke the update may be in it, and would break every other one.
         replayed = self.buffer.sample(0 if self.misses else count, self._generator, config.replay_by)
         requests = [*new, *replayed]
-        self._update_rows = sum(int(request.teaches(config.positions).sum()) for request in requests)
+        if not self._begun_together and not self.ranks.same(self.members[0].weights()):
+            raise ValueError(
+                "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
+            )
+        self._begun_together = True
+        rows = sum(int(request.teaches(config.positions).sum()) for request in requests)
+        self._update_rows = int(self.ranks.sum(rows)[0])
         if not self._update_rows:
             return False  # nothing but accepted drafts, where errors alone teach
         before = [member.snapshot() for member in self.members]
         losses = list(self.losses)
-        self._since_check += new
+        if self.gate is not None:
+            self._since_check += new
         try:
             with self._apart():
                 if len(self.members) > 1:
@@ -282,6 +324,11 @@ class Learner:
             self.losses = losses
             self._undo(error, new, before)
             return False
+        except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
+            self.losses = losses
+            for member, snapshot in zip(self.members, before, strict=True):
+                member.go_back(snapshot)
+            raise
         self.updates += 1
         self.misses = 0
         self.learned_tokens += self._update_rows
@@ -299,6 +346,8 @@ class Learner:
             member.go_back(snapshot)
         if not isinstance(error, Rejected):
             self.failed += 1
+            if self.ranks.size > 1:
+                self.serve()  # it may have been another rank that could not take the new weights
             logger.error(
                 "An update failed; the serving draft is as it was, and learning goes on from it. %s",
                 wait,
@@ -312,13 +361,13 @@ class Learner:
         # What serves has been let through since the last check, and may be no better.
         self._checks_failed += 1
         self._since_check = []
+        to = "the static draft" if self._checks_failed > 1 else "the draft of the last check"
         if self._checks_failed > 1:
             for member in self.members:
                 member.set_weights(self._static)
                 member.forget_optimizer()
             self._trust()
         self.serve()
-        to = "the static draft" if self._checks_failed > 1 else "the draft of the last check"
         logger.warning("What was learnt may not serve, and %s serves again: %s. %s", to, error, wait)
 
     def _trust(self):
@@ -329,7 +378,9 @@ class Learner:
         self._last_losses.clear()
 
     def _check_losses(self):
-        loss = max((member.last_loss for member in self.members), key=lambda loss: loss if loss == loss else math.inf)
+        sums = self.ranks.sum(*itertools.chain.from_iterable(member.last_losses for member in self.members))
+        losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
+        loss = max(losses, key=lambda loss: loss if loss == loss else math.inf)
         if not math.isfinite(loss):
             raise ArithmeticError(f"The loss of this update is {loss}. Lower the learning rate if that comes again.")
         if len(self._last_losses) >= 3 and loss > _EXPLODED * max(self._last_losses):
@@ -371,10 +422,12 @@ class Learner:
         """One verification says of every member how it would have done: nothing has to be tried out to choose among them."""
         for i, member in enumerate(self.members):
             weights = None if member.serves_as_is else member.serving_weights()
-            overlap = torch.cat([overlap for overlap, _ in self._judge(member, new, weights)])
+            with self.ranks.together():
+                overlap = torch.cat([torch.zeros(0), *(overlap for overlap, _ in self._judge(member, new, weights))])
             overlap = overlap[~overlap.isnan()]
-            if len(overlap):
-                self.losses[i] += 1.0 - float(overlap.mean())
+            total, count = self.ranks.sum(float(overlap.double().sum()), len(overlap))
+            if count:
+                self.losses[i] += 1.0 - total / count
 
     def _judge(
         self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None
@@ -401,33 +454,3 @@ class Learner:
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
         ):
             yield
-
-
-@contextlib.contextmanager
-def isolated_random_state() -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's random states as they were: learning must not change what a user samples."""
-    import numpy as np
-
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def _autocast_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype | None:
-    """bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
-    if config.learner_dtype == "bfloat16":
-        return torch.bfloat16
-    if config.learner_dtype == "float32" or draft.dtype == torch.float32:
-        return None
-    if draft.device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif draft.device.type == "cpu":
-        # Emulated bfloat16 is several times slower than float32 there.
-        native = any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16"))
-    else:
-        native = False
-    return torch.bfloat16 if native else None

@@ -3,7 +3,6 @@ what, is the learner's."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -95,9 +94,14 @@ class Member:
         self.trainer.learn(requests)
 
     @property
-    def last_loss(self) -> float:
-        """The mean loss a row of the last update, as far as it has come; NaN before any."""
-        return self._trainer.mean_loss if self._trainer is not None else math.nan
+    def last_losses(self) -> tuple[float, int]:
+        """The loss of the last update on this rank, as far as it has come: its sum, and over how many rows."""
+        return self._trainer.losses if self._trainer is not None else (0.0, 0)
+
+    @property
+    def failure(self) -> Exception | None:
+        """What went wrong on this rank in the last update, where the others went on."""
+        return self._trainer.failure if self._trainer is not None else None
 
     def weights(self) -> dict[str, Tensor]:
         """What trains, by name: live storage, float32."""
@@ -177,6 +181,8 @@ class Member:
                 tensors |= {
                     f"optimizer.{index}.{name}": value for name, value in entries.items() if isinstance(value, Tensor)
                 }
+        if self._trainer is not None:
+            tensors["draws.state"] = self._trainer.draws.get_state()
         scheduler = self._trainer.lr_scheduler if self._trainer is not None else None
         return tensors, {
             "steps": self.steps,
@@ -189,7 +195,9 @@ class Member:
         Raises:
             ValueError: if the state is that of another draft.
         """
-        kinds: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "last_step": {}, "optimizer": {}}
+        kinds: dict[str, dict[str, Tensor]] = {
+            name: {} for name in ("weights", "average", "last_step", "optimizer", "draws")
+        }
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             kinds[kind][rest] = tensor
@@ -206,6 +214,8 @@ class Member:
             for kind, asked in (("average", self.config.averaging), ("last_step", self.config.optimism))
         )
         self.steps = values["steps"]
+        if kinds["draws"]:
+            self.trainer.draws.set_state(kinds["draws"]["state"].cpu())
         state: dict[int, dict] = {}
         for name, tensor in kinds["optimizer"].items():
             index, entry = name.split(".", 1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
     from hf_osd.lookahead import Lookahead
-    from hf_osd.stats import CallStats, Stats
+    from hf_osd.stats import Stats
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ from hf_osd.feedback import Feedback
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_osd.config import OnlineConfig
+
 
 def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
     """The draft's logits at the teaching rows of a batch made by [`FeedbackCollator`]: `(R, V)`.
@@ -97,3 +99,19 @@ def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.auto
     """Autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
     the optimizer's steps, and the draft would be trained on weights it no longer has."""
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def learners_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype | None:
+    """bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
+    if config.learner_dtype == "bfloat16":
+        return torch.bfloat16
+    if config.learner_dtype == "float32" or draft.dtype == torch.float32:
+        return None
+    if draft.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif draft.device.type == "cpu":
+        # Emulated bfloat16 is several times slower than float32 there.
+        native = any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else None

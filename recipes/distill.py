@@ -2,7 +2,8 @@
 
     accelerate launch recipes/distill.py --config recipes/configs/demo.yaml
 
-Every key of the config is also a flag. What it writes is described in docs/recipes.md. Logic that a library user would want is in hf_osd.
+With `--num_processes N` each serves its share, and all learn one draft (docs/scale.md). Every key of the config is also a flag. What it writes is
+described in docs/recipes.md. Logic that a library user would want is in hf_osd.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from models import (
     shuffled,
     use_threads,
 )
+from ranks import MODES, Processes
 from report import RunReport
 from run_log import RunLog, Tracking
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs, record_answers
+from hf_osd.distributed import update_together
+from hf_osd.separate import LearningRank, serve_separately
 
 logger = logging.getLogger("hf_osd.recipes.distill")
 
@@ -57,9 +61,25 @@ class DistillArguments(ModelArguments):
     push_to_hub: str | None = field(default=None, metadata={"help": "Push the draft to this repository, privately."})
     resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
     checkpoint_every: int = field(default=25, metadata={"help": "Requests between two checkpoints."})
+    save_buffer: bool = field(
+        default=False, metadata={"help": "Keep the feedback, which holds the prompts, in checkpoints."}
+    )
     log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
     batch_answers: int = field(default=8, metadata={"help": "Prompts a batch where answers are recorded, not served."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    mode: str = field(
+        default="together",
+        metadata={
+            "help": f"Of several processes, {' or '.join(MODES)}: all serve and learn, or the last learns for the others."
+        },
+    )
+    sync_every: int = field(
+        default=1, metadata={"help": "Requests of each process between two points at which all may learn together."}
+    )
+    weights_every: int = field(
+        default=1,
+        metadata={"help": "Updates after which the weights go to those that serve, where one process learns."},
+    )
     report_to: str = field(default="none", metadata={"help": "Trackers of transformers' Trainer, such as trackio."})
 
     def __post_init__(self):
@@ -69,7 +89,8 @@ class DistillArguments(ModelArguments):
             )
         super().__post_init__()
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
-        check_numbers(self, least | {"log_every": 1, "batch_answers": 1, "threads": 1})
+        least |= {"log_every": 1, "batch_answers": 1, "threads": 1, "sync_every": 1, "weights_every": 1}
+        check_numbers(self, least)
 
 
 @dataclass
@@ -92,47 +113,62 @@ class Job:
     """One run: `run` reads from top to bottom."""
 
     def __init__(self, args: DistillArguments, config: OnlineConfig):
-        from accelerate import Accelerator
-
         self.args, self.config = args, config
-        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        if self.accelerator.num_processes > 1:
+        self.processes = Processes(args.mode)
+        if self.processes.several and config.learn not in ("inline", "off"):
             raise ValueError(
-                f"The job was launched with {self.accelerator.num_processes} processes and runs in one so far; "
-                "use accelerate launch --num_processes 1."
+                f"`learn` is {config.learn!r}, with which each of several processes would learn a draft of its own; leave it at 'inline'."
             )
-        use_threads(args.threads)
+        use_threads(args.threads, self.processes.beside)
         self.seed = config.seed if config.seed is not None else 0
         torch.manual_seed(self.seed)
         self.target_forwards = 0
 
     def run(self) -> int:
-        args = self.args
-        log = RunLog(args.output_dir, self._identity(), resume=args.resume)
-        self.target, self.tokenizer = load_target(args.target, args.dtype, self.accelerator.device)
+        args, processes = self.args, self.processes
+        if processes.learns_alone:
+            return self._learn()
+        log = processes.open_log(args.output_dir, self._identity(), args.resume)
+        self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device)
         domains = self._load_domains()
         assistant = OnlineAssistant(load_draft(args.draft, self.target), self.config)
+        if processes.roles is not None:
+            serve_separately(assistant, processes.roles)
         self.target.register_forward_pre_hook(self._count_forward)
 
-        held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in domains}
+        held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in domains if d.held_back}
         if log.served:
             assistant.load_state(log.checkpoint)
         else:
             self._warm_up(assistant, domains)
             log.before = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
 
-        tracking = Tracking(args.report_to, args.output_dir, assistant.serving.active)
+        tracking = Tracking(args.report_to if processes.first else "none", args.output_dir, assistant.serving.active)
         interrupted = False
         try:
             self._serve(assistant, domains, log, tracking)
         except KeyboardInterrupt:
             interrupted = True
-            logger.warning("Interrupted: saving what was learnt. Go on with --resume.")
-        assistant.flush()
-        log.save(assistant)
+            logger.warning(
+                "Interrupted: saving what was learnt.%s", "" if processes.several else " Go on with --resume."
+            )
+        if not (interrupted and processes.several):  # the others may be anywhere
+            log = processes.merge(log)
+            processes.flush(assistant)
+        same = None if interrupted else processes.same(dict(assistant.serving.weights()))
+        if not processes.several:
+            log.save(assistant, self.args.save_buffer)
+        if not processes.first:
+            assistant.close()
+            return 130 if interrupted else 0
         if not interrupted:
             log.after = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
-        report = RunReport(log, self._overall(assistant, log), {d.name: d.skipped for d in domains})
+        overall = self._overall(assistant, log)
+        if processes.several:
+            overall |= {"ranks": processes.serving.size, "drafts_identical": same}
+        report = RunReport(
+            log, overall, {d.name: d.skipped for d in domains}, {d.name: len(d.held_back) for d in domains}
+        )
         facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
         facts = {**facts, "domains": report.summary["domains"]}
         assistant.save_pretrained(Path(args.output_dir) / "draft", self.tokenizer, facts)
@@ -144,13 +180,28 @@ class Job:
             assistant.push_to_hub(args.push_to_hub, processing_class=self.tokenizer, card=facts)
         print(report)
         print(assistant.stats)
+        assistant.close()
+        return 0
+
+    def _learn(self) -> int:
+        """Learn for those that serve. The target is here for as long as a draft may have to be made of it."""
+        args = self.args
+        target, _ = load_target(args.target, args.dtype, self.processes.accelerator.device)
+        assistant = OnlineAssistant(load_draft(args.draft, target), self.config)
+        del target
+        LearningRank(assistant, self.processes.roles, args.weights_every).run()
         return 0
 
     def _serve(self, assistant: OnlineAssistant, domains: list[Domain], log: RunLog, tracking: Tracking):
         """Each request in turn: generate, on a sample plainly too, then learn."""
         todo = [(domain, i) for domain in domains for i in range(len(domain.requests))]
-        bar = tqdm(total=len(todo), initial=log.served, desc="serving", unit="request", smoothing=0.05)
-        for domain, i in todo[log.served :]:
+        hidden = not self.processes.first
+        bar = tqdm(total=len(todo), initial=log.served, desc="serving", unit="request", smoothing=0.05, disable=hidden)
+        for step in range(log.served, self.processes.serving.most(len(todo))):
+            if step >= len(todo):  # others still serve: take part in what they learn
+                self._update(assistant, step)
+                continue
+            domain, i = todo[step]
             prompt = domain.requests[i]
             pairs = _spread(len(domain.requests), self.args.parity)
             plain_first = i in pairs and pairs.index(i) % 2 == 1
@@ -161,7 +212,7 @@ class Job:
             if i in pairs and not plain_first:
                 plain = self._generate(prompt)
             learning = time.perf_counter()
-            assistant.update()
+            self._update(assistant, step)
             learn_seconds = time.perf_counter() - learning
             seconds = {"decode_seconds": decode_seconds, "learn_seconds": learn_seconds}
             row = log.add(domain.name, assistant.stats, seconds)
@@ -169,6 +220,8 @@ class Job:
                 verdict = compare_outputs(self.target, plain[0], output)
                 log.add_pair(domain.name, verdict, plain[1], decode_seconds)
             bar.update()
+            if hidden:
+                continue
             if log.served % self.args.log_every == 0:
                 figures = log.recent(self.args.log_every)
                 bar.write(
@@ -177,8 +230,15 @@ class Job:
                 )
                 tracking.log(log.served, figures)
             if log.served % self.args.checkpoint_every == 0:
-                log.save(assistant)
+                if self.processes.several:
+                    assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.tokenizer)
+                else:
+                    log.try_to_save(assistant, self.args.save_buffer)
         bar.close()
+
+    def _update(self, assistant: OnlineAssistant, step: int):
+        if self.processes.roles is not None or (step + 1) % self.args.sync_every == 0:
+            update_together(assistant)
 
     def _generate(self, prompt: Tensor, **kwargs) -> tuple[Tensor, float]:
         start = time.perf_counter()
@@ -189,13 +249,15 @@ class Job:
         """Offline distillation on the target's own answers, before the first request."""
         answers = [f for d in domains for f in self._answers(d.warm_up, f"{d.name}: warm-up")]
         interval = self.config.update_interval
-        for start in tqdm(range(0, len(answers), interval), desc="warm-up", disable=not answers):
+        most = self.processes.serving.most(len(answers))
+        for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:
                 assistant.buffer.add(feedback)
             assistant.flush()
 
     def _answers(self, prompts: list[Tensor], what: str) -> list:
-        with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not prompts) as bar:
+        hidden = not prompts or not self.processes.first
+        with tqdm(total=len(prompts), desc=what, unit="prompt", disable=hidden) as bar:
             return record_answers(
                 self.target,
                 prompts,
@@ -223,7 +285,12 @@ class Job:
                     f"{name} has {len(encoded)} prompts: too few for --held_back {args.held_back}, --warm_up {args.warm_up} and "
                     f"--requests {wanted}. Lower one of them."
                 )
-            parts = [[row["ids"] for row in part] for part in (held_back, rest[: args.warm_up], served)]
+            # The draft is the same everywhere: one rank says how it does.
+            parts = (
+                held_back if self.processes.first else [],
+                *map(self.processes.share, (rest[: args.warm_up], served)),
+            )
+            parts = [[row["ids"] for row in part] for part in parts]
             domains.append(Domain(name, *parts, skipped=skipped))
         return domains
 

@@ -47,10 +47,11 @@ class ModelArguments(TargetArguments):
     draft: str = field(default="grow:0,1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
 
 
-def use_threads(threads: int | None):
-    """Give torch `threads` CPU threads, or all cores this process may use: `accelerate launch` leaves it one, without a word."""
+def use_threads(threads: int | None, processes: int = 1):
+    """Give torch `threads` CPU threads, or all cores that this process may use, shared with the other `processes` of its kind on the machine:
+    `accelerate launch` leaves it one, without a word."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or cores)
+    torch.set_num_threads(threads or max(cores // processes, 1))
 
 
 def load_target(

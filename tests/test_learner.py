@@ -14,7 +14,8 @@ import torch
 from hf_osd import FeedbackBuffer, OnlineConfig, feedback
 from hf_osd import learner as learner_module
 from hf_osd.held_back import JUDGED_SHARE
-from hf_osd.learner import Learner, isolated_random_state
+from hf_osd.learner import Learner
+from hf_osd.random_state import isolated_random_state
 
 
 @pytest.fixture

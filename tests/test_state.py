@@ -47,7 +47,7 @@ def learnt(target, draft):
 
 def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
     def fresh():
-        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, batch_size=8, draft_cost=0.2)
+        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, draft_cost=0.2)
 
     straight, stopped = fresh(), fresh()
     for assistant in (straight, stopped):

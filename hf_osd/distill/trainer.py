@@ -3,10 +3,12 @@ teacher never runs."""
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
+import traceback
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,8 @@ from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.muon import MuonWithAdamW
-from hf_osd.feedback import Feedback
+from hf_osd.distributed import Ranks
+from hf_osd.feedback import Feedback, SparseRows
 from hf_osd.scoring import answer_logits, learners_autocast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -37,6 +40,9 @@ class OnlineGKDTrainer(GKDTrainer):
 
     `train()` passes over what the buffer holds; `learn(requests)` over the requests given. One trainer serves all updates: the
     optimizer's state and the learning rate's warm-up carry over from call to call.
+
+    In a job of several processes each passes over its own requests, and all take as many steps: where one has no more batches, it takes part with
+    one that teaches nothing. The gradients are those of one process on all their batches.
 
     Args:
         model (`PreTrainedModel`): the draft to train. trl patches its `forward`: make serving copies first.
@@ -63,8 +69,7 @@ class OnlineGKDTrainer(GKDTrainer):
         self._requests: Sequence[Feedback] | None = None
         self._losses: list[tuple[Tensor, int]] = []  # of the steps of `learn`: sum, and over how many rows
         self._autocast_dtype = autocast_dtype
-        self._draws = torch.Generator()
-        self._draws.manual_seed(self.config.seed if self.config.seed is not None else torch.seed() % 2**63)
+        self.failure: Exception | None = None  # of a step of `learn` on this rank, which the others went on with
         super().__init__(
             model=model,
             teacher_model=_NoTeacher(model.config),
@@ -78,40 +83,52 @@ class OnlineGKDTrainer(GKDTrainer):
         )
         self.processing_class = None  # train() would write its special tokens into the draft's config
         self.remove_callback(PrinterCallback)  # a library does not print
+        self.model_accepts_loss_kwargs = (
+            True  # whatever the draft's forward takes: the rows are counted for compute_loss, over all ranks
+        )
+        self._ranks = Ranks.of_job()
+        self.draws = torch.Generator()  # of batches and sampled columns
+        seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**62
+        self.draws.manual_seed(seed + self._ranks.rank)
         if not self.is_deepspeed_enabled:
             self.accelerator.free_memory = self._drop_prepared
 
     def learn(self, requests: Sequence[Feedback]) -> float:
         """One pass over `requests`; the mean loss a row."""
-        self._requests, self._losses = requests, []
+        self._requests, self._losses, self.failure = requests, [], None
         try:
-            return self.train().training_loss
+            with warnings.catch_warnings():
+                # Of torch, about what accelerate has no other name for yet.
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                return self.train().training_loss
         finally:
             self._requests = None
 
     @property
-    def mean_loss(self) -> float:
-        """The mean loss a row of `learn`, as far as it has come; NaN before any step."""
-        rows = sum(rows for _, rows in self._losses)
-        return float(sum(total for total, _ in self._losses)) / rows if rows else math.nan
+    def losses(self) -> tuple[float, int]:
+        """The loss of `learn` on this rank, as far as it has come: its sum, and over how many rows."""
+        return float(sum(total for total, _ in self._losses)), sum(rows for _, rows in self._losses)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of requests of like length, in random order.
+        """Batches of requests of like length, in random order; as many on each rank.
 
         Raises:
-            ValueError: if there is nothing to learn from.
+            ValueError: if there is nothing to learn from, on any rank.
         """
-        requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self._draws)
+        requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self.draws)
         requests = [request for request in requests if request.teaches(self.config.positions).any()]
-        if not requests:
+        size = self.config.batch_size or max(len(requests), 1)
+        steps = self._ranks.most(-(-len(requests) // size))
+        if not steps:
             raise ValueError("There is no feedback to learn from: serve requests with the assistant first.")
-        size = self.config.batch_size or len(requests)
         by_length = sorted(requests, key=lambda request: request.tokens.shape[0])
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        order = torch.randperm(len(batches), generator=self._draws).tolist()
+        order = torch.randperm(len(batches), generator=self.draws).tolist()
+        batches += [[self._nothing()]] * (steps - len(batches))
+        order += range(len(order), steps)
         # With draws of its own: it would take its seed from the process's.
         return DataLoader(
-            [batches[i] for i in order], batch_size=None, collate_fn=self.data_collator, generator=self._draws
+            [batches[i] for i in order], batch_size=None, collate_fn=self.data_collator, generator=self.draws
         )
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -125,7 +142,22 @@ class OnlineGKDTrainer(GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step."""
+        """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step, on all ranks.
+
+        Where it fails on one of several ranks, out of memory say, that one goes on without rows, for the others wait for its gradients; whoever
+        called `learn` finds the error in `failure`. Not with FSDP and DeepSpeed.
+        """
+        try:
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+        except Exception as error:
+            if self._ranks.size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise  # where weights are sharded, a forward more than the others run would hang them
+            self.failure = error
+            traceback.clear_frames(error.__traceback__)  # which hold what memory there was
+            nothing = self._prepare_inputs(self.data_collator([self._nothing()]))
+            return self._loss(model, nothing, return_outputs, num_items_in_batch)
+
+    def _loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch: Tensor | int | None):
         logits, at = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
         q = draft_buckets(logits, at)
@@ -138,12 +170,19 @@ class OnlineGKDTrainer(GKDTrainer):
             )  # the count is over all processes, and gradients are averaged over them
         return (loss, SimpleNamespace(logits=logits)) if return_outputs else loss
 
+    def _nothing(self) -> Feedback:
+        """A request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
+        tokens = torch.zeros(2, dtype=torch.int32)
+        rows = SparseRows(tokens[:1, None], torch.full((1, 1), torch.nan), torch.full((1,), torch.nan))
+        source = tokens if self.model.config.is_encoder_decoder else None
+        return replace(Feedback.of_target(tokens, 1, rows), source=source)
+
     def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
         """The draft's logits `(R, C)`, and in which columns those of `top_ids` are, `(R, k)`: all V of them, or enough to estimate the loss."""
         head = getattr(model, "module", model).get_output_embeddings()
         columns, samples = None, self.config.tail_samples
         if samples is not None and not whole and isinstance(head, LossHead):
-            columns = loss_columns(inputs["top_ids"], head.out_features, samples, self._draws)
+            columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws)
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             if columns is None:
                 return answer_logits(model, inputs), inputs["top_ids"]
@@ -212,6 +251,7 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "ddp_broadcast_buffers": False,  # a draft has none that change; a rank whose step failed runs a forward more than the others
         "use_cache": True,  # Trainer writes it into the draft's config, with which the draft is saved and drafts
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,

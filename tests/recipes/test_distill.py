@@ -188,14 +188,6 @@ def test_a_config_key_that_does_not_exist_is_named(tmp_path, caplog):
     assert "lerning_rate" in caplog.text
 
 
-def test_several_processes_are_refused(run, monkeypatch, caplog):
-    import accelerate
-
-    monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda self: 2))
-    assert run() == 2
-    assert "2 processes" in caplog.text
-
-
 def test_the_presets_in_yaml_are_those_of_the_library():
     from trl import TrlParser
 

@@ -1,0 +1,203 @@
+"""`Ranks`: the processes that learn one draft together, and what they agree on. It knows neither drafts nor learning."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from hf_osd.assistant import OnlineAssistant
+
+# By which torchrun and accelerate launch tell a process that it is one of several.
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+class RanksParted(RuntimeError):
+    """A rank has gone, or has not answered within the process group's timeout: there is no agreeing any more."""
+
+
+class Ranks:
+    """The processes of a job. Each calls every method at the same point as the others do, with what it has itself, and all get the same answer, bit for
+    bit. One process alone agrees with itself, at no cost.
+
+    Args:
+        size (`int`), rank (`int`): how many there are, and which this one is.
+        device (`torch.device`): where the backend wants what is exchanged.
+        group (`dist.ProcessGroup`, *optional*): of the processes; all of torch.distributed's if left out.
+    """
+
+    def __init__(
+        self,
+        size: int = 1,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.size, self.rank, self.device, self._group = size, rank, torch.device(device), group
+        self.parted = False
+
+    @classmethod
+    def of_job(cls) -> Ranks:
+        """Those among which accelerate, and with it Trainer, shares out training.
+
+        Raises:
+            ValueError: if this process is one of several and accelerate has not been told.
+        """
+        from accelerate import PartialState
+        from accelerate.state import is_initialized
+
+        if is_initialized():
+            state = PartialState()
+            return cls(state.num_processes, state.process_index, state.device)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and "LOCAL_RANK" in os.environ:
+            raise ValueError(
+                f"This is one of {launched} processes, and they have not met: learning would wait for the others at its first step. Make an "
+                "accelerate.Accelerator() before the OnlineAssistant, or start one process."
+            )
+        return cls()
+
+    def each(self, *numbers: float) -> Tensor:
+        """What every rank has given: float64 `(size, len(numbers))`.
+
+        Raises:
+            RanksParted: if a rank has gone. So do all that follow.
+        """
+        return self._exchange(torch.tensor(numbers, dtype=torch.float64))
+
+    def sum(self, *numbers: float) -> list[float]:
+        """The sum over ranks of each number."""
+        return list(numbers) if self.size == 1 else self.each(*numbers).sum(0).tolist()
+
+    def most(self, number: int) -> int:
+        """The largest of all."""
+        return number if self.size == 1 else int(self.each(number).max())
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank."""
+        return bool(self.most(int(flag)))
+
+    def gather(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The vectors `(N,)` of all ranks, rank by rank; on the CPU, in `dtype`."""
+        if self.size == 1:
+            return list(parts)
+        counts = self.each(len(parts), sum(map(len, parts))).long()  # (size, 2)
+        lengths = self._exchange(_padded(torch.tensor([len(part) for part in parts]).long(), int(counts[:, 0].max())))
+        values = [part.to("cpu", dtype) for part in parts]
+        values = torch.cat(values) if values else torch.zeros(0, dtype=dtype)
+        values = self._exchange(_padded(values, int(counts[:, 1].max())))
+        found: list[Tensor] = []
+        for rank, (number, total) in enumerate(counts.tolist()):
+            found += values[rank, :total].split(lengths[rank, :number].tolist()) if number else []
+        return found
+
+    def gather_json(self, value: Any) -> list:
+        """What JSON can hold, of every rank."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(part.numpy().tobytes()) for part in self.gather([data], torch.uint8)]
+
+    def same(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether all ranks have the very same tensors."""
+        if self.size == 1:
+            return True
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        found = self._exchange(torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64))
+        return bool((found == found[0]).all())
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in here on one rank fails on all. In here no rank may wait for another.
+
+        Raises:
+            RuntimeError: on the ranks where it went well; on the others, what they ran into.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree_on(failure)
+
+    def agree_on(self, failure: Exception | None):
+        """Raise on all ranks if there is a `failure` on one.
+
+        Raises:
+            RuntimeError: on the ranks that have none; on the others, their failure.
+        """
+        failed = [failure is not None] if self.size == 1 else self.each(failure is not None)[:, 0].bool().tolist()
+        if failure is not None:
+            raise failure
+        if any(failed):
+            raise RuntimeError(f"It failed on rank {failed.index(True)}, whose log says how.")
+
+    def _exchange(self, mine: Tensor) -> Tensor:
+        """Tensors of one shape and dtype, stacked by rank, on the CPU. Gathered and not reduced: no order of sums differs from rank to rank."""
+        if self.parted:
+            raise RanksParted("The ranks have parted before.")
+        mine = mine.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            if self.size == 1:
+                parts = [mine]
+            elif mine.numel():
+                dist.all_gather(parts, mine, group=self._group)
+        except RuntimeError as error:
+            self.parted = True
+            raise RanksParted(f"Another rank has gone, or does not answer: {error}") from error
+        return torch.stack(parts).cpu()
+
+
+def update_together(assistant: OnlineAssistant, force: bool = False) -> bool:
+    """Take in the calls that have ended, and learn with all ranks of the job, if an update is due on any of them, or anything is new anywhere and `force`
+    is set. Every rank calls this at the same points: after each request, say, and as often when its own requests have come to an end. In a job of
+    one process it is `assistant.update(force)`.
+
+    Between these points nothing is learnt: calls of `generate` start no update in a job of several processes.
+
+    Returns:
+        `bool`: whether the serving draft was refreshed, which is the same everywhere. `False` for good once a rank has gone: the draft goes on
+        serving as it is.
+
+    Raises:
+        ValueError: if the ranks did not begin with the same draft.
+    """
+    from hf_osd.learner import Learner
+
+    learner = assistant.learner
+    if not isinstance(learner, Learner) or learner.ranks.size == 1:
+        return assistant.update(force)
+    assistant.take_in()
+    return learner.update_together(force)
+
+
+def check_job(ranks: Ranks, alone: bool):
+    """See that several processes can learn together: all at the same moments, and each with a whole copy of what trains."""
+    from accelerate import PartialState
+
+    if not alone:
+        raise ValueError(
+            f"This is one of {ranks.size} processes, whose gradients are averaged: all must learn at the same moment, which a thread of its own cannot. "
+            "Pass learn='inline' and call hf_osd.distributed.update_together on all ranks, or let another process learn (docs/scale.md)."
+        )
+    kind = PartialState().distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"The job was launched for {kind}, which shards what trains. An OnlineAssistant judges, averages and takes back whole drafts: launch it without "
+            "(accelerate launch --multi_gpu), or train a draft too large for that offline, with OnlineGKDTrainer (docs/scale.md)."
+        )
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values))])

@@ -1,0 +1,147 @@
+"""Several processes that learn one draft: what they agree on, the gradients of all, the same bytes on each, and no hanging."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_osd.distributed import Ranks, update_together
+from hf_osd.trace import write_trace
+
+VOCAB = 512  # enough columns of the head for some of them to be drawn
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """job.py, for what one process makes of the same."""
+    spec = importlib.util.spec_from_file_location("job", Path(__file__).parent / "job.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def job(run_job, tmp_path_factory, tiny_llama, make_feedback) -> SimpleNamespace:
+    """What two processes have left: `tensors(scene) -> (rank 0's, rank 1's)`, `facts`, and what they began with."""
+    folder = tmp_path_factory.mktemp("job")
+    draft = tiny_llama(vocab=VOCAB)
+    draft.save_pretrained(folder / "draft")
+    requests = [make_feedback(n=6 + i % 5, vocab=VOCAB, k=4, seed=i) for i in range(24)]
+    write_trace(folder / "requests.safetensors", requests)
+    run_job("job.py", folder, 2)
+    return SimpleNamespace(
+        draft=draft,
+        requests=requests,
+        tensors=lambda scene: [load_file(folder / f"{scene}.{rank}") for rank in range(2)],
+        facts=[json.loads((folder / f"facts.{rank}").read_text()) for rank in range(2)],
+    )
+
+
+def identical(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_ranks_agree(job):
+    one, other = (facts["agreeing"] for facts in job.facts)
+    assert one.pop("together") == "RuntimeError('It failed on rank 1, whose log says how.')"
+    assert other.pop("together") == "KeyError('here')"
+    assert one == other
+    assert one == {
+        "sum": [3.0, 1.0],
+        "most": 7,
+        "any": [True, False],
+        "gather": [[0.0, 0.0, 0.0], [-1.0]],
+        "nothing": [],
+        "json": [{"rank": 0, "text": "α"}, {"rank": 1, "text": "αα"}],
+        "same": [True, False],
+    }
+
+
+@pytest.mark.parametrize("split", ["equal", "unequal", "empty"])
+def test_gradients_are_those_of_one_process_on_the_union(job, script, split):
+    """Also where one of them has more requests than the other, or none."""
+    union = script.one_step(job.draft, job.requests[: sum(script.SPLITS[split])])
+    assert sum(name.startswith("grad.") for name in union) > 10
+    for rank in job.tensors(split):
+        assert rank.keys() == union.keys()
+        for name, tensor in rank.items():
+            torch.testing.assert_close(tensor, union[name], atol=1e-5, rtol=1e-5)
+    assert identical(*job.tensors(split))
+
+
+def test_every_rank_ends_with_the_same_bytes(job):
+    """With replay, sampled columns, averages and an ensemble, each rank drawing its own; also after an update that the gate turned away."""
+    counts = [facts["learning"]["counts"] for facts in job.facts]
+    assert counts[0] == counts[1]
+    assert counts[0][-1] == [5, 1, 0]
+    seen = [job.tensors(f"learning.{i}") for i in range(6)]
+    for one, other in seen:
+        assert identical(one, other)
+    assert not identical(seen[2][0], seen[3][0])
+    assert not identical(seen[4][0], seen[5][0])
+
+
+def test_what_one_rank_holds_back_turns_an_update_away_on_all(job):
+    rejected = [[rejected for _, rejected, _ in facts["learning"]["counts"]] for facts in job.facts]
+    assert rejected[0] == rejected[1] == [0, 0, 0, 0, 1, 1]
+
+
+def test_figures_are_of_all_ranks(job):
+    one, other = job.facts
+    assert one["learning"] == other["learning"]
+    assert one["estimate"] == other["estimate"]
+    assert one["estimate"]["requests"] > 5
+
+
+def test_what_fails_on_one_rank_is_undone_on_all(job):
+    for facts in job.facts:
+        assert facts["failing"] == {"outcomes": [False, True], "failed": 1, "undone": True}
+    assert identical(*job.tensors("failing"))
+
+
+def test_what_cannot_learn_together_is_refused_on_all(job):
+    for facts in job.facts:
+        refused = facts["refused"]
+        assert "different drafts" in refused["other draft"]
+        assert "learn='inline'" in refused["background"]
+        assert "FSDP" in refused["sharded"]
+        assert "OnlineGKDTrainer" in refused["sharded"]
+
+
+def test_generate_starts_no_update_by_itself(job):
+    for facts in job.facts:
+        assert facts["serving"] == {"before": 0, "refreshed": [True, False, False], "updates": 1}
+
+
+def test_a_rank_that_goes_takes_no_other_with_it(job):
+    assert job.facts[0]["parting"] == [False, False, False, True, 0]
+
+
+def test_a_process_that_has_not_met_the_others_is_refused(tiny_llama, monkeypatch):
+    from accelerate import state
+
+    from hf_osd import OnlineAssistant
+
+    monkeypatch.setattr(state, "is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"one of 2 processes.*Accelerator"):
+        OnlineAssistant(tiny_llama())
+
+
+def test_one_process_agrees_with_itself_and_learns_when_it_is_due(tiny_llama, make_feedback):
+    from hf_osd import OnlineAssistant
+
+    ranks = Ranks()
+    assert ranks.sum(1, 2.5) == [1, 2.5]
+    assert (ranks.most(3), ranks.any(True), ranks.any(False), ranks.same({})) == (3, True, False, True)
+    with pytest.raises(KeyError), ranks.together():
+        raise KeyError
+    assistant = OnlineAssistant(tiny_llama(), update_interval=2, held_back_share=0.0, seed=0)
+    assistant.buffer.add(make_feedback())
+    assert not update_together(assistant)
+    assert update_together(assistant, force=True)
