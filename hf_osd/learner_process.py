@@ -76,19 +76,28 @@ class LearnerProcess:
                 for feedback in requests:
                     self._buffer.add(feedback)
                 self._buffer.mark_seen(requests)
-            elif kind == "flush":
-                refreshed = self.learner.update(wait=True)
-                self._send("answer", values={"refreshed": refreshed})
-            elif kind == "state":
-                tensors, values = self.learner.state()
-                self._send("answer", tensors, {"state": values})
-            elif kind == "load":
-                self.learner.load_state(tensors, values["state"])
-                self._send("answer")
             elif kind == "take":
                 self.learner.take(tensors)
+            elif kind in ("flush", "state", "load"):
+                answer, said = getattr(self, f"_{kind}")(tensors, values)
+                self._send("answer", answer, {**said, "asked": values["asked"]})
             else:
                 raise ValueError(f"A frame of kind {kind!r}: both processes must run one version of hf_osd.")
+
+    def _flush(self, tensors: dict[str, Tensor], values: dict) -> tuple[dict, dict]:
+        return {}, {"refreshed": self.learner.update(wait=True)}
+
+    def _state(self, tensors: dict[str, Tensor], values: dict) -> tuple[dict, dict]:
+        tensors, state = self.learner.state()
+        return tensors, {"state": state}
+
+    def _load(self, tensors: dict[str, Tensor], values: dict) -> tuple[dict, dict]:
+        try:
+            self.learner.load_state(tensors, values["state"])
+        except ValueError as error:
+            return {}, {"refused": str(error)}
+        self.learner.serve()
+        return {}, {}
 
     def _serve(self, weights: Mapping[str, Tensor]):
         check_weights(weights, self._served)

@@ -43,9 +43,12 @@ class OpenCalls:
         return len(self._open) > len(self._ended)
 
     def _over(self, record: CallRecord):
-        self._ended.append(record)
+        if record in self._open:  # else it was taken in as one that had come back, and would be counted twice
+            self._ended.append(record)
         if self._on_change is not None and not self.any():
             self._on_change(False)
+            if self.any():  # one began in between, and may have said so before
+                self._on_change(True)
 
     def take_over(self, here: bool = False) -> list[CallRecord]:
         """Those that are over, each once: their generator is gone. And, with `here`, those of this thread that have come back, though a

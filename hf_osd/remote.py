@@ -3,6 +3,7 @@ started."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import mmap
@@ -21,8 +22,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hf_osd.background import THREADS
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.distributed import LAUNCH_VARIABLES
 from hf_osd.feedback import Feedback
 from hf_osd.held_back import Estimate, HeldBack
 from hf_osd.learner_process import BEGIN, BUSY, DRAFT
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Seconds that a process is given to end by itself.
-_PATIENCE = 10
+_PATIENCE = 10.0
 # After n deaths in a row, the next process waits for 2ⁿ updates' requests, at most for this many.
 _LONGEST_WAIT = 64
+# What is summed up over processes.
+_COUNTS = ("updates", "failed_updates", "rejected_updates", "learned_tokens", "learning_seconds", "learner_restarts")
 
 
 class RemoteLearner:
@@ -64,7 +69,8 @@ class RemoteLearner:
         self._serving, self.buffer, self.config = serving, buffer, config
         self.held = HeldBack(0.0)  # the process holds its own
         self.restarts = 0
-        self._figures: dict = {}
+        self._figures: dict = {}  # of this process
+        self._before = dict.fromkeys(_COUNTS, 0)  # of those that have died
         self._worker: _Worker | None = None
         self._deaths = self._offered = 0  # in a row; since the last death
         self._lock = threading.Lock()
@@ -74,11 +80,11 @@ class RemoteLearner:
 
     def offer(self, feedback: Feedback):
         """Send a request to the process."""
-        self.buffer.add(feedback)
-        self.buffer.mark_seen([feedback])
         with self._lock:
             self._offered += 1
             worker = self._running()
+        self.buffer.add(feedback)
+        self.buffer.mark_seen([feedback])
         if worker is not None:
             worker.send("feedback", [feedback])
 
@@ -103,14 +109,17 @@ class RemoteLearner:
         return
 
     def figures(self) -> dict:
-        return {**self._figures, "learner_restarts": self.restarts}
+        counts = {name: before + self._figures.get(name, 0) for name, before in self._before.items()}
+        counts["learner_restarts"] += self.restarts
+        return self._figures | counts
 
     def take(self, weights: Mapping[str, Tensor]):
         """Go on learning from weights that were trained elsewhere."""
         with self._lock:
             worker = self._running()
         if worker is not None:
-            worker.send("take", tensors=weights)
+            # Copies: they are written some time later, and whoever trains them goes on.
+            worker.send("take", tensors={name: weights[name].detach().clone() for name in self._serving.trainable})
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """As [`hf_osd.learner.Learner.state`].
@@ -122,8 +131,15 @@ class RemoteLearner:
         return tensors, values["state"]
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
-        """Go on from `state()`; the serving draft with it."""
-        self._ask("load", tensors, {"state": values})
+        """Go on from `state()`; the serving draft with it.
+
+        Raises:
+            ValueError: if the state is that of another draft, or of another number of members.
+            RuntimeError: if the process dies over it.
+        """
+        _, answer = self._ask("load", tensors, {"state": values})
+        if "refused" in answer:
+            raise ValueError(answer["refused"])
 
     def serve(self):
         """Done by the process itself."""
@@ -147,18 +163,37 @@ class RemoteLearner:
         """The process, started if it was not, or if it has died and enough requests have come since."""
         if self._closed:
             return None
-        if self._worker is not None and self._worker.dead.is_set():
-            if self._offered < self.config.update_interval * min(2**self._deaths, _LONGEST_WAIT):
+        if self._worker is not None and not self._worker.dead.is_set():
+            return self._worker
+        if self._deaths:
+            if self._offered < self._wait:
                 return None
             self.restarts += 1
-            self._worker = None
-        if self._worker is None:
+        self._worker = None
+        try:
             self._worker = _Worker(
                 self._serving, self.config, weakref.WeakMethod(self._came), weakref.WeakMethod(self._died)
             )
-            if self._deaths:
-                self._worker.send("replay", self.buffer.sample(len(self.buffer)))
+        except Exception:  # the disk is full, say: no reason to break the user's call
+            self._count_death()
+            logger.exception(
+                "The process that learns could not be started. The draft serves as it is; it is tried again after %d more requests.",
+                self._wait,
+            )
+            return None
+        if self._deaths and len(self.buffer):
+            self._worker.send("replay", self.buffer.sample(len(self.buffer)))
         return self._worker
+
+    @property
+    def _wait(self) -> int:
+        """Requests that must come after a death."""
+        return self.config.update_interval * min(2**self._deaths, _LONGEST_WAIT)
+
+    def _count_death(self):
+        self._deaths, self._offered = self._deaths + 1, 0
+        for name in _COUNTS:
+            self._before[name] += self._figures.pop(name, 0)
 
     def _ask(
         self, kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None
@@ -185,11 +220,11 @@ class RemoteLearner:
 
     def _died(self, status: int | None):
         with self._lock:
-            self._deaths, self._offered = self._deaths + 1, 0
+            self._count_death()
         logger.error(
             "The process that learns has died (exit status %s). The serving draft is as it was; another process is started after %d more requests.",
             status,
-            self.config.update_interval * min(2**self._deaths, _LONGEST_WAIT),
+            self._wait,
         )
 
 
@@ -199,41 +234,39 @@ class _Worker:
     def __init__(
         self, serving: ServingDraft, config: OnlineConfig, came: weakref.WeakMethod, died: weakref.WeakMethod
     ):
-        from safetensors.torch import save_model
-
-        self.dead = threading.Event()
+        self.dead, ending = threading.Event(), threading.Event()
         folder = Path(tempfile.mkdtemp(prefix="hf_osd-"))
-        draft = serving.active
-        draft.config.save_pretrained(folder / DRAFT)
-        save_model(draft, str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
-        begin = {
-            "class": type(draft).__name__,
-            "dtype": str(draft.dtype).removeprefix("torch."),
-            "device": config.learner_device or str(draft.device),
-            "trainable": sorted(serving.trainable),
-            "config": config.to_dict(),
-        }
-        (folder / BEGIN).write_text(json.dumps(begin), encoding="utf-8")
-        (folder / BUSY).write_bytes(b"\0")
-        with (folder / BUSY).open("r+b") as file:
-            self._busy = mmap.mmap(file.fileno(), 1)
-        threads = str(config.learner_threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hf_osd.learner_process", str(folder), threads],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
+        try:
+            _lay_out(folder, serving, config)
+            with (folder / BUSY).open("r+b") as file:
+                self._busy = mmap.mmap(file.fileno(), 1)
+            threads = str(config.learner_threads)
+            # Under a launcher it would take itself for one of the job's processes.
+            alone = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hf_osd.learner_process", str(folder), threads],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**alone, "OMP_NUM_THREADS": threads},
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._out: queue.SimpleQueue = queue.SimpleQueue()
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
-        self._asking, ending = threading.Lock(), threading.Event()
-        # At the end of this process, too: the other one would see its pipe end, but in the middle of an update.
-        self._end = weakref.finalize(self, _end, self._process, self._out, ending, folder)
-        for run, arguments in (
-            (_write, (self._process, self._out)),
-            (_read, (self._process, self._answers, self.dead, ending, came, died)),
-        ):
-            threading.Thread(target=run, args=arguments, name="hf_osd learner", daemon=True).start()
+        self._asking, self._asked = threading.Lock(), 0
+        self._end = weakref.finalize(self, _stop, self._out, ending)
+        self.pid = process.pid
+        self._reader = threading.Thread(
+            target=_read,
+            args=(process, folder, self._answers, self.dead, ending, came, died),
+            name="hf_osd learner",
+            daemon=True,
+        )
+        # The other process would see the end of this one, but maybe in the middle of an update.
+        THREADS[self._reader] = functools.partial(_stop, self._out, ending)
+        self._reader.start()
+        threading.Thread(target=_write, args=(process, self._out), name="hf_osd learner", daemon=True).start()
 
     def send(
         self,
@@ -248,8 +281,13 @@ class _Worker:
     def ask(self, kind: str, tensors: Mapping[str, Tensor] | None, values: dict | None) -> tuple[dict, dict] | None:
         """The answer to a frame; `None` if the process dies before it comes."""
         with self._asking:
-            self.send(kind, None, tensors, values)
-            return self._answers.get()
+            self._asked += 1
+            self.send(kind, None, tensors, {**(values or {}), "asked": self._asked})
+            while (answer := self._answers.get()) is not None:
+                if answer[1]["asked"] == self._asked:  # else that of a call that was interrupted
+                    return answer
+            self._answers.put(None)  # for whoever asks next
+            return None
 
     def note_busy(self, busy: bool):
         self._busy[0] = busy
@@ -257,20 +295,48 @@ class _Worker:
     def end(self):
         """End the process, and wait for that."""
         self._end()
+        self._reader.join()
+
+
+def _lay_out(folder: Path, serving: ServingDraft, config: OnlineConfig):
+    """What the process needs to begin."""
+    from safetensors.torch import save_model
+
+    draft = serving.lease()
+    try:
+        draft.config.save_pretrained(folder / DRAFT)
+        save_model(draft, str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
+    finally:
+        serving.release(draft)
+    begin = {
+        "class": type(draft).__name__,
+        "dtype": str(draft.dtype).removeprefix("torch."),
+        "device": config.learner_device or str(draft.device),
+        "trainable": sorted(serving.trainable),
+        "config": config.to_dict(),
+    }
+    (folder / BEGIN).write_text(json.dumps(begin), encoding="utf-8")
+    (folder / BUSY).write_bytes(b"\0")
 
 
 def _write(process: subprocess.Popen, out: queue.SimpleQueue):
     frames = FrameWriter(process.stdin)
-    with suppress(OSError):  # dead: whoever reads notices
+    try:
         while (item := out.get()) is not None:
             kind, feedback, tensors, values = item
             frames.write(kind, pack(feedback) if feedback else tensors, values)
+    except OSError:
+        pass  # dead: whoever reads notices
+    except Exception:
+        logger.exception("What is to be learnt could not be sent to the process that learns, which is ended.")
     with suppress(OSError):
         process.stdin.close()
+    _wait_for(process)
 
 
 def _read(
     process: subprocess.Popen,
+    folder: Path,
     answers: queue.SimpleQueue,
     dead: threading.Event,
     ending: threading.Event,
@@ -288,24 +354,30 @@ def _read(
             if frame[0] == "answer":
                 answers.put(frame[1:])
             del take
-    except (OSError, ValueError):
-        logger.exception("The learning process cannot be understood.")
+    except Exception:  # whatever is wrong with it
+        logger.exception("The learning process cannot be understood, and is ended.")
         process.kill()
-    status = process.wait()
+    status = _wait_for(process)
     process.stdout.close()
-    dead.set()
-    answers.put(None)  # for whoever waits
+    shutil.rmtree(folder, ignore_errors=True)
     tell = died()
     if tell is not None and not ending.is_set():
         tell(status)
+    dead.set()
+    answers.put(None)  # for whoever waits
+    THREADS.pop(threading.current_thread(), None)
 
 
-def _end(process: subprocess.Popen, out: queue.SimpleQueue, ending: threading.Event, folder: Path):
-    ending.set()
-    out.put(None)
+def _wait_for(process: subprocess.Popen) -> int:
+    """The exit status of a process that is to end, and is made to if it does not."""
     try:
-        process.wait(_PATIENCE)
+        return process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+        return process.wait()
+
+
+def _stop(out: queue.SimpleQueue, ending: threading.Event):
+    """Also called by garbage collection, which comes anywhere, under any lock: it waits for nothing."""
+    ending.set()
+    out.put(None)

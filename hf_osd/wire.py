@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+_MAGIC = b"hf_osd 1"  # each frame begins with it: what somebody else printed must not be read as a length
 _LENGTH = 8  # bytes
 
 
@@ -31,10 +32,10 @@ class FrameWriter:
         """
         data = to_bytes(kind, tensors, values)
         with self._lock:
-            self._stream.write(len(data).to_bytes(_LENGTH, "little"))
+            self._stream.write(_MAGIC + len(data).to_bytes(_LENGTH, "little"))
             self._stream.write(data)
             self._stream.flush()
-            self.nbytes += _LENGTH + len(data)
+            self.nbytes += len(_MAGIC) + _LENGTH + len(data)
 
 
 def to_bytes(kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None) -> bytes:
@@ -58,15 +59,21 @@ def from_bytes(data: bytes) -> tuple[str, dict[str, Tensor], dict]:
         header = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header])["__metadata__"]
         return metadata["kind"], load(data), json.loads(metadata["values"])
-    except (SafetensorError, LookupError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"What came is no frame of hf_osd ({error}); both ends must be of one version.") from error
 
 
 def read_frame(stream: BinaryIO) -> tuple[str, dict[str, Tensor], dict] | None:
-    """The next frame; `None` at the end of the stream, also in the middle of a frame: whoever wrote it has died."""
-    length = stream.read(_LENGTH)
-    if len(length) < _LENGTH:
+    """The next frame; `None` at the end of the stream, also in the middle of a frame: whoever wrote it has died.
+
+    Raises:
+        ValueError: if what comes is no frame.
+    """
+    begin = stream.read(len(_MAGIC) + _LENGTH)
+    if not begin.startswith(_MAGIC[: len(begin)]):
+        raise ValueError(f"What came is no frame of hf_osd: it begins with {begin!r}.")
+    if len(begin) < len(_MAGIC) + _LENGTH:
         return None
-    size = int.from_bytes(length, "little")
+    size = int.from_bytes(begin[len(_MAGIC) :], "little")
     data = stream.read(size)
     return from_bytes(data) if len(data) == size else None

@@ -23,7 +23,9 @@ class RunReport:
 
     def __init__(self, log: RunLog, overall: dict, skipped: dict[str, int], held_back: dict[str, int]):
         self.log = log
-        domains = {name: self._domain(name) | {"held_back": held_back[name], "skipped": skipped[name]} for name in skipped}
+        domains = {
+            name: self._domain(name) | {"held_back": held_back[name], "skipped": skipped[name]} for name in skipped
+        }
         self.summary = {"domains": domains, "overall": overall}
 
     def write(self, output_dir: str | os.PathLike):

@@ -367,7 +367,9 @@ def test_what_is_held_back_says_how_the_draft_does(target, draft):
 
 
 def test_a_device_to_learn_on_that_is_not_here_is_named(draft):
-    device = next(kind for kind in ("cuda:99", "mps:99") if kind[:3] != str(torch.accelerator.current_accelerator())[:3])
+    device = next(
+        kind for kind in ("cuda:99", "mps:99") if kind[:3] != str(torch.accelerator.current_accelerator())[:3]
+    )
     with pytest.raises(ValueError, match=f"`learner_device` is '{device}', where the draft cannot be put"):
         OnlineAssistant(draft, learner_device=device)
 

@@ -1,0 +1,424 @@
+"""`BackgroundLearner`: its share of the time, what it leaves alone, and how its thread ends."""
+
+import gc
+import logging
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
+from hf_osd import background as background_module
+from hf_osd.background import BackgroundLearner, Pace, Stopped
+
+LONG = 120  # seconds in which anything has happened, on any machine
+
+
+# The pace, by a clock of its own.
+
+
+class Clock:
+    """Time passes when somebody works or waits."""
+
+    def __init__(self):
+        self.now = self.waited = 0.0
+
+    def work(self, seconds):
+        self.now += seconds
+
+    def wait(self, seconds):
+        self.now += seconds
+        self.waited += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(background_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def pace(clock):
+    """`pace(share, busy=...)`, whose waits are the clock's."""
+
+    def make(share, busy=lambda: True):
+        made = Pace(share, busy)
+        made._hurry.wait = clock.wait
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 1.0])
+def test_the_share_of_the_time_holds(clock, pace, share):
+    made = pace(share)
+    made.begin()
+    for seconds in (0.3, 0.001, 2.0, 0.04):
+        clock.work(seconds)
+        made.pause()
+    assert (clock.now - clock.waited) / clock.now == pytest.approx(share)
+
+
+def test_while_nobody_is_served_there_is_no_waiting(clock, pace):
+    made = pace(0.1, busy=lambda: False)
+    clock.work(5.0)
+    made.pause()
+    assert clock.waited == 0
+
+
+def test_the_wait_ends_soon_after_the_last_call(clock, pace):
+    made = pace(0.1, busy=lambda: clock.now < 6.0)
+    clock.work(5.0)
+    made.pause()
+    assert 6.0 <= clock.now < 6.0 + 2 * background_module._LOOK
+
+
+def test_time_between_two_updates_is_no_work(clock, pace):
+    made = pace(0.5)
+    clock.work(1000.0)
+    made.begin()
+    clock.work(1.0)
+    made.pause()
+    assert clock.waited == pytest.approx(1.0)
+
+
+def test_who_waits_for_the_work_hurries_it_until_the_last_of_them_has_it(clock, pace):
+    made = pace(0.5)
+    made.hurry()
+    made.hurry()
+    made.hurry(False)
+    clock.work(1.0)
+    made.pause()
+    assert clock.waited == 0
+    made.hurry(False)
+    clock.work(1.0)
+    made.pause()
+    assert clock.waited == pytest.approx(1.0)
+
+
+def test_a_stop_ends_the_next_pause_and_no_hurry_is_over_after_it(pace):
+    made = pace(0.5)
+    made.hurry()
+    made.stop()
+    made.hurry(False)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            made.pause()
+
+
+# The learner.
+
+
+@pytest.fixture
+def background(tiny_llama):
+    """`background(**config)`: a learner with its trainer made; `served` counts refreshes, `learnt` is set after each update."""
+    made = []
+
+    def make(busy=lambda: False, **fields):
+        draft, served, learnt = tiny_llama(layers=1), [], threading.Event()
+        trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
+        settings = {"seed": 0, "update_interval": 2, "replay": 0.0, "warmup_steps": 0, "held_back_share": 0.0}
+        config = OnlineConfig(**settings | fields)
+        one = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, served.append, busy, learnt.set)
+        one.served, one.learnt = served, learnt
+        one.prepare()
+        made.append(weakref.ref(one))
+        return one
+
+    yield make
+    for reference in made:
+        if (one := reference()) is not None:
+            one.close()
+
+
+class Held:
+    """Holds up whoever comes to a pause, until it is let go or is to stop."""
+
+    def __init__(self, monkeypatch):
+        self.there, self.go_on = threading.Event(), threading.Event()
+        held = self
+
+        def pause(pace):
+            held.there.set()
+            assert held.go_on.wait(LONG)
+            if pace._stop:
+                raise Stopped
+
+        monkeypatch.setattr(Pace, "pause", pause)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    held = Held(monkeypatch)
+    yield held
+    held.go_on.set()
+
+
+def test_offers_wake_the_thread_when_enough_have_come(background, make_feedback):
+    made = background()
+    made.offer(make_feedback(seed=0))
+    assert made._thread is None
+    made.offer(make_feedback(seed=1))
+    assert made.learnt.wait(LONG)
+    assert (made.updates, len(made.served), made.buffer.new()) == (1, 1, [])
+    made.learnt.clear()
+    thread = made._thread
+    for i in range(2):
+        made.offer(make_feedback(seed=2 + i))
+    assert made.learnt.wait(LONG)
+    assert made._thread is thread
+
+
+def test_while_it_learns_nobody_waits_for_it(background, make_feedback, held):
+    made = background(held_back_share=0.25)
+    for i in range(3):
+        made.offer(make_feedback(seed=i))
+    assert held.there.wait(LONG)
+    assert made.update(wait=False) is False
+    assert made.judge([make_feedback()]) is None
+    for i in range(8):
+        made.offer(make_feedback(seed=i))
+    assert len(made.held) == 3
+    assert made.figures()["updates"] == 0
+
+
+def test_a_flush_learns_all_that_is_new_here_and_now(background, make_feedback):
+    made = background(update_interval=100)
+    for i in range(3):
+        made.offer(make_feedback(seed=i))
+    assert made.update(wait=True)
+    assert (made.updates, made.buffer.new()) == (1, [])
+    assert not made.update(wait=True)
+
+
+def test_a_flush_waits_for_the_update_that_runs_and_is_not_kept_to_its_pace(background, make_feedback):
+    """At this pace it would take a day."""
+    made = background(busy=lambda: True, learning_budget=1e-7)
+    for i in range(2):
+        made.offer(make_feedback(seed=i))
+    made.buffer.add(make_feedback(seed=3))
+    flushed = threading.Event()
+    threading.Thread(target=lambda: (made.update(wait=True), flushed.set()), daemon=True).start()
+    assert flushed.wait(LONG)
+    assert made.buffer.new() == []
+    assert made.updates >= 1
+
+
+def test_so_do_a_state_and_weights_from_elsewhere(background, make_feedback):
+    made = background(busy=lambda: True, learning_budget=1e-7)
+    for i in range(2):
+        made.offer(make_feedback(seed=i))
+    done = threading.Event()
+
+    def ask():
+        tensors, values = made.state()
+        made.load_state(tensors, values)
+        made.take({name: p.clone() for name, p in made.serving_weights().items()})
+        done.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert done.wait(LONG)
+
+
+def test_what_another_thread_draws_is_what_it_would_have_drawn_without_a_learner(background, make_feedback):
+    made = background(replay=2.0, batch_size=1)
+
+    def seed():
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+
+    def draw():
+        return float(torch.rand(1)), np.random.rand(), random.random()
+
+    seed()
+    for i in range(2):
+        made.offer(make_feedback(seed=i))
+    drawn = [draw()]
+    while not made.learnt.wait(0.001):
+        drawn.append(draw())
+    drawn.append(draw())
+    seed()
+    assert drawn == [draw() for _ in drawn]
+    assert made.updates == 1
+
+
+def test_close_ends_the_thread_in_the_middle_of_an_update(background, make_feedback):
+    made = background(busy=lambda: True, learning_budget=1e-7)
+    for i in range(2):
+        made.offer(make_feedback(seed=i))
+    thread = made._thread
+    made.close()
+    assert not thread.is_alive()
+    assert made.served == []
+    made.close()
+    assert made.update(wait=False) is False
+    assert made._thread is thread, "no other one was made"
+
+
+def test_a_flush_that_is_closed_over_comes_back(background, make_feedback, held):
+    made, came_back = background(update_interval=100), []
+    made.offer(make_feedback())
+    thread = threading.Thread(target=lambda: came_back.append(made.update(wait=True)))
+    thread.start()
+    assert held.there.wait(LONG)
+    made._end()
+    held.go_on.set()
+    thread.join(LONG)
+    assert came_back == [False]
+
+
+def test_the_thread_ends_when_nobody_holds_its_learner(background, make_feedback):
+    made = background()
+    for i in range(2):
+        made.offer(make_feedback(seed=i))
+    assert made.learnt.wait(LONG)
+    thread, gone = made._thread, weakref.ref(made)
+    del made
+    gc.collect()
+    thread.join(LONG)
+    gc.collect()
+    assert not thread.is_alive()
+    assert gone() is None
+
+
+def test_garbage_collection_does_not_wait_for_the_thread(background, make_feedback, held):
+    """It may come under a lock that the thread waits for."""
+    made = background()
+    for i in range(2):
+        made.offer(make_feedback(seed=i))
+    assert held.there.wait(LONG)
+    made._end()  # what it calls
+    assert made._thread.is_alive()
+    held.go_on.set()
+    made._thread.join(LONG)
+    assert not made._thread.is_alive()
+
+
+class Killed(BaseException):
+    """No `Exception`."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_made_anew_and_waits_longer(background, make_feedback, caplog):
+    made = background(update_interval=1)
+
+    def die():
+        raise Killed
+
+    made.members[0]._after_step = die  # in the middle of an update
+    made.offer(make_feedback(seed=0))
+    made._thread.join(LONG)
+    assert not made._thread.is_alive()
+    assert made.served == []
+    made.members[0]._after_step = None
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        made.offer(make_feedback(seed=1))
+    assert "The learner's thread was dead; another one takes over" in caplog.text
+    assert made.figures()["learner_restarts"] == 1
+    assert made.misses == 1
+    assert not made.due(), "one request is not enough now"
+    assert len(made.buffer.new()) == 1
+    made.offer(make_feedback(seed=2))
+    assert made.learnt.wait(LONG)
+    assert (made.updates, made.buffer.new(), made.misses) == (1, [], 0)
+    assert made.figures()["learner_restarts"] == 1
+
+
+def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feedback, monkeypatch, caplog):
+    made = background(update_interval=1)
+    made._prepared = False
+    made._imported.set()
+
+    class Member:
+        @property
+        def trainer(self):
+            raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
+        patch.setattr(made.learner, "members", [Member()])
+        made.offer(make_feedback())
+    assert "The trainer could not be made" in caplog.text
+    assert made.figures()["failed_updates"] == 1
+    assert not made.due()
+    made.offer(make_feedback(seed=1))
+    assert made.learnt.wait(LONG)
+    assert made.updates == 1
+
+
+def test_two_callers_make_one_trainer(background, monkeypatch):
+    made = background()
+    made._prepared, asked, inside = False, [], threading.Event()
+
+    class Member:
+        @property
+        def trainer(self):
+            asked.append(1)
+            inside.set()
+
+    monkeypatch.setattr(made.learner, "members", [Member()])
+    with made._preparing:
+        threads = [threading.Thread(target=made.prepare) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert asked == [1]
+
+
+def test_an_assistant_learns_in_the_background_and_its_statistics_say_so(tiny_llama):
+    target = tiny_llama(layers=2, eos_token_id=None)
+    config = {"learn": "background", "update_interval": 2, "held_back_share": 0.0, "seed": 0}
+    with OnlineAssistant(tiny_llama(layers=1), **config) as assistant:
+        for i in range(3):
+            prompt = torch.arange(2, 8)[None] + i
+            target.generate(prompt, assistant_model=assistant, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        thread = assistant.learner._thread
+        assert thread.is_alive()
+        assert assistant.flush()
+        stats = assistant.stats
+        assert stats.updates >= 1
+        assert stats.draft_version == stats.updates
+        assert stats.learning_seconds > 0
+        assert stats.learner_restarts == 0
+        assert assistant.buffer.new() == []
+    assert not thread.is_alive()
+
+
+def test_a_process_may_end_in_the_middle_of_an_update():
+    """At this pace the update would take a day; and the thread's own code must not be torn down under it."""
+    script = """
+import threading, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from hf_osd import Feedback, FeedbackBuffer, OnlineConfig
+from hf_osd.background import BackgroundLearner
+from hf_osd.feedback import SparseRows
+
+torch.set_num_threads(1)
+sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+draft = LlamaForCausalLM(LlamaConfig(**sizes))
+trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
+config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, held_back_share=0.0, warmup_steps=0)
+learner = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True)
+learner.prepare()
+stepped, pause = threading.Event(), learner.pace.pause
+learner.members[0]._after_step = lambda: (stepped.set(), pause())
+for i in range(2):
+    tokens = torch.randint(32, (8,))
+    learner.offer(Feedback.of_target(tokens, 4, SparseRows.of_logits(torch.randn(4, 32), 8)))
+assert stepped.wait(120)
+assert learner._thread.is_alive()
+print("the end")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "the end"
+    assert "Fatal" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,116 @@
+"""Which generate calls run: known from their generators' end, which may come anywhere, late, or under a lock."""
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from hf_osd.open_calls import OpenCalls
+
+
+class Record:
+    def __init__(self, thread=0, running=None):
+        self.thread, self.running = thread, running
+
+
+class Generator:
+    """Stands for a candidate generator: what matters of it is its end."""
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def calls(told):
+    return OpenCalls(told.append)
+
+
+def test_calls_run_from_their_beginning_to_the_end_of_their_generator(calls, told):
+    one, two, first, second = Generator(), Generator(), Record(), Record()
+    assert not calls.any()
+    calls.add(first, one)
+    calls.add(second, two)
+    assert calls.any()
+    assert calls.take_over() == []
+    del one
+    assert calls.any()
+    assert told == [True, True], "one still runs"
+    del two
+    assert not calls.any()
+    assert told == [True, True, False]
+    assert set(calls.take_over()) == {first, second}
+    assert calls.take_over() == []
+
+
+def test_an_end_takes_no_lock(calls):
+    """A finalizer may run while the same thread is in the middle of anything."""
+    held = [Generator()]
+    calls.add(Record(), held[0])
+    done = threading.Event()
+
+    def end():
+        with calls._lock:
+            held.clear()
+        done.set()
+
+    threading.Thread(target=end, daemon=True).start()
+    assert done.wait(60)
+    assert not calls.any()
+
+
+def test_so_may_garbage_collection(calls):
+    generator = Generator()
+    generator.itself = generator
+    calls.add(Record(), generator)
+    del generator
+    assert calls.any()
+    gc.collect()
+    assert not calls.any()
+
+
+def test_calls_of_this_thread_that_have_come_back_are_over_though_something_holds_them(calls, monkeypatch):
+    here, running = threading.get_ident(), object()
+    monkeypatch.setattr("hf_osd.open_calls.integration", SimpleNamespace(running_calls=lambda: [running]))
+    back, runs, elsewhere = Record(here, object()), Record(here, running), Record(here + 1, object())
+    generators = [Generator() for _ in range(3)]
+    for record, generator in zip((back, runs, elsewhere), generators, strict=True):
+        calls.add(record, generator)
+    assert calls.take_over() == []
+    assert calls.take_over(here=True) == [back]
+    assert calls.any()
+
+
+def test_the_late_end_of_a_call_taken_in_already_hides_none_that_runs(calls, monkeypatch):
+    """A traceback held its generator."""
+    monkeypatch.setattr("hf_osd.open_calls.integration", SimpleNamespace(running_calls=lambda: []))
+    late, generator = Generator(), Generator()
+    calls.add(Record(threading.get_ident(), object()), late)
+    assert len(calls.take_over(here=True)) == 1
+    calls.add(Record(), generator)
+    del late
+    assert calls.any()
+    assert calls.take_over() == []
+
+
+def test_a_call_that_begins_while_another_ends_is_not_missed():
+    """It has said so before the other one says that none runs."""
+    told, generators = [], [Generator()]
+
+    def tell(busy):
+        if not busy and generators:
+            generators.clear()
+            generators_of_next.append(Generator())
+            calls.add(Record(), generators_of_next[0])
+        told.append(busy)
+
+    generators_of_next = []
+    calls = OpenCalls(tell)
+    calls.add(Record(), generators[0])
+    last = generators.pop()
+    generators.append(None)
+    del last
+    assert calls.any()
+    assert told[-1] is True
