@@ -75,3 +75,10 @@ def test_limits_names_the_tests_there_are_and_all_of_the_lossless_suite():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/limits.md").read_text(encoding="utf-8")))
     assert not named - _tests("**/test_*.py")
     assert not _tests("lossless/test_*.py") - named
+
+
+def test_reliability_names_the_tests_there_are_for_two_dozen_faults():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    faults = page.split("## Faults", 1)[1]
+    assert not set(re.findall(r"`(test_\w+)`", faults)) - _tests("**/test_*.py")
+    assert faults.count("\n| ") - 1 >= 24
