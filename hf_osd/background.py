@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -19,6 +18,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.random_state import isolated_random_state
+from hf_osd.threads import start_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks at whether anybody is still served: the end of a generate call tells nobody.
 _LOOK = 0.02
-
-# Threads that may run, and what has each of them end: the process must not end in the middle of an optimizer step.
-THREADS: dict[threading.Thread, Callable[[], None]] = {}
 
 
 class Stopped(BaseException):
@@ -42,18 +39,19 @@ class Pace:
     Args:
         share (`float`): of the time, above 0 up to 1.
         busy (`Callable[[], bool]`): whether somebody is served. While nobody is, there is no waiting.
+        worked (`Callable[[], float]`, *optional*): the clock of the work, in seconds; that on the wall if left out.
     """
 
-    def __init__(self, share: float, busy: Callable[[], bool]):
-        self.share, self._busy = share, busy
-        self._since = time.monotonic()
+    def __init__(self, share: float, busy: Callable[[], bool], worked: Callable[[], float] | None = None):
+        self.share, self._busy, self._worked = share, busy, worked or time.monotonic
+        self._since = self._worked()
         self._hurry, self._lock = threading.Event(), threading.Lock()
         self._hurried = 0  # how many wait
         self._stop = False
 
     def begin(self):
         """Work begins now."""
-        self._since = time.monotonic()
+        self._since = self._worked()
 
     def pause(self):
         """A piece of work is done: wait for as long as it asks for.
@@ -61,13 +59,12 @@ class Pace:
         Raises:
             Stopped: if `stop` was called.
         """
-        now = time.monotonic()
-        until = now + (now - self._since) * (1 / self.share - 1)
+        until = time.monotonic() + (self._worked() - self._since) * (1 / self.share - 1)
         while not self._hurry.is_set() and (left := until - time.monotonic()) > 0 and self._busy():
             self._hurry.wait(min(left, _LOOK))
         if self._stop:
             raise Stopped
-        self._since = time.monotonic()
+        self._since = self._worked()
 
     def hurry(self, whether: bool = True):
         """Wait no longer: somebody waits for the work. With `False`, one of those does no more."""
@@ -94,6 +91,7 @@ class BackgroundLearner:
         draft, trainable, buffer, config, serve: as [`Learner`] takes them. `serve` is called from the thread.
         busy (`Callable[[], bool]`): whether somebody is served.
         after_update (`Callable[[], None]`, *optional*): called from the thread after each update, whatever came of it.
+        worked (`Callable[[], float]`, *optional*): the clock of the budget; that on the wall if left out, which counts the waiting for cores too.
     """
 
     def __init__(
@@ -105,10 +103,11 @@ class BackgroundLearner:
         serve: Callable[[Mapping[str, Tensor]], None],
         busy: Callable[[], bool],
         after_update: Callable[[], None] | None = None,
+        worked: Callable[[], float] | None = None,
     ):
         self._after_update = after_update
         self._most = round(config.update_interval * (1 + config.replay))
-        self.pace = Pace(config.learning_budget, busy)
+        self.pace = Pace(config.learning_budget, busy, worked)
         self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
         self.restarts, self._prepared = 0, False
         self._wake, self._imported = threading.Event(), threading.Event()
@@ -209,11 +208,9 @@ class BackgroundLearner:
                 logger.error(
                     "The learner's thread was dead; another one takes over, and the serving draft is as it was."
                 )
-            self._thread = threading.Thread(
-                target=_run, args=(weakref.ref(self), self._wake, self._imported), name="hf_osd learner", daemon=True
+            self._thread = start_thread(
+                _run, (weakref.ref(self), self._wake, self._imported), functools.partial(_stop, self.pace, self._wake)
             )
-            THREADS[self._thread] = functools.partial(_stop, self.pace, self._wake)
-            self._thread.start()
 
     def _learn(self):
         """What the thread does each time it is woken."""
@@ -227,33 +224,23 @@ class BackgroundLearner:
 
 def _run(owner: weakref.ref, wake: threading.Event, imported: threading.Event):
     """The thread: holds its owner for as long as it learns, and no longer."""
-    try:
-        import hf_osd.distill.callbacks
-        import hf_osd.distill.trainer  # noqa: F401
+    import hf_osd.distill.callbacks
+    import hf_osd.distill.trainer  # noqa: F401
 
-        imported.set()
-        while True:
-            wake.wait()
-            wake.clear()
-            learner = owner()
-            if learner is None or not learner._end.alive:
-                return
-            try:
-                learner._learn()
-            except Stopped:
-                return
-            del learner
-    finally:
-        THREADS.pop(threading.current_thread(), None)
+    imported.set()
+    while True:
+        wake.wait()
+        wake.clear()
+        learner = owner()
+        if learner is None or not learner._end.alive:
+            return
+        try:
+            learner._learn()
+        except Stopped:
+            return
+        del learner
 
 
 def _stop(pace: Pace, wake: threading.Event):
     pace.stop()
     wake.set()
-
-
-@atexit.register
-def _end_all():
-    for thread, stop in list(THREADS.items()):
-        stop()
-        thread.join()

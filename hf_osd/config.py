@@ -54,7 +54,8 @@ class OnlineConfig:
             When to learn: `"inline"` (or `True`), between requests, in the thread that serves; `"background"`, in a thread beside it; `"process"`, in
             a process of its own, which is kinder to a CPU that serves; `"off"` (or `False`) captures nothing and serves the draft as it is.
         learning_budget (`float`, defaults to 0.1):
-            In the background: the share of the time that learning may take while a call is served. It takes all there is while none is.
+            The share of the time that learning may take while a call is served; it takes all there is while none is. In the background that is time
+            on the wall; in a process time of one core, which at its low priority may stretch over much more.
         learner_device (`str`, *optional*):
             Where to learn, such as `"cuda:1"`; the draft's device if left out.
         learner_threads (`int`, defaults to 1):

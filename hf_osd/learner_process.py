@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ from hf_osd.wire import FrameWriter, read_frame
 DRAFT, BEGIN, BUSY = "draft", "begin.json", "busy"  # in the folder
 
 # Below whoever serves, where they share a CPU: enough to be let in between, not to be in the way.
-_NICENESS = 5
+_NICENESS = 10
 
 
 class LearnerProcess:
@@ -61,6 +62,7 @@ class LearnerProcess:
             serve=self._serve,
             busy=lambda: self._busy[0] == 1,
             after_update=lambda: self._send("figures"),
+            worked=time.process_time,  # of a core; at a low priority it may stretch over much more time than that
         )
         self.learner.prepare()
 

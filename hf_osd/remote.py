@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hf_osd.background import THREADS
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES
 from hf_osd.feedback import Feedback
 from hf_osd.held_back import Estimate, HeldBack
 from hf_osd.learner_process import BEGIN, BUSY, DRAFT
+from hf_osd.threads import start_thread
 from hf_osd.trace import pack
 from hf_osd.wire import FrameWriter, read_frame
 
@@ -257,15 +257,12 @@ class _Worker:
         self._asking, self._asked = threading.Lock(), 0
         self._end = weakref.finalize(self, _stop, self._out, ending)
         self.pid = process.pid
-        self._reader = threading.Thread(
-            target=_read,
-            args=(process, folder, self._answers, self.dead, ending, came, died),
-            name="hf_osd learner",
-            daemon=True,
-        )
         # The other process would see the end of this one, but maybe in the middle of an update.
-        THREADS[self._reader] = functools.partial(_stop, self._out, ending)
-        self._reader.start()
+        self._reader = start_thread(
+            _read,
+            (process, folder, self._answers, self.dead, ending, came, died),
+            functools.partial(_stop, self._out, ending),
+        )
         threading.Thread(target=_write, args=(process, self._out), name="hf_osd learner", daemon=True).start()
 
     def send(
@@ -365,7 +362,6 @@ def _read(
         tell(status)
     dead.set()
     answers.put(None)  # for whoever waits
-    THREADS.pop(threading.current_thread(), None)
 
 
 def _wait_for(process: subprocess.Popen) -> int:

@@ -58,7 +58,7 @@ def test_rows_of_the_main_job_give_what_its_summary_has(tmp_path, monkeypatch):
         plain_seconds=[plain.get(row["request"]) for row in log.rows],
         **{name: [row[name] for row in log.rows] for name in ("decode_seconds", "learn_seconds")},
     )
-    summary = RunReport(log, {}, {"sql": 0}).summary["domains"]["sql"]
+    summary = RunReport(log, {}, {"sql": 0}, {"sql": 4}).summary["domains"]["sql"]
     for name in ("speedup_decode", "speedup_end_to_end"):
         assert figures[name] == pytest.approx(summary[name])
     assert figures["pairs"] == summary["compared"]
