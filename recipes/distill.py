@@ -231,7 +231,10 @@ class Job:
                 tracking.log(log.served, figures)
             if log.served % self.args.checkpoint_every == 0:
                 if self.processes.several:
-                    assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.tokenizer)
+                    try:
+                        assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.tokenizer)
+                    except OSError as error:
+                        logger.error("%s. Serving goes on, and the draft is saved again at the next checkpoint.", error)
                 else:
                     log.try_to_save(assistant, self.args.save_buffer)
         bar.close()
@@ -306,6 +309,7 @@ class Job:
             "rounds": sum(row["rounds"] for row in log.rows),
             "updates": stats.updates,
             "failed_updates": stats.failed_updates,
+            "rejected_updates": stats.rejected_updates,
             "learned_tokens": stats.learned_tokens,
             "learning_seconds": stats.learning_seconds,
             "wall_s": log.wall,
