@@ -106,7 +106,7 @@ class BackgroundLearner:
         worked: Callable[[], float] | None = None,
     ):
         self._after_update = after_update
-        self._most = round(config.update_interval * (1 + config.replay))
+        self._most = config.requests_an_update
         self.pace = Pace(config.learning_budget, busy, worked)
         self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
         self.restarts, self._prepared = 0, False

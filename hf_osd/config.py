@@ -249,6 +249,11 @@ class OnlineConfig:
         """Whether anything is captured and learnt."""
         return self.learn != "off"
 
+    @property
+    def requests_an_update(self) -> int:
+        """Requests learnt in an update of `update_interval` new ones, replay included."""
+        return round(self.update_interval * (1 + self.replay))
+
     @classmethod
     def paper(cls, **overrides) -> OnlineConfig:
         """Algorithm 1 of Online Speculative Decoding (arXiv 2310.07177, section 4.2): γ=5, I=8, forward KL at the error

@@ -203,6 +203,18 @@ class Estimate:
         return cls(*interval(scores), len(requests), compare(then, now))
 
 
+def figures_to_json(figures: dict) -> dict:
+    """A learner's `figures()` for another process, with the `estimate` among them as JSON has it."""
+    estimate = figures["estimate"]
+    return figures | {"estimate": None if estimate is None else estimate.to_dict()}
+
+
+def figures_from_json(figures: dict) -> dict:
+    """What `figures_to_json` was given."""
+    estimate = figures["estimate"]
+    return figures | {"estimate": None if estimate is None else Estimate.from_dict(estimate)}
+
+
 def bootstrap(scores: Sequence[Tensor], level: float, seed: int) -> tuple[int, float, float, float]:
     """For numbers `(N,)` a request: requests with a number, the mean of all numbers (0 without any), and its percentiles over 1000 resamples of requests."""
     if not 0 < level < 1:

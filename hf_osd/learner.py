@@ -134,12 +134,17 @@ class Learner:
         new, config = self.buffer.new(), self.config
         if not new:
             return False
-        wait = min(2**self.misses, _LONGEST_WAIT)
+        wait = self._wait
         return (
             len(new) >= config.update_interval * wait
             or (config.update_tokens is not None and sum(map(len, new)) >= config.update_tokens * wait)
             or (config.update_age is not None and time.monotonic() - new[0].created >= config.update_age * wait)
         )
+
+    @property
+    def _wait(self) -> int:
+        """How many times as much as usual must wait for the next update."""
+        return min(2**self.misses, _LONGEST_WAIT)
 
     def update(self, wait: bool = True, most: int | None = None) -> bool:
         """One update on what is new and its replay. `True` if the serving draft was refreshed.
@@ -249,8 +254,9 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
-        tensors, members = {"draws": self._generator.get_state()}, []
+        members = []
         with self._lock:
+            tensors = {"draws": self._generator.get_state()}
             for i, member in enumerate(self.members):
                 own, values = member.state()
                 tensors |= {f"{i}.{name}": tensor.clone() for name, tensor in own.items()}
@@ -339,7 +345,7 @@ class Learner:
     def _undo(self, error: Exception, new: list[Feedback], before: list[tuple]):
         """Be as before an update that must not serve, and wait longer for the next."""
         self.misses += 1
-        wait = f"The next update waits for {min(2**self.misses, _LONGEST_WAIT)} times as many requests."
+        wait = f"The next update waits for {self._wait} times as many requests."
         whole_check = isinstance(error, Rejected) and error.since_check
         self.buffer.discard(self._since_check if whole_check else new)
         for member, snapshot in zip(self.members, self._checked if whole_check else before, strict=True):

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_osd.background import BackgroundLearner
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.held_back import figures_to_json
 from hf_osd.serving import check_weights
 from hf_osd.trace import unpack
 from hf_osd.wire import FrameWriter, read_frame
@@ -106,9 +107,7 @@ class LearnerProcess:
         self._send("weights", {name: tensor.to(self._served[name].dtype) for name, tensor in weights.items()})
 
     def _send(self, kind: str, tensors: dict | None = None, values: dict | None = None):
-        figures = self.learner.figures()
-        if figures["estimate"] is not None:
-            figures["estimate"] = figures["estimate"].to_dict()
+        figures = figures_to_json(self.learner.figures())
         self._frames.write(kind, tensors, {**(values or {}), "figures": figures})
 
 

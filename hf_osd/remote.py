@@ -26,7 +26,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES
 from hf_osd.feedback import Feedback
-from hf_osd.held_back import Estimate, HeldBack
+from hf_osd.held_back import HeldBack, figures_from_json
 from hf_osd.learner_process import BEGIN, BUSY, DRAFT
 from hf_osd.threads import start_thread
 from hf_osd.trace import pack
@@ -210,10 +210,8 @@ class RemoteLearner:
 
     def _came(self, kind: str, tensors: dict[str, Tensor], values: dict):
         """A frame of the process."""
-        figures = values.get("figures")
-        if figures is not None:
-            figures["estimate"] = None if figures["estimate"] is None else Estimate.from_dict(figures["estimate"])
-            self._figures = figures
+        if values.get("figures") is not None:
+            self._figures = figures_from_json(values["figures"])
         if kind == "weights":
             self._serving.refresh(tensors)
             self._deaths = 0

@@ -22,7 +22,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES, Ranks
 from hf_osd.feedback import Feedback
-from hf_osd.held_back import Estimate, HeldBack
+from hf_osd.held_back import HeldBack, figures_from_json, figures_to_json
 from hf_osd.learner import Learner
 from hf_osd.trace import pack, unpack
 from hf_osd.wire import from_bytes, to_bytes
@@ -229,9 +229,7 @@ class SeparateLearner:
         self.channel.close()
 
     def _take_frame(self, kind: str, tensors: dict[str, Tensor], values: dict):
-        figures = values["figures"]
-        figures["estimate"] = None if figures["estimate"] is None else Estimate.from_dict(figures["estimate"])
-        self._figures = figures
+        self._figures = figures_from_json(values["figures"])
         if kind == "weights":
             self._serving.refresh(tensors)
         elif kind == "answer":
@@ -274,7 +272,7 @@ class LearningRank:
         self.learner, self._serving = _inline(assistant), assistant.serving
         config = assistant.osd_config
         self._every, self._sent = weights_every, self._serving.version
-        self._most = round(config.update_interval * (1 + config.replay))
+        self._most = config.requests_an_update
         self._came: queue.SimpleQueue = queue.SimpleQueue()
         self.channels = {
             rank: Channel(
@@ -334,10 +332,7 @@ class LearningRank:
             channel.send("weights", data, latest=True)
 
     def _figures(self) -> dict:
-        figures = self.learner.figures()
-        if figures["estimate"] is not None:
-            figures["estimate"] = figures["estimate"].to_dict()
-        return {"figures": figures}
+        return {"figures": figures_to_json(self.learner.figures())}
 
 
 def _inline(assistant: OnlineAssistant) -> Learner:
