@@ -25,6 +25,7 @@ from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.lookahead import Lookahead
 from hf_osd.open_calls import OpenCalls
+from hf_osd.prefill import KnownTexts, Prefill
 from hf_osd.remote import RemoteLearner
 from hf_osd.report import report
 from hf_osd.saving import SavableAssistant
@@ -112,6 +113,7 @@ class OnlineAssistant(SavableAssistant):
         self._stats = Stats()
         self._lock = threading.RLock()
         self._said: set[str] = set()  # warnings given
+        self.known_texts = KnownTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
 
     def _make_learner(
@@ -229,12 +231,13 @@ class OnlineAssistant(SavableAssistant):
                 "This draft attends to an encoder's states or to features, of which feedback keeps none: it is served, and learns nothing from "
                 "these calls. A draft with an encoder of its own learns where the source is tokens."
             )
+        capture = teaches and self.learner is not None and not private
         record = CallRecord(
             prompt,
             translation,
             sampled=generation_config.do_sample,
             processed=bool(logits_processor),
-            capture=teaches and self.learner is not None and not private,
+            capture=capture,
             note_likely=self.head is not None and not private,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
@@ -271,6 +274,8 @@ class OnlineAssistant(SavableAssistant):
                 f"Nothing is drafted in calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate asks them once a block of "
                 "tokens, and would overshoot. Drafts go with EOS ids, length and time limits and, when greedy, with stop_strings."
             )
+        if capture and not encodes and translation.has_one_tokenizer and generator.reads_tokens:
+            record.prefill = Prefill.of_call(target, record.model, config.prompt_positions, mask, len(said))
         self._calls.add(record, generator)
         return generator
 
@@ -310,6 +315,7 @@ class OnlineAssistant(SavableAssistant):
         self.learner = self.texts = None
         self.lookahead.most_cached = 0
         self.buffer.clear()
+        self.known_texts.replace([])
 
     def __enter__(self) -> OnlineAssistant:
         return self
@@ -376,10 +382,16 @@ class OnlineAssistant(SavableAssistant):
                 record.cache.add(record.text.tokens)
             record.text = record.cache = None
             try:
-                feedback = record.seal()
+                prefill, feedback = record.prefill, record.seal(self.known_texts.shared(record.prompt))
             finally:
                 self.serving.release(record.model)
                 record.model = None
+            if prefill is not None and prefill.differs:
+                self._warn_once(
+                    "This target does more to its logits than its LM head does (it scales or caps them, say): prompts teach nothing, answers do."
+                )
+            if feedback is not None:
+                self.known_texts.add(feedback.tokens)
             if feedback is not None and len(feedback.tokens) > draft_window(self.serving.active):
                 feedback = None  # the draft has no positions to learn the end of it at
             if feedback is not None and self.learner is not None:

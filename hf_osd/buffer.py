@@ -51,6 +51,11 @@ class FeedbackBuffer:
             self.nbytes += feedback.nbytes
             self._keep_bounds()
 
+    def requests(self) -> list[Feedback]:
+        """All that is held, oldest first."""
+        with self._lock:
+            return list(self._held)
+
     def new(self) -> list[Feedback]:
         """The requests no update has seen, oldest first."""
         with self._lock:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,11 @@ if TYPE_CHECKING:
 
     from hf_osd.drafting import Block, HeadUsage
     from hf_osd.integration import RunningCall
+    from hf_osd.prefill import Prefill
     from hf_osd.suffix_cache import CallText, SuffixCache
     from hf_osd.translation import Translation
+
+logger = logging.getLogger(__name__)
 
 # Likeliest tokens noted a position where no distributions are kept.
 _LIKELY = 16
@@ -59,6 +64,7 @@ class CallRecord:
         self.head_usage: HeadUsage | None = None  # of a head of some rows
         self.text: CallText | None = None  # as the suffix cache has it,
         self.cache: SuffixCache | None = None  # and where it goes when the call is over
+        self.prefill: Prefill | None = None  # what the target makes of the prompt, where that is to teach
         self.sampled, self.processed = sampled, processed
         self._translation = translation
         self._capture, self._note_likely, self._top_k, self._dtype = capture, note_likely, top_k, dtype
@@ -107,6 +113,8 @@ class CallRecord:
                     top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
                     self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
             return
+        if self.prefill is not None and not self._rows:
+            self.prefill.settle(block.n, raw[0])
         # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
         drafted = block.tokens[:own]
         with self._aside(raw, *block.scores, *(said.logits for said in block.said)):
@@ -184,12 +192,19 @@ class CallRecord:
         self._rows = [SparseRows.cat(self._rows).cpu()]  # in one piece, for whoever asks next
         return self._rows[0]
 
-    def seal(self) -> Feedback | None:
-        """The request's feedback; `None` if nothing was verified or captured. Also settles the figures of `stats`."""
+    def seal(self, shared: int = 0) -> Feedback | None:
+        """The request's feedback; `None` if nothing was verified or captured. Also settles the figures of `stats`.
+
+        Args:
+            shared (`int`): tokens that the prompt begins with and that do not teach.
+        """
         known = [value for value in self._overlap if value == value]
         self.stats.overlap_sum, self.stats.overlap_count = float(sum(known)), len(known)
         if self.head_usage is not None:
             self.head_usage.settle(self.stats)
+        prefill, self.prefill = self.prefill, None
+        if prefill is not None:
+            prefill.close()
         if not self._rows:
             return None
         rows = self._kept()
@@ -207,7 +222,22 @@ class CallRecord:
             overlap=torch.tensor(self._overlap),
             sampled=self.sampled,
             source=self._source,
+            prompt_rows=None if prefill is None else self._of_prompt(prefill, shared),
         )
+
+    def _of_prompt(self, prefill: Prefill, shared: int) -> SparseRows | None:
+        start = time.perf_counter()
+        try:
+            # Its first token follows nothing.
+            count = len(self._prompt) - max(shared, 1)
+            return prefill.rows(count, self._top_k, self._dtype, columns=self._translation.shared_columns)
+        except Exception:  # out of memory, say: a lesson less, and no reason to break the user's call
+            logger.exception(
+                "What the target makes of a prompt could not be kept; this request teaches by its answer alone."
+            )
+            return None
+        finally:
+            self.stats.capture_seconds += time.perf_counter() - start
 
 
 def _starts(pieces: list[list[int]]) -> list[int]:

@@ -98,7 +98,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
         # takes the prompt's first hidden states and attentions for those of the drafts.
         states = generation_config.output_hidden_states or generation_config.output_attentions
-        self._first_alone = states or _has_other_inputs(model_kwargs)
+        self.reads_tokens = not _has_other_inputs(model_kwargs)
+        self._first_alone = states or not self.reads_tokens
 
         self._drafting: Drafting | None = None  # None without a draft
         self._window = math.inf

@@ -81,6 +81,9 @@ class OnlineConfig:
             at every update, and on all whenever learning has paid for that.
         positions (`str`, defaults to `"all"`):
             `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
+        prompt_positions (`int`, defaults to 256):
+            Positions of a prompt, its last ones, that teach as well, at most: what the target makes of a prompt costs its LM head there and no
+            forward. What a prompt shares with one of the last ones teaches once. 0 learns from answers alone.
         divergence (`str`, defaults to `"forward_kl"`):
             `"forward_kl"`, `"reverse_kl"`, `"jsd"` (generalized, with `beta`) or `"total_variation"`.
         beta (`float`, defaults to 0.5):
@@ -152,6 +155,7 @@ class OnlineConfig:
     held_back_share: float = 0.0625
     gate_tolerance: float = 0.02
     positions: str = "all"
+    prompt_positions: int = 256
     divergence: str = "forward_kl"
     beta: float = 0.5
     total_variation_weight: float = 1.0
@@ -191,7 +195,8 @@ class OnlineConfig:
         for name in ("update_tokens", "batch_size", "decay_steps", "tail_samples"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1, whole=True)
-        self._at_least("warmup_steps", 0, whole=True)
+        for name in ("warmup_steps", "prompt_positions"):
+            self._at_least(name, 0, whole=True)
         for name in (
             "verify_cost",
             "total_variation_weight",
@@ -263,6 +268,7 @@ class OnlineConfig:
             "lookahead": "constant",
             "update_interval": 8,
             "positions": "error",
+            "prompt_positions": 0,
             "divergence": "forward_kl",
             "total_variation_weight": 0.0,
             "replay": 0.0,

@@ -45,6 +45,8 @@ class Feedback:
         sampled (`bool`): whether the request was sampled rather than greedy.
         created (`float`): `time.monotonic()` at which it was sealed.
         source (`Tensor` int32 `(S,)`, *optional*): what the encoder read, if the draft has one; `tokens` are then the decoder's.
+        prompt_rows (`SparseRows` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, k as above; `None` where they
+            are not known. They teach as well, and nothing else: α is of generated tokens alone.
     """
 
     tokens: Tensor
@@ -60,6 +62,7 @@ class Feedback:
     sampled: bool = False
     created: float = field(default_factory=time.monotonic)
     source: Tensor | None = None
+    prompt_rows: SparseRows | None = None
 
     def __len__(self) -> int:
         """N, the number of verified positions."""
@@ -71,18 +74,28 @@ class Feedback:
         return self.tokens[self.prompt_length :]
 
     @property
+    def rows(self) -> SparseRows:
+        """The target's distributions at the N positions."""
+        return SparseRows(self.top_ids, self.top_logps, self.tail_logp)
+
+    @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        own = sum(tensor.nbytes for tensor in self.tensors().values())
+        return own + (0 if self.prompt_rows is None else self.prompt_rows.nbytes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields by name."""
+        """The tensor fields by name; without those of `prompt_rows`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def teaches(self, positions: str) -> Tensor:
-        """Mask `(N,)` of the positions to learn from: `"all"` that have a target, or `"error"`, those of them that end a round."""
+        """Mask `(N,)` of the generated positions to learn from: `"all"` that have a target, or `"error"`, those of them that end a round."""
         taught = ~self.tail_logp.isnan()
         return taught & (self.outcome != ACCEPTED) if positions == "error" else taught
+
+    def lessons(self, positions: str) -> int:
+        """How many positions there are to learn from, those of the prompt included."""
+        return int(self.teaches(positions).sum()) + (0 if self.prompt_rows is None else len(self.prompt_rows))
 
     def with_overlap(self, overlap: Tensor) -> Feedback:
         """The same request with `overlap` filled in at the positions where it was unknown."""
@@ -98,18 +111,27 @@ class Feedback:
             raise ValueError(f"`k` is {k}; keep at least 1 of the log-probs.")
         if k >= self.top_ids.shape[1]:
             return self
-        left_out = self.top_logps[:, k:].float().logsumexp(-1)  # (N,)
-        tail = torch.logaddexp(self.tail_logp.float(), left_out).clamp_min(TAIL_FLOOR)  # NaN stays NaN
         return replace(
             self,
-            tail_logp=tail.to(self.tail_logp.dtype),
-            # Copies: a view would keep what was cut in memory.
-            **{name: getattr(self, name)[:, :k].clone() for name in ("top_ids", "top_logps", "draft_logps")},
+            **vars(self.rows.sparser(k)),
+            draft_logps=self.draft_logps[:, :k].clone(),
+            prompt_rows=None if self.prompt_rows is None else self.prompt_rows.sparser(k),
         )
+
+    def with_prompt_rows(self, most: int) -> Feedback:
+        """The same request with the last `most` of its `prompt_rows`, at most. Itself if it has no more."""
+        if self.prompt_rows is None or len(self.prompt_rows) <= most:
+            return self
+        return replace(self, prompt_rows=self.prompt_rows.at(torch.arange(-most, 0)) if most else None)
 
     @classmethod
     def of_target(
-        cls, tokens: Tensor, prompt_length: int, rows: SparseRows, overlap: Tensor | None = None
+        cls,
+        tokens: Tensor,
+        prompt_length: int,
+        rows: SparseRows,
+        overlap: Tensor | None = None,
+        prompt_rows: SparseRows | None = None,
     ) -> Feedback:
         """Feedback of a request that the target answered alone: nothing drafted, all positions teach."""
         n, k = rows.top_ids.shape
@@ -125,6 +147,7 @@ class Feedback:
             drafted_logp=torch.full((n,), torch.nan, dtype=dtype),
             outcome=torch.full((n,), UNTESTED, dtype=torch.int8),
             overlap=torch.full((n,), torch.nan) if overlap is None else overlap,
+            prompt_rows=prompt_rows,
         )
 
 
@@ -157,8 +180,25 @@ class SparseRows:
             tail_logp=(rest - total.squeeze(-1)).clamp_min(TAIL_FLOOR).to(dtype),
         )
 
+    def __len__(self) -> int:
+        return self.tail_logp.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
     def cpu(self) -> SparseRows:
         return SparseRows(*(getattr(self, f.name).cpu() for f in fields(self)))
+
+    def sparser(self, k: int) -> SparseRows:
+        """With the k likeliest of the stored tokens alone; the mass of the others joins the tail. Copies: a view would keep what was cut in memory."""
+        left_out = self.top_logps[:, k:].float().logsumexp(-1)  # (n,)
+        tail = torch.logaddexp(self.tail_logp.float(), left_out).clamp_min(TAIL_FLOOR)  # NaN stays NaN
+        return SparseRows(self.top_ids[:, :k].clone(), self.top_logps[:, :k].clone(), tail.to(self.tail_logp.dtype))
+
+    def at(self, rows: Tensor) -> SparseRows:
+        """Those of the rows `(r,)`; copies."""
+        return SparseRows(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def spread(self, at: list[int], n: int) -> SparseRows:
         """These rows at the positions `at` of n; the others have no target."""

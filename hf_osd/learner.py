@@ -312,7 +312,7 @@ class Learner:
                 "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
             )
         self._begun_together = True
-        rows = sum(int(request.teaches(config.positions).sum()) for request in requests)
+        rows = sum(request.lessons(config.positions) for request in requests)
         self._update_rows = int(self.ranks.sum(rows)[0])
         if not self._update_rows:
             return False  # nothing but accepted drafts, where errors alone teach

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback import Feedback, SparseRows
+from hf_osd.prefill import Prefill
 from hf_osd.scoring import contiguous_head
 
 if TYPE_CHECKING:
@@ -25,14 +26,16 @@ class _RawRows:
     """While open, keeps top k and tail of the logits `(B, V)` that each forward of `target` ends with: of the model's own
     distribution, before the logits processors that its generation settings may ask for."""
 
-    def __init__(self, target: PreTrainedModel, top_k: int, dtype: torch.dtype):
-        self.top_k, self.dtype = top_k, dtype
+    def __init__(self, target: PreTrainedModel, top_k: int, dtype: torch.dtype, prefill: Prefill | None = None):
+        self.top_k, self.dtype, self._prefill = top_k, dtype, prefill
         self.steps: list[SparseRows] = []  # a row a request
         self._thread = threading.get_ident()  # the target may serve others meanwhile
         self._handle = target.register_forward_hook(self._keep)
 
     def _keep(self, target, inputs, output):
         if threading.get_ident() == self._thread:
+            if self._prefill is not None and not self.steps:
+                self._prefill.settle(0, output.logits[0, -1])
             self.steps.append(SparseRows.of_logits(output.logits[:, -1].float(), self.top_k, self.dtype).cpu())
 
     def __enter__(self) -> _RawRows:
@@ -40,6 +43,8 @@ class _RawRows:
 
     def __exit__(self, *exception):
         self._handle.remove()
+        if self._prefill is not None:
+            self._prefill.close()
 
 
 def record_answers(
@@ -49,6 +54,7 @@ def record_answers(
     batch_size: int = 8,
     top_k: int = 64,
     dtype: torch.dtype = torch.float16,
+    prompt_positions: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Feedback]:
     """Greedy answers of `target` to `prompts`, in their order.
@@ -59,10 +65,11 @@ def record_answers(
         max_new_tokens (`int`): the longest answer; an answer ends with its first end-of-sequence token.
         batch_size (`int`): prompts a `generate` call, at most; long prompts come in smaller batches.
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
+        prompt_positions (`int`): of each prompt, its last ones, that teach as well, at most.
         on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
 
     Returns:
-        `list[Feedback]`: without drafts; all positions teach.
+        `list[Feedback]`: without drafts; all positions of the answers teach.
 
     Raises:
         ValueError: if `target` is an encoder-decoder.
@@ -84,7 +91,8 @@ def record_answers(
         for row, i in enumerate(chosen):
             input_ids[row, longest - len(prompts[i]) :] = prompts[i]
             mask[row, longest - len(prompts[i]) :] = 1
-        with _RawRows(target, top_k, dtype) as raw, contiguous_head(target):
+        prefill = Prefill(target, prompt_positions) if prompt_positions and Prefill.offers(target) else None
+        with _RawRows(target, top_k, dtype, prefill) as raw, contiguous_head(target):
             sequences = target.generate(
                 input_ids=input_ids.to(target.device),
                 attention_mask=mask.to(target.device),
@@ -102,7 +110,11 @@ def record_answers(
                     for f in ("top_ids", "top_logps", "tail_logp")
                 )
             )
-            answers[i] = Feedback.of_target(torch.cat([prompts[i].cpu(), answer[:n]]), len(prompts[i]), rows)
+            prompt, of_prompt = prompts[i].cpu(), None
+            if prefill is not None:
+                of_prompt = prefill.rows(len(prompt) - 1, top_k, dtype, row)  # its first token follows nothing
+            tokens = torch.cat([prompt, answer[:n]])
+            answers[i] = Feedback.of_target(tokens, len(prompt), rows, prompt_rows=of_prompt)
         if on_batch is not None:
             on_batch(len(chosen))
     return answers

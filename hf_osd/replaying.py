@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
+from hf_osd.prefill import KnownTexts
 
 if TYPE_CHECKING:
     from hf_osd.assistant import OnlineAssistant
@@ -29,7 +30,7 @@ def replay(
 
     Args:
         assistant ([`OnlineAssistant`]): with a draft, and learning.
-        requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` gives; cut to its `top_k`.
+        requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` gives; cut to its `top_k` and `prompt_positions`.
         max_new_tokens (`int`, *optional*): the limit they were recorded with; the last token of an answer that reached it cannot be drafted.
 
     Raises:
@@ -39,7 +40,7 @@ def replay(
         raise ValueError(
             "This assistant does not learn (no draft, `learn=False`, or closed), so a trace is of no use to it."
         )
-    config, at = assistant.osd_config, 0
+    config, known, at = assistant.osd_config, KnownTexts(), 0
     while at < len(requests):
         # As many as no update comes between, but for one that is due by tokens or age: what is held back counts for none.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
@@ -51,6 +52,7 @@ def replay(
         version = assistant.serving.version
         for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
             served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
+            served = known.only_new(served, config.prompt_positions)
             assistant.learner.offer(served)
             assistant.update()
             at += 1

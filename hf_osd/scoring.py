@@ -56,7 +56,7 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
     """[`score`], and how confident the draft was at each position: the probability of its likeliest token, float32 `(N,)`; NaN as there."""
     judged: list[tuple[Tensor, Tensor] | None] = [None] * len(feedback)
     order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
-    collate, training = FeedbackCollator("all"), model.training
+    collate, training = FeedbackCollator("all", prompts=False), model.training
     model.eval()
     with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
         for start in range(0, len(order), batch_size):

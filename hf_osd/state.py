@@ -83,6 +83,8 @@ class ResumableAssistant:
                 self.buffer.restore(folder / _BUFFER)
                 held, facts = read_trace(folder / _HELD)
                 self.learner.held.load_state(held, json.loads(facts["held_back"]))
+                requests = sorted([*self.buffer.requests(), *held], key=lambda request: request.created)
+                self.known_texts.replace([request.tokens for request in requests])
         except (SafetensorError, json.JSONDecodeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"The state in {folder} is of another version ({error!r}); delete {directory} to start afresh."

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_osd.checkpoint import staged
-from hf_osd.feedback import Feedback
+from hf_osd.feedback import Feedback, SparseRows
 
 _FORMAT = "hf_osd.trace.1"
 # Fields with a row a position, in the order in which `Feedback` has them; those `(N, k)` are stored flat, for k may differ by request.
 _SPARSE = ("top_ids", "top_logps", "draft_logps")
 _DENSE = ("tail_logp", "drafted", "drafted_logp", "outcome", "overlap")
+_ROWS = ("top_ids", "top_logps", "tail_logp")  # of `SparseRows`
 _FACTS = ("tokens", "prompt", "k", "source", "sampled", "age")  # the columns of `facts`
 # Log-probs are of one dtype a request; where requests differ in it, `dtypes` says which of these each has.
 _LOGPS = ("top_logps", "tail_logp", "draft_logps", "drafted_logp")
@@ -76,6 +77,11 @@ def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         sources = [one.source for one in feedback if one.source is not None]
         if sources:
             tensors["source"] = torch.cat(sources)
+        prompts = [one.prompt_rows for one in feedback]
+        if any(prompts):
+            tensors["prompt_rows"] = torch.tensor([0 if rows is None else len(rows) for rows in prompts])
+            for name in _ROWS:
+                tensors[f"prompt_{name}"] = torch.cat([getattr(rows, name).flatten() for rows in prompts if rows])
     return tensors
 
 
@@ -124,6 +130,7 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
             columns[name] = [part.to(dtype) for part, dtype in zip(columns[name], dtypes, strict=True)]
     has_source = [int(n) >= 0 for n in facts["source"]]
     sources = iter(tensors["source"].split([int(n) for n in facts["source"] if n >= 0]) if any(has_source) else ())
+    prompts = _unpack_prompts(tensors, ks, columns)
     now = time.monotonic()
     # Each request gets memory of its own: of a part, all the file's would stay until the last request has gone.
     return [
@@ -133,6 +140,27 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
             sampled=bool(facts["sampled"][i]),
             created=now - facts["age"][i],
             source=next(sources).clone() if has_source[i] else None,
+            prompt_rows=prompts[i],
         )
         for i in range(len(lengths))
+    ]
+
+
+def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str, list]) -> list[SparseRows | None]:
+    """`prompt_rows` of each request, of its k and the dtype of its other log-probs."""
+    if "prompt_rows" not in tensors:
+        return [None] * len(ks)
+    counts = tensors["prompt_rows"].tolist()
+    flat = [n * k for n, k in zip(counts, ks, strict=True)]
+    ids, logps = (tensors[f"prompt_{name}"].split(flat) for name in _ROWS[:2])
+    tails = tensors["prompt_tail_logp"].split(counts)
+    return [
+        SparseRows(
+            ids[i].view(n, k).clone(),
+            logps[i].view(n, k).to(columns["top_logps"][i].dtype, copy=True),
+            tails[i].to(columns["top_logps"][i].dtype, copy=True),
+        )
+        if n
+        else None
+        for i, (n, k) in enumerate(zip(counts, ks, strict=True))
     ]

@@ -98,6 +98,11 @@ class Translation:
     def is_identity(self) -> bool:
         return self.shared is None
 
+    @property
+    def has_one_tokenizer(self) -> bool:
+        """Whether both read a text as the same ids, position by position, whatever padding their heads have."""
+        return self._tokenizers is None
+
     def shared_columns(self, device: torch.device) -> Tensor | None:
         """The columns of the target's logits that the draft can say, `(S,)`; `None` for all."""
         return None if self.shared is None else self._tables(device)[0]

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs, record_answers
 from hf_osd.distributed import update_together
+from hf_osd.prefill import KnownTexts
 from hf_osd.separate import LearningRank, serve_separately
 
 logger = logging.getLogger("hf_osd.recipes.distill")
@@ -234,7 +235,9 @@ class Job:
                     try:
                         assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.tokenizer)
                     except OSError as error:
-                        logger.error("%s. Serving goes on, and the draft is saved again at the next checkpoint.", error)
+                        logger.error(
+                            "%s. Serving goes on, and the draft is saved again at the next checkpoint.", error
+                        )
                 else:
                     log.try_to_save(assistant, self.args.save_buffer)
         bar.close()
@@ -251,11 +254,11 @@ class Job:
     def _warm_up(self, assistant: OnlineAssistant, domains: list[Domain]):
         """Offline distillation on the target's own answers, before the first request."""
         answers = [f for d in domains for f in self._answers(d.warm_up, f"{d.name}: warm-up")]
-        interval = self.config.update_interval
+        interval, known = self.config.update_interval, KnownTexts()
         most = self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:
-                assistant.buffer.add(feedback)
+                assistant.buffer.add(known.only_new(feedback, self.config.prompt_positions))
             assistant.flush()
 
     def _answers(self, prompts: list[Tensor], what: str) -> list:
@@ -268,6 +271,7 @@ class Job:
                 batch_size=self.args.batch_answers,
                 top_k=self.config.top_k,
                 dtype=getattr(torch, self.config.feedback_dtype),
+                prompt_positions=self.config.prompt_positions,
                 on_batch=bar.update,
             )
 

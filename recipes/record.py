@@ -104,6 +104,7 @@ def _record_part(args: RecordArguments, config: OnlineConfig, target, folder: Pa
             batch_size=args.batch_answers,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
+            prompt_positions=config.prompt_positions,
         )
         facts["seconds"] = f"{time.perf_counter() - began:.1f}"
         write_trace(path, answers, facts)

@@ -70,6 +70,7 @@ def make_feedback() -> Callable:
         gamma: int = 3,
         dtype: torch.dtype = torch.float16,
         created: float | None = None,
+        prompt_rows: int = 0,
     ) -> Feedback:
         random = torch.Generator().manual_seed(seed)
         target = 3 * torch.randn(n, vocab, generator=random)
@@ -97,6 +98,7 @@ def make_feedback() -> Callable:
         drafted_logp = log_q.gather(-1, guesses[:, None]).squeeze(-1)
         nan = torch.tensor(torch.nan)
         prompt_ids = torch.randint(vocab, (prompt,), generator=random)
+        of_prompt = SparseRows.of_logits(3 * torch.randn(prompt_rows, vocab, generator=random), k, dtype)
         return Feedback(
             tokens=torch.cat([prompt_ids, answer]).to(torch.int32),
             prompt_length=prompt,
@@ -110,6 +112,7 @@ def make_feedback() -> Callable:
             overlap=torch.where(tested, overlap, nan),
             sampled=sampled,
             created=time.monotonic() if created is None else created,
+            prompt_rows=of_prompt if prompt_rows else None,
         )
 
     return make

@@ -166,6 +166,30 @@ def test_sparser_frees_what_it_cut(make_feedback, n):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
+def test_what_a_prompt_teaches_is_cut_with_the_rest_and_counted(make_feedback):
+    feedback, without = make_feedback(n=4, k=16, prompt=7, prompt_rows=5), make_feedback(n=4, k=16, prompt=7)
+    assert feedback.lessons("all") == 9
+    assert without.lessons("all") == 4
+    assert feedback.nbytes - without.nbytes == 5 * (16 * (4 + 2) + 2)
+    sparser = feedback.sparser(4).prompt_rows
+    assert torch.equal(sparser.top_ids, feedback.prompt_rows.top_ids[:, :4])
+    mass = sparser.top_logps.float().exp().sum(-1) + sparser.tail_logp.float().exp()
+    torch.testing.assert_close(mass, torch.ones(5), atol=16 * torch.finfo(torch.float16).eps, rtol=0)
+
+
+@pytest.mark.parametrize("most", [0, 1, 4, 5, 9])
+def test_the_last_of_a_prompts_rows_are_kept(make_feedback, most):
+    feedback = make_feedback(prompt=7, prompt_rows=5)
+    cut = feedback.with_prompt_rows(most)
+    if not most:
+        assert cut.prompt_rows is None
+        return
+    for name, rows in vars(cut.prompt_rows).items():
+        assert torch.equal(rows, getattr(feedback.prompt_rows, name)[-most:]), name
+        assert rows.untyped_storage().nbytes() == rows.nbytes, "what was cut is freed"
+    assert cut.tokens is feedback.tokens
+
+
 def test_a_position_without_target_gets_none_by_being_cut():
     rows = SparseRows.of_logits(logits_of(3, 20, 1.0, 0), 8).spread([0, 2, 3], 5)
     feedback = Feedback.of_target(torch.arange(7), 2, rows)

@@ -100,3 +100,4 @@ def test_a_closed_assistant_keeps_nothing(target, assistant):
     assistant.close()
     assert len(assistant.buffer) == len(learner.held) == 0
     assert assistant.texts is None
+    assert not any(assistant.known_texts.shared(p[0]) for p in PROMPTS[:4])

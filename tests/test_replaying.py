@@ -23,12 +23,18 @@ def target(tiny_llama):
 def trace(target, tmp_path_factory):
     """The target's answers to all prompts, written to a file and read again."""
     path = tmp_path_factory.mktemp("trace") / "answers.safetensors"
-    write_trace(path, record_answers(target, PROMPTS, LONGEST, dtype=torch.float32))
+    write_trace(path, record_answers(target, PROMPTS, LONGEST, dtype=torch.float32, prompt_positions=5))
     return read_trace(path)[0]
 
 
 def learning(**config) -> OnlineConfig:
-    settings = {"update_interval": 4, "learning_rate": 5e-3, "seed": 0, "feedback_dtype": "float32"}
+    settings = {
+        "update_interval": 4,
+        "learning_rate": 5e-3,
+        "seed": 0,
+        "feedback_dtype": "float32",
+        "prompt_positions": 5,
+    }
     return OnlineConfig(
         **settings | {"lookahead": "constant", "num_assistant_tokens": 3, "suffix_cache": False} | config
     )
@@ -41,6 +47,8 @@ def learning(**config) -> OnlineConfig:
         {"positions": "error", "held_back_share": 0.0},
         {"replay_by": "loss", "averaging": 0.9, "top_k": 8},
         {"update_interval": 100, "update_tokens": 50},
+        {"prompt_positions": 3},
+        {"prompt_positions": 0},
     ],
 )
 def test_replayed_alpha_is_live_alpha_request_by_request(target, trace, config):
@@ -60,6 +68,7 @@ def test_replayed_alpha_is_live_alpha_request_by_request(target, trace, config):
         assert torch.equal(served.tokens, request.tokens)
         assert torch.equal(served.overlap[:-1], request.overlap[:-1])  # the last is put to no draft while serving
         assert torch.equal(served.outcome, request.outcome)
+        assert served.lessons("all") == request.lessons("all") == len(served) + config.prompt_positions
         alphas.append(float(request.overlap.mean()))
     assert max(alphas) > min(alphas)
     for (name, a), (_, b) in zip(live.serving.weights(), again.serving.weights(), strict=True):

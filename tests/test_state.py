@@ -226,6 +226,21 @@ def test_what_is_held_back_survives_a_restart_where_asked(target, draft, tmp_pat
     assert [len(other.learner.held) for other in (assistant, restored, without)] == [3, 3, 1]
 
 
+def test_what_prompts_have_taught_is_known_after_a_restart_where_asked(target, draft, tmp_path):
+    def fresh():
+        return OnlineAssistant(draft, update_interval=10**6, held_back_share=0.25, seed=0)
+
+    assistant, restored, without = fresh(), fresh(), fresh()
+    serve(target, assistant, range(9))
+    assistant.save_state(tmp_path / "state")
+    assistant.save_state(tmp_path / "asked", with_buffer=True)
+    restored.load_state(tmp_path / "asked")
+    without.load_state(tmp_path / "state")
+    for p in PROMPTS[:9]:  # two of them were held back
+        assert assistant.known_texts.shared(p[0]) == restored.known_texts.shared(p[0]) == len(p[0])
+        assert without.known_texts.shared(p[0]) == 0
+
+
 def test_a_state_is_plain_values_and_safetensors(learnt, tmp_path):
     learnt.save_state(tmp_path, with_buffer=True)
     folder = newest_state(tmp_path)

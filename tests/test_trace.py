@@ -1,6 +1,7 @@
 """Traces: every field comes back as it was, and a file that is no trace is told from one."""
 
 import dataclasses
+import functools
 import os
 import stat
 import time
@@ -55,6 +56,10 @@ def check_same(read: list[Feedback], written: list[Feedback]):
             if isinstance(expected, torch.Tensor):
                 assert value.dtype == expected.dtype, f.name
                 torch.testing.assert_close(value, expected, atol=0, rtol=0, equal_nan=True, msg=f.name)
+            elif isinstance(expected, SparseRows):
+                for name, rows in vars(expected).items():
+                    assert getattr(value, name).dtype == rows.dtype, name
+                    assert torch.equal(getattr(value, name), rows), name
             elif f.name == "created":
                 assert value == pytest.approx(expected, abs=5.0)  # the clock ran on, and a machine may be busy
             else:
@@ -69,6 +74,7 @@ REQUEST = st.fixed_dictionaries(
         "k": st.integers(1, 20),
         "seed": st.integers(0, 10**6),
         "sampled": st.booleans(),
+        "prompt_rows": st.integers(0, 5),
     }
 )
 
@@ -85,8 +91,8 @@ def test_every_field_comes_back_in_order(make_feedback, folder, requests, dtype,
     for request, source in zip(requests, sources, strict=False):
         feedback = make_feedback(dtype=dtype, **request)
         if not drafted:
-            rows = SparseRows(feedback.top_ids, feedback.top_logps, feedback.tail_logp)
-            feedback = Feedback.of_target(feedback.tokens, feedback.prompt_length, rows)
+            rows, of_prompt = feedback.rows, feedback.prompt_rows
+            feedback = Feedback.of_target(feedback.tokens, feedback.prompt_length, rows, prompt_rows=of_prompt)
         if source is not None:
             feedback = dataclasses.replace(feedback, source=torch.arange(source, dtype=torch.int32))
         if holes and len(feedback):
@@ -100,7 +106,7 @@ def test_every_field_comes_back_in_order(make_feedback, folder, requests, dtype,
 @pytest.mark.parametrize("drafted", [True, False])
 def test_requests_may_differ_in_dtype(make_feedback, folder, dtypes, drafted):
     """To put them together is to promote them; a buffer that was restored under another `feedback_dtype` holds both."""
-    make = make_feedback if drafted else answered
+    make = functools.partial(make_feedback, prompt_rows=2) if drafted else answered
     written = [make(n=3, k=4, seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)]
     write_trace(folder / "trace", written)
     read, _ = read_trace(folder / "trace")
@@ -149,13 +155,13 @@ def test_without_facts_there_are_none(tmp_path):
 
 def test_each_request_owns_its_memory(make_feedback, tmp_path):
     """As views of the file's tensors, a few requests of a trace would hold the memory of all of them."""
-    written = [make_feedback(n=4, seed=i) for i in range(3)]
+    written = [make_feedback(n=4, seed=i, prompt_rows=2) for i in range(3)]
     write_trace(
         tmp_path / "trace",
         [dataclasses.replace(one, source=torch.arange(4, dtype=torch.int32)) for one in written],
     )
     for one in read_trace(tmp_path / "trace")[0]:
-        for name, tensor in one.tensors().items():
+        for name, tensor in [*one.tensors().items(), *vars(one.prompt_rows).items()]:
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 

@@ -16,7 +16,8 @@ class FeedbackCollator:
     encoder-decoder's are padded right, where a causal decoder needs no mask and keeps its positions.
 
     Args:
-        positions (`str`): `"all"` or `"error"`: which positions teach (see [`Feedback.teaches`]).
+        positions (`str`): `"all"` or `"error"`: which generated positions teach (see [`Feedback.teaches`]).
+        prompts (`bool`, defaults to `True`): whether those of the prompts do that have a target.
 
     Returns, from a call on a list of requests, a dict of
         `input_ids`, `attention_mask`, `position_ids` (int64 `(B, T)`): each request without its last token, which predicts nothing; for
@@ -27,28 +28,26 @@ class FeedbackCollator:
         `top_ids` (int64 `(R, k)`), `top_logps` (float32 `(R, k)`), `tail_logp` (float32 `(R,)`): their targets.
     """
 
-    def __init__(self, positions: str = "all"):
-        self.positions = positions
+    def __init__(self, positions: str = "all", prompts: bool = True):
+        self.positions, self.prompts = positions, prompts
 
     def __call__(self, batch: list[Feedback]) -> dict:
         has_source = batch[0].source is not None
         longest = max(feedback.tokens.shape[0] for feedback in batch)
-        keep = longest - 1 if has_source else max(map(len, batch))
+        prompts = [feedback.prompt_rows if self.prompts else None for feedback in batch]
+        read = [0 if rows is None else len(rows) for rows in prompts]  # M of each
+        keep = longest - 1 if has_source else max(len(feedback) + m for feedback, m in zip(batch, read, strict=True))
         labels = torch.full((len(batch), longest), -100, dtype=torch.long)
         rows, targets = [], []
         for b, feedback in enumerate(batch):
-            length, n = feedback.tokens.shape[0], len(feedback)
+            length, start = feedback.tokens.shape[0], feedback.prompt_length
             taught = feedback.teaches(self.positions).nonzero().squeeze(-1)  # (r,) of N
-            at = taught + length - n + (0 if has_source else longest - length)  # the taught tokens' columns
-            labels[b, at] = feedback.answer[taught].long()
+            tokens = torch.cat([torch.arange(start - read[b], start), start + taught])  # (M + r,) of prompt and answer
+            at = tokens + (0 if has_source else longest - length)  # their columns
+            labels[b, at] = feedback.tokens[tokens].long()
             rows.append(b * keep + at - 1 - (longest - 1 - keep))  # each is predicted by the column before its own
-            targets.append(
-                (
-                    feedback.top_ids[taught].long(),
-                    feedback.top_logps[taught].float(),
-                    feedback.tail_logp[taught].float(),
-                )
-            )
+            said = [*([prompts[b]] if read[b] else []), feedback.rows.at(taught)]
+            targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in said]
         top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
         texts = [feedback.tokens[:-1] for feedback in batch]
         if has_source:

@@ -116,7 +116,7 @@ class OnlineGKDTrainer(GKDTrainer):
             ValueError: if there is nothing to learn from, on any rank.
         """
         requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self.draws)
-        requests = [request for request in requests if request.teaches(self.config.positions).any()]
+        requests = [request for request in requests if request.lessons(self.config.positions)]
         size = self.config.batch_size or max(len(requests), 1)
         steps = self._ranks.most(-(-len(requests) // size))
         if not steps:

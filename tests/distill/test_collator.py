@@ -8,33 +8,49 @@ from hypothesis import strategies as st
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.feedback import ACCEPTED
 
-shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=5)  # (prompt, answer)
+# (prompt, answer, and how many of the prompt's positions have a target, where it has as many)
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=5)
 
 
 @given(shapes=shapes, positions=st.sampled_from(["all", "error"]))
 def test_every_row_is_the_column_before_its_answer(make_feedback, shapes, positions):
     """The off-by-one that distils each token onto its neighbour and still looks like learning."""
-    requests = [make_feedback(n=n, prompt=prompt, seed=i) for i, (prompt, n) in enumerate(shapes)]
+    requests = [
+        make_feedback(n=n, prompt=prompt, prompt_rows=min(m, prompt - 1), seed=i)
+        for i, (prompt, n, m) in enumerate(shapes)
+    ]
     batch = FeedbackCollator(positions)(requests)
-    longest, keep = max(p + n for p, n in shapes), max(n for _, n in shapes)
+    longest, keep = max(p + n for p, n, _ in shapes), max(n + min(m, p - 1) for p, n, m in shapes)
     assert batch["keep"] == keep
     assert batch["input_ids"].shape == (len(requests), longest - 1)
-    at, rows = 0, batch["rows"].tolist()
+    at, chosen = 0, batch["rows"].tolist()
     for b, request in enumerate(requests):
-        for i in range(len(request)):
-            if positions == "error" and request.outcome[i] == ACCEPTED:
+        read = 0 if request.prompt_rows is None else len(request.prompt_rows)
+        for i in range(-read, len(request)):
+            if i >= 0 and positions == "error" and request.outcome[i] == ACCEPTED:
                 continue
-            column = longest - 1 - keep + rows[at] - b * keep  # of input_ids
+            rows, at_row = (request.rows, i) if i >= 0 else (request.prompt_rows, read + i)
+            column = longest - 1 - keep + chosen[at] - b * keep  # of input_ids
             seen = batch["input_ids"][b, : column + 1][batch["attention_mask"][b, : column + 1].bool()]
             assert torch.equal(seen, request.tokens[: request.prompt_length + i].long()), "what the row has seen"
-            assert batch["labels"][b, column + 1] == request.answer[i], "what it is to predict"
-            assert torch.equal(batch["top_ids"][at], request.top_ids[i].long())
-            assert torch.equal(batch["top_logps"][at], request.top_logps[i].float())
-            assert batch["tail_logp"][at] == request.tail_logp[i].float()
+            assert batch["labels"][b, column + 1] == request.tokens[request.prompt_length + i], "what it is to predict"
+            assert torch.equal(batch["top_ids"][at], rows.top_ids[at_row].long())
+            assert torch.equal(batch["top_logps"][at], rows.top_logps[at_row].float())
+            assert batch["tail_logp"][at] == rows.tail_logp[at_row].float()
             at += 1
-    assert at == len(rows) == len(batch["top_ids"]) == len(batch["tail_logp"])
+        assert request.lessons(positions) == int((batch["labels"][b] != -100).sum())
+    assert at == len(chosen) == len(batch["top_ids"]) == len(batch["tail_logp"])
     assert (batch["labels"] != -100).sum() == at, "Trainer averages over as many items as there are rows"
     assert (batch["labels"][:, 1:] != -100).sum() == at, "and also when it leaves out the first column"
+
+
+def test_prompts_are_left_out_where_they_are_not_asked_for(make_feedback):
+    with_rows, without = make_feedback(prompt_rows=3), make_feedback()
+    batch, expected = FeedbackCollator(prompts=False)([with_rows]), FeedbackCollator()([without])
+    assert batch["keep"] == expected["keep"] == len(without)
+    assert all(
+        torch.equal(batch[name], expected[name]) for name in ("input_ids", "labels", "rows", "top_ids", "top_logps")
+    )
 
 
 def test_padding_is_on_the_left_and_hidden(make_feedback):
