@@ -80,6 +80,7 @@ class Traced:
     stream: list[Feedback]
     held_back: list[Feedback]
     max_new_tokens: int
+    digest: str  # of the files: another recording of that name is another one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,7 +173,7 @@ class Experiment:
         """What makes two runs the same run."""
         args = self.args
         facts = [args.target, args.dtype, args.held_back, args.score_every, args.also, arm.facts(), seed]
-        facts += [[traced.name for traced in self.traces], self.counts, args.mixed]
+        facts += [[(traced.name, traced.digest) for traced in self.judged], self.counts, args.mixed]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _score(self, assistant: OnlineAssistant) -> dict[str, list]:
@@ -223,10 +224,11 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True) ->
         ValueError: if one is damaged, or too few prompts are held back.
     """
     parts: dict[str, list[Feedback]] = {"held_back": [], "stream": []}
-    limits = set()
+    limits, digest = set(), hashlib.sha256()
     for part in ("held_back", "stream") if stream else ("held_back",):
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
+            digest.update(path.read_bytes())
             parts[part] += [request.sparser(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
         if not parts[part]:
@@ -235,7 +237,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True) ->
         raise ValueError(
             f"{folder} has {len(parts['held_back'])} prompts held back and `held_back` is {held_back}; lower it."
         )
-    return Traced(folder.name, parts["stream"], parts["held_back"][:held_back], max(limits))
+    return Traced(folder.name, parts["stream"], parts["held_back"][:held_back], max(limits), digest.hexdigest())
 
 
 def table(results: list[list[dict]], at: str = "") -> str:

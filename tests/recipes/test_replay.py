@@ -1,11 +1,13 @@
 """`recipes/replay.py` and `recipes/on_policy.py`: arms on one trace, runs that are not run twice, and differences with their intervals."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from hf_osd import OnlineConfig
+from hf_osd.trace import read_trace, write_trace
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,22 @@ def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_pat
         "from 0 to 8 requests",
     ]
     assert replay.main([*given, "--at", "5"]) == 2
+
+
+def test_another_recording_of_the_same_name_is_run_anew(target_dir, traces, tmp_path):
+    import replay
+
+    shutil.copytree(traces, tmp_path / "traces")
+    log = tmp_path / "runs.jsonl"
+    given = flags(target_dir, tmp_path / "traces", "--log", str(log))
+    for runs in (1, 1):
+        assert replay.main(given) == 0
+        assert len(log.read_text().splitlines()) == runs
+    path = next((tmp_path / "traces" / "left").glob("stream-*"))
+    requests, facts = read_trace(path)
+    write_trace(path, requests[::-1], facts)
+    assert replay.main(given) == 0
+    assert len({json.loads(line)["key"] for line in log.read_text().splitlines()}) == 2
 
 
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
