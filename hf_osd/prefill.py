@@ -58,10 +58,16 @@ class Prefill:
 
     @staticmethod
     def offers(target: PreTrainedModel) -> bool:
-        """Whether they can be had: of a model in two parts, body and head, that is not compiled, for then a hook is not seen, or compiles it anew."""
+        """Whether they can be had: of a model in two parts, body and head, that is not compiled, for then a hook is not seen, or compiles it anew; and of
+        which this process has the whole head, for to gather it takes others, who seal this call at another time or never."""
         body, head = target.base_model, target.get_output_embeddings()
-        whole = body is target or head is None or getattr(head.weight, "is_meta", False)
-        return not whole and not any(map(_is_compiled, (target, body)))
+        weight = getattr(head, "weight", None)
+        if body is target or type(weight) not in (torch.nn.Parameter, Tensor) or weight.is_meta or not weight.numel():
+            return False
+        parted = getattr(target, "_tp_size", None) not in (None, 1) or hasattr(
+            weight, "ds_id"
+        )  # tensor parallel; ZeRO-3
+        return not parted and not any(map(_is_compiled, (target, body)))
 
     def _keep(self, body, inputs, output):
         if threading.get_ident() != self._thread:

@@ -255,7 +255,9 @@ def test_a_head_that_fails_costs_the_prompt_alone(target, monkeypatch, caplog):
     assert "teaches by its answer alone" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["compiled forward", "compiled call", "one part", "no head"])
+@pytest.mark.parametrize(
+    "how", ["compiled forward", "compiled call", "one part", "no head", "tensor parallel", "ZeRO-3", "offloaded"]
+)
 def test_targets_whose_states_cannot_be_had_are_known(tiny_llama, how, monkeypatch):
     model = tiny_llama()
     assert Prefill.offers(model)
@@ -265,8 +267,14 @@ def test_targets_whose_states_cannot_be_had_are_known(tiny_llama, how, monkeypat
         model.compile()
     elif how == "one part":
         monkeypatch.setattr(type(model), "base_model_prefix", "")
-    else:
+    elif how == "no head":
         monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    elif how == "tensor parallel":
+        model._tp_size = 2
+    elif how == "ZeRO-3":
+        model.lm_head.weight.ds_id = 0
+    else:
+        model.lm_head.to("meta")
     assert not Prefill.offers(model)
 
 
