@@ -53,6 +53,20 @@ def tiny_llama() -> Callable:
     return make
 
 
+@pytest.fixture(scope="module")
+def target(tiny_llama):
+    """What a file serves that asks for no other."""
+    return tiny_llama(layers=3)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    """The file's draft, grown from its target."""
+    from hf_osd import grow_draft
+
+    return grow_draft(target, (0, -1))
+
+
 @pytest.fixture(scope="session")
 def make_feedback() -> Callable:
     """`make_feedback(n=12, prompt=5, vocab=64, k=16, seed=0, ...)`: a random request whose fields agree with each other.

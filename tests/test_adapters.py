@@ -19,11 +19,6 @@ COMMIT = "0123456789" * 4
 BESIDE = {"README.md", "osd_config.json"}
 
 
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
 def wrapped(draft, **lora):
     return get_peft_model(draft, LoraConfig(task_type="CAUSAL_LM", **LORA | lora), autocast_adapter_dtype=False)
 

@@ -4,20 +4,9 @@ import pytest
 import torch
 import transformers
 
-from hf_osd import OnlineAssistant, grow_draft
+from hf_osd import OnlineAssistant
 
-PROMPTS = torch.randint(2, 64, (2, 1, 6), generator=torch.Generator().manual_seed(0))
-GREEDY = {"max_new_tokens": 16, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
-@pytest.fixture(scope="module")
-def draft(target):
-    return grow_draft(target, (0, -1))
+from .served import GREEDY, PROMPTS
 
 
 def test_bad_calls_are_refused_before_anything_runs(target, draft, tiny_llama):

@@ -12,18 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
 
-PROMPTS = torch.randint(2, 64, (12, 1, 6), generator=torch.Generator().manual_seed(0))
-GREEDY = {"max_new_tokens": 16, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
-@pytest.fixture(scope="module")
-def draft(target):
-    return grow_draft(target, (0, -1))
+from .served import GREEDY, PROMPTS, serve
 
 
 class EachRound(BaseStreamer):
@@ -39,10 +28,6 @@ class EachRound(BaseStreamer):
 
     def end(self):
         pass
-
-
-def serve(target, assistant, count=12, **kwargs):
-    return [target.generate(p, assistant_model=assistant, **{**GREEDY, **kwargs}) for p in PROMPTS[:count]]
 
 
 def test_it_learns_what_it_serves_and_the_output_never_changes(target, draft):
@@ -64,7 +49,7 @@ def test_it_learns_what_it_serves_and_the_output_never_changes(target, draft):
 def test_the_draft_that_was_passed_is_never_written(target, draft):
     before = {name: p.clone() for name, p in draft.named_parameters()}
     assistant = OnlineAssistant(draft, update_interval=2)
-    serve(target, assistant, 6)
+    serve(target, assistant, PROMPTS[:6])
     assert assistant.stats.updates > 0
     assert all(torch.equal(p, before[name]) for name, p in draft.named_parameters())
     served = dict(assistant.serving.active.named_parameters())
@@ -73,7 +58,7 @@ def test_the_draft_that_was_passed_is_never_written(target, draft):
 
 def test_frozen_it_captures_nothing_and_learns_nothing(target, draft):
     assistant = OnlineAssistant(draft, learn=False)
-    serve(target, assistant, 3)
+    serve(target, assistant, PROMPTS[:3])
     assert not assistant.flush()
     assert (len(assistant.buffer), assistant.stats.updates, assistant.stats.draft_version) == (0, 0, 0)
     assert assistant.stats.total.requests == 3
@@ -81,9 +66,9 @@ def test_frozen_it_captures_nothing_and_learns_nothing(target, draft):
 
 def test_closed_it_goes_on_drafting_without_learning(target, draft):
     with OnlineAssistant(draft, update_interval=10**6) as assistant:
-        serve(target, assistant, 2)
+        serve(target, assistant, PROMPTS[:2])
     assistant.close()
-    [output] = serve(target, assistant, 1)
+    [output] = serve(target, assistant, PROMPTS[:1])
     assert torch.equal(output, target.generate(PROMPTS[0], **GREEDY))
     assert not assistant.flush()
     assert len(assistant.buffer) == 0
@@ -92,7 +77,7 @@ def test_closed_it_goes_on_drafting_without_learning(target, draft):
 
 def test_the_last_call_is_learnt_by_flush(target, draft):
     assistant = OnlineAssistant(draft, update_interval=10**6)
-    serve(target, assistant, 1)
+    serve(target, assistant, PROMPTS[:1])
     assert assistant.flush()
     assert assistant.stats.updates == 1
     assert not assistant.flush()  # nothing new
@@ -107,9 +92,9 @@ def test_a_call_that_breaks_off_keeps_what_was_verified_and_gives_its_lease_back
             raise error
 
     with pytest.raises(type(error)) as caught:
-        serve(target, assistant, 1, streamer=EachRound(interrupt))
+        serve(target, assistant, PROMPTS[:1], streamer=EachRound(interrupt))
     # Its traceback still holds the generator: the next call of this thread must end it all the same.
-    serve(target, assistant, 1)
+    serve(target, assistant, PROMPTS[:1])
     del caught
     assistant.update()
     first, second = assistant.buffer.new()
@@ -122,7 +107,7 @@ def test_a_call_that_breaks_off_keeps_what_was_verified_and_gives_its_lease_back
 def test_a_lease_holds_while_the_weights_change_from_another_thread(target, draft, noised_copy):
     """An update in mid-call goes into the other copy, and the call's own q stays what it drafted with."""
     assistant = OnlineAssistant(draft, lookahead="constant", update_interval=10**6)
-    serve(target, assistant, 1)
+    serve(target, assistant, PROMPTS[:1])
     leased, versions = [], []
 
     def refresh_elsewhere(tokens):
@@ -139,7 +124,7 @@ def test_a_lease_holds_while_the_weights_change_from_another_thread(target, draf
                 p.mul_(1.1)
     held = assistant.serving.active
     before = [p.clone() for p in held.parameters()]
-    [output] = serve(target, assistant, 1, streamer=EachRound(refresh_elsewhere))
+    [output] = serve(target, assistant, PROMPTS[:1], streamer=EachRound(refresh_elsewhere))
     assert torch.equal(output, target.generate(PROMPTS[0], **GREEDY))
     assert versions == list(range(1, len(versions) + 1))
     assert len(versions) > 2
@@ -154,7 +139,7 @@ def test_statistics_may_be_read_in_mid_call(target, draft):
     def read(tokens):
         seen.append((assistant.stats.total.requests, len(assistant.serving._leases)))
 
-    [output] = serve(target, assistant, 1, streamer=EachRound(read))
+    [output] = serve(target, assistant, PROMPTS[:1], streamer=EachRound(read))
     assert set(seen) == {(0, 1)}
     assistant.update()
     [feedback] = assistant.buffer.new()
@@ -194,7 +179,7 @@ def test_a_seeded_run_repeats_exactly(target, draft):
         outputs = []
         for _ in range(2):
             torch.manual_seed(11)
-            outputs += serve(target, assistant, 5, do_sample=True, top_k=0)
+            outputs += serve(target, assistant, PROMPTS[:5], do_sample=True, top_k=0)
         assistant.flush()
         return outputs, [p.clone() for _, p in assistant.serving.weights()], assistant.stats.total
 
@@ -211,7 +196,7 @@ def test_learning_leaves_the_users_random_state_alone(target, draft):
     import numpy as np
 
     assistant = OnlineAssistant(draft, update_interval=10**6)
-    serve(target, assistant, 2)
+    serve(target, assistant, PROMPTS[:2])
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -222,7 +207,7 @@ def test_learning_leaves_the_users_random_state_alone(target, draft):
 def test_alpha_is_known_though_nothing_was_drafted(target, draft):
     """The floor drafts nothing while it does not pay; α is then estimated at learning time, before the request is learnt."""
     assistant = OnlineAssistant(draft, draft_cost=5.0, suffix_cache=False, update_interval=10**6)  # never pays
-    serve(target, assistant, 2)
+    serve(target, assistant, PROMPTS[:2])
     stats = assistant.stats
     assert (stats.total.drafted, stats.total.rounds) == (0, stats.total.new_tokens)
     assert stats.last.overlap_count == stats.last.new_tokens
@@ -235,7 +220,7 @@ def test_what_was_sampled_without_drafts_still_reopens_drafting(target, draft):
     assistant = OnlineAssistant(draft, draft_cost=5.0, suffix_cache=False, update_interval=10**6)
     before = assistant.lookahead.acceptance()[0]
     torch.manual_seed(0)
-    serve(target, assistant, 4, do_sample=True, top_k=0)
+    serve(target, assistant, PROMPTS[:4], do_sample=True, top_k=0)
     assistant.update()
     assert assistant.stats.total.drafted == 0
     assert assistant.stats.total.overlap_count == 0  # α is of dense rows, of which there are none
@@ -251,7 +236,7 @@ def test_a_draft_with_nothing_to_train_is_refused(target):
 
 def test_error_positions_are_learnt_alone_under_the_papers_preset(target, draft):
     assistant = OnlineAssistant(draft, OnlineConfig.paper(seed=0))
-    serve(target, assistant, 8)
+    serve(target, assistant, PROMPTS[:8])
     assert assistant.update()
     rejected_or_bonus = assistant.stats.total.rounds
     stats = assistant.stats
@@ -265,7 +250,7 @@ def test_error_positions_are_learnt_alone_under_the_papers_preset(target, draft)
 def test_grad_mode_of_the_caller_does_not_matter(target, draft):
     with torch.inference_mode():
         assistant = OnlineAssistant(draft, update_interval=2)
-        serve(target, assistant, 5)
+        serve(target, assistant, PROMPTS[:5])
         stats = assistant.stats
     assert (stats.updates, stats.failed_updates) == (2, 0)
 
@@ -275,7 +260,7 @@ def test_a_bfloat16_draft_learns_in_float32_masters(tiny_llama):
     for learner_dtype in ("float32", "bfloat16"):
         draft = grow_draft(target, (0, -1))
         assistant = OnlineAssistant(draft, learner_dtype=learner_dtype, update_interval=2, learning_rate=1e-5)
-        serve(target, assistant, 5)
+        serve(target, assistant, PROMPTS[:5])
         assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
         assert {p.dtype for p in assistant.learner.members[0].weights().values()} == {torch.float32}
         assert {p.dtype for p in assistant.serving.active.parameters()} == {torch.bfloat16}
@@ -347,10 +332,10 @@ def test_past_the_drafts_window_the_target_goes_on_alone():
 def test_what_is_held_back_says_how_the_draft_does(target, draft):
     """Of requests that nobody learnt from: what serves now, as figures and in words."""
     assistant = OnlineAssistant(draft, update_interval=4, held_back_share=0.25, learning_rate=5e-3, seed=0)
-    serve(target, assistant, 4)
+    serve(target, assistant, PROMPTS[:4])
     assert "alpha_held_back" not in assistant.stats.to_dict()
     for _ in range(4):  # eleven prompts over and over, each fourth request held back: all are learnt sooner or later
-        serve(target, assistant, 11)
+        serve(target, assistant, PROMPTS[:11])
     assistant.flush()
     held, figures = assistant.learner.held.requests(), json.loads(json.dumps(assistant.stats.to_dict()))
     assert figures["held_back"] == len(held) == 12
@@ -381,11 +366,11 @@ def test_unknown_overrides_are_named(draft):
 
 def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, monkeypatch, caplog):
     assistant = OnlineAssistant(draft, update_interval=10**6)
-    serve(target, assistant, 2)
+    serve(target, assistant, PROMPTS[:2])
     assistant.flush()
     served = [p.clone() for _, p in assistant.serving.weights()]
     masters = {name: p.clone() for name, p in assistant.learner.members[0].weights().items()}
-    serve(target, assistant, 2)
+    serve(target, assistant, PROMPTS[:2])
 
     def diverge(requests):
         member = assistant.learner.members[0]
@@ -401,7 +386,7 @@ def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, mon
     assert all(torch.equal(a, b) for (_, a), b in zip(assistant.serving.weights(), served, strict=True))
     assert all(torch.equal(p, masters[name]) for name, p in assistant.learner.members[0].weights().items())
     monkeypatch.undo()
-    serve(target, assistant, 2)
+    serve(target, assistant, PROMPTS[:2])
     assert assistant.flush()  # and learning goes on
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 1)
 
@@ -421,7 +406,7 @@ def test_refresh_refuses_what_it_would_drop(target, draft):
 
 def test_stats_print_and_serialise(target, draft):
     assistant = OnlineAssistant(draft, lookahead="constant", update_interval=2)
-    serve(target, assistant, 3)
+    serve(target, assistant, PROMPTS[:3])
     text = str(assistant.stats)
     for word in ("alpha_live", "tokens a round", "draft s / target s", "updates", "buffer"):
         assert word in text
@@ -438,6 +423,6 @@ def test_lora_drafts_serve_learn_and_share_their_base(target, draft):
     )
     assistant = OnlineAssistant(lora, update_interval=3, learning_rate=1e-2)
     plain = [target.generate(p, **GREEDY) for p in PROMPTS[:7]]
-    assert all(torch.equal(a, b) for a, b in zip(serve(target, assistant, 7), plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(serve(target, assistant, PROMPTS[:7]), plain, strict=True))
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
     assert all("lora" in name for name in assistant.serving.trainable)

@@ -18,11 +18,6 @@ PROMPT = torch.tensor([[5, 9, 17, 3, 40, 22]])
 
 
 @pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
-@pytest.fixture(scope="module")
 def serve(target):
     """`serve(draft, prompt, **generate kwargs) -> (output, feedback, stats)` of one call, with γ constant and nothing learnt."""
 

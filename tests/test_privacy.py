@@ -11,11 +11,6 @@ PROMPTS = torch.randint(2, 64, (8, 1, 6), generator=torch.Generator().manual_see
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
 @pytest.fixture
 def assistant(target):
     """It keeps all that there is to keep: feedback, requests held back, cached text, and which tokens traffic uses."""

@@ -6,30 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
+from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.model_card import model_card
 
-PROMPTS = torch.randint(2, 64, (12, 1, 6), generator=torch.Generator().manual_seed(0))
-GREEDY = {"max_new_tokens": 16, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
-@pytest.fixture(scope="module")
-def draft(target):
-    return grow_draft(target, (0, -1))
-
-
-def serve(target, assistant, count=12):
-    return [target.generate(p, assistant_model=assistant, **GREEDY) for p in PROMPTS[:count]]
+from .served import GREEDY, PROMPTS, serve
 
 
 def test_a_saved_draft_is_a_plain_checkpoint(target, draft, tmp_path):
     assistant = OnlineAssistant(draft, update_interval=2, num_assistant_tokens=3)
-    serve(target, assistant, 5)
+    serve(target, assistant, PROMPTS[:5])
     assistant.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)

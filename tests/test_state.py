@@ -14,22 +14,7 @@ from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.checkpoint import new_state, newest_state, states
 from hf_osd.state import saved_progress
 
-PROMPTS = torch.randint(2, 64, (12, 1, 6), generator=torch.Generator().manual_seed(0))
-GREEDY = {"max_new_tokens": 16, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
-@pytest.fixture(scope="module")
-def draft(target):
-    return grow_draft(target, (0, -1))
-
-
-def serve(target, assistant, prompts=range(12)):
-    return [target.generate(PROMPTS[i], assistant_model=assistant, **GREEDY) for i in prompts]
+from .served import GREEDY, PROMPTS, serve
 
 
 def weights(assistant):
@@ -40,7 +25,7 @@ def weights(assistant):
 def learnt(target, draft):
     """An assistant that has served five requests and learnt from four."""
     assistant = OnlineAssistant(draft, update_interval=2, seed=0)
-    serve(target, assistant, range(5))
+    serve(target, assistant, PROMPTS[:5])
     assistant.take_in()
     return assistant
 
@@ -51,7 +36,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_p
 
     straight, stopped = fresh(), fresh()
     for assistant in (straight, stopped):
-        serve(target, assistant, range(4))
+        serve(target, assistant, PROMPTS[:4])
         assistant.flush()
     stopped.save_state(tmp_path)
     resumed = fresh()
@@ -59,7 +44,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_p
     assert resumed.stats.updates == 1
     assert torch.equal(weights(stopped), weights(resumed))
     for assistant in (straight, resumed):
-        serve(target, assistant, range(4, 8))
+        serve(target, assistant, PROMPTS[4:8])
         assistant.flush()
     assert not torch.equal(weights(stopped), weights(resumed))
     # Not exactly: the order of sums may be another.
@@ -67,7 +52,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_p
 
 
 def test_statistics_go_on(target, draft, learnt, tmp_path):
-    serve(target, learnt, [i % 12 for i in range(55)])  # more than the rolling window
+    serve(target, learnt, [PROMPTS[i % 12] for i in range(55)])  # more than the rolling window
     was = copy.deepcopy(learnt.stats)
     learnt.save_state(tmp_path)
     resumed = OnlineAssistant(draft, update_interval=2, seed=0)
@@ -76,7 +61,7 @@ def test_statistics_go_on(target, draft, learnt, tmp_path):
     assert (now.total, now.last, now.rolling) == (was.total, was.last, was.rolling)
     assert now.total.requests == 60
     assert (now.updates, now.learned_tokens) == (was.updates, was.learned_tokens)
-    serve(target, resumed, [0])
+    serve(target, resumed, PROMPTS[:1])
     assert resumed.stats.total.requests == 61
     assert resumed.stats.rolling.requests == 50
 
@@ -157,7 +142,7 @@ def test_a_full_disk_leaves_the_state_and_serving(target, draft, learnt, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["state-00000001"]
     assert OnlineAssistant(draft).load_state(tmp_path) == "whole"
-    [output] = serve(target, learnt, [0])
+    [output] = serve(target, learnt, PROMPTS[:1])
     assert torch.equal(output, target.generate(PROMPTS[0], **GREEDY))
     learnt.save_state(tmp_path, progress="again")
     assert saved_progress(tmp_path) == "again"
@@ -208,7 +193,7 @@ def test_what_is_held_back_survives_a_restart_where_asked(target, draft, tmp_pat
         return OnlineAssistant(draft, update_interval=10**6, held_back_share=0.25, seed=0)
 
     assistant = fresh()
-    serve(target, assistant, range(9))
+    serve(target, assistant, PROMPTS[:9])
     assistant.save_state(tmp_path / "state")
     assistant.save_state(tmp_path / "asked", with_buffer=True)
     restored, without = fresh(), fresh()
@@ -219,7 +204,7 @@ def test_what_is_held_back_survives_a_restart_where_asked(target, draft, tmp_pat
         assert torch.equal(was.tokens, now.tokens)
         assert torch.equal(was.overlap.nan_to_num(-1), now.overlap.nan_to_num(-1))
     for other in (assistant, restored, without):
-        serve(target, other, range(2))  # the tenth is the next to be held back
+        serve(target, other, PROMPTS[:2])  # the tenth is the next to be held back
         other.update()
         assert torch.equal(other.learner.held.requests()[-1].tokens[:6].long(), PROMPTS[0][0])
         assert other.learner.held.judged_rows == assistant.learner.held.judged_rows > 0
@@ -231,7 +216,7 @@ def test_what_prompts_have_taught_is_known_after_a_restart_where_asked(target, d
         return OnlineAssistant(draft, update_interval=10**6, held_back_share=0.25, seed=0)
 
     assistant, restored, without = fresh(), fresh(), fresh()
-    serve(target, assistant, range(9))
+    serve(target, assistant, PROMPTS[:9])
     assistant.save_state(tmp_path / "state")
     assistant.save_state(tmp_path / "asked", with_buffer=True)
     restored.load_state(tmp_path / "asked")

@@ -18,11 +18,6 @@ PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_see
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 
 
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
 @pytest.fixture(autouse=True)
 def _the_seam_is_as_it_was():
     was = integration.is_enabled()

@@ -12,11 +12,6 @@ from hf_osd import OnlineAssistant, grow_draft
 IDS = torch.arange(4, 28)[None]
 
 
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
 def lora(draft, seed=0):
     torch.manual_seed(seed)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")

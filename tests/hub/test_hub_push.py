@@ -14,11 +14,6 @@ PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_see
 DRAFT = ["README.md", "config.json", "generation_config.json", "model.safetensors", "osd_config.json"]
 
 
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=3)
-
-
 def make(target, **config):
     return OnlineAssistant(grow_draft(target), update_interval=10**6, seed=0, **config)
 

@@ -17,7 +17,9 @@ from hf_osd.lookahead import Plan
 from hf_osd.suffix_cache import CallText
 
 from . import checks
-from .checks import assistant_of, check_feedback, check_sampling, one_layer, scores_of, unpadded
+from .checks import assistant_of, check_feedback, check_sampling, unpadded
+from .models import one_layer
+from .reference import scores_of
 
 NAMES = ["Llama", "GPT2", "Gemma3", "Mistral", "T5", "Bart"]
 DECODERS = NAMES[:4]
@@ -191,14 +193,6 @@ class Counting(LogitsProcessor):
     def __call__(self, input_ids, scores):
         self.calls += 1
         return scores.index_add(-1, torch.tensor([self.calls % 3]), torch.full((1, 1), 6.0))
-
-
-class Biased(LogitsProcessor):
-    """In place, as some are."""
-
-    def __call__(self, input_ids, scores):
-        scores[:, 7] += 2.0
-        return scores
 
 
 def check_ends(target, draft, kind: str, tokenizer=None):

@@ -10,12 +10,14 @@ from transformers import LogitsProcessorList
 
 from hf_osd import OnlineCandidateGenerator, draft_head
 
-from .checks import assistant_of, one_layer, processors_of
+from .checks import assistant_of
+from .models import one_layer
+from .processors import Biased
+from .reference import processors_of
 from .sources import (
     BOTH,
     DECODERS,
     PROMPTS,
-    Biased,
     answer_to,
     check_account,
     check_mixed,

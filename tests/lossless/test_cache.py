@@ -9,11 +9,11 @@ from transformers import LogitsProcessorList
 from hf_osd import OnlineAssistant
 
 from . import checks
+from .processors import Biased
 from .sources import (
     GREEDY,
     NAMES,
     PROMPTS,
-    Biased,
     Counting,
     alone,
     answer_to,

@@ -16,11 +16,6 @@ LEARNS = {"update_interval": 2, "learning_rate": 5e-3}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
-@pytest.fixture(scope="module")
-def target(tiny_model):
-    return tiny_model("Llama")
-
-
 def check_learns_in_service(served):
     """Three updates in six calls, and drafts that were right at times and wrong at times."""
     stats = served.stats

@@ -7,7 +7,8 @@ import torch
 
 from hf_osd import background
 
-from .checks import assistant_of, check_sampling, one_layer, unpadded
+from .checks import assistant_of, check_sampling, unpadded
+from .models import one_layer
 
 LONG = 120  # seconds in which anything has happened, on any machine
 LEARNING = {"learn": "background", "update_interval": 2, "learning_budget": 1.0, "learning_rate": 5e-3, "replay": 0.0}

@@ -20,18 +20,12 @@ from hf_osd.stopping import DraftStops
 from hf_osd.suffix_cache import SuffixCaches
 from hf_osd.translation import Translation
 
-from .checks import InMidCall, assistant_of, check_greedy, check_lease, check_sampling, one_layer, retrained
+from .checks import assistant_of, check_greedy, check_lease, check_sampling
+from .models import InMidCall, one_layer, retrained
+from .processors import Biased
 from .sources import BOTH, check_ends, check_few_rows, check_mixed, check_sampled_sources, check_tenants
 
 PROMPT = torch.tensor([[3, 7, 11, 5, 2]])
-
-
-class Biased(LogitsProcessor):
-    """In place, as some are."""
-
-    def __call__(self, input_ids, scores):
-        scores[:, 7] += 2.0
-        return scores
 
 
 class Counting(LogitsProcessor):

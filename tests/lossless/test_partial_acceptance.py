@@ -9,7 +9,8 @@ import torch
 
 from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
 
-from .checks import check_greedy, with_logits
+from .checks import check_greedy
+from .models import with_logits
 
 A, R, U = ACCEPTED, REJECTED, UNTESTED
 PROMPTS = torch.randint(2, 64, (3, 1, 6), generator=torch.Generator().manual_seed(0))

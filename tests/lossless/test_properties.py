@@ -1,14 +1,14 @@
-"""For any γ, policy, prompt, draft, end and processor: output, rounds, counts and feedback are those of the plain reference in checks.py."""
+"""For any γ, policy, prompt, draft, end and processor: output, rounds, counts and feedback are those of the plain reference in reference.py."""
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessor
 
 from hf_osd.lookahead import Plan
 
 from .checks import assistant_of, check_greedy, check_padded, check_sampled
+from .processors import Biased
 
 VOCAB = 16  # few, so that an end of sequence is often said, and processors often bite
 
@@ -20,14 +20,6 @@ many = settings(unshrunk, max_examples=80)
 @pytest.fixture(scope="module")
 def target(tiny_llama):
     return tiny_llama(vocab=VOCAB, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-
-
-class Biased(LogitsProcessor):
-    """A user's processor, which changes the scores in place, as some do."""
-
-    def __call__(self, input_ids, scores):
-        scores[:, 7] += 2.0
-        return scores
 
 
 drafts = st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0]), st.integers(0, 10**6))

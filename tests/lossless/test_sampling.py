@@ -7,18 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from .checks import (
-    InMidCall,
-    assistant_of,
-    check_sampled,
-    check_sampling,
-    exact_distribution,
-    one_layer,
-    p_value,
-    retrained,
-    serve,
-    with_logits,
-)
+from .checks import assistant_of, check_sampled, check_sampling, serve
+from .models import InMidCall, one_layer, retrained, with_logits
+from .reference import exact_distribution, p_value
 
 VOCAB = 5
 CALLS = 320

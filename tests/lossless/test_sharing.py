@@ -18,18 +18,8 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
-def target(tiny_model):
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
 def other(tiny_model):
     return tiny_model("Llama", seed=1)
-
-
-@pytest.fixture(scope="module")
-def draft(target, noised_copy):
-    return noised_copy(target, 0.1)
 
 
 def assist(draft, **config):

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from .checks import InMidCall, assistant_of
+from .checks import assistant_of
+from .models import InMidCall
 from .sources import BOTH, FEW, GREEDY, PROMPTS, alone, answer_to, check_tenants, proposals_seen
 
 

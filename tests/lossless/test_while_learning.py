@@ -10,7 +10,8 @@ import torch
 
 from hf_osd import OnlineGKDTrainer
 
-from .checks import InMidCall, assistant_of, check_greedy, check_lease, forwards_of, retrained, serve
+from .checks import assistant_of, check_greedy, check_lease, forwards_of, serve
+from .models import InMidCall, retrained
 
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(5))
 GREEDY = {"max_new_tokens": 16, "do_sample": False}

@@ -1,6 +1,7 @@
 """The recipes are scripts, not a package: their tests find them as `python recipes/….py` would."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,18 @@ if RECIPES not in sys.path:
     sys.path.insert(0, RECIPES)
 
 WORDS = [f"w{i}" for i in range(62)]
+
+
+@pytest.fixture
+def refused(caplog) -> Callable:
+    """`refused(main, *args, says=words, **kwargs)`: `main(*args, **kwargs)` ends with status 2, and `words` are in what it logs."""
+
+    def check(main, *args, says: str, **kwargs):
+        caplog.clear()
+        assert main(*args, **kwargs) == 2
+        assert says in caplog.text
+
+    return check
 
 
 @pytest.fixture(scope="session")

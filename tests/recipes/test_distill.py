@@ -83,10 +83,9 @@ def test_an_interrupted_run_saves_what_was_learnt_and_goes_on(run, monkeypatch):
     assert before[0] == before[1]  # of the draft as serving began, not as it was resumed
 
 
-def test_a_checkpoint_of_other_settings_is_not_resumed(run, caplog):
+def test_a_checkpoint_of_other_settings_is_not_resumed(run, refused):
     assert run() == 0
-    assert run("--resume", "--max_new_tokens", "9") == 2
-    assert "max_new_tokens" in caplog.text
+    refused(run, "--resume", "--max_new_tokens", "9", says="max_new_tokens")
 
 
 def test_warm_up_learns_before_serving_begins(run):
@@ -168,24 +167,21 @@ def test_figures_go_to_the_trainers_own_trackers(run, monkeypatch):
         (["--draft", "no/such/draft/here"], "no/such/draft/here"),
     ],
 )
-def test_bad_input_is_named_before_any_work(run, caplog, flags, message):
-    assert run(*flags) == 2
-    assert message in caplog.text
+def test_bad_input_is_named_before_any_work(run, refused, flags, message):
+    refused(run, *flags, says=message)
     assert not (run.out / "draft").exists()
 
 
-def test_a_malformed_line_is_named_by_its_number(run, tmp_path, caplog):
+def test_a_malformed_line_is_named_by_its_number(run, refused, tmp_path, caplog):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": \n')
-    assert run(stream=tmp_path / "bad.jsonl") == 2
-    assert "bad.jsonl" in caplog.text
+    refused(run, stream=tmp_path / "bad.jsonl", says="bad.jsonl")
     assert "2" in caplog.text.split("bad.jsonl", 1)[1][:20]
 
 
-def test_a_config_key_that_does_not_exist_is_named(tmp_path, caplog):
+def test_a_config_key_that_does_not_exist_is_named(tmp_path, refused):
     config = tmp_path / "c.yaml"
     config.write_text("stream: stdlib\nlerning_rate: 0.1\n")
-    assert distill.main(["--config", str(config)]) == 2
-    assert "lerning_rate" in caplog.text
+    refused(distill.main, ["--config", str(config)], says="lerning_rate")
 
 
 def test_the_presets_in_yaml_are_those_of_the_library():

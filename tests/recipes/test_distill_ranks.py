@@ -79,17 +79,14 @@ def test_several_processes_are_not_resumed(processes, tmp_path):
 
 
 @pytest.mark.parametrize("learn", ["background", "process"])
-def test_several_processes_do_not_learn_drafts_of_their_own(processes, monkeypatch, caplog, learn):
+def test_several_processes_do_not_learn_drafts_of_their_own(processes, monkeypatch, refused, learn):
     monkeypatch.setattr(distill, "Processes", lambda mode: processes)
-    assert distill.main(["--stream", "stdlib", "--learn", learn]) == 2
-    assert f"`learn` is '{learn}'" in caplog.text
+    refused(distill.main, ["--stream", "stdlib", "--learn", learn], says=f"`learn` is '{learn}'")
 
 
-def test_another_mode_and_a_job_of_one_that_takes_two_are_named(caplog):
-    assert distill.main(["--stream", "stdlib", "--mode", "apart"]) == 2
-    assert "'apart'" in caplog.text
-    assert distill.main(["--stream", "stdlib", "--mode", "separate"]) == 2
-    assert "at least 2 processes" in caplog.text
+def test_another_mode_and_a_job_of_one_that_takes_two_are_named(refused):
+    refused(distill.main, ["--stream", "stdlib", "--mode", "apart"], says="'apart'")
+    refused(distill.main, ["--stream", "stdlib", "--mode", "separate"], says="at least 2 processes")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fsdp", "FSDP"), ("deepspeed", "DEEPSPEED")])

@@ -163,29 +163,24 @@ def test_a_walk_is_what_assisted_generation_does_on_the_same_answers(tiny_llama,
         (["--held_back", "12"], "12 prompts"),
     ],
 )
-def test_what_is_missing_is_named_with_the_way_out(run, caplog, flags, message):
-    assert run(*flags) == 2
-    assert message in caplog.text
+def test_what_is_missing_is_named_with_the_way_out(run, refused, flags, message):
+    refused(run, *flags, says=message)
     assert not (run.folder / "counts.json").exists()
 
 
-def test_a_python_without_vllm_is_told_how_to_install_it(run, caplog, monkeypatch):
+def test_a_python_without_vllm_is_told_how_to_install_it(run, refused, caplog, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
-    assert run() == 2
-    assert f"{sys.executable} has no vllm" in caplog.text
+    refused(run, says=f"{sys.executable} has no vllm")
     assert "vllm-env/bin/pip uninstall -y torchvision" in caplog.text
 
 
-def test_an_adapter_and_another_vocabulary_are_refused(run, tiny_llama, caplog):
+def test_an_adapter_and_another_vocabulary_are_refused(run, refused, tiny_llama):
     (run.folder / "after" / "adapter_config.json").write_text("{}")
-    assert run() == 2
-    assert "is an adapter" in caplog.text
+    refused(run, says="is an adapter")
     OnlineAssistant(tiny_llama(vocab=60)).save_pretrained(run.folder / "small")
-    assert run("--drafts", run.folder / "small") == 2
-    assert "60" in caplog.text
+    refused(run, "--drafts", run.folder / "small", says="60")
 
 
-def test_an_engine_that_fails_is_an_error(run, caplog):
+def test_an_engine_that_fails_is_an_error(run, refused):
     (run.folder / "site" / "vllm" / "__init__.py").write_text("raise SystemExit(3)")
-    assert run() == 2
-    assert "vLLM ended with status 3" in caplog.text
+    refused(run, says="vLLM ended with status 3")

@@ -1,0 +1,42 @@
+"""Learners whose processes are threads, closed when a test is over."""
+
+import weakref
+
+import pytest
+
+from hf_osd import OnlineConfig
+from hf_osd import remote as remote_module
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.remote import RemoteLearner
+from hf_osd.serving import ServingDraft
+
+from .processes import INTERVAL, Process
+
+
+@pytest.fixture
+def serving(tiny_llama):
+    draft = tiny_llama(layers=1)
+    return ServingDraft(draft, {name for name, _ in draft.named_parameters() if "layers" in name})
+
+
+@pytest.fixture
+def remote(serving, monkeypatch):
+    """`remote(behaviour)`: a learner whose processes behave so; `made.processes` are those that it has started."""
+    made = []
+
+    def make(behaviour=None, **fields):
+        config = OnlineConfig(**{"learn": "process", "update_interval": INTERVAL, "seed": 0, **fields})
+        one = RemoteLearner(serving, FeedbackBuffer(), config)
+        if behaviour is not None:
+            monkeypatch.setattr(Process, "behaviour", staticmethod(behaviour))
+            monkeypatch.setattr(Process, "made", [])
+            monkeypatch.setattr(remote_module.subprocess, "Popen", Process)
+            one.processes = Process.made
+        made.append(weakref.ref(one))
+        return one
+
+    monkeypatch.setattr(remote_module, "_PATIENCE", 5.0)
+    yield make
+    for reference in made:
+        if (one := reference()) is not None:
+            one.close()

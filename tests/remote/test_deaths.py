@@ -1,0 +1,217 @@
+"""A process that learns and dies, says nonsense, cannot be sent to or cannot be started, and a draft that serves on through all of it."""
+
+import logging
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from hf_osd import remote as remote_module
+from hf_osd.wire import to_bytes
+
+from .processes import INTERVAL, LONG, dies, obedient, offer, reads_on, same, wait_for_death, weights_of
+
+
+def garbage(process):
+    process.read()
+    process.output.write(b"Traceback (most recent call last):\n" * 10)
+    process.output.flush()
+    process.killed.wait(LONG)
+
+
+def half_a_frame(process):
+    process.read()
+    process.output.write(b"hf_osd 1" + (1000).to_bytes(8, "little") + to_bytes("answer")[:-1])
+
+
+def a_frame_of_nonsense(process):
+    process.read()
+    process.output.write(b"hf_osd 1" + (100).to_bytes(8, "little") + b"\xff" * 100)
+    process.output.flush()
+    process.killed.wait(LONG)
+
+
+def silence(process):
+    """It has closed its output, and lives on."""
+    process.read()
+    process.output.close()
+    process.killed.wait(LONG)
+
+
+@pytest.mark.parametrize("behaviour", [dies, garbage, half_a_frame, a_frame_of_nonsense, silence])
+def test_a_process_that_dies_or_says_nonsense_is_counted_and_the_draft_serves_on(
+    remote, serving, make_feedback, monkeypatch, caplog, behaviour
+):
+    monkeypatch.setattr(remote_module, "_PATIENCE", 0.1)
+    made, before = remote(behaviour), weights_of(serving)
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        offer(made, make_feedback())
+        wait_for_death(made)
+        assert not made.update(wait=True)
+    assert same(weights_of(serving), before)
+    assert serving.version == 0
+    assert "The process that learns has died" in caplog.text
+    assert "so it cannot answer (flush)" in caplog.text
+    assert not made.processes[0].folder.exists()
+    assert made.processes[0].killed.is_set() == (behaviour not in (dies, half_a_frame))
+
+
+def test_the_next_one_starts_after_more_requests_with_what_is_in_the_buffer(remote, serving, make_feedback):
+    made = remote(dies)
+    seeds = iter(range(100))
+
+    def offers_until_a_start():
+        count, processes = 0, len(made.processes)
+        while len(made.processes) == processes:
+            offer(made, make_feedback(seed=next(seeds)))
+            count += 1
+        return count
+
+    assert offers_until_a_start() == 1
+    for deaths in (1, 2, 3):
+        wait_for_death(made)
+        assert offers_until_a_start() == INTERVAL * 2**deaths
+        assert made.figures()["learner_restarts"] == deaths
+    assert made.processes[1].seen.get(timeout=LONG) == ("replay", 1 + 2 * INTERVAL - 1)
+    wait_for_death(made)
+    assert not made.update(wait=True), "and a flush starts none before its time"
+    assert len(made.processes) == 4
+
+
+def test_weights_that_come_end_the_backoff(remote, serving, make_feedback):
+    made = remote(obedient(serving))
+    made._deaths, made._offered = 3, 10**6  # as if three had died
+    offer(made, make_feedback())
+    assert made._wait == INTERVAL * 8
+    assert made.update(wait=True)
+    assert made._wait == INTERVAL
+
+
+def test_counts_go_on_over_deaths(remote, serving, make_feedback):
+    def learns_and_dies(process):
+        process.read()
+        process.serve(serving, 0.0, updates=5, learned_tokens=100)
+
+    made = remote(learns_and_dies)
+    offer(made, make_feedback())
+    wait_for_death(made)
+    for i in range(2 * INTERVAL):
+        offer(made, make_feedback(seed=i))
+    wait_for_death(made)
+    figures = made.figures()
+    assert (figures["updates"], figures["learned_tokens"], figures["learner_restarts"]) == (10, 200, 1)
+
+
+def test_a_flush_over_which_it_dies_fails_and_so_do_those_behind_it(remote, serving, make_feedback):
+    asked, die = threading.Event(), threading.Event()
+
+    def behave(process):
+        while process.read()[0] != "flush":
+            pass
+        asked.set()
+        die.wait(LONG)
+
+    made, found = remote(behave), []
+    threads = [threading.Thread(target=lambda: found.append(made.update(wait=True))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert asked.wait(LONG)
+    die.set()
+    for thread in threads:
+        thread.join(LONG)
+    assert found == [False] * 3
+    with pytest.raises(RuntimeError, match="another process is started after more requests"):
+        made.state()
+
+
+def test_an_answer_to_a_call_that_was_interrupted_is_nobody_elses(remote, serving):
+    made = remote(obedient(serving))
+    made.state()
+    worker = made._worker
+
+    class Interrupted:
+        def get(self):
+            worker._answers = answers
+            raise KeyboardInterrupt
+
+    answers, worker._answers = worker._answers, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        made.update(wait=True)
+    assert made.state()[1] == {"n": 1}
+
+
+def test_weights_that_cannot_serve_are_left_out(remote, serving, make_feedback, caplog):
+    def behave(process):
+        while (frame := process.read()) is not None:
+            if frame[0] == "flush":
+                process.serve(serving, torch.nan)
+                process.frames.write("answer", {}, {"refreshed": False, "asked": frame[2]["asked"]})
+
+    made, before = remote(behave), weights_of(serving)
+    offer(made, make_feedback())
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        made.update(wait=True)
+    assert same(weights_of(serving), before)
+    assert "cannot serve; the serving draft is as it was" in caplog.text
+    assert not made._worker.dead.is_set()
+
+
+def test_what_cannot_be_sent_ends_the_process(remote, make_feedback, caplog):
+    """Else it would hear nothing more, and nobody would know."""
+    made = remote(reads_on)
+    offer(made, make_feedback())
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        made._worker.send("take", tensors={"a": "no tensor"})
+        wait_for_death(made)
+    assert "could not be sent" in caplog.text
+
+
+class Full:
+    """No process can be started."""
+
+    def __init__(self, *args, **kwargs):
+        raise OSError("no space left on device")
+
+
+def test_where_none_can_be_started_calls_go_on_and_it_is_tried_again(
+    remote, serving, make_feedback, monkeypatch, tmp_path, caplog
+):
+    made = remote(obedient(serving))
+    monkeypatch.setattr(remote_module.tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
+        patch.setattr(remote_module.subprocess, "Popen", Full)
+        offer(made, make_feedback())
+        assert not made.update(wait=True)
+    assert "could not be started" in caplog.text
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
+    for i in range(2 * INTERVAL):
+        assert made.processes == []
+        offer(made, make_feedback(seed=i))
+    assert len(made.processes) == 1
+    assert made.update(wait=True)
+    assert made.figures()["learner_restarts"] == 1
+
+
+@pytest.mark.parametrize("python", ["false", "no-such-python"])
+def test_nor_does_a_python_that_fails_break_a_call(remote, serving, make_feedback, monkeypatch, python):
+    """A real process: its end is waited for, or it would be a zombie."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(remote_module.sys, "executable", shutil.which(python) or python)
+    monkeypatch.setattr(
+        remote_module.subprocess,
+        "Popen",
+        lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1],
+    )
+    made = remote()
+    offer(made, make_feedback())
+    if made._worker is not None:
+        wait_for_death(made)
+        assert started[0].returncode == 1
+        with pytest.raises(ChildProcessError):
+            os.waitpid(started[0].pid, 0)
+    assert len(started) == (python == "false")
+    assert made._deaths == 1
+    assert not made.update(wait=True)
