@@ -60,6 +60,8 @@ class Gate:
         self._checked: dict[Feedback, Tensor] = {}  # scores at the last full check that was passed
         self._static: dict[Feedback, Tensor] = {}
         self._sample: dict[Feedback, Tensor] = {}  # what each update is judged by, with scores of what serves
+        # Whether, on all that is held back, the static draft is worse than that of the last check: then it is nothing to go back to.
+        self.static_is_worse = False
         self._updates = self._probation = 0  # since the last full check; that must each pass one
 
     def check(self, learned_rows: int, update_rows: int) -> Estimate | None:
@@ -103,8 +105,10 @@ class Gate:
         before = [self._checked.get(request, request.overlap) for request in requests]
         known = [torch.where(b.isnan(), b, score) for b, score in zip(before, scores, strict=True)]
         was, known = self._ranks.gather(before), self._ranks.gather(known)
-        self._compare(was, known, "the draft of the last check", since_check=True)
         reference, now = self._ranks.gather(static), self._ranks.gather(scores)
+        there = [torch.where(b.isnan(), b, r) for b, r in zip(was, reference, strict=True)]
+        self.static_is_worse = compare(was, there).surely_worse_than(self.tolerance)
+        self._compare(was, known, "the draft of the last check", since_check=True)
         for part in _parts(len(now)):
             # What is on its way up again is let through: a domain may come that was forgotten when it did not.
             if compare(was[part], known[part]).difference <= 0:

@@ -367,8 +367,10 @@ class Learner:
         # What serves has been let through since the last check, and may be no better.
         self._checks_failed += 1
         self._since_check = []
-        to = "the static draft" if self._checks_failed > 1 else "the draft of the last check"
-        if self._checks_failed > 1:
+        # Of a domain that was forgotten, and came again, the static draft may know more, and of all the others nothing.
+        to_static = self._checks_failed > 1 and not self.gate.static_is_worse
+        to = "the static draft" if to_static else "the draft of the last check"
+        if to_static:
             for member in self.members:
                 member.set_weights(self._static)
                 member.forget_optimizer()

@@ -136,7 +136,9 @@ class Member:
         """Be as at `snapshot`, with a new optimizer: it is what may have gone wrong."""
         weights, average, last_step, steps = snapshot
         self.set_weights(weights)
-        self._average, self._last_step, self.steps = average, last_step, steps
+        # A copy: it moves on with the steps, and the snapshot may be gone back to again.
+        self._average = None if average is None else {name: t.clone() for name, t in average.items()}
+        self._last_step, self.steps = last_step, steps
         self.forget_optimizer()
 
     def forget_optimizer(self):
