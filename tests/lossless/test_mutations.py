@@ -226,8 +226,8 @@ def rows_off_by_one(original):
 
 
 def prompt_off_by_one(original):
-    def seal(self):
-        feedback = original(self)
+    def seal(self, shared=0):
+        feedback = original(self, shared)
         return feedback and replace(feedback, prompt_length=feedback.prompt_length + 1)
 
     return seal
