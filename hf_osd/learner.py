@@ -377,6 +377,13 @@ class Learner:
             self._trust()
         self.serve()
         logger.warning("What was learnt may not serve, and %s serves again: %s. %s", to, error, wait)
+        try:
+            with self._apart():
+                self.gate.went_back(to_static)
+        except RanksParted:
+            raise
+        except Exception:
+            logger.exception("The draft that serves again could not be judged on what came since its check.")
 
     def _trust(self):
         """Take what is learnt so far for what a failed check goes back to."""

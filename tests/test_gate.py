@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_osd import gate as gate_module
-from hf_osd.gate import Gate, Rejected, harm_of
+from hf_osd.gate import Gate, Rejected, harm_of, lost
 from hf_osd.held_back import HeldBack
 
 ROWS = 20  # of a request
@@ -163,9 +163,9 @@ def test_nor_for_what_broke_at_another_time(gated):
 def test_small_losses_do_not_add_up(gated):
     """Half of the requests lose a little at each check: never more than the tolerance since the last one, and never surely."""
     made, found = gated(8, static=0.8, tolerance=0.06), []
-    for lost in (0.0, 0.1, 0.2, 0.3, 0.4):
+    for less in (0.0, 0.1, 0.2, 0.3, 0.4):
         for request in made.held.requests()[::2]:
-            made.judge.of[id(request)] = 0.8 - lost
+            made.judge.of[id(request)] = 0.8 - less
         found.append(made.check(0.8))
     assert found[:2] == ["serves", "serves"]
     assert "all" in found
@@ -226,12 +226,12 @@ def test_harm_counts_losses_alone():
 
 
 def test_it_says_whether_the_static_draft_is_worse_on_the_whole(gated):
-    """An old domain is far better than static; a new one, of which the static draft knows more, fails the check."""
+    """An old domain is far better than static; a new one, of which the static draft knows more, is lost by what is learnt."""
     one = gated(30, static=0.2)
     assert one.check(0.6) == "serves"
     new = one.hold(10)
     for request in new:
-        one.static.of[id(request)], one.judge.of[id(request)] = 0.7, 0.5
+        one.static.of[id(request)], one.judge.of[id(request)] = 0.7, 0.3
         request.overlap[:] = (torch.arange(ROWS) < 10).float()
     assert one.check(0.6) == "all"
     assert one.gate.static_is_worse
@@ -240,3 +240,78 @@ def test_it_says_whether_the_static_draft_is_worse_on_the_whole(gated):
     assert other.check(0.5) == "serves"
     assert other.check(0.3) == "all"
     assert not other.gate.static_is_worse
+
+
+def came(request, alpha: float):
+    """The request, served with that α."""
+    request.overlap[:] = (torch.arange(ROWS) < round(ROWS * alpha)).float()
+
+
+def test_a_domain_that_was_forgotten_may_be_learnt_again(gated):
+    """The static draft knows it better than what served when it came again, and learning it wavers: nothing was lost to that."""
+    made = gated(30, static=0.2)
+    assert made.check(0.6) == "serves"
+    new = made.hold(10)
+    for request, alpha in zip(new, (0.3, 0.3, 0.35, 0.4, 0.4, 0.45, 0.45, 0.5, 0.5, 0.5), strict=True):
+        came(request, alpha)
+        made.static.of[id(request)] = 0.65
+    for alpha in (0.5, 0.55, 0.5, 0.55):
+        made.judge.of |= {id(request): alpha for request in new}
+        assert made.check(0.6) == "serves"
+    made.judge.of |= {id(request): 0.2 for request in new}
+    assert made.check(0.7) == "all", "but not lost once more"
+
+
+def test_what_served_a_request_well_is_no_floor_above_the_static_draft(gated):
+    made = gated(20, static=0.3, tolerance=0.3)
+    for request in made.held.requests():
+        came(request, 0.9)
+    assert [made.check(alpha) for alpha in (0.6, 0.35)] == ["serves", "serves"]
+
+
+def test_a_draft_below_the_static_one_on_the_whole_may_not_serve_unless_it_is_on_its_way_up(gated):
+    made = gated(20, static=0.6)
+    for request in made.held.requests():
+        came(request, 0.3)
+    assert [made.check(alpha) for alpha in (0.35, 0.4, 0.4)] == ["serves", "serves", "all"]
+
+
+def test_what_serves_again_is_what_later_drafts_are_compared_with(gated):
+    """Not one that is no more: a draft above what serves would else be turned away for ever."""
+    to_static = gated(20, static=0.2)
+    assert to_static.check(0.8) == "serves"
+    assert to_static.check(0.4) == "all"
+    to_static.gate.went_back(True)
+    assert to_static.check(0.4) == "serves"
+
+    to_last = gated(20, static=0.5)
+    assert to_last.check(0.5) == "serves"
+    new = to_last.hold(20)
+    for request in new:
+        came(request, 0.9)
+        to_last.static.of[id(request)] = 0.8
+    to_last.judge.of |= {id(request): 0.6 for request in new}
+    assert to_last.check(0.5) == "all"
+    to_last.judge.of |= {id(request): 0.3 for request in new}
+    to_last.gate.went_back(False)
+    assert to_last.judge.judged[-1] == 20, "those alone that came since"
+    to_last.judge.of |= {id(request): 0.5 for request in new}
+    assert to_last.check(0.6) == "serves"
+
+
+def test_to_be_back_where_the_static_draft_is_pays_for_no_other(gated):
+    made = gated(20, static=0.6)
+    assert made.check(0.9) == "serves"
+    for request in made.hold(5):
+        came(request, 0.2)
+        made.judge.of[id(request)] = 0.6
+    assert made.check() == "serves"
+    made.judge.of |= {id(request): 0.35 for request in made.hold(5)}
+    assert made.check() == "all", "though those beside them are .4 above what served them"
+
+
+def test_what_is_lost_is_of_positions_known_of_both():
+    score = torch.tensor([0.5, 0.7, math.nan])
+    assert lost(score, torch.tensor([0.4, 0.5, 0.0])) == pytest.approx(0.15)
+    assert lost(score, torch.tensor([math.nan, 0.6, 0.0])) == pytest.approx(0.1)
+    assert lost(score, torch.full((3,), 0.9)) == lost(score, torch.full((3,), math.nan)) == 0.0
