@@ -185,7 +185,7 @@ class BackgroundLearner:
             if self._prepared:
                 return
             with isolated_random_state():
-                for member in self.learner.members:
+                for member in self.learner.ensemble.members:
                     member.trainer  # noqa: B018 (made when first asked for)
             self._prepared = True
 

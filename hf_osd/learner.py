@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import Ranks, RanksParted, check_job
+from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
 from hf_osd.gate import Gate, Rejected
 from hf_osd.held_back import Estimate, HeldBack
-from hf_osd.member import Member, mixture, swap_weights
 from hf_osd.random_state import isolated_random_state
-from hf_osd.scoring import judge, learners_autocast, learners_dtype
+from hf_osd.scoring import learners_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,9 +44,6 @@ class Learner:
 
     What is learnt serves if the [`Gate`] lets it. An update that fails, explodes or is rejected leaves no trace but its count: learning goes back to
     where it was, forgets the requests that it broke on, and waits longer, the more often in a row that happens.
-
-    With `config.ensemble` several copies of the draft train, at several rates, and the average of their weights serves, a member's share falling
-    exponentially with the loss it has had on new requests so far (OnlineSPEC, arXiv 2603.12617).
 
     In a job of several processes all learn one draft, each from its own buffer, and at the same moments alone: no update falls due by itself, and
     `update` and `update_together` are to be called on all ranks. What an update learns, says and is judged by is then of all ranks together.
@@ -85,23 +82,7 @@ class Learner:
         self.updates = self.failed = self.rejected = self.learned_tokens = 0
         self.misses = 0  # of the last two, in a row
         self.seconds = 0.0
-        self.autocast_dtype = learners_dtype(config, draft)
-        factors = config.ensemble or [1.0]
-        self.members = [
-            Member(
-                draft,
-                trainable,
-                buffer,
-                config,
-                learning_rate=factor * config.learning_rate,
-                autocast_dtype=self.autocast_dtype,
-                after_step=after_step,
-                refreshes=self if i == len(factors) - 1 else None,  # once all have learnt
-            )
-            for i, factor in enumerate(factors)
-        ]
-        # Of each member, summed over updates: the mean rejection rate on new requests of what it would have served.
-        self.losses = [0.0] * len(self.members)
+        self.ensemble = Ensemble(draft, trainable, buffer, config, self, after_step, self.ranks)
         self.held = HeldBack(config.held_back_share, seed=config.seed)
         self.estimate: Estimate | None = None  # the last one
         self.gate: Gate | None = None
@@ -109,7 +90,7 @@ class Learner:
             # Before any learning, in the dtype they came in, which holds them exactly.
             self._static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
             self.gate = Gate(self.held, config.gate_tolerance, self._scores, self._scores_of_static, self.ranks)
-        self._checked = [member.snapshot() for member in self.members] if self.gate else []  # at the last full check
+        self._checked = self.ensemble.snapshot() if self.gate else []  # at the last full check
         self._since_check: list[Feedback] = []  # new requests learnt since
         self._checks_failed = 0  # in a row
         self._update_rows = 0  # of the update that runs
@@ -120,11 +101,6 @@ class Learner:
         else:
             self._generator.manual_seed(config.seed + self.ranks.rank)
         self._lock = threading.Lock()
-
-    @property
-    def module(self) -> PreTrainedModel:
-        """The module that trains; the first of an ensemble."""
-        return self.members[0].module
 
     def due(self) -> bool:
         """Whether enough requests or tokens wait, or one has waited long enough. Never in a job of several processes: one of them must not begin."""
@@ -184,7 +160,7 @@ class Learner:
         if not self._lock.acquire(blocking=wait):
             return None
         try:
-            return self._judge_served(feedback)
+            return self.ensemble.judge(feedback)
         finally:
             self._lock.release()
 
@@ -205,18 +181,6 @@ class Learner:
             "estimate": self.estimate,
         }
 
-    @property
-    def shares(self) -> list[float]:
-        """The weight of each member in what serves: ∝ exp(-sharpness · its loss so far)."""
-        least = min(self.losses)
-        raw = [math.exp(-self.config.ensemble_sharpness * (loss - least)) for loss in self.losses]
-        return [weight / sum(raw) for weight in raw]
-
-    def serving_weights(self) -> dict[str, Tensor]:
-        """What is to serve, by name, float32. To read, not to write."""
-        with torch.inference_mode(False), torch.no_grad():
-            return mixture(self.members, self.shares)
-
     def refresh(self, model: nn.Module | None = None):
         """Serve what has been learnt, if it may. [`RefreshAssistantCallback`] calls this when the last member has been trained.
 
@@ -224,7 +188,9 @@ class Learner:
             Rejected: if the gate turns it away.
             ArithmeticError: if the loss of this update is not finite, or has exploded.
         """
-        self.ranks.agree_on(next((member.failure for member in self.members if member.failure is not None), None))
+        self.ranks.agree_on(
+            next((member.failure for member in self.ensemble.members if member.failure is not None), None)
+        )
         self._check_losses()
         estimate = None
         if self.gate is not None:
@@ -233,18 +199,17 @@ class Learner:
             self.serve()
         if estimate is not None:
             self.estimate = estimate
-            self._checked = [member.snapshot() for member in self.members]
+            self._checked = self.ensemble.snapshot()
             self._since_check, self._checks_failed = [], 0
 
     def serve(self):
         """Serve what has been learnt, whatever the gate would say."""
-        self._serve(self.serving_weights())
+        self._serve(self.ensemble.serving_weights())
 
     def take(self, weights: Mapping[str, Tensor]):
         """Go on learning from weights that were trained elsewhere."""
         with self._lock:
-            for member in self.members:
-                member.set_weights(weights)
+            self.ensemble.set_weights(weights)
             self._trust()
             self._begun_together = False
 
@@ -254,19 +219,13 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
-        members = []
         with self._lock:
-            tensors = {"draws": self._generator.get_state()}
-            for i, member in enumerate(self.members):
-                own, values = member.state()
-                tensors |= {f"{i}.{name}": tensor.clone() for name, tensor in own.items()}
-                members.append(values)
-            return tensors, {
+            tensors, values = self.ensemble.state()
+            return tensors | {"draws": self._generator.get_state()}, {
                 **{name: getattr(self, name) for name in _COUNTS},
-                "losses": list(self.losses),
                 "offered": self.held.seen,
                 "judged_rows": self.held.judged_rows,
-                "members": members,
+                **values,
             }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
@@ -275,19 +234,11 @@ class Learner:
         Raises:
             ValueError: if the state is that of another draft, or of another number of members.
         """
-        if len(values["members"]) != len(self.members):
-            raise ValueError(
-                f"The saved learner has {len(values['members'])} members and this one {len(self.members)}; resume with the `ensemble` it was "
-                "started with, or start afresh."
-            )
         with self._lock, isolated_random_state():  # a Trainer seeds the process's
-            for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
-                prefix = f"{i}."
-                member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
+            self.ensemble.load_state(tensors, values)
             self._generator.set_state(tensors["draws"].cpu())
             for name in _COUNTS:
                 setattr(self, name, values[name])
-            self.losses = list(values["losses"])
             # Without what was held: it is traffic, and saved only where that is asked for.
             self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
             self._trust()
@@ -307,7 +258,7 @@ class Learner:
         # After a miss without replay: what broke the update may be in it, and would break every other one.
         replayed = self.buffer.sample(0 if self.misses else count, self._generator, config.replay_by)
         requests = [*new, *replayed]
-        if not self._begun_together and not self.ranks.same(self.members[0].weights()):
+        if not self._begun_together and not self.ranks.same(self.ensemble.members[0].weights()):
             raise ValueError(
                 "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
             )
@@ -316,24 +267,21 @@ class Learner:
         self._update_rows = int(self.ranks.sum(rows)[0])
         if not self._update_rows:
             return False  # nothing but accepted drafts, where errors alone teach
-        before = [member.snapshot() for member in self.members]
-        losses = list(self.losses)
+        before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
         if self.gate is not None:
             self._since_check += new
         try:
             with self._apart():
-                if len(self.members) > 1:
-                    self._count_losses(new)
-                for member in self.members:
+                self.ensemble.count_losses(new)
+                for member in self.ensemble.members:
                     member.learn(requests)
         except Exception as error:
-            self.losses = losses
+            self.ensemble.losses = losses
             self._undo(error, new, before)
             return False
         except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
-            self.losses = losses
-            for member, snapshot in zip(self.members, before, strict=True):
-                member.go_back(snapshot)
+            self.ensemble.losses = losses
+            self.ensemble.go_back(before)
             raise
         self.updates += 1
         self.misses = 0
@@ -348,8 +296,7 @@ class Learner:
         wait = f"The next update waits for {self._wait} times as many requests."
         whole_check = isinstance(error, Rejected) and error.since_check
         self.buffer.discard(self._since_check if whole_check else new)
-        for member, snapshot in zip(self.members, self._checked if whole_check else before, strict=True):
-            member.go_back(snapshot)
+        self.ensemble.go_back(self._checked if whole_check else before)
         if not isinstance(error, Rejected):
             self.failed += 1
             if self.ranks.size > 1:
@@ -371,9 +318,8 @@ class Learner:
         to_static = self._checks_failed > 1 and not self.gate.static_is_worse
         to = "the static draft" if to_static else "the draft of the last check"
         if to_static:
-            for member in self.members:
-                member.set_weights(self._static)
-                member.forget_optimizer()
+            self.ensemble.set_weights(self._static)
+            self.ensemble.forget_optimizers()
             self._trust()
         self.serve()
         logger.warning("What was learnt may not serve, and %s serves again: %s. %s", to, error, wait)
@@ -388,12 +334,12 @@ class Learner:
     def _trust(self):
         """Take what is learnt so far for what a failed check goes back to."""
         if self.gate is not None:
-            self._checked = [member.snapshot() for member in self.members]
+            self._checked = self.ensemble.snapshot()
         self._since_check, self._checks_failed = [], 0
         self._last_losses.clear()
 
     def _check_losses(self):
-        sums = self.ranks.sum(*itertools.chain.from_iterable(member.last_losses for member in self.members))
+        sums = self.ranks.sum(*itertools.chain.from_iterable(member.last_losses for member in self.ensemble.members))
         losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
         loss = max(losses, key=lambda loss: loss if loss == loss else math.inf)
         if not math.isfinite(loss):
@@ -419,43 +365,15 @@ class Learner:
 
     def _scores(self, requests: Sequence[Feedback]) -> list[Tensor]:
         """What is to serve, on requests held back."""
-        return self._paused([overlap for overlap, _ in self._judge_served(list(requests))])
+        return self._paused([overlap for overlap, _ in self.ensemble.judge(list(requests))])
 
     def _scores_of_static(self, requests: Sequence[Feedback]) -> list[Tensor]:
-        return self._paused([overlap for overlap, _ in self._judge(self.members[0], list(requests), self._static)])
+        return self._paused([overlap for overlap, _ in self.ensemble.judge(list(requests), self._static)])
 
     def _paused(self, scores: list[Tensor]) -> list[Tensor]:
         if self._after_step is not None:
             self._after_step()
         return scores
-
-    def _judge_served(self, feedback: list[Feedback]) -> list[tuple[Tensor, Tensor]]:
-        alone = len(self.members) == 1 and self.members[0].serves_as_is
-        return self._judge(self.members[0], feedback, None if alone else self.serving_weights())
-
-    def _count_losses(self, new: list[Feedback]):
-        """One verification says of every member how it would have done: nothing has to be tried out to choose among them."""
-        for i, member in enumerate(self.members):
-            weights = None if member.serves_as_is else member.serving_weights()
-            with self.ranks.together():
-                overlap = torch.cat([torch.zeros(0), *(overlap for overlap, _ in self._judge(member, new, weights))])
-            overlap = overlap[~overlap.isnan()]
-            total, count = self.ranks.sum(float(overlap.double().sum()), len(overlap))
-            if count:
-                self.losses[i] += 1.0 - total / count
-
-    def _judge(
-        self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
-        kept = None if weights is None else swap_weights(member.module, weights)
-        try:
-            # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
-            with learners_autocast(member.module.device.type, self.autocast_dtype):
-                return judge(member.module, feedback)
-        finally:
-            if kept is not None:
-                swap_weights(member.module, kept)
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
@@ -465,7 +383,7 @@ class Learner:
             isolated_random_state() if self._alone else contextlib.nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            learners_autocast(self.module.device.type, None),
+            learners_autocast(self.ensemble.members[0].module.device.type, None),
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
         ):
             yield

@@ -235,17 +235,6 @@ class Member:
                     trainer.lr_scheduler.step()
 
 
-def mixture(members: Sequence[Member], shares: Sequence[float]) -> dict[str, Tensor]:
-    """The members' serving weights, averaged with `shares`, which sum to 1: new tensors, unless there is one member."""
-    if len(members) == 1:
-        return members[0].serving_weights()
-    parts = [member.serving_weights() for member in members]
-    return {
-        name: sum(share * part[name] for share, part in zip(shares, parts, strict=True))
-        for name in members[0].trainable
-    }
-
-
 def swap_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put `weights` into `module`, and return what was there."""
     with torch.inference_mode(False), torch.no_grad():

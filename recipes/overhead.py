@@ -87,8 +87,8 @@ class Overhead:
         assistant = OnlineAssistant(self.draft, self.config)
         learner = assistant.learner
         # Before the trainer patches forward: a later copy would run the original's weights.
-        bare = copy.deepcopy(learner.module)
-        trainer = learner.members[0].trainer
+        bare = copy.deepcopy(learner.ensemble.members[0].module)
+        trainer = learner.ensemble.members[0].trainer
         feedback = self.answers[: self.interval]
         replayed = round(self.config.replay * len(feedback))
         optimizer = torch.optim.AdamW(
@@ -124,7 +124,9 @@ class Overhead:
             "whole_head_seconds_over_bare": spread(whole_head),
             "tokens_an_update": tokens,
             "failed_updates": learner.failed,
-            "learner_dtype": "float32" if learner.autocast_dtype is None else str(learner.autocast_dtype),
+            "learner_dtype": "float32"
+            if learner.ensemble.autocast_dtype is None
+            else str(learner.ensemble.autocast_dtype),
         }
 
     @torch.no_grad()

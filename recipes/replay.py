@@ -165,8 +165,8 @@ class Experiment:
             },
             "prequential": prequential,
             **learning_of(assistant, began),
-            "shares": [round(share, 4) for share in assistant.learner.shares],
-            "losses": [round(loss, 4) for loss in assistant.learner.losses],
+            "shares": [round(share, 4) for share in assistant.learner.ensemble.shares],
+            "losses": [round(loss, 4) for loss in assistant.learner.ensemble.losses],
         }
 
     def key(self, arm: Arm, seed: int) -> str:

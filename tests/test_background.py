@@ -220,7 +220,7 @@ def test_so_do_a_state_and_weights_from_elsewhere(background, make_feedback):
     def ask():
         tensors, values = made.state()
         made.load_state(tensors, values)
-        made.take({name: p.clone() for name, p in made.serving_weights().items()})
+        made.take({name: p.clone() for name, p in made.ensemble.serving_weights().items()})
         done.set()
 
     threading.Thread(target=ask, daemon=True).start()
@@ -313,12 +313,12 @@ def test_a_thread_that_dies_is_made_anew_and_waits_longer(background, make_feedb
     def die():
         raise Killed
 
-    made.members[0]._after_step = die  # in the middle of an update
+    made.ensemble.members[0]._after_step = die  # in the middle of an update
     made.offer(make_feedback(seed=0))
     made._thread.join(LONG)
     assert not made._thread.is_alive()
     assert made.served == []
-    made.members[0]._after_step = None
+    made.ensemble.members[0]._after_step = None
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         made.offer(make_feedback(seed=1))
     assert "The learner's thread was dead; another one takes over" in caplog.text
@@ -343,7 +343,7 @@ def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feed
             raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
-        patch.setattr(made.learner, "members", [Member()])
+        patch.setattr(made.learner.ensemble, "members", [Member()])
         made.offer(make_feedback())
     assert "The trainer could not be made" in caplog.text
     assert made.figures()["failed_updates"] == 1
@@ -363,7 +363,7 @@ def test_two_callers_make_one_trainer(background, monkeypatch):
             asked.append(1)
             inside.set()
 
-    monkeypatch.setattr(made.learner, "members", [Member()])
+    monkeypatch.setattr(made.learner.ensemble, "members", [Member()])
     with made._preparing:
         threads = [threading.Thread(target=made.prepare) for _ in range(2)]
         for thread in threads:
@@ -409,7 +409,7 @@ config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, hel
 learner = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True)
 learner.prepare()
 stepped, pause = threading.Event(), learner.pace.pause
-learner.members[0]._after_step = lambda: (stepped.set(), pause())
+learner.ensemble.members[0]._after_step = lambda: (stepped.set(), pause())
 for i in range(2):
     tokens = torch.randint(32, (8,))
     learner.offer(Feedback.of_target(tokens, 4, SparseRows.of_logits(torch.randn(4, 32), 8)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, feedback
-from hf_osd import learner as learner_module
+from hf_osd import ensemble as ensemble_module
 from hf_osd.held_back import JUDGED_SHARE
 from hf_osd.learner import Learner
 from hf_osd.random_state import isolated_random_state
@@ -61,11 +61,11 @@ def test_or_once_the_oldest_has_waited_long_enough(learner, make_feedback, monke
 def test_an_update_learns_new_and_replayed_requests_once_and_refreshes(learner, make_feedback):
     made = learner(replay=2.0, positions="all")
     made.buffer.add(make_feedback(n=10))
-    before = {name: tensor.clone() for name, tensor in made.serving_weights().items()}
+    before = {name: tensor.clone() for name, tensor in made.ensemble.serving_weights().items()}
     assert made.update()
     assert made.learned_tokens == 30
     assert len(made.refreshed) == 1
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in made.serving_weights().items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in made.ensemble.serving_weights().items())
     assert not made.update()  # nothing new
     assert made.updates == 1
 
@@ -85,10 +85,10 @@ def test_while_another_thread_learns_nobody_need_wait(learner, make_feedback):
 
 def test_only_what_trains_changes_and_the_rest_is_shared(learner, make_feedback):
     made = learner()
-    fixed = {n: p.clone() for n, p in made.module.named_parameters() if n not in made.trainable}
+    fixed = {n: p.clone() for n, p in made.ensemble.members[0].module.named_parameters() if n not in made.trainable}
     made.buffer.add(make_feedback())
     assert made.update()
-    assert all(torch.equal(p, fixed[n]) for n, p in made.module.named_parameters() if n in fixed)
+    assert all(torch.equal(p, fixed[n]) for n, p in made.ensemble.members[0].module.named_parameters() if n in fixed)
 
 
 def test_random_states_are_given_back_also_after_an_error():
@@ -162,7 +162,7 @@ def test_every_sixteenth_request_is_held_back_and_not_learnt(learner, make_feedb
     held = made.held.requests()
     assert len(held) == 3
     assert all(map(same, held, (requests[7], requests[23], requests[39])))
-    monkeypatch.setattr(made.members[0], "learn", lambda batch: learnt.extend(batch))
+    monkeypatch.setattr(made.ensemble.members[0], "learn", lambda batch: learnt.extend(batch))
     assert made.update()
     assert len(learnt) == 45 * 4, "three replayed for each new one"
     assert not any(same(one, kept) for one in learnt for kept in held)
@@ -199,7 +199,7 @@ def held_with_a_busy_learner(made, request):
 
 def held_with_a_broken_judge(made, request):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learner_module, "judge", breaks)
+        patch.setattr(ensemble_module, "judge", breaks)
         offer(made, request)
 
 
@@ -258,7 +258,7 @@ def test_without_anything_held_back_there_is_no_estimate(learner, make_feedback)
 def test_a_draft_that_cannot_be_judged_does_not_serve(learner, make_feedback, monkeypatch, caplog):
     made = learner(held_back_share=0.25, **PLAIN)
     offer(made, *(make_feedback(n=8, seed=i) for i in range(8)))
-    monkeypatch.setattr(learner_module, "judge", breaks)
+    monkeypatch.setattr(ensemble_module, "judge", breaks)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert not made.update()
     assert "out of memory" in caplog.text

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from hf_osd import learner as learner_module
+from hf_osd import ensemble as ensemble_module
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.learner import Learner
-from hf_osd.member import Member, mixture
+from hf_osd.member import Member
 from hf_osd.scoring import judge
 
 # One request a step, and no draws: a run can be repeated by hand, or resumed.
@@ -143,24 +143,24 @@ BOTH = {"averaging": 0.9, "optimism": 1.0}
 def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, requests, monkeypatch, fields):
     made = learner(**fields)
     assert learn(made, requests[:4])
-    masters = [cloned(member.weights()) for member in made.members]
-    served, master = tiny_llama(layers=1), judge(made.module, requests)
+    masters = [cloned(member.weights()) for member in made.ensemble.members]
+    served, master = tiny_llama(layers=1), judge(made.ensemble.members[0].module, requests)
     with torch.no_grad():
-        for name, p in made.serving_weights().items():
+        for name, p in made.ensemble.serving_weights().items():
             served.get_parameter(name).copy_(p)
     for now, expected in zip(made.judge(requests), judge(served, requests), strict=True):
         assert torch.equal(now[0], expected[0])
         assert torch.equal(now[1], expected[1])
     assert any(not torch.equal(a[1], b[1]) for a, b in zip(made.judge(requests), master, strict=True))
-    assert all(same(member.weights(), kept) for member, kept in zip(made.members, masters, strict=True))
+    assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
 
     def breaks(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(learner_module, "judge", breaks)
+    monkeypatch.setattr(ensemble_module, "judge", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.judge(requests)
-    assert all(same(member.weights(), kept) for member, kept in zip(made.members, masters, strict=True))
+    assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
 
 
 def test_going_back_is_being_as_before(member, requests):
@@ -198,13 +198,13 @@ def test_a_step_that_failed_is_none(member, requests, monkeypatch):
 def test_other_weights_come_without_a_past(learner, requests):
     made = learner(ensemble=[1, 4], **BOTH)
     assert learn(made, requests[:4])
-    weights = cloned(made.members[0].weights())
+    weights = cloned(made.ensemble.members[0].weights())
     made.take(weights)
-    for member in made.members:
+    for member in made.ensemble.members:
         assert member.serves_as_is
         assert member.steps == 0
         assert same(member.serving_weights(), weights)
-    close(made.serving_weights(), weights)
+    close(made.ensemble.serving_weights(), weights)
     assert learn(made, requests[4:8])
 
 
@@ -214,9 +214,9 @@ def test_other_weights_come_without_a_past(learner, requests):
 def test_members_train_at_multiples_of_the_rate(learner, requests):
     """Plain descent: from one start, on one batch, the steps are as the rates."""
     made = learner(ensemble=[1, 4], optim="sgd", max_grad_norm=0.0, batch_size=None)
-    before = cloned(made.members[0].weights())
+    before = cloned(made.ensemble.members[0].weights())
     assert learn(made, requests[:2])
-    one, four = ({name: p - before[name] for name, p in member.weights().items()} for member in made.members)
+    one, four = ({name: p - before[name] for name, p in member.weights().items()} for member in made.ensemble.members)
     assert any(step.abs().max() > 1e-4 for step in one.values())
     for name, step in one.items():
         torch.testing.assert_close(four[name], 4 * step, atol=1e-6, rtol=1e-3, msg=name)  # differences of float32
@@ -227,11 +227,11 @@ def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses, sharpness):
     draft = tiny_llama(layers=1)
     config = OnlineConfig(ensemble=[1.0] * len(losses), ensemble_sharpness=sharpness)
     made = Learner(draft, trainable_of(draft), FeedbackBuffer(), config, print)
-    made.losses = losses
-    assert sum(made.shares) == pytest.approx(1.0)
+    made.ensemble.losses = losses
+    assert sum(made.ensemble.shares) == pytest.approx(1.0)
     best = losses.index(min(losses))
-    for share, loss in zip(made.shares, losses, strict=True):
-        assert share == pytest.approx(made.shares[best] * math.exp(-sharpness * (loss - losses[best])))
+    for share, loss in zip(made.ensemble.shares, losses, strict=True):
+        assert share == pytest.approx(made.ensemble.shares[best] * math.exp(-sharpness * (loss - losses[best])))
 
 
 def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny_llama):
@@ -239,59 +239,63 @@ def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny
     made = learner(ensemble=[0.1, 1], replay=1.0, averaging=0.9)
     expected = [0.0, 0.0]
     for new in (taught, taught[:2], taught):
-        for i, member in enumerate(made.members):
+        for i, member in enumerate(made.ensemble.members):
             would = tiny_llama(layers=1)
             would.load_state_dict(member.serving_weights(), strict=False)
             overlap = torch.cat([overlap for overlap, _ in judge(would, new)])
             expected[i] += 1 - overlap.mean().item()
         assert learn(made, new)
-        assert made.losses == pytest.approx(expected)
-    assert made.losses[0] != made.losses[1]
+        assert made.ensemble.losses == pytest.approx(expected)
+    assert made.ensemble.losses[0] != made.ensemble.losses[1]
 
 
 def test_the_mean_by_shares_serves(learner, taught):
     made = learner(ensemble=[0.1, 1, 2], averaging=0.9, ensemble_sharpness=3.0)
     for _ in range(2):
         assert learn(made, taught)
-    shares, parts = made.shares, [member.serving_weights() for member in made.members]
+    shares, parts = made.ensemble.shares, [member.serving_weights() for member in made.ensemble.members]
     assert len({round(share, 4) for share in shares}) > 1
     expected = {n: sum(share * part[n] for share, part in zip(shares, parts, strict=True)) for n in made.trainable}
-    close(made.serving_weights(), expected)
+    close(made.ensemble.serving_weights(), expected)
     assert len(made.refreshed) == 2, "once an update, when all have learnt"
     close(made.refreshed[-1], expected)
-    close(mixture(made.members, [0.0, 1.0, 0.0]), parts[1])
+    made.ensemble.losses = [1e9, 0.0, 1e9]
+    close(made.ensemble.serving_weights(), parts[1])
 
 
 def test_who_did_better_has_the_larger_share(learner, taught):
     made = learner(ensemble=[1e-4, 1], ensemble_sharpness=5.0)
-    assert made.shares == [0.5, 0.5]
+    assert made.ensemble.shares == [0.5, 0.5]
     for _ in range(8):  # the same requests over and over: one member learns them
         assert learn(made, taught)
-    assert made.losses[1] < made.losses[0]
-    assert made.shares[1] > 0.9
+    assert made.ensemble.losses[1] < made.ensemble.losses[0]
+    assert made.ensemble.shares[1] > 0.9
 
 
 def test_what_fails_in_one_member_is_taken_back_in_all(learner, requests, monkeypatch):
     made = learner(ensemble=[1, 4], **BOTH)
     assert learn(made, requests[:3])
-    weights, served = [cloned(member.weights()) for member in made.members], cloned(made.serving_weights())
-    losses, steps = list(made.losses), [member.steps for member in made.members]
-    second = made.members[1].learn
+    weights, served = (
+        [cloned(member.weights()) for member in made.ensemble.members],
+        cloned(made.ensemble.serving_weights()),
+    )
+    losses, steps = list(made.ensemble.losses), [member.steps for member in made.ensemble.members]
+    second = made.ensemble.members[1].learn
 
     def diverge(requests):
         second(requests)
         raise RuntimeError("diverged")
 
     with monkeypatch.context() as patch:
-        patch.setattr(made.members[1], "learn", diverge)
+        patch.setattr(made.ensemble.members[1], "learn", diverge)
         patch.setattr(made, "_serve", lambda weights: None)
         assert not learn(made, requests[3:6])
     assert (made.updates, made.failed) == (1, 1)
-    assert all(same(member.weights(), kept) for member, kept in zip(made.members, weights, strict=True))
-    assert same(made.serving_weights(), served)
-    assert (made.losses, [member.steps for member in made.members]) == (losses, steps)
+    assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, weights, strict=True))
+    assert same(made.ensemble.serving_weights(), served)
+    assert (made.ensemble.losses, [member.steps for member in made.ensemble.members]) == (losses, steps)
     assert learn(made, requests[6:9])
-    assert not same(made.serving_weights(), served)
+    assert not same(made.ensemble.serving_weights(), served)
 
 
 # Restarts.
@@ -309,14 +313,16 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(learner, requests, f
     straight, resumed = learner(**fields), learner(**fields)
     for new in (requests[:2], requests[2:5]):
         assert learn(straight, new)
-    straight.losses = [0.1 * i for i in range(len(straight.members))]  # as if they had not done alike
+    straight.ensemble.losses = [
+        0.1 * i for i in range(len(straight.ensemble.members))
+    ]  # as if they had not done alike
     resumed.load_state(*saved(straight))
     assert saved(resumed)[1] == saved(straight)[1]
-    assert same(resumed.serving_weights(), straight.serving_weights())
+    assert same(resumed.ensemble.serving_weights(), straight.ensemble.serving_weights())
     for made in (straight, resumed):
         assert learn(made, requests[5:8])
-    assert resumed.shares == straight.shares
-    for one, other in zip(resumed.members, straight.members, strict=True):
+    assert resumed.ensemble.shares == straight.ensemble.shares
+    for one, other in zip(resumed.ensemble.members, straight.ensemble.members, strict=True):
         assert one.steps == other.steps
         assert one.trainer.lr_scheduler.get_last_lr() == other.trainer.lr_scheduler.get_last_lr()
         assert same(one.weights(), other.weights())
@@ -325,11 +331,11 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(learner, requests, f
 
 def test_a_state_of_another_number_of_members_is_refused(learner, requests):
     one, two, pair = learner(), learner(ensemble=[1, 4]), learner(ensemble=[1, 2])
-    before = cloned(two.serving_weights())
+    before = cloned(two.ensemble.serving_weights())
     assert learn(one, requests[:2])
     with pytest.raises(ValueError, match="has 1 members and this one 2; resume with the `ensemble`"):
         two.load_state(*saved(one))
-    assert same(two.serving_weights(), before)
+    assert same(two.ensemble.serving_weights(), before)
     pair.load_state(*saved(two))  # other rates may be tried
 
 
@@ -344,7 +350,7 @@ def test_a_state_may_be_taken_up_where_another_was(learner, requests):
     back.load_state(*state)
     for made in (straight, back):
         assert learn(made, requests[4:6])
-    assert same(back.serving_weights(), straight.serving_weights())
+    assert same(back.ensemble.serving_weights(), straight.ensemble.serving_weights())
 
 
 def test_an_average_that_is_no_longer_asked_for_does_not_serve_on(learner, requests):
@@ -353,4 +359,4 @@ def test_an_average_that_is_no_longer_asked_for_does_not_serve_on(learner, reque
     assert learn(before, requests[:4])
     plain.load_state(*saved(before))
     assert learn(plain, requests[4:6])
-    assert same(plain.serving_weights(), plain.members[0].weights())
+    assert same(plain.ensemble.serving_weights(), plain.ensemble.members[0].weights())

@@ -59,7 +59,7 @@ class World:
             if learner.due():
                 learner.update()
                 if i >= GOOD:
-                    judged.load_state_dict(learner.serving_weights(), strict=False)
+                    judged.load_state_dict(learner.ensemble.serving_weights(), strict=False)
                     differences.append(self._alpha(judged) - static)
         assert learner.failed == 0
         return differences

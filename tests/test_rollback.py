@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig
-from hf_osd import learner as learner_module
+from hf_osd import ensemble as ensemble_module
 from hf_osd.distill import trainer as trainer_module
 from hf_osd.gate import Gate, Rejected
 from hf_osd.learner import Learner
@@ -42,7 +42,7 @@ def everything(learner):
     """All that an update may change, and its undoing must give back."""
     members = [
         ({name: p.clone() for name, p in member.weights().items()}, member.serving_weights(), member.steps)
-        for member in learner.members
+        for member in learner.ensemble.members
     ]
     members = [(weights, {n: p.clone() for n, p in served.items()}, steps) for weights, served, steps in members]
     return {name: p.clone() for name, p in learner.serving.weights()}, members
@@ -69,16 +69,16 @@ def reject(since_check):
 def test_a_rejected_update_leaves_no_trace_but_its_count(learner, make_feedback, monkeypatch, caplog, fields):
     made = learner(**fields)
     assert learn(made, make_feedback(seed=1), make_feedback(seed=2))
-    before, losses = everything(made), list(made.losses)
+    before, losses = everything(made), list(made.ensemble.losses)
     monkeypatch.setattr(made.gate, "check", reject(since_check=False))
     new = [make_feedback(seed=3), make_feedback(seed=4)]
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
         assert not learn(made, *new)
     assert same(everything(made), before)
     assert (made.updates, made.rejected, made.failed, made.misses) == (1, 1, 0, 1)
-    assert made.losses == losses
+    assert made.ensemble.losses == losses
     assert len(made.buffer) == 2, "what it learnt from is forgotten"
-    assert all(member._trainer.optimizer is None for member in made.members)
+    assert all(member._trainer.optimizer is None for member in made.ensemble.members)
     assert "it is worse" in caplog.text
     monkeypatch.undo()
     assert learn(made, make_feedback(seed=5))
@@ -167,8 +167,10 @@ def test_after_a_miss_nothing_is_replayed(learner, make_feedback, monkeypatch):
     """What broke the update may be among it."""
     made, learnt = learner(replay=3.0), []
     assert learn(made, make_feedback(seed=1))
-    learn_ = made.members[0].learn
-    monkeypatch.setattr(made.members[0], "learn", lambda requests: (learnt.append(len(requests)), learn_(requests)))
+    learn_ = made.ensemble.members[0].learn
+    monkeypatch.setattr(
+        made.ensemble.members[0], "learn", lambda requests: (learnt.append(len(requests)), learn_(requests))
+    )
     with monkeypatch.context() as patch:
         patch.setattr(made.gate, "check", reject(since_check=False))
         assert not learn(made, make_feedback(seed=2))
@@ -200,7 +202,7 @@ def an_error(error):
 
 @contextlib.contextmanager
 def weights_of_nan(made):
-    member = made.members[0]
+    member = made.ensemble.members[0]
     after_step = member.after_step
 
     def spoil():
@@ -220,7 +222,7 @@ def a_judge_that_raises(made):
 
     made.gate._sample = dict.fromkeys(made.held.requests(), torch.zeros(12))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learner_module, "judge", raising)
+        patch.setattr(ensemble_module, "judge", raising)
         yield
 
 

@@ -177,16 +177,16 @@ def test_the_base_of_a_lora_draft_gets_one_and_learns_by_it(tiny_llama, make_fee
     config = OnlineConfig(tail_samples=32, warmup_steps=0, seed=0)
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     assert type(draft.get_output_embeddings()) is nn.Linear, "the draft that was passed is not the learner's"
-    head = learner.module.base_model.model.lm_head
+    head = learner.ensemble.members[0].module.base_model.model.lm_head
     assert isinstance(head, LossHead)
-    assert torch.equal(logits_of(learner.module.eval()), logits_of(draft.eval()))
+    assert torch.equal(logits_of(learner.ensemble.members[0].module.eval()), logits_of(draft.eval()))
     widths = widths_of(head)
     learner.buffer.add(make_feedback(vocab=VOCAB, k=4))
-    before = {name: p.clone() for name, p in learner.serving_weights().items()}
+    before = {name: p.clone() for name, p in learner.ensemble.serving_weights().items()}
     assert learner.update()
     assert widths
     assert max(widths) <= 4 * 12 + 32
-    assert any(not torch.equal(p, before[name]) for name, p in learner.serving_weights().items())
+    assert any(not torch.equal(p, before[name]) for name, p in learner.ensemble.serving_weights().items())
 
 
 def widths_of(head: nn.Module) -> list[int]:
@@ -267,4 +267,4 @@ def test_a_learner_trains_the_head_if_asked(tiny_llama, make_feedback):
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     learner.buffer.add(make_feedback(vocab=VOCAB, k=4))
     assert learner.update()
-    assert not torch.equal(learner.serving_weights()["lm_head.weight"], draft.lm_head.weight)
+    assert not torch.equal(learner.ensemble.serving_weights()["lm_head.weight"], draft.lm_head.weight)

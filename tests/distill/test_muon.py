@@ -153,7 +153,7 @@ def test_a_learner_updates_by_it(tiny_llama, make_feedback, frozen):
     draft = tiny_llama(layers=1)
     learner = learner_of(draft, frozen)
     assert update(learner, make_feedback(), make_feedback(seed=1))
-    for name, p in learner.serving_weights().items():
+    for name, p in learner.ensemble.serving_weights().items():
         assert not torch.equal(p, draft.get_parameter(name)), name
 
 
@@ -166,8 +166,8 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(tiny_llama, make_fee
     resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, copy.deepcopy(values))
     for learner in (straight, resumed):
         assert update(learner, make_feedback(seed=2))
-    for name, p in resumed.serving_weights().items():
-        assert torch.equal(p, straight.serving_weights()[name]), name
+    for name, p in resumed.ensemble.serving_weights().items():
+        assert torch.equal(p, straight.ensemble.serving_weights()[name]), name
 
 
 def test_the_schedule_of_a_trainer_reaches_both(tiny_llama, make_feedback):

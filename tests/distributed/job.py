@@ -72,7 +72,7 @@ def one_step(draft, requests: list) -> dict:
     """Gradients and weights of one update on `requests`."""
     learner, served = make(draft, PLAIN)
     gradients = Gradients()
-    learner.members[0].trainer.add_callback(gradients)
+    learner.ensemble.members[0].trainer.add_callback(gradients)
     for request in requests:
         learner.buffer.add(request)
     assert learner.update()
@@ -136,7 +136,11 @@ class Job:
             learner.update_together(force=True)
             counts.append([learner.updates, learner.rejected, learner.failed])
             self.keep(f"learning.{i}", served)
-        self.facts["learning"] = {"counts": counts, "learned": learner.learned_tokens, "shares": learner.shares}
+        self.facts["learning"] = {
+            "counts": counts,
+            "learned": learner.learned_tokens,
+            "shares": learner.ensemble.shares,
+        }
         self.facts["estimate"] = learner.figures()["estimate"].to_dict()
 
     def alpha(self, i: int) -> float:
@@ -145,7 +149,7 @@ class Job:
     def failing(self):
         rank, (learner, served) = self.ranks.rank, make(self.draft, {**PLAIN, "batch_size": 2, "optim": "adamw_torch"})
         before = {name: tensor.clone() for name, tensor in served.items()}
-        trainer = learner.members[0].trainer
+        trainer = learner.ensemble.members[0].trainer
         whole, calls = trainer._loss, []
 
         def breaks(*args):
@@ -158,7 +162,7 @@ class Job:
         for request in self.requests[:6]:
             learner.buffer.add(request)
         outcomes = [learner.update()]
-        undone = all(torch.equal(tensor, before[name]) for name, tensor in learner.serving_weights().items())
+        undone = all(torch.equal(tensor, before[name]) for name, tensor in learner.ensemble.serving_weights().items())
         for request in self.requests[6:12]:
             learner.buffer.add(request)
         outcomes.append(learner.update())
@@ -169,7 +173,9 @@ class Job:
         """What is refused."""
         found = {}
         learner, _ = make(self.draft, PLAIN)
-        learner.take({name: tensor + self.ranks.rank for name, tensor in learner.members[0].weights().items()})
+        learner.take(
+            {name: tensor + self.ranks.rank for name, tensor in learner.ensemble.members[0].weights().items()}
+        )
         learner.buffer.add(self.requests[0])
         state = PartialState()
         kind = state.distributed_type

@@ -60,7 +60,7 @@ def test_greedy_calls_with_a_step_of_learning_in_their_rounds(target, assistant,
                 raise background.Stopped
 
     monkeypatch.setattr(background.Pace, "pause", pause)
-    assistant.learner.members[0]._after_step = lambda: pause(assistant.learner.pace)
+    assistant.learner.ensemble.members[0]._after_step = lambda: pause(assistant.learner.pace)
     assistant.learner.prepare()
     handle = target.register_forward_pre_hook(lambda *args: rounds.release())
     try:
