@@ -16,8 +16,8 @@ from hf_osd.held_back import JUDGED_SHARE, Estimate, HeldBack, bootstrap, compar
 _QUICK_SHARE = 1 / 3
 # Requests that must have a say for a draft to be turned away.
 _LEAST = 5
-# What requests that got worse may have lost, in α averaged over all that are held back. Between two drafts of like worth that mean is a few hundredths,
-# for each gains where the other loses.
+# What requests that got worse may have lost, in α averaged over all that are held back; and what a part of them may have. Between two drafts of like worth
+# that mean is a few hundredths, for each gains where the other loses, and some part of several loses as much.
 _HARM = 0.05
 # Requests, in the order they came, that are compared with their floor by themselves: what came at another time cannot pay for them.
 _PART = 10
@@ -132,7 +132,8 @@ class Gate:
         for part in _parts(len(now)):
             if compare(was[part], known[part]).difference <= 0:
                 # Several are compared, so chance must be kept out of each the more.
-                self._compare(floor[part], now[part], "their floor", since_check=True, level=0.98)
+                tolerance = max(self.tolerance, _HARM)
+                self._compare(floor[part], now[part], "their floor", since_check=True, level=0.98, tolerance=tolerance)
         harm, low = harm_of(floor, now)
         if len(now) >= _LEAST and low > _HARM and harm >= harm_of(floor_then, was)[0]:
             raise Rejected(
@@ -171,10 +172,16 @@ class Gate:
         return scores
 
     def _compare(
-        self, before: Sequence[Tensor], after: Sequence[Tensor], than: str, since_check: bool, level: float = 0.9
+        self,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        than: str,
+        since_check: bool,
+        level: float = 0.9,
+        tolerance: float | None = None,
     ):
         found = compare(before, after, level)
-        if found.requests >= _LEAST and found.surely_worse_than(self.tolerance):
+        if found.requests >= _LEAST and found.surely_worse_than(self.tolerance if tolerance is None else tolerance):
             raise Rejected(
                 f"its α on {found.requests} requests held back is {found.after:.3f}, and {than} {found.before:.3f} there ({found.difference:+.3f}, "
                 f"{found.low:+.3f} to {found.high:+.3f})",

@@ -242,6 +242,16 @@ def test_it_says_whether_the_static_draft_is_worse_on_the_whole(gated):
     assert not other.gate.static_is_worse
 
 
+def test_a_few_hundredths_in_one_part_are_what_two_drafts_differ_by(gated):
+    made = gated(30, static=0.6)
+    assert made.check(0.6) == "serves"
+    last = made.held.requests()[20:]
+    made.judge.of |= {id(request): 0.55 for request in last[::2]}
+    assert made.check() == "serves"
+    made.judge.of |= {id(request): 0.5 for request in last}
+    assert made.check(0.65) == "all"
+
+
 def came(request, alpha: float):
     """The request, served with that α."""
     request.overlap[:] = (torch.arange(ROWS) < round(ROWS * alpha)).float()
