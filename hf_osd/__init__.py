@@ -16,6 +16,7 @@ _PUBLIC = {
     "RefreshAssistantCallback": "distill.callbacks",
     "grow_draft": "drafts",
     "record_answers": "recording",
+    "Rehearsal": "rehearsal",
     "compare_outputs": "parity",
     "enable": "integration",
     "disable": "integration",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from hf_osd.integration import enable as enable
     from hf_osd.parity import compare_outputs as compare_outputs
     from hf_osd.recording import record_answers as record_answers
+    from hf_osd.rehearsal import Rehearsal as Rehearsal
 
 
 def __getattr__(name: str):

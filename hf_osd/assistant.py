@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,8 @@ class OnlineAssistant(SavableAssistant):
         self._stats = Stats()
         self._lock = threading.RLock()
         self._said: set[str] = set()  # warnings given
+        # Of what calls taught: where the target read a prompt of tokens that are the draft's too, and nothing else.
+        self.of_tokens: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.known_texts = KnownTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
 
@@ -274,7 +277,8 @@ class OnlineAssistant(SavableAssistant):
                 f"Nothing is drafted in calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate asks them once a block of "
                 "tokens, and would overshoot. Drafts go with EOS ids, length and time limits and, when greedy, with stop_strings."
             )
-        if capture and not encodes and translation.has_one_tokenizer and generator.reads_tokens:
+        record.of_tokens = capture and not encodes and translation.has_one_tokenizer and generator.reads_tokens
+        if record.of_tokens:
             record.prefill = Prefill.of_call(target, record.model, config.prompt_positions, mask, len(said))
         self._calls.add(record, generator)
         return generator
@@ -401,6 +405,8 @@ class OnlineAssistant(SavableAssistant):
             with self._lock:
                 self._stats.observe_call(record.stats)
             if feedback is not None and self.learner is not None:
+                if record.of_tokens:
+                    self.of_tokens.add(feedback)
                 self.learner.offer(feedback)
 
     def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:

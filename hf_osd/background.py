@@ -121,11 +121,12 @@ class BackgroundLearner:
             raise AttributeError(name)
         return getattr(self.learner, name)
 
-    def offer(self, feedback: Feedback):
+    def offer(self, feedback: Feedback) -> bool:
         """Put a request into the buffer, or hold it back, and learn from it when that is due."""
-        self.learner.offer(feedback)
+        learnt = self.learner.offer(feedback)
         if self.due():
             self.update(wait=False)
+        return learnt
 
     def due(self) -> bool:
         return self.learner.due()

@@ -132,6 +132,7 @@ class Feedback:
         rows: SparseRows,
         overlap: Tensor | None = None,
         prompt_rows: SparseRows | None = None,
+        sampled: bool = False,
     ) -> Feedback:
         """Feedback of a request that the target answered alone: nothing drafted, all positions teach."""
         n, k = rows.top_ids.shape
@@ -147,6 +148,7 @@ class Feedback:
             drafted_logp=torch.full((n,), torch.nan, dtype=dtype),
             outcome=torch.full((n,), UNTESTED, dtype=torch.int8),
             overlap=torch.full((n,), torch.nan) if overlap is None else overlap,
+            sampled=sampled,
             prompt_rows=prompt_rows,
         )
 

@@ -164,10 +164,12 @@ class Learner:
         finally:
             self._lock.release()
 
-    def offer(self, feedback: Feedback):
-        """Put a request into the buffer, or hold it back from learning, to judge by."""
-        if not self.held.take(feedback, self._as_judged):
+    def offer(self, feedback: Feedback) -> bool:
+        """Put a request into the buffer, or hold it back from learning, to judge by. Whether it is to be learnt."""
+        held = self.held.take(feedback, self._as_judged)
+        if not held:
             self.buffer.add(feedback)
+        return not held
 
     def figures(self) -> dict:
         """What [`hf_osd.stats.Stats`] says of learning, by its names there."""

@@ -1,8 +1,9 @@
 """`record_answers`: the target's own answers to prompts, generated in batches and kept as [`Feedback`]. For prompts that are to be held
-back, and for warming a draft up. Nothing is drafted."""
+back, for warming a draft up, and for rehearsal. Nothing is drafted."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -56,8 +57,9 @@ def record_answers(
     dtype: torch.dtype = torch.float16,
     prompt_positions: int = 0,
     on_batch: Callable[[int], None] | None = None,
+    temperature: float = 0.0,
 ) -> list[Feedback]:
-    """Greedy answers of `target` to `prompts`, in their order.
+    """Answers of `target` to `prompts`, greedy ones if not said otherwise, in their order.
 
     Args:
         target (`PreTrainedModel`): a causal LM.
@@ -67,18 +69,29 @@ def record_answers(
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         prompt_positions (`int`): of each prompt, its last ones, that teach as well, at most.
         on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
+        temperature (`float`): above 0, answers are sampled at it, from all tokens, with the process's random numbers. What is kept of the target is its
+            distribution at temperature 1 either way.
 
     Returns:
         `list[Feedback]`: without drafts; all positions of the answers teach.
 
     Raises:
-        ValueError: if `target` is an encoder-decoder.
+        ValueError: if `target` is an encoder-decoder, or `temperature` is negative or not finite.
     """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"`temperature` is {temperature!r}; give 0 for greedy answers, or a number above, such as 0.7."
+        )
     if target.config.is_encoder_decoder:
         raise ValueError(
             f"`target` is an encoder-decoder ({type(target).__name__}); answers are recorded of decoder-only models. Serve prompts with an "
             "OnlineAssistant instead: it keeps what it needs."
         )
+    how = (
+        {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     answers: list[Feedback | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     eos = target.generation_config.eos_token_id
@@ -97,8 +110,8 @@ def record_answers(
                 input_ids=input_ids.to(target.device),
                 attention_mask=mask.to(target.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 pad_token_id=pad,
+                **how,
             ).cpu()
         for row, i in enumerate(chosen):
             answer = sequences[row, longest:]
@@ -114,7 +127,7 @@ def record_answers(
             if prefill is not None:
                 of_prompt = prefill.rows(len(prompt) - 1, top_k, dtype, row)  # its first token follows nothing
             tokens = torch.cat([prompt, answer[:n]])
-            answers[i] = Feedback.of_target(tokens, len(prompt), rows, prompt_rows=of_prompt)
+            answers[i] = Feedback.of_target(tokens, len(prompt), rows, prompt_rows=of_prompt, sampled=temperature > 0)
         if on_batch is not None:
             on_batch(len(chosen))
     return answers

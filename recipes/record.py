@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -38,10 +39,18 @@ class RecordArguments(TargetArguments):
     longest_prompt: int | None = field(default=None, metadata={"help": "Leave out prompts of more tokens than this."})
     batch_answers: int = field(default=48, metadata={"help": "Prompts a batch."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    again: float = field(
+        default=0.0,
+        metadata={
+            "help": "Also record an answer to each request sampled at this temperature, which replay.py --again learns from."
+        },
+    )
     output_dir: str = field(default="runs/traces", metadata={"help": "A folder a domain is made in here."})
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.again < math.inf:
+            raise ValueError(f"`again` is {self.again}; give a temperature above 0, such as 0.7, or leave it out.")
         check_numbers(
             self,
             {
@@ -72,12 +81,22 @@ def record(args: RecordArguments, config: OnlineConfig):
         if args.longest_prompt is not None:
             rows = [row for row in rows if len(row["ids"]) <= args.longest_prompt]
         held_back, rest = split_held_back(rows, args.held_back, seed, name)
-        parts = {"held_back": held_back, "stream": shuffled(rest, seed)[: args.requests]}
-        for part, rows in parts.items():
-            _record_part(args, config, target, Path(args.output_dir) / name, part, rows)
+        folder, stream = Path(args.output_dir) / name, shuffled(rest, seed)[: args.requests]
+        _record_part(args, config, target, folder, "held_back", held_back)
+        _record_part(args, config, target, folder, "stream", stream)
+        if args.again:
+            _record_part(args, config, target, folder, "again", stream, args.again)
 
 
-def _record_part(args: RecordArguments, config: OnlineConfig, target, folder: Path, part: str, rows: list[dict]):
+def _record_part(
+    args: RecordArguments,
+    config: OnlineConfig,
+    target,
+    folder: Path,
+    part: str,
+    rows: list[dict],
+    temperature: float = 0.0,
+):
     folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(rows), SHARD), desc=f"{folder.name}: {part}", unit="shard"):
         shard = rows[start : start + SHARD]
@@ -88,6 +107,9 @@ def _record_part(args: RecordArguments, config: OnlineConfig, target, folder: Pa
             "dtype": str(target.dtype).removeprefix("torch."),
             "ids": json.dumps([row.get("id") for row in shard]),
         }
+        if temperature:
+            facts["temperature"] = str(temperature)
+            torch.manual_seed((config.seed or 0) + start)  # of the shard: wherever a recording goes on, it is the same
         if path.is_file():
             recorded = read_trace(path)[1]
             changed = [name for name, value in facts.items() if recorded.get(name) != value]
@@ -104,7 +126,8 @@ def _record_part(args: RecordArguments, config: OnlineConfig, target, folder: Pa
             batch_size=args.batch_answers,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
-            prompt_positions=config.prompt_positions,
+            prompt_positions=0 if temperature else config.prompt_positions,  # the request's own are known
+            temperature=temperature,
         )
         facts["seconds"] = f"{time.perf_counter() - began:.1f}"
         write_trace(path, answers, facts)

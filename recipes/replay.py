@@ -48,6 +48,12 @@ class ReplayArguments(ModelArguments):
         default=False,
         metadata={"help": "Learn from the traces all at once, in random order, rather than in turn: a warm-up."},
     )
+    again: bool = field(
+        default=False,
+        metadata={
+            "help": "Beside each request learn the other answer to it that record.py --again kept: a rehearsal."
+        },
+    )
     held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
     also: str = field(default="", metadata={"help": "Traces to score on that are not learnt from, with ',' between."})
     score_every: int = field(default=50, metadata={"help": "Requests between two scores on held-back prompts."})
@@ -78,6 +84,7 @@ class Traced:
 
     name: str
     stream: list[Feedback]
+    again: list[Feedback]  # another answer to each, or none
     held_back: list[Feedback]
     max_new_tokens: int
     digest: str  # of the files: another recording of that name is another one
@@ -115,7 +122,9 @@ class Experiment:
         use_threads(args.threads)
         self.args = args
         self.target, self.tokenizer = load_target(args.target, args.dtype)
-        self.traces = [load_trace(Path(folder), top_k, args.held_back) for folder in args.trace.split(",")]
+        self.traces = [
+            load_trace(Path(folder), top_k, args.held_back, again=args.again) for folder in args.trace.split(",")
+        ]
         also = filter(None, args.also.split(","))
         self.judged = [
             *self.traces,
@@ -144,8 +153,8 @@ class Experiment:
             self._first[kind] = self._score(assistant)
         points = {0: self._first[kind]}
         served, prequential = 0, []
-        for requests, limit in self._turns(seed):
-            for request in replay(assistant, requests, limit):
+        for requests, again, limit in self._turns(seed):
+            for request in replay(assistant, requests, limit, again):
                 served += 1
                 prequential.append(round(float(request.overlap.nanmean()), 4))
                 if served % self.args.score_every == 0 or served == sum(self.counts):
@@ -160,6 +169,7 @@ class Experiment:
             "traces": [traced.name for traced in self.traces],
             "requests": self.counts,
             "mixed": self.args.mixed,
+            "again": self.args.again,
             "scores": {
                 traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
             },
@@ -173,22 +183,26 @@ class Experiment:
         """What makes two runs the same run."""
         args = self.args
         facts = [args.target, args.dtype, args.held_back, args.score_every, args.also, arm.facts(), seed]
-        facts += [[(traced.name, traced.digest) for traced in self.judged], self.counts, args.mixed]
+        facts += [[(traced.name, traced.digest) for traced in self.judged], self.counts, args.mixed, args.again]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _score(self, assistant: OnlineAssistant) -> dict[str, list]:
         """`[accepted, positions]` of each held-back prompt, by domain."""
         return {traced.name: hits_of(assistant, traced.held_back) for traced in self.judged}
 
-    def _turns(self, seed: int) -> list[tuple[list[Feedback], int]]:
-        """The requests to learn, in turn, with the limit they were recorded with: a list a trace, or one of all."""
+    def _turns(self, seed: int) -> list[tuple[list[Feedback], list[Feedback] | None, int]]:
+        """The requests to learn, in turn, with the other answers to them, if asked for, and the limit they were recorded with: a list a trace, or one of all."""
         chosen = []
         for traced, count in zip(self.traces, self.counts, strict=True):
-            chosen.append((shuffled(traced.stream, seed)[:count], traced.max_new_tokens))
-        if not self.args.mixed:
-            return chosen
-        together = [request for requests, _ in chosen for request in requests]
-        return [(shuffled(together, seed), max(limit for _, limit in chosen))]
+            pairs = list(zip(traced.stream, traced.again or traced.stream, strict=True))
+            chosen.append((shuffled(pairs, seed)[:count], traced.max_new_tokens))
+        if self.args.mixed:
+            together = [pair for pairs, _ in chosen for pair in pairs]
+            chosen = [(shuffled(together, seed), max(limit for _, limit in chosen))]
+        return [
+            ([request for request, _ in pairs], [again for _, again in pairs] if self.args.again else None, limit)
+            for pairs, limit in chosen
+        ]
 
 
 def learning_of(assistant: OnlineAssistant, began: float) -> dict:
@@ -216,28 +230,42 @@ def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[
     return [[int(hits.nansum()), int((~hits.isnan()).sum())] for hits in assistant.score(held_back)]
 
 
-def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True) -> Traced:
-    """A domain's shards, cut to `top_k`.
+def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, again: bool = False) -> Traced:
+    """A domain's shards, cut to `top_k`, with those of its parts that are asked for.
 
     Raises:
         OSError: if there are none.
-        ValueError: if one is damaged, or too few prompts are held back.
+        ValueError: if one is damaged, too few prompts are held back, or not every request has been answered again.
     """
-    parts: dict[str, list[Feedback]] = {"held_back": [], "stream": []}
+    parts: dict[str, list[Feedback]] = {"held_back": [], "stream": [], "again": []}
     limits, digest = set(), hashlib.sha256()
-    for part in ("held_back", "stream") if stream else ("held_back",):
+    for part in ("held_back", *(["stream"] if stream else []), *(["again"] if again else [])):
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
             digest.update(path.read_bytes())
             parts[part] += [request.sparser(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
         if not parts[part]:
-            raise FileNotFoundError(f"No trace {part}-….safetensors in {folder}; make one with recipes/record.py.")
+            flag = " --again 0.7" if part == "again" else ""
+            raise FileNotFoundError(
+                f"No trace {part}-….safetensors in {folder}; make one with recipes/record.py{flag}."
+            )
     if len(parts["held_back"]) < held_back:
         raise ValueError(
             f"{folder} has {len(parts['held_back'])} prompts held back and `held_back` is {held_back}; lower it."
         )
-    return Traced(folder.name, parts["stream"], parts["held_back"][:held_back], max(limits), digest.hexdigest())
+    if again and [r.prompt_length for r in parts["stream"]] != [r.prompt_length for r in parts["again"]]:
+        raise ValueError(
+            f"{folder} has {len(parts['stream'])} requests, and {len(parts['again'])} answered again, not the same; record both with one command."
+        )
+    return Traced(
+        folder.name,
+        parts["stream"],
+        parts["again"],
+        parts["held_back"][:held_back],
+        max(limits),
+        digest.hexdigest(),
+    )
 
 
 def table(results: list[list[dict]], at: str = "") -> str:

@@ -87,6 +87,29 @@ def test_distributions_are_those_of_a_fresh_forward(tiny_llama, prompts):
         check_distributions(target, feedback, k=8)
 
 
+def test_sampled_answers_are_draws_and_their_distributions_the_raw_ones(tiny_llama, prompts):
+    """Whatever the target's settings would cut off, and whatever the temperature."""
+    target = tiny_llama(eos_token_id=None)
+    target.generation_config.update(top_k=1, top_p=0.1)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(record_answers(target, prompts, 9, batch_size=3, top_k=8, dtype=torch.float32, temperature=2.0))
+    greedy = [feedback.answer.tolist() for feedback in record_answers(target, prompts, 9)]
+    one, two = ([feedback.answer.tolist() for feedback in each] for each in drawn)
+    assert one == two, "by the process's random numbers"
+    assert all(answer != likeliest for answer, likeliest in zip(one, greedy, strict=True))
+    for feedback in drawn[0]:
+        assert feedback.sampled
+        check_distributions(target, feedback, k=8)
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(tiny_llama, prompts, temperature):
+    with pytest.raises(ValueError, match="`temperature` is"):
+        record_answers(tiny_llama(), prompts, 2, temperature=temperature)
+
+
 def test_distributions_are_raw_where_the_targets_own_settings_change_scores(tiny_llama, prompts):
     """Qwen's instruct models come with a repetition penalty: p is the distribution before it, the answer is the one after it."""
     target = tiny_llama()

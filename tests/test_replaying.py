@@ -88,6 +88,28 @@ def test_no_target_and_no_prediction_that_was_learnt_first(target, trace):
             assert torch.equal(request.overlap, after[i - 4])
 
 
+def test_other_answers_are_learnt_beside_their_requests(target, trace):
+    """Not those of what is held back; and none is judged or counted as a request."""
+    other = record_answers(target, PROMPTS, LONGEST, top_k=64, dtype=torch.float32, temperature=1.0)
+    assistant, alone = (
+        OnlineAssistant(grow_draft(target), learning(held_back_share=0.25, top_k=5, update_interval=6))
+        for _ in range(2)
+    )
+    replayed = list(replay(assistant, trace, LONGEST, other))
+    assert len(replayed) == len(list(replay(alone, trace, LONGEST))) == len(trace)
+    held = {tuple(request.tokens.tolist()) for request in assistant.learner.held.requests()}
+    assert len(assistant.learner.held) == len(alone.learner.held) == 4
+    expected = []
+    for request, answer in zip(trace, other, strict=True):
+        if tuple(request.tokens.tolist()) not in held:
+            expected += [request.tokens.tolist(), answer.tokens.tolist()]
+    assert [request.tokens.tolist() for request in assistant.buffer.requests()] == expected
+    assert {request.top_ids.shape[1] for request in assistant.buffer.requests()} == {5}
+    assert assistant.stats.updates > alone.stats.updates
+    with pytest.raises(ValueError, match="15 answers for 16 requests"):
+        next(replay(alone, trace, LONGEST, other[:15]))
+
+
 def test_requests_are_cut_to_the_configs_top_k(target, trace):
     assistant = OnlineAssistant(grow_draft(target), learning(top_k=5))
     assert {request.top_ids.shape[1] for request in replay(assistant, trace[:5])} == {5}

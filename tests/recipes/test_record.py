@@ -99,6 +99,26 @@ def test_what_is_recorded_is_what_record_answers_says(run, target_dir):
             assert one.draft_logps.isnan().all()
 
 
+def test_another_answer_to_each_request_is_recorded_where_asked_for(run, target_dir):
+    assert run() == 0
+    before = files(run.out)
+    assert run("--again", "1.5") == 0
+    assert run.recorded == [4, 4, 3, 4], "what was recorded without them stays"
+    assert {name: files(run.out)[name] for name in FILES} == before
+    assert set(files(run.out)) == FILES | {name.replace("stream", "again") for name in FILES if "stream" in name}
+    requests, ids = trace(run.out, "one", "stream")
+    again, of = trace(run.out, "one", "again")
+    assert of == ids
+    assert all(one.sampled and not other.sampled for one, other in zip(again, requests, strict=True))
+    prompts = [[one.tokens[: one.prompt_length].tolist() for one in part] for part in (again, requests)]
+    assert prompts[0] == prompts[1]
+    assert any(one.answer.tolist() != other.answer.tolist() for one, other in zip(again, requests, strict=True))
+
+    (run.out / "one" / "again-00004.safetensors").unlink()
+    assert run("--again", "1.5") == 0
+    assert [one.tokens.tolist() for one in trace(run.out, "one", "again")[0]] == [one.tokens.tolist() for one in again]
+
+
 def test_a_trace_says_what_it_is_of_and_is_its_owners_alone(run, target_dir):
     assert run() == 0
     for path in run.out.rglob("*.safetensors"):
@@ -154,10 +174,11 @@ def test_an_interrupted_recording_goes_on(run, monkeypatch):
         (["--held_back", "2"], "ids"),
         (["--seed", "1"], "ids"),
         (["--dtype", "bfloat16"], "dtype"),
+        (["--again", "0.5"], "temperature"),
     ],
 )
 def test_a_recording_of_something_else_is_neither_mixed_in_nor_lost(run, refused, flags, message):
-    assert run() == 0
+    assert run("--again", "0.7") == 0
     before = files(run.out)
     refused(run, *flags, says=f"was recorded with another {message}")
     assert run.recorded == []

@@ -89,6 +89,36 @@ def test_another_recording_of_the_same_name_is_run_anew(target_dir, traces, tmp_
     assert len({json.loads(line)["key"] for line in log.read_text().splitlines()}) == 2
 
 
+@pytest.mark.parametrize("mixed", ["false", "true"])
+def test_other_answers_are_learnt_beside_their_requests(target_dir, traces, tmp_path, monkeypatch, mixed):
+    import record
+    import replay
+
+    shutil.copytree(traces, tmp_path / "traces")
+    both = ",".join(str(tmp_path / "traces" / name) for name in ("left", "right"))
+    log, streams = tmp_path / "runs.jsonl", ",".join(str(traces / f"{name}.jsonl") for name in ("left", "right"))
+    given = flags(target_dir, traces, "--trace", both, "--requests", "8,4", "--mixed", mixed, "--log", str(log))
+    assert replay.main([*given, "--again", "true"]) == 2, "there are none yet"
+    recording = f"--target {target_dir} --stream {streams} --requests 12 --held_back 5 --max_new_tokens 8 --output_dir {tmp_path / 'traces'}"
+    assert record.main([*recording.split(), "--again", "1.0", "--threads", "1"]) == 0
+    learnt, beside = [], replay.replay
+
+    def seen(assistant, requests, limit, again):
+        learnt.extend(zip(requests, again or requests, strict=True))
+        return beside(assistant, requests, limit, again)
+
+    monkeypatch.setattr(replay, "replay", seen)
+    assert replay.main(given) == replay.main([*given, "--again", "true"]) == 0
+    alone, again = (json.loads(line) for line in log.read_text().splitlines())
+    assert (alone["again"], again["again"]) == (False, True)
+    assert again["learned_tokens"] > 1.5 * alone["learned_tokens"]
+    assert len(again["prequential"]) == len(alone["prequential"]) == 12
+    for request, other in learnt[12:]:
+        assert other.sampled
+        prompts = [one.tokens[: one.prompt_length].tolist() for one in (request, other)]
+        assert prompts[0] == prompts[1]
+
+
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
     import replay
 
