@@ -9,6 +9,7 @@ described in docs/recipes.md. Logic that a library user would want is in hf_osd.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -33,7 +34,7 @@ from run_log import RunLog, Tracking
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs, record_answers
+from hf_osd import OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
 from hf_osd.distributed import update_together
 from hf_osd.prefill import KnownTexts
 from hf_osd.separate import LearningRank, serve_separately
@@ -56,6 +57,12 @@ class DistillArguments(ModelArguments):
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
     warm_up: int = field(
         default=0, metadata={"help": "Prompts a stream answered in batches and learnt before serving."}
+    )
+    rehearse: float = field(
+        default=0.0,
+        metadata={
+            "help": "A temperature: after every update_interval requests answer them again at it, and learn that too, as in idle time."
+        },
     )
     parity: int = field(default=15, metadata={"help": "Requests a stream that are also decoded plainly, interleaved."})
     output_dir: str = field(default="runs/distill", metadata={"help": "Where metrics, summary, curves and draft go."})
@@ -92,6 +99,10 @@ class DistillArguments(ModelArguments):
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
         least |= {"log_every": 1, "batch_answers": 1, "threads": 1, "sync_every": 1, "weights_every": 1}
         check_numbers(self, least)
+        if not 0 <= self.rehearse < math.inf:
+            raise ValueError(
+                f"`rehearse` is {self.rehearse}; give a temperature above 0, such as 0.7, or leave it out."
+            )
 
 
 @dataclass
@@ -197,6 +208,9 @@ class Job:
         """Each request in turn: generate, on a sample plainly too, then learn."""
         todo = [(domain, i) for domain in domains for i in range(len(domain.requests))]
         hidden = not self.processes.first
+        rehearsal = None
+        if self.args.rehearse:
+            rehearsal = Rehearsal(assistant, self.target, self.args.rehearse, self.args.batch_answers)
         bar = tqdm(total=len(todo), initial=log.served, desc="serving", unit="request", smoothing=0.05, disable=hidden)
         for step in range(log.served, self.processes.serving.most(len(todo))):
             if step >= len(todo):  # others still serve: take part in what they learn
@@ -215,6 +229,8 @@ class Job:
             learning = time.perf_counter()
             self._update(assistant, step)
             learn_seconds = time.perf_counter() - learning
+            if rehearsal is not None and (step + 1) % self.config.update_interval == 0:
+                rehearsal.run(self.config.update_interval, self.args.max_new_tokens)
             seconds = {"decode_seconds": decode_seconds, "learn_seconds": learn_seconds}
             row = log.add(domain.name, assistant.stats, seconds)
             if plain is not None:
@@ -303,7 +319,8 @@ class Job:
 
     def _identity(self) -> dict:
         """What must be the same for a run to be resumed."""
-        names = ("target", "draft", "stream", "shuffle", "requests", "held_back", "warm_up", "max_new_tokens", "dtype")
+        names = ("target", "draft", "stream", "shuffle", "requests", "held_back", "warm_up", "rehearse")
+        names += ("max_new_tokens", "dtype")
         return {name: getattr(self.args, name) for name in names} | {"config": self.config.to_dict()}
 
     def _overall(self, assistant: OnlineAssistant, log: RunLog) -> dict:

@@ -93,6 +93,24 @@ def test_warm_up_learns_before_serving_begins(run):
     assert read(run.out / "metrics.jsonl")[0]["updates"] >= 1
 
 
+def test_rehearsal_teaches_more_of_the_same_requests(run):
+    """Each is answered once more, and every interval an update is more than without."""
+    figures = []
+    for temperature in ("0.0", "0.7"):
+        assert (
+            run("--rehearse", temperature, "--replay", "0", "--prompt_positions", "0", "--update_interval", "2") == 0
+        )
+        summary = json.loads((run.out / "summary.json").read_text())
+        assert all(domain["mismatches"] == 0 for domain in summary["domains"].values())
+        assert all(domain["requests"] == 8 for domain in summary["domains"].values())
+        figures.append(summary["overall"])
+    without, rehearsed = figures
+    assert without["target_forwards"] == without["rounds"]
+    assert rehearsed["target_forwards"] == rehearsed["rounds"], "of requests alone"
+    assert (without["updates"], rehearsed["updates"]) == (8, 16)
+    assert 1.5 * without["learned_tokens"] < rehearsed["learned_tokens"] <= 2 * without["learned_tokens"]
+
+
 def test_a_stream_can_be_served_in_random_order(run, monkeypatch):
     import models
 
@@ -162,6 +180,7 @@ def test_figures_go_to_the_trainers_own_trackers(run, monkeypatch):
         (["--dtype", "int8"], "int8"),
         (["--held_back", "13"], "held"),
         (["--learning_rate", "-1"], "learning_rate"),
+        (["--rehearse", "-1"], "rehearse"),
         (["--lookahead", "hope"], "hope"),
         (["--stream", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--draft", "no/such/draft/here"], "no/such/draft/here"),
