@@ -197,6 +197,7 @@ def test_a_damaged_shard_is_named(run, refused):
     [
         (["--requests", "0"], "requests"),
         (["--held_back", "0"], "held_back"),
+        (["--again", "-1"], "again"),
         (["--held_back", "14"], "14 prompts"),
         (["--dtype", "int8"], "int8"),
         (["--stream", "nowhere.jsonl"], "nowhere.jsonl"),
