@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Rehearsal:
-    """Answers the target samples to prompts that an assistant has in its buffer, put there to be learnt: each prompt once, the latest first.
+    """Answers the target samples to prompts that an assistant has in its buffer, put there to be learnt.
 
     Nothing of it is counted as traffic, or judged by. Not rehearsed are requests that are held back, those of private calls, those whose prompt was more than
     tokens (images, say) or of another tokenizer than the draft's, and those of before a restart. The weights that serve change as by any update, behind
@@ -30,15 +30,21 @@ class Rehearsal:
         assistant ([`OnlineAssistant`]): with a draft that reads the target's own tokens, and learning in this process.
         target (`PreTrainedModel`): the causal LM that the requests were answered by.
         temperature (`float`, defaults to 0.7): at which answers are sampled.
+        times (`int`, defaults to 1): answers to each prompt, at most.
         batch_size (`int`, defaults to 8): prompts the target answers at once.
 
     Raises:
         ValueError: if the assistant does not learn, or learns in another process, where requests are held back unseen; or if target and draft do not have
-            the same tokens, or are encoder-decoders.
+            the same tokens, or are encoder-decoders; for a temperature of 0 or `times` below 1.
     """
 
     def __init__(
-        self, assistant: OnlineAssistant, target: PreTrainedModel, temperature: float = 0.7, batch_size: int = 8
+        self,
+        assistant: OnlineAssistant,
+        target: PreTrainedModel,
+        temperature: float = 0.7,
+        times: int = 1,
+        batch_size: int = 8,
     ):
         if not isinstance(assistant.learner, (Learner, BackgroundLearner)):
             raise ValueError(
@@ -52,17 +58,25 @@ class Rehearsal:
                 "answered again."
             )
         if target.config.is_encoder_decoder:
-            raise ValueError(f"`target` is an encoder-decoder ({type(target).__name__}); decoder-only models rehearse.")
+            raise ValueError(
+                f"`target` is an encoder-decoder ({type(target).__name__}); decoder-only models rehearse."
+            )
         if not temperature > 0:
             raise ValueError(f"`temperature` is {temperature!r}; greedy answers are known, so give a number above 0.")
+        if times < 1:
+            raise ValueError(f"`times` is {times!r}; give a whole number ≥ 1.")
         self.assistant, self.target = assistant, target
-        self.temperature, self.batch_size = temperature, batch_size
-        self._done: weakref.WeakSet[Feedback] = weakref.WeakSet()
+        self.temperature, self.times, self.batch_size = temperature, times, batch_size
+        self._answered: weakref.WeakKeyDictionary[Feedback, int] = weakref.WeakKeyDictionary()  # how often
 
     def waiting(self) -> list[Feedback]:
-        """The requests in the buffer that can be rehearsed and have not been, the latest first."""
-        can, done = self.assistant.of_tokens, self._done
-        return [one for one in reversed(self.assistant.buffer.requests()) if one in can and one not in done]
+        """The requests in the buffer that are to be rehearsed: what was so least often first, of these the latest."""
+        often = [
+            (self._answered.get(one, 0), one)
+            for one in reversed(self.assistant.buffer.requests())
+            if one in self.assistant.of_tokens
+        ]
+        return [one for times, one in sorted(often, key=lambda pair: pair[0]) if times < self.times]
 
     def run(self, most: int = 8, max_new_tokens: int | None = None) -> int:
         """Rehearse some of what waits, and learn if an update is due.
@@ -72,7 +86,7 @@ class Rehearsal:
             max_new_tokens (`int`, *optional*): of an answer; as many as the longest answer among them has, if left out.
 
         Returns:
-            `int`: how many requests were rehearsed; 0 when there is nothing left to do.
+            `int`: how many answers that made; 0 when there is nothing left to do.
         """
         assistant = self.assistant
         assistant.take_in()
@@ -88,7 +102,7 @@ class Rehearsal:
                 temperature=self.temperature,
             )
             for request, answer in zip(chosen, answers, strict=True):
-                self._done.add(request)
+                self._answered[request] = self._answered.get(request, 0) + 1
                 assistant.buffer.add(answer)
             assistant.update()
         return len(chosen)

@@ -21,7 +21,7 @@ def replay(
     assistant: OnlineAssistant,
     requests: Sequence[Feedback],
     max_new_tokens: int | None = None,
-    again: Sequence[Feedback] | None = None,
+    again: Sequence[Sequence[Feedback]] | None = None,
 ) -> Iterator[Feedback]:
     """Predict, then learn: each request as it would have been kept if `assistant` had served it, once it has been taken in.
 
@@ -33,14 +33,14 @@ def replay(
         assistant ([`OnlineAssistant`]): with a draft, and learning.
         requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` gives; cut to its `top_k` and `prompt_positions`.
         max_new_tokens (`int`, *optional*): the limit they were recorded with; the last token of an answer that reached it cannot be drafted.
-        again (`Sequence[Feedback]`, *optional*): for each of the requests another answer to its prompt, as [`hf_osd.Rehearsal`] has the target give. It is
-            learnt beside the request, and never judged by; that of a request which is held back is left out.
+        again (`Sequence[Sequence[Feedback]]`, *optional*): for each of the requests other answers to its prompt, as [`hf_osd.Rehearsal`] has the target give.
+            They are learnt beside the request, and never judged by; those of a request which is held back are left out.
 
     Raises:
-        ValueError: if the assistant does not learn, a request was sampled, or there is not an answer in `again` for each.
+        ValueError: if the assistant does not learn, a request was sampled, or `again` is not of as many requests.
     """
     if again is not None and len(again) != len(requests):
-        raise ValueError(f"`again` has {len(again)} answers for {len(requests)} requests; give one for each.")
+        raise ValueError(f"`again` is of {len(again)} requests and there are {len(requests)}; give an item for each.")
     if assistant.learner is None:
         raise ValueError(
             "This assistant does not learn (no draft, `learn=False`, or closed), so a trace is of no use to it."
@@ -59,7 +59,8 @@ def replay(
             served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
             served = known.only_new(served, config.prompt_positions)
             if assistant.learner.offer(served) and again is not None:
-                assistant.buffer.add(again[at].sparser(config.top_k))
+                for other in again[at]:
+                    assistant.buffer.add(other.sparser(config.top_k))
             assistant.update()
             at += 1
             yield served

@@ -210,7 +210,7 @@ class Job:
         hidden = not self.processes.first
         rehearsal = None
         if self.args.rehearse:
-            rehearsal = Rehearsal(assistant, self.target, self.args.rehearse, self.args.batch_answers)
+            rehearsal = Rehearsal(assistant, self.target, self.args.rehearse, batch_size=self.args.batch_answers)
         bar = tqdm(total=len(todo), initial=log.served, desc="serving", unit="request", smoothing=0.05, disable=hidden)
         for step in range(log.served, self.processes.serving.most(len(todo))):
             if step >= len(todo):  # others still serve: take part in what they learn

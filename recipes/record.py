@@ -26,6 +26,7 @@ from hf_osd.trace import read_trace, write_trace
 logger = logging.getLogger("hf_osd.recipes.record")
 
 SHARD = 96  # requests a file: what an interruption may lose
+SEEDS_APART = 10**6  # of two answers to one request
 
 
 @dataclass
@@ -42,9 +43,10 @@ class RecordArguments(TargetArguments):
     again: float = field(
         default=0.0,
         metadata={
-            "help": "Also record an answer to each request sampled at this temperature, which replay.py --again learns from."
+            "help": "Also record answers to each request sampled at this temperature, which replay.py --again learns from."
         },
     )
+    times: int = field(default=1, metadata={"help": "With --again, how many answers to each."})
     output_dir: str = field(default="runs/traces", metadata={"help": "A folder a domain is made in here."})
 
     def __post_init__(self):
@@ -55,6 +57,7 @@ class RecordArguments(TargetArguments):
             self,
             {
                 "requests": 1,
+                "times": 1,
                 "held_back": 1,
                 "max_new_tokens": 1,
                 "batch_answers": 1,
@@ -84,8 +87,13 @@ def record(args: RecordArguments, config: OnlineConfig):
         folder, stream = Path(args.output_dir) / name, shuffled(rest, seed)[: args.requests]
         _record_part(args, config, target, folder, "held_back", held_back)
         _record_part(args, config, target, folder, "stream", stream)
-        if args.again:
-            _record_part(args, config, target, folder, "again", stream, args.again)
+        for n in range(args.times if args.again else 0):
+            _record_part(args, config, target, folder, again_part(n), stream, args.again, n * SEEDS_APART)
+
+
+def again_part(n: int) -> str:
+    """The part of a trace with the n-th answer again to each request, from 0."""
+    return f"again{n + 1}"
 
 
 def _record_part(
@@ -96,6 +104,7 @@ def _record_part(
     part: str,
     rows: list[dict],
     temperature: float = 0.0,
+    offset: int = 0,  # to the seed of what is sampled
 ):
     folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(rows), SHARD), desc=f"{folder.name}: {part}", unit="shard"):
@@ -109,7 +118,9 @@ def _record_part(
         }
         if temperature:
             facts["temperature"] = str(temperature)
-            torch.manual_seed((config.seed or 0) + start)  # of the shard: wherever a recording goes on, it is the same
+            torch.manual_seed(
+                (config.seed or 0) + offset + start
+            )  # of the shard: wherever a recording goes on, it is the same
         if path.is_file():
             recorded = read_trace(path)[1]
             changed = [name for name, value in facts.items() if recorded.get(name) != value]

@@ -21,6 +21,7 @@ import torch
 from arms import Arm, intervals, read_arm
 from command import check_numbers, run_command
 from models import ModelArguments, load_target, shuffled, use_threads
+from record import again_part
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.replaying import replay
@@ -48,10 +49,10 @@ class ReplayArguments(ModelArguments):
         default=False,
         metadata={"help": "Learn from the traces all at once, in random order, rather than in turn: a warm-up."},
     )
-    again: bool = field(
-        default=False,
+    again: int = field(
+        default=0,
         metadata={
-            "help": "Beside each request learn the other answer to it that record.py --again kept: a rehearsal."
+            "help": "Beside each request learn so many of the other answers to it that record.py --again kept: a rehearsal."
         },
     )
     held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
@@ -71,7 +72,7 @@ class ReplayArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1})
+        check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1, "again": 0})
         if not self.trace:
             raise ValueError(
                 "`trace` is empty; name a folder that recipes/record.py has made, such as --trace runs/traces/sql."
@@ -84,7 +85,7 @@ class Traced:
 
     name: str
     stream: list[Feedback]
-    again: list[Feedback]  # another answer to each, or none
+    again: list[tuple[Feedback, ...]]  # other answers to each
     held_back: list[Feedback]
     max_new_tokens: int
     digest: str  # of the files: another recording of that name is another one
@@ -190,19 +191,16 @@ class Experiment:
         """`[accepted, positions]` of each held-back prompt, by domain."""
         return {traced.name: hits_of(assistant, traced.held_back) for traced in self.judged}
 
-    def _turns(self, seed: int) -> list[tuple[list[Feedback], list[Feedback] | None, int]]:
-        """The requests to learn, in turn, with the other answers to them, if asked for, and the limit they were recorded with: a list a trace, or one of all."""
+    def _turns(self, seed: int) -> list[tuple[list[Feedback], list[tuple[Feedback, ...]], int]]:
+        """The requests to learn, in turn, with the other answers to each and the limit they were recorded with: a list a trace, or one of all."""
         chosen = []
         for traced, count in zip(self.traces, self.counts, strict=True):
-            pairs = list(zip(traced.stream, traced.again or traced.stream, strict=True))
+            pairs = list(zip(traced.stream, traced.again, strict=True))
             chosen.append((shuffled(pairs, seed)[:count], traced.max_new_tokens))
         if self.args.mixed:
             together = [pair for pairs, _ in chosen for pair in pairs]
             chosen = [(shuffled(together, seed), max(limit for _, limit in chosen))]
-        return [
-            ([request for request, _ in pairs], [again for _, again in pairs] if self.args.again else None, limit)
-            for pairs, limit in chosen
-        ]
+        return [([request for request, _ in pairs], [again for _, again in pairs], limit) for pairs, limit in chosen]
 
 
 def learning_of(assistant: OnlineAssistant, began: float) -> dict:
@@ -230,23 +228,25 @@ def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[
     return [[int(hits.nansum()), int((~hits.isnan()).sum())] for hits in assistant.score(held_back)]
 
 
-def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, again: bool = False) -> Traced:
-    """A domain's shards, cut to `top_k`, with those of its parts that are asked for.
+def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, again: int = 0) -> Traced:
+    """A domain's shards, cut to `top_k`, with those of its parts that are asked for: of other answers to its requests so many to each.
 
     Raises:
         OSError: if there are none.
         ValueError: if one is damaged, too few prompts are held back, or not every request has been answered again.
     """
-    parts: dict[str, list[Feedback]] = {"held_back": [], "stream": [], "again": []}
+    others = [again_part(n) for n in range(again if stream else 0)]
+    names = ["held_back", *(["stream"] if stream else []), *others]
+    parts: dict[str, list[Feedback]] = {name: [] for name in names}
     limits, digest = set(), hashlib.sha256()
-    for part in ("held_back", *(["stream"] if stream else []), *(["again"] if again else [])):
+    for part in names:
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
             digest.update(path.read_bytes())
             parts[part] += [request.sparser(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
         if not parts[part]:
-            flag = " --again 0.7" if part == "again" else ""
+            flag = f" --again 0.7 --times {again}" if part in others else ""
             raise FileNotFoundError(
                 f"No trace {part}-….safetensors in {folder}; make one with recipes/record.py{flag}."
             )
@@ -254,14 +254,16 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         raise ValueError(
             f"{folder} has {len(parts['held_back'])} prompts held back and `held_back` is {held_back}; lower it."
         )
-    if again and [r.prompt_length for r in parts["stream"]] != [r.prompt_length for r in parts["again"]]:
-        raise ValueError(
-            f"{folder} has {len(parts['stream'])} requests, and {len(parts['again'])} answered again, not the same; record both with one command."
-        )
+    requests = parts.get("stream", [])
+    for part in others:
+        if [one.prompt_length for one in parts[part]] != [one.prompt_length for one in requests]:
+            raise ValueError(
+                f"{folder} has {len(requests)} requests and {len(parts[part])} in {part}-…, not of the same; record both with one command."
+            )
     return Traced(
         folder.name,
-        parts["stream"],
-        parts["again"],
+        requests,
+        list(zip(*(parts[part] for part in others), strict=True)) if others else [()] * len(requests),
         parts["held_back"][:held_back],
         max(limits),
         digest.hexdigest(),

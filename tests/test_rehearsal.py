@@ -38,6 +38,15 @@ def test_each_prompt_is_answered_again_once_the_latest_first(target, draft):
     assert len(assistant.buffer.requests()[-1]) == 3
 
 
+def test_several_times_each_comes_after_once_each(target, draft):
+    assistant = assistant_of(draft)
+    rehearsal = Rehearsal(assistant, target, times=2)
+    serve(target, assistant, PROMPTS[:3])
+    assert [rehearsal.run(most=2) for _ in range(4)] == [2, 2, 2, 0]
+    answered = prompts_of(assistant.buffer.requests()[3:])
+    assert answered == [PROMPTS[i][0].tolist() for i in (2, 1, 0, 2, 1, 0)]
+
+
 def test_answers_are_sampled_and_say_what_the_target_says_there(target, draft):
     torch.manual_seed(0)
     assistant = assistant_of(draft)
@@ -127,5 +136,7 @@ def test_what_cannot_be_rehearsed_is_refused(target, draft, tiny_llama):
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="above 0"):
             Rehearsal(assistant, target, temperature)
+    with pytest.raises(ValueError, match="`times` is 0"):
+        Rehearsal(assistant, target, times=0)
     with pytest.raises(ValueError, match="this process"):
         Rehearsal(OnlineAssistant(), target)

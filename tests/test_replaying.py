@@ -90,7 +90,8 @@ def test_no_target_and_no_prediction_that_was_learnt_first(target, trace):
 
 def test_other_answers_are_learnt_beside_their_requests(target, trace):
     """Not those of what is held back; and none is judged or counted as a request."""
-    other = record_answers(target, PROMPTS, LONGEST, top_k=64, dtype=torch.float32, temperature=1.0)
+    other = [record_answers(target, PROMPTS, LONGEST, dtype=torch.float32, temperature=1.0) for _ in range(2)]
+    other = list(zip(*other, strict=True))
     assistant, alone = (
         OnlineAssistant(grow_draft(target), learning(held_back_share=0.25, top_k=5, update_interval=6))
         for _ in range(2)
@@ -100,13 +101,13 @@ def test_other_answers_are_learnt_beside_their_requests(target, trace):
     held = {tuple(request.tokens.tolist()) for request in assistant.learner.held.requests()}
     assert len(assistant.learner.held) == len(alone.learner.held) == 4
     expected = []
-    for request, answer in zip(trace, other, strict=True):
+    for request, answers in zip(trace, other, strict=True):
         if tuple(request.tokens.tolist()) not in held:
-            expected += [request.tokens.tolist(), answer.tokens.tolist()]
+            expected += [request.tokens.tolist(), *(answer.tokens.tolist() for answer in answers)]
     assert [request.tokens.tolist() for request in assistant.buffer.requests()] == expected
     assert {request.top_ids.shape[1] for request in assistant.buffer.requests()} == {5}
     assert assistant.stats.updates > alone.stats.updates
-    with pytest.raises(ValueError, match="15 answers for 16 requests"):
+    with pytest.raises(ValueError, match="of 15 requests and there are 16"):
         next(replay(alone, trace, LONGEST, other[:15]))
 
 

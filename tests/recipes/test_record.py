@@ -105,18 +105,24 @@ def test_another_answer_to_each_request_is_recorded_where_asked_for(run, target_
     assert run("--again", "1.5") == 0
     assert run.recorded == [4, 4, 3, 4], "what was recorded without them stays"
     assert {name: files(run.out)[name] for name in FILES} == before
-    assert set(files(run.out)) == FILES | {name.replace("stream", "again") for name in FILES if "stream" in name}
+    again1, again2 = (
+        {name.replace("stream", part) for name in FILES if "stream" in name} for part in ("again1", "again2")
+    )
+    assert set(files(run.out)) == FILES | again1
     requests, ids = trace(run.out, "one", "stream")
-    again, of = trace(run.out, "one", "again")
+    again, of = trace(run.out, "one", "again1")
     assert of == ids
     assert all(one.sampled and not other.sampled for one, other in zip(again, requests, strict=True))
     prompts = [[one.tokens[: one.prompt_length].tolist() for one in part] for part in (again, requests)]
     assert prompts[0] == prompts[1]
     assert any(one.answer.tolist() != other.answer.tolist() for one, other in zip(again, requests, strict=True))
 
-    (run.out / "one" / "again-00004.safetensors").unlink()
-    assert run("--again", "1.5") == 0
-    assert [one.tokens.tolist() for one in trace(run.out, "one", "again")[0]] == [one.tokens.tolist() for one in again]
+    (run.out / "one" / "again1-00004.safetensors").unlink()
+    assert run("--again", "1.5", "--times", "2") == 0
+    assert set(files(run.out)) == FILES | again1 | again2
+    first, second = ([one.tokens.tolist() for one in trace(run.out, "one", part)[0]] for part in ("again1", "again2"))
+    assert first == [one.tokens.tolist() for one in again], "wherever it goes on"
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > len(first) // 2
 
 
 def test_a_trace_says_what_it_is_of_and_is_its_owners_alone(run, target_dir):

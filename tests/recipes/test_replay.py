@@ -98,25 +98,26 @@ def test_other_answers_are_learnt_beside_their_requests(target_dir, traces, tmp_
     both = ",".join(str(tmp_path / "traces" / name) for name in ("left", "right"))
     log, streams = tmp_path / "runs.jsonl", ",".join(str(traces / f"{name}.jsonl") for name in ("left", "right"))
     given = flags(target_dir, traces, "--trace", both, "--requests", "8,4", "--mixed", mixed, "--log", str(log))
-    assert replay.main([*given, "--again", "true"]) == 2, "there are none yet"
+    assert replay.main([*given, "--again", "2"]) == 2, "there are none yet"
     recording = f"--target {target_dir} --stream {streams} --requests 12 --held_back 5 --max_new_tokens 8 --output_dir {tmp_path / 'traces'}"
-    assert record.main([*recording.split(), "--again", "1.0", "--threads", "1"]) == 0
+    assert record.main([*recording.split(), "--again", "1.0", "--times", "2", "--threads", "1"]) == 0
     learnt, beside = [], replay.replay
 
     def seen(assistant, requests, limit, again):
-        learnt.extend(zip(requests, again or requests, strict=True))
+        learnt.extend(zip(requests, again, strict=True))
         return beside(assistant, requests, limit, again)
 
     monkeypatch.setattr(replay, "replay", seen)
-    assert replay.main(given) == replay.main([*given, "--again", "true"]) == 0
+    assert replay.main(given) == replay.main([*given, "--again", "2"]) == 0
     alone, again = (json.loads(line) for line in log.read_text().splitlines())
-    assert (alone["again"], again["again"]) == (False, True)
-    assert again["learned_tokens"] > 1.5 * alone["learned_tokens"]
+    assert (alone["again"], again["again"]) == (0, 2)
+    assert again["learned_tokens"] > 2 * alone["learned_tokens"]
     assert len(again["prequential"]) == len(alone["prequential"]) == 12
-    for request, other in learnt[12:]:
-        assert other.sampled
-        prompts = [one.tokens[: one.prompt_length].tolist() for one in (request, other)]
-        assert prompts[0] == prompts[1]
+    assert all(others == () for _, others in learnt[:12])
+    for request, others in learnt[12:]:
+        assert [other.sampled for other in others] == [True, True]
+        prompts = [one.tokens[: one.prompt_length].tolist() for one in (request, *others)]
+        assert prompts[0] == prompts[1] == prompts[2]
 
 
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
