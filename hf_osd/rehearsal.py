@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd.background import BackgroundLearner
+from hf_osd.draft_context import draft_window
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.recording import record_answers
@@ -79,7 +80,7 @@ class Rehearsal:
         return [one for times, one in sorted(often, key=lambda pair: pair[0]) if times < self.times]
 
     def run(self, most: int = 8, max_new_tokens: int | None = None) -> int:
-        """Rehearse some of what waits, and learn if an update is due.
+        """Rehearse some of what waits, and learn if an update is due. Draws the process's random numbers, as any sampled `generate` does.
 
         Args:
             most (`int`): requests, at most.
@@ -89,6 +90,7 @@ class Rehearsal:
             `int`: how many answers that made; 0 when there is nothing left to do.
         """
         assistant = self.assistant
+        window = draft_window(assistant.serving.active)
         assistant.take_in()
         chosen = self.waiting()[:most]
         if chosen:
@@ -103,6 +105,7 @@ class Rehearsal:
             )
             for request, answer in zip(chosen, answers, strict=True):
                 self._answered[request] = self._answered.get(request, 0) + 1
-                assistant.buffer.add(answer)
+                if len(answer.tokens) <= window:  # of the end of a longer one the draft has no positions to learn at
+                    assistant.buffer.add(answer)
             assistant.update()
         return len(chosen)

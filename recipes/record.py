@@ -118,9 +118,8 @@ def _record_part(
         }
         if temperature:
             facts["temperature"] = str(temperature)
-            torch.manual_seed(
-                (config.seed or 0) + offset + start
-            )  # of the shard: wherever a recording goes on, it is the same
+            # Of the shard: wherever a recording goes on, it is the same.
+            torch.manual_seed((config.seed or 0) + offset + start)
         if path.is_file():
             recorded = read_trace(path)[1]
             changed = [name for name, value in facts.items() if recorded.get(name) != value]

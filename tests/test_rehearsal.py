@@ -126,6 +126,18 @@ def test_nor_one_that_was_kept_over_a_restart(target, draft, tmp_path):
     assert Rehearsal(after, target).run() == 0
 
 
+def test_an_answer_longer_than_the_drafts_window_is_not_learnt(target):
+    short = grow_draft(target)
+    short.config.max_position_embeddings = 24
+    assistant = assistant_of(short)
+    serve(target, assistant, PROMPTS[:2])
+    rehearsal = Rehearsal(assistant, target, times=2)
+    assert rehearsal.run(max_new_tokens=30) == 2
+    assert len(assistant.buffer) == 2
+    assert rehearsal.run() == 2
+    assert len(assistant.buffer) == 4
+
+
 def test_what_cannot_be_rehearsed_is_refused(target, draft, tiny_llama):
     for config in ({"learn": "off"}, {"learn": "process"}):
         with assistant_of(draft, **config) as assistant, pytest.raises(ValueError, match="learn='inline'"):
