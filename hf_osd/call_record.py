@@ -60,9 +60,8 @@ class CallRecord:
         self.thread = threading.get_ident()
         self.model: PreTrainedModel | None = None  # the leased draft
         self.private = False  # whether nothing of it is to be kept
-        self.of_tokens = (
-            False  # whether the target reads a prompt of tokens that are the draft's too, and nothing else
-        )
+        # Whether the target reads a prompt of tokens that are the draft's too, and nothing else.
+        self.of_tokens = False
         self.running: RunningCall | None = None  # None if generate's own loop does not run it
         self.head_usage: HeadUsage | None = None  # of a head of some rows
         self.text: CallText | None = None  # as the suffix cache has it,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,3 +57,13 @@ def check_numbers(args: Any, least: dict[str, int]):
         value = getattr(args, name)
         if value is not None and value < lowest:
             raise ValueError(f"`{name}` is {value}; give a whole number ≥ {lowest}.")
+
+
+def check_temperature(args: Any, name: str):
+    """The field is a temperature to sample at, or 0 for not at all.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if not 0 <= (value := getattr(args, name)) < math.inf:
+        raise ValueError(f"`{name}` is {value}; give a temperature above 0, such as 0.7, or leave it out.")

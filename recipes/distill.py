@@ -9,14 +9,13 @@ described in docs/recipes.md. Logic that a library user would want is in hf_osd.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from command import check_numbers, run_command
+from command import check_numbers, check_temperature, run_command
 from models import (
     EMBEDDED,
     EMBEDDED_FACTS,
@@ -99,10 +98,7 @@ class DistillArguments(ModelArguments):
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
         least |= {"log_every": 1, "batch_answers": 1, "threads": 1, "sync_every": 1, "weights_every": 1}
         check_numbers(self, least)
-        if not 0 <= self.rehearse < math.inf:
-            raise ValueError(
-                f"`rehearse` is {self.rehearse}; give a temperature above 0, such as 0.7, or leave it out."
-            )
+        check_temperature(self, "rehearse")
 
 
 @dataclass

@@ -86,9 +86,10 @@ class Overhead:
         """Updates as the learner makes them, against the bare forward, backward and step of the same batches, in turn."""
         assistant = OnlineAssistant(self.draft, self.config)
         learner = assistant.learner
+        ensemble = learner.ensemble
         # Before the trainer patches forward: a later copy would run the original's weights.
-        bare = copy.deepcopy(learner.ensemble.members[0].module)
-        trainer = learner.ensemble.members[0].trainer
+        bare = copy.deepcopy(ensemble.members[0].module)
+        trainer = ensemble.members[0].trainer
         feedback = self.answers[: self.interval]
         replayed = round(self.config.replay * len(feedback))
         optimizer = torch.optim.AdamW(
@@ -124,9 +125,7 @@ class Overhead:
             "whole_head_seconds_over_bare": spread(whole_head),
             "tokens_an_update": tokens,
             "failed_updates": learner.failed,
-            "learner_dtype": "float32"
-            if learner.ensemble.autocast_dtype is None
-            else str(learner.ensemble.autocast_dtype),
+            "learner_dtype": "float32" if ensemble.autocast_dtype is None else str(ensemble.autocast_dtype),
         }
 
     @torch.no_grad()

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command import check_numbers, run_command
+from command import check_numbers, check_temperature, run_command
 from models import TargetArguments, encode_rows, load_target, shuffled, use_threads
 from tqdm import tqdm
 
@@ -51,8 +50,7 @@ class RecordArguments(TargetArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.again < math.inf:
-            raise ValueError(f"`again` is {self.again}; give a temperature above 0, such as 0.7, or leave it out.")
+        check_temperature(self, "again")
         check_numbers(
             self,
             {
@@ -118,8 +116,6 @@ def _record_part(
         }
         if temperature:
             facts["temperature"] = str(temperature)
-            # Of the shard: wherever a recording goes on, it is the same.
-            torch.manual_seed((config.seed or 0) + offset + start)
         if path.is_file():
             recorded = read_trace(path)[1]
             changed = [name for name, value in facts.items() if recorded.get(name) != value]
@@ -128,6 +124,8 @@ def _record_part(
                     f"{path} was recorded with another {', '.join(changed)}; choose another --output_dir, or delete it."
                 )
             continue
+        if temperature:  # of the shard: wherever a recording goes on, it is the same
+            torch.manual_seed((config.seed or 0) + offset + start)
         began = time.perf_counter()
         answers = record_answers(
             target,

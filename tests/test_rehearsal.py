@@ -86,9 +86,8 @@ def test_the_draft_gets_better_at_what_the_target_might_have_said(target, learn)
         before = torch.cat(assistant.score(answers)).nanmean()
         assert assistant.flush()
         for _ in range(5):
-            assert (
-                Rehearsal(assistant, target).run() == 4
-            )  # another one each time, that knows of nothing that was done
+            # Another one each time, that knows of nothing that was done.
+            assert Rehearsal(assistant, target).run() == 4
             assert assistant.flush()
         assert torch.cat(assistant.score(answers)).nanmean() > before + 0.02
 
