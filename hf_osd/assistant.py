@@ -30,7 +30,7 @@ from hf_osd.prefill import KnownTexts, Prefill
 from hf_osd.remote import RemoteLearner
 from hf_osd.report import report
 from hf_osd.saving import SavableAssistant
-from hf_osd.scoring import judge, learners_autocast
+from hf_osd.scoring import Judged, judge, learners_autocast
 from hf_osd.serving import NoServing, ServingDraft, copy_draft, embedding_names
 from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
@@ -370,7 +370,7 @@ class OnlineAssistant(SavableAssistant):
         See [`hf_osd.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
         """
         self._needs_draft("score")
-        return [overlap for overlap, _ in self._judge(feedback)]
+        return [judged.overlap for judged in self._judge(feedback)]
 
     # How calls end.
 
@@ -404,6 +404,8 @@ class OnlineAssistant(SavableAssistant):
                 self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:
                 self._stats.observe_call(record.stats)
+            if self.learner is not None:
+                self.learner.note_served(record.stats.seconds)
             if feedback is not None and self.learner is not None:
                 if record.of_tokens:
                     self.of_tokens.add(feedback)
@@ -415,11 +417,11 @@ class OnlineAssistant(SavableAssistant):
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
         try:
-            [(overlap, confidence)] = self._judge([feedback], wait=False)
+            [(overlap, confidence, _)] = self._judge([feedback])
         except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
             logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
             return feedback
-        if self.head is not None:  # the learner's is whole: the draft as it serves could not have said all that
+        if self.head is not None:  # judged was a whole head: the draft as it serves could not have said all that
             overlap *= self.head.could_say(record.prompt, record.answer)
         unknown &= ~overlap.isnan()
         self.lookahead.observe_shadow(overlap[unknown].tolist(), confidence[unknown].tolist())
@@ -431,11 +433,8 @@ class OnlineAssistant(SavableAssistant):
         record.stats.overlap_sum, record.stats.overlap_count = float(known.sum()), len(known)
         return feedback
 
-    def _judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]]:
-        """See [`hf_osd.scoring.judge`]: the learner's draft, or the one that serves where the learner is busy, elsewhere, or none."""
-        judged = self.learner.judge(feedback, wait) if self.learner is not None else None
-        if judged is not None:
-            return judged
+    def _judge(self, feedback: list[Feedback]) -> list[Judged]:
+        """What the draft that serves says, see [`hf_osd.scoring.judge`]."""
         model = self.serving.lease()
         try:
             with learners_autocast(model.device.type, None):

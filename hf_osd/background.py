@@ -107,7 +107,7 @@ class BackgroundLearner:
     ):
         self._after_update = after_update
         self._most = config.requests_an_update
-        self.pace = Pace(config.learning_budget, busy, worked)
+        self.pace = Pace(config.share_of_time(config.learn), busy, worked)
         self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
         self.restarts, self._prepared = 0, False
         self._wake, self._imported = threading.Event(), threading.Event()
@@ -121,12 +121,11 @@ class BackgroundLearner:
             raise AttributeError(name)
         return getattr(self.learner, name)
 
-    def offer(self, feedback: Feedback) -> bool:
-        """Put a request into the buffer, or hold it back, and learn from it when that is due."""
-        learnt = self.learner.offer(feedback)
+    def offer(self, feedback: Feedback):
+        """Put a request into the buffer, and learn from it when that is due."""
+        self.learner.offer(feedback)
         if self.due():
             self.update(wait=False)
-        return learnt
 
     def due(self) -> bool:
         return self.learner.due()
@@ -138,7 +137,8 @@ class BackgroundLearner:
             try:
                 self.prepare()
             except Exception:  # in the middle of somebody's call, maybe
-                self.learner.failed, self.learner.misses = self.learner.failed + 1, self.learner.misses + 1
+                self.learner.failed += 1
+                self.learner.schedule.failed()
                 logger.exception(
                     "The trainer could not be made; the serving draft is as it was, and it is tried again after more requests."
                 )
@@ -147,14 +147,9 @@ class BackgroundLearner:
             self._start()
             self._wake.set()
             return False
-        before = self.learner.updates
         with self._hurried(), contextlib.suppress(Stopped):  # closed meanwhile
-            self.learner.update(wait=True)
-        return self.learner.updates > before
-
-    def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
-        """As [`Learner.judge`], but `None` while the thread learns: that may take long, and the serving draft can be asked."""
-        return self.learner.judge(feedback, wait=False)
+            return self.learner.update(wait=True)
+        return False
 
     def take(self, weights: Mapping[str, Tensor]):
         with self._hurried():
@@ -205,7 +200,7 @@ class BackgroundLearner:
                 return
             if self._thread is not None:
                 self.restarts += 1
-                self.learner.misses += 1
+                self.learner.schedule.failed()
                 logger.error(
                     "The learner's thread was dead; another one takes over, and the serving draft is as it was."
                 )

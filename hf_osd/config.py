@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 
@@ -53,9 +55,10 @@ class OnlineConfig:
         learn (`str` or `bool`, defaults to `"inline"`):
             When to learn: `"inline"` (or `True`), between requests, in the thread that serves; `"background"`, in a thread beside it; `"process"`, in
             a process of its own, which is kinder to a CPU that serves; `"off"` (or `False`) captures nothing and serves the draft as it is.
-        learning_budget (`float`, defaults to 0.1):
-            The share of the time that learning may take while a call is served; it takes all there is while none is. In the background that is time
-            on the wall; in a process time of one core, which at its low priority may stretch over much more.
+        learning_budget (`float`, *optional*):
+            The share of the time that learning may take; a third inline, else a tenth, if left out. Inline that is of all the time that calls and learning
+            take together, and an update learns as much as fits; beside serving it is of the time in which a call is served, and learning takes all there
+            is while none is: in the background time on the wall, in a process that of one core, which at its low priority may stretch over much more.
         learner_device (`str`, *optional*):
             Where to learn, such as `"cuda:1"`; the draft's device if left out.
         learner_threads (`int`, defaults to 1):
@@ -74,11 +77,11 @@ class OnlineConfig:
             An update is also due once this many new tokens wait.
         update_age (`float`, *optional*):
             An update is also due once the oldest new feedback is this many seconds old.
-        held_back_share (`float`, defaults to 0.0625):
-            Share of the requests that are not learnt from: the draft's α on them says, without flattering it, how it does.
-        gate_tolerance (`float`, defaults to 0.02):
-            By how much α on these may fall for what was learnt to serve; it must fall by more than chance lets it, too. Checked on a few of them
-            at every update, and on all whenever learning has paid for that.
+        gate (`bool`, defaults to `True`):
+            Whether what was learnt serves only once requests that came since, judged before they are learnt, say that it is better, or no worse. Without
+            it all that is learnt serves at once, as in the paper.
+        gate_tolerance (`float`, defaults to 0.01):
+            By how much α may be lower for "no worse".
         positions (`str`, defaults to `"all"`):
             `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
         prompt_positions (`int`, defaults to 256):
@@ -99,7 +102,10 @@ class OnlineConfig:
             Empty the buffer after an update, as Algorithm 1 does.
         batch_size (`int`, *optional*, defaults to 2):
             Requests an optimizer step. `None` puts the whole update into one step.
-        learning_rate (`float`, defaults to 1e-3), weight_decay (`float`, defaults to 0.0),
+        learning_rate (`float` or `"auto"`, defaults to `"auto"`):
+            `"auto"` tries a few rates, each with one pass and with as many as replay makes, on the first requests, goes on with the one that did best on the
+            next, goes lower where what was learnt was worse, and up again where it was better. A number is obeyed.
+        weight_decay (`float`, defaults to 0.0),
         max_grad_norm (`float`, defaults to 1.0), warmup_steps (`int`, defaults to 10), optim (`str`, defaults to
         `"adamw_torch_fused"`):
             As in `TrainingArguments`; the warm-up runs once, not once an update.
@@ -142,7 +148,7 @@ class OnlineConfig:
     draft_head_rows: int = 8192
     draft_head_rank: int = 64
     learn: str = "inline"
-    learning_budget: float = 0.1
+    learning_budget: float | None = None
     learner_device: str | None = None
     learner_threads: int = 1
     top_k: int = 64
@@ -152,8 +158,8 @@ class OnlineConfig:
     update_interval: int = 8
     update_tokens: int | None = None
     update_age: float | None = None
-    held_back_share: float = 0.0625
-    gate_tolerance: float = 0.02
+    gate: bool = True
+    gate_tolerance: float = 0.01
     positions: str = "all"
     prompt_positions: int = 256
     divergence: str = "forward_kl"
@@ -163,7 +169,7 @@ class OnlineConfig:
     replay_by: str = "uniform"
     clear_after_update: bool = False
     batch_size: int | None = 2
-    learning_rate: float = 1e-3
+    learning_rate: str = "auto"  # or a number; flags know one type
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup_steps: int = 10
@@ -208,18 +214,21 @@ class OnlineConfig:
             "gate_tolerance",
         ):
             self._at_least(name, 0)
-        for name in ("draft_cost", "buffer_age", "update_age", "learning_rate"):
+        for name in ("draft_cost", "buffer_age", "update_age"):
             value = getattr(self, name)
-            if (value is not None or name == "learning_rate") and not (_is_number(value) and value > 0):
+            if value is not None and not (_is_number(value) and value > 0):
                 raise ValueError(f"`{name}` is {value!r}; give a number above 0.")
+        # As a flag has it, which is text where it may also be a word.
+        with contextlib.suppress(ValueError, TypeError):
+            self.learning_rate = "auto" if self.learning_rate == "auto" else float(self.learning_rate)
+        if self.learning_rate != "auto" and not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
+            raise ValueError(f"`learning_rate` is {self.learning_rate!r}; give a number above 0, or 'auto'.")
         for name in ("assistant_confidence_threshold", "beta"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"`{name}` is {value!r}; give a number from 0 to 1.")
-        if not (_is_number(self.learning_budget) and 0 < self.learning_budget <= 1):
-            raise ValueError(f"`learning_budget` is {self.learning_budget!r}; give a share above 0 up to 1.")
-        if not (_is_number(self.held_back_share) and 0 <= self.held_back_share <= 0.5):
-            raise ValueError(f"`held_back_share` is {self.held_back_share!r}; give a number from 0 to 0.5.")
+        if self.learning_budget is not None and not (_is_number(self.learning_budget) and 0 < self.learning_budget <= 1):
+            raise ValueError(f"`learning_budget` is {self.learning_budget!r}; give a share above 0 up to 1, or None.")
         if not (_is_number(self.averaging) and 0 <= self.averaging < 1):
             raise ValueError(f"`averaging` is {self.averaging!r}; give a number from 0 to below 1, such as 0.95.")
         if self.ensemble is not None and not (
@@ -255,9 +264,18 @@ class OnlineConfig:
         return self.learn != "off"
 
     @property
+    def passes(self) -> float:
+        """How often a request is learnt, on average, replay included."""
+        return 1 + self.replay
+
+    @property
     def requests_an_update(self) -> int:
         """Requests learnt in an update of `update_interval` new ones, replay included."""
-        return round(self.update_interval * (1 + self.replay))
+        return round(self.update_interval * self.passes)
+
+    def share_of_time(self, learn: str) -> float:
+        """`learning_budget`, or what it is where it is left out."""
+        return self.learning_budget or (1 / 3 if learn == "inline" else 0.1)
 
     @classmethod
     def paper(cls, **overrides) -> OnlineConfig:
@@ -278,7 +296,7 @@ class OnlineConfig:
             "warmup_steps": 0,
             "averaging": 0.0,
             "tail_samples": None,
-            "held_back_share": 0.0,
+            "gate": False,
         }
         return cls(**{**preset, **overrides})
 

@@ -15,7 +15,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distributed import Ranks
 from hf_osd.feedback import Feedback
 from hf_osd.member import Member, swap_weights
-from hf_osd.scoring import judge, learners_autocast, learners_dtype
+from hf_osd.scoring import Judged, judge, learners_autocast, learners_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,14 +57,19 @@ class Ensemble:
                 trainable,
                 buffer,
                 config,
-                learning_rate=factor * config.learning_rate,
+                learning_rate=factor,
                 autocast_dtype=self.autocast_dtype,
                 after_step=after_step,
                 refreshes=refreshes if i == len(factors) - 1 else None,
             )
             for i, factor in enumerate(factors)
         ]
-        self.losses = [0.0] * len(self.members)
+        self.losses, self._factors = [0.0] * len(self.members), factors
+
+    def set_rate(self, rate: float):
+        """Learn at this rate from now on; each member at its multiple of it."""
+        for member, factor in zip(self.members, self._factors, strict=True):
+            member.set_rate(factor * rate)
 
     @property
     def shares(self) -> list[float]:
@@ -89,7 +94,7 @@ class Ensemble:
         for i, member in enumerate(self.members if len(self.members) > 1 else []):
             weights = None if member.serves_as_is else member.serving_weights()
             with self._ranks.together():
-                overlap = torch.cat([torch.zeros(0), *(overlap for overlap, _ in self._judge(member, new, weights))])
+                overlap = torch.cat([torch.zeros(0), *(judged.overlap for judged in self._judge(member, new, weights))])
             overlap = overlap[~overlap.isnan()]
             total, count = self._ranks.sum(float(overlap.double().sum()), len(overlap))
             if count:
@@ -97,15 +102,15 @@ class Ensemble:
 
     def judge(
         self, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Expected acceptance and confidence, see [`hf_osd.scoring.judge`], of `weights`, or of what is to serve."""
+    ) -> list[Judged]:
+        """What is said of requests, see [`hf_osd.scoring.judge`], of `weights`, or of what is to serve."""
         if weights is None and not (len(self.members) == 1 and self.members[0].serves_as_is):
             weights = self.serving_weights()
         return self._judge(self.members[0], feedback, weights)
 
     def _judge(
         self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[Judged]:
         """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
         kept = None if weights is None else swap_weights(member.module, weights)
         try:

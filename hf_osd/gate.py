@@ -1,209 +1,170 @@
-"""`Gate`: whether what was learnt may serve. It is given scores of drafts on requests held back from learning, and knows neither models nor clocks."""
+"""`Gate`: whether what was learnt may serve. It is given scores of drafts on requests that none of them has learnt from, and knows neither models nor clocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
 
-import torch
 from torch import Tensor
 
 from hf_osd.distributed import Ranks
-from hf_osd.feedback import Feedback
-from hf_osd.held_back import JUDGED_SHARE, Estimate, HeldBack, bootstrap, compare
+from hf_osd.evidence import Evidence, gathered
 
-# Of the rows that may be judged, the share for a look at every update; the rest pays for all that is held, every few updates.
-_QUICK_SHARE = 1 / 3
-# Requests that must have a say for a draft to be turned away.
-_LEAST = 5
-# What requests that got worse may have lost, in α averaged over all that are held back; and what a part of them may have. Between two drafts of like worth
-# that mean is a few hundredths, for each gains where the other loses, and some part of several loses as much.
-_HARM = 0.05
-# Requests, in the order they came, that are compared with their floor by themselves: what came at another time cannot pay for them.
-_PART = 10
-# Updates from one full check to the next at most, whether or not learning has paid for it; and, after one that failed, updates that must each pass one.
-_INTERVAL, _PROBATION = 32, 4
-
-Judge = Callable[[Sequence[Feedback]], list[Tensor]]
+# The evidence that a decision takes, as an e-value: it errs at most once in so many, however often it was looked for.
+ODDS = 20.0
+# What it takes to stay with what was: harm is to end sooner than a gain is believed in, and nothing is lost by that but time.
+BACK = 4.0
+# Requests, the last ones, on which the static draft is compared with the accepted one also by themselves: traffic that has changed shows there first.
+WINDOW = 16
+# By how much a candidate may be worse than the static draft on requests of before; and the step, in requests, in which they are looked at from the oldest on,
+# for what traffic has become since cannot pay for what it was.
+HARM, PART = 0.05, 8
+# Looks at a candidate before a newer one takes its place; twice as many after each that nothing was decided on.
+PATIENCE = 4
 
 
-class Rejected(Exception):
-    """What was learnt may not serve. `since_check` if all that was learnt since the last full check is to go, not this update alone."""
+class Verdict(Enum):
+    """What is to become of a candidate."""
 
-    def __init__(self, reason: str, since_check: bool):
-        super().__init__(reason)
-        self.since_check = since_check
+    WAIT = "wait"
+    ACCEPT = "accept"
+    DROP = "drop"
+    REPLACE = "replace"
 
 
 class Gate:
-    """Compares a draft that wants to serve, request by request, with those before it.
+    """Compares three drafts on every request, before it is learnt: the *static* one, as it was before any learning; the *accepted* one, the last that was let
+    through; and the *candidate*, which has learnt more. At first the accepted one is the static one.
 
-    A *full check* judges all that is held back, whenever learning has paid for it, in two ways. The mean: α must not have fallen by more than the
-    tolerance since the last full check; nor be lower than with the *static* draft, the one before any learning, unless it is on its way up. And the harm: a
-    draft must not fall below the *floor* of requests, neither on those that came at about the same time nor, beyond what is noise, on scattered ones; so that
-    traffic which is easily learnt cannot pay for what it breaks elsewhere. The floor of a request is what the static draft has there, or what served it as
-    it came if that was less: what had been lost by then is no harm of what is learnt since, or a domain that was forgotten could not be learnt again. Nor is
-    it a gain to be back where the static draft is, which could pay for others. Harm is not judged against the last check alone: small losses, of which each
-    may be chance, would add up. Between full checks a few of the requests are judged at each update, enough to see a draft that fell; after one that failed
-    each update is checked in full, until several have passed.
+    1. A candidate is accepted once requests that came since say, at odds of `ODDS` to 1 against chance, that it is worse by less than the tolerance than the
+       accepted draft, and than the static one; unless the oldest of the requests of before say, at odds of `BACK` to 1, that it is worse there than the static
+       one by more than `HARM`.
+    2. It is dropped, with what was learnt since the accepted one, once they say at the same odds that it is worse than that.
+    3. The accepted draft serves; but the static one does from when the requests since that was accepted, or the last `WINDOW` ones, say at odds of `BACK` to 1
+       that the static one is better, until they say at odds of `ODDS` to 1 that it is not.
+
+    The odds are those of [`hf_osd.evidence.Evidence`]: those of 1 and 2 stay valid however often one looks, which is at each update. The best of several
+    candidates takes so many times the odds.
 
     Args:
-        held (`HeldBack`): the requests.
-        tolerance (`float`): by how much α may fall.
-        judge (`Judge`), judge_static (`Judge`): expected acceptance of the draft that wants to serve, and of the static one, at each position: `(N,)` a
-            request.
-        ranks (`Ranks`, *optional*): with which the requests are pooled, each having its own; all come to the same decision.
+        tolerance (`float`): by how much α may be lower.
+        ranks (`Ranks`, *optional*): with which evidence is summed, each having its own requests; all come to the same decision.
     """
 
-    def __init__(
-        self, held: HeldBack, tolerance: float, judge: Judge, judge_static: Judge, ranks: Ranks | None = None
-    ):
-        self.held, self.tolerance, self._judge, self._judge_static = held, tolerance, judge, judge_static
-        self._ranks = ranks or Ranks()
-        self._checked: dict[Feedback, Tensor] = {}  # scores at the last full check that was passed
-        self._static: dict[Feedback, Tensor] = {}
-        self._forgiven: dict[Feedback, float] = {}  # how far below the static draft its floor is, in α
-        self._sample: dict[Feedback, Tensor] = {}  # what each update is judged by, with scores of what serves
-        # Whether, on all that is held back, the static draft is worse than that of the last check: then it is nothing to go back to.
-        self.static_is_worse = False
-        self._updates = self._probation = 0  # since the last full check; that must each pass one
+    def __init__(self, tolerance: float, ranks: Ranks | None = None):
+        self.tolerance, self._ranks = tolerance, ranks or Ranks()
+        self.reset()
 
-    def check(self, learned_rows: int, update_rows: int) -> Estimate | None:
-        """Judge the draft that has learnt `learned_rows` in all, `update_rows` of them in this update. The estimate of its α after a full check.
+    def reset(self):
+        """Another draft is the static one, and accepted; there is no candidate."""
+        self.serves_static = False
+        self.patience = PATIENCE
+        self._since_accepted = Looks()  # at the accepted against the static draft
+        self.begin()
 
-        Raises:
-            Rejected: if it may not serve.
+    def begin(self, choices: int = 1):
+        """There is another candidate, or none. If it is the best of several on the first requests that it will be judged by, `choices` says of how many."""
+        self._choices = choices
+        self._against_accepted = Evidence()
+        self._against_static = Looks()
+
+    def observe(
+        self, static: Sequence[Tensor], accepted: Sequence[Tensor], candidate: Sequence[Tensor] | None
+    ) -> Verdict:
+        """Scores of the three on new requests, float `(N,)` each, NaN without a target; see [`hf_osd.scoring.score`]. Sets `serves_static`.
+
+        Returns:
+            `Verdict`: on the candidate, which the caller then sees through; `WAIT` where there is none.
         """
-        self._updates += 1
-        if not self._due(learned_rows):
-            self._look()
-            return None
-        try:
-            estimate = self._check_all(update_rows)
-        except Rejected:
-            self._updates, self._probation = 0, _PROBATION
-            raise
-        self._updates, self._probation = 0, max(self._probation - 1, 0)
-        return estimate
+        own = [Evidence.of(accepted, static)]
+        if candidate is not None:
+            own += [Evidence.of(candidate, accepted), Evidence.of(candidate, static)]
+        requests, *sums = self._ranks.sum(len(static), *(value for one in own for value in one.values()))
+        requests, (standing, *found) = int(requests), gathered(own, sums)
+        if not standing.positions:
+            return Verdict.WAIT
+        self._since_accepted.add(requests, standing)
+        self._compare_with_static()
+        return self._judge(requests, *found) if found else Verdict.WAIT
 
-    def went_back(self, to_static: bool):
-        """After a failed check: the draft of the last one serves again, or the static one. It is what is compared with from now on, also on requests that came
-        since, which a draft that is no more may have served better."""
-        if to_static:
-            self._checked = dict(self._static)
-            return
-        new = [request for request in self.held.requests() if request not in self._checked]
-        for request, score in zip(new, self._scores(self._judge, new), strict=True):
-            self._checked[request] = score
-            if request in self._static:
-                self._forgiven[request] = max(self._forgiven[request], lost(self._static[request], score))
+    def accept(self) -> bool:
+        """The candidate has become the accepted draft. Whether it is better than that was, beyond chance."""
+        gained = self._against_accepted.better() >= ODDS
+        self._since_accepted = self._against_static
+        self.patience = PATIENCE
+        self._compare_with_static()
+        self.begin()
+        return gained
 
-    def _due(self, learned_rows: int) -> bool:
-        """Whether it is time for a full check: [`HeldBack.due`], of what all ranks hold, have judged and have learnt; or it must not be put off."""
-        rows, judged = self._ranks.sum(sum(held.rows for held in self.held.held()), self.held.judged_rows)
-        must = self._probation > 0 or self._updates >= _INTERVAL
-        return rows > 0 and (must or rows <= JUDGED_SHARE * learned_rows - judged)
+    def breaks(self, static: Sequence[Tensor], candidate: Sequence[Tensor]) -> bool:
+        """Whether a candidate has unlearnt what the static draft knew of requests of before, of which these are the scores, oldest first."""
+        worst, so_far = 0.0, Evidence()
+        for i in range(0, len(static), PART):
+            so_far += Evidence.of(candidate[i : i + PART], static[i : i + PART])
+            worst = max(worst, so_far.worse(-HARM))
+        return self._ranks.any(worst >= BACK * self._ranks.size)
 
-    def _look(self):
-        requests = list(self._sample)
-        scores = self._scores(self._judge, requests)
-        before = self._ranks.gather(list(self._sample.values()))
-        self._compare(before, self._ranks.gather(scores), "what serves", since_check=False)
-        self._sample = dict(zip(requests, scores, strict=True))
+    def state(self) -> dict:
+        """What a restart needs, as JSON has it; without the candidate, which is begun anew."""
+        return {
+            "serves_static": self.serves_static,
+            "patience": self.patience,
+            "since_accepted": self._since_accepted.state(),
+        }
 
-    def _check_all(self, update_rows: int) -> Estimate:
-        requests = self.held.requests()
-        scores = self._scores(self._judge, requests)
-        new = [request for request in requests if request not in self._static]
-        for request, score in zip(new, self._scores(self._judge_static, new), strict=True):
-            self._static[request], self._forgiven[request] = score, lost(score, request.overlap)
-        # Those that came after the last check are compared with the draft that served them.
-        before = [self._checked.get(request, request.overlap) for request in requests]
-        known = [torch.where(b.isnan(), b, score) for b, score in zip(before, scores, strict=True)]
-        there = [torch.where(b.isnan(), b, self._static[request]) for b, request in zip(before, requests, strict=True)]
-        was, known, there = self._ranks.gather(before), self._ranks.gather(known), self._ranks.gather(there)
-        static, now = self._ranks.gather([self._static[request] for request in requests]), self._ranks.gather(scores)
-        floor, floor_then = (self._ranks.gather(self._floor(requests, of)) for of in (scores, before))
-        self.static_is_worse = compare(was, there).surely_worse_than(self.tolerance)
-        self._compare(was, known, "the draft of the last check", since_check=True)
-        # What is on its way up is let through, for it was below before.
-        if compare(was, known).difference <= 0:
-            self._compare(static, now, "the static draft", since_check=True)
-        for part in _parts(len(now)):
-            if compare(was[part], known[part]).difference <= 0:
-                # Several are compared, so chance must be kept out of each the more.
-                tolerance = max(self.tolerance, _HARM)
-                self._compare(floor[part], now[part], "their floor", since_check=True, level=0.98, tolerance=tolerance)
-        harm, low = harm_of(floor, now)
-        if len(now) >= _LEAST and low > _HARM and harm >= harm_of(floor_then, was)[0]:
-            raise Rejected(
-                f"requests on which it is below their floor lost {harm:.3f} in α, averaged over {len(now)} held back",
-                since_check=True,
-            )
-        self._checked = dict(zip(requests, scores, strict=True))
-        self._static, self._forgiven = (
-            {request: of[request] for request in requests} for of in (self._static, self._forgiven)
-        )
-        self._sample = {request: self._checked[request] for request in self._few(requests, update_rows)}
-        served = [SimpleNamespace(overlap=overlap) for overlap in self._ranks.gather([r.overlap for r in requests])]
-        return Estimate.of(served, now)
+    def load_state(self, values: dict):
+        """Go on from `state()`."""
+        self.serves_static, self.patience = values["serves_static"], values["patience"]
+        self._since_accepted = Looks.of_state(values["since_accepted"])
+        self.begin()
 
-    def _floor(self, requests: list[Feedback], scores: list[Tensor]) -> list[Tensor]:
-        """What `scores` of requests are compared with: the static draft's, moved towards them by no more than what is forgiven."""
-        return [
-            self._static[request] - min(self._forgiven[request], lost(self._static[request], score))
-            for request, score in zip(requests, scores, strict=True)
-        ]
+    def _judge(self, requests: int, against_accepted: Evidence, against_static: Evidence) -> Verdict:
+        self._against_accepted += against_accepted
+        self._against_static.add(requests, against_static)
+        odds, both = ODDS * self._choices, (self._against_accepted, self._against_static.total)
+        if self._against_accepted.worse() >= odds:
+            return Verdict.DROP
+        if min(one.better(-self.tolerance) for one in both) >= odds:
+            return Verdict.ACCEPT
+        if self._against_static.count >= self.patience:
+            self.patience *= 2
+            return Verdict.REPLACE
+        return Verdict.WAIT
 
-    def _few(self, requests: list[Feedback], update_rows: int) -> list[Feedback]:
-        """As many as each update pays for, spread over all that is held."""
-        rows, few = _QUICK_SHARE * JUDGED_SHARE * update_rows / self._ranks.size, []
-        step = max(1, round(sum(len(request) for request in requests) / max(rows, 1)))
-        for request in requests[step // 2 :: step]:
-            if (rows := rows - len(request)) < 0:
-                break
-            few.append(request)
-        return few
-
-    def _scores(self, judge: Judge, requests: list[Feedback]) -> list[Tensor]:
-        with self._ranks.together():
-            scores = judge(requests) if requests else []
-        self.held.note_judged(sum(int((~score.isnan()).sum()) for score in scores))
-        return scores
-
-    def _compare(
-        self,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        than: str,
-        since_check: bool,
-        level: float = 0.9,
-        tolerance: float | None = None,
-    ):
-        found = compare(before, after, level)
-        if found.requests >= _LEAST and found.surely_worse_than(self.tolerance if tolerance is None else tolerance):
-            raise Rejected(
-                f"its α on {found.requests} requests held back is {found.after:.3f}, and {than} {found.before:.3f} there ({found.difference:+.3f}, "
-                f"{found.low:+.3f} to {found.high:+.3f})",
-                since_check,
-            )
+    def _compare_with_static(self):
+        """Which of the two serves: of all requests since the accepted draft is that, and of the last ones."""
+        looked = (self._since_accepted.total, self._since_accepted.recent())
+        if max(one.worse() for one in looked) >= BACK:
+            self.serves_static = True
+        elif max(one.better(-self.tolerance) for one in looked) >= ODDS:
+            self.serves_static = False
 
 
-def _parts(count: int) -> list[slice]:
-    """`count` things in order, in parts of about `_PART`."""
-    parts = max(count // _PART, 1)
-    return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+class Looks:
+    """Evidence of one pair of drafts, look by look: the `total`, the `count` of looks, and the last of them."""
 
+    def __init__(self):
+        self.total, self.count = Evidence(), 0
+        self._last: deque[tuple[int, Evidence]] = deque()  # requests and evidence; as many as hold `WINDOW` requests
 
-def lost(reference: Tensor, score: Tensor) -> float:
-    """How much less the mean of `score`, `(N,)`, is than that of `reference`, at the positions known of both; 0 where it is not less or none is."""
-    both = ~(reference.isnan() | score.isnan())
-    return max(float((reference - score)[both].mean()), 0.0) if both.any() else 0.0
+    def add(self, requests: int, evidence: Evidence):
+        self.total, self.count = self.total + evidence, self.count + 1
+        self._last.append((requests, evidence))
+        while sum(count for count, _ in self._last) - self._last[0][0] >= WINDOW:
+            self._last.popleft()
 
+    def recent(self) -> Evidence:
+        """Of the last `WINDOW` requests, in whole looks."""
+        return sum((one for _, one in self._last), Evidence())
 
-def harm_of(reference: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[float, float]:
-    """What requests lost against `reference`, in α, those that gained counting as 0: the mean over requests, and the low end of its interval over
-    requests, which is infinitely low for fewer than two."""
-    known = [(was, now) for was, now in zip(reference, scores, strict=True) if not (was + now).isnan().all()]
-    _, harm, low, _ = bootstrap([torch.tensor([lost(was, now)]) for was, now in known], 0.9, seed=0)
-    return harm, low
+    def state(self) -> dict:
+        last = [[requests, *one.values()] for requests, one in self._last]
+        return {"total": self.total.values(), "count": self.count, "last": last}
+
+    @classmethod
+    def of_state(cls, values: dict) -> Looks:
+        looks = cls()
+        looks.total, looks.count = Evidence(*values["total"]), values["count"]
+        looks._last.extend((requests, Evidence(*sums)) for requests, *sums in values["last"])
+        return looks

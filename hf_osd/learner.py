@@ -1,5 +1,14 @@
 """`Learner`: decides when to learn, on what, and what is to serve of it. Between it and the serving draft lies one refresh; whatever goes wrong
-here leaves that draft as it was."""
+here leaves that draft as it was.
+
+An update (Algorithm 1 of arXiv 2310.07177, section 4.2, with what stands between learning and serving):
+
+1. new feedback is due, and none of it has been learnt;
+2. the static draft, the accepted one and the candidate are judged on it (`_judge`), teacher-forced;
+3. the gate says whether the candidate becomes the accepted draft, waits, or is dropped, and which of accepted and static serves (`_decide`);
+4. the student learns from the new requests and replayed ones, as many as fit the time (`_learn`);
+5. where there is no candidate, what has been learnt becomes it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +18,8 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,28 +30,36 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distributed import Ranks, RanksParted, check_job
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
-from hf_osd.gate import Gate, Rejected
-from hf_osd.held_back import Estimate, HeldBack
+from hf_osd.gate import Gate, Verdict
 from hf_osd.random_state import isolated_random_state
+from hf_osd.rate import LADDER, Rate, Trial
+from hf_osd.schedule import Schedule
 from hf_osd.scoring import learners_autocast
+from hf_osd.shadow import Reservoir, Shadow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# After n updates in a row that came to nothing the next one waits for 2ⁿ times as many requests, at most for this many times.
-_LONGEST_WAIT = 64
-# An update whose mean loss is above this many times the largest of the last few has exploded.
-_EXPLODED, _LAST_LOSSES = 4.0, 8
-_COUNTS = ("updates", "failed", "rejected", "misses", "learned_tokens", "seconds")  # of a restart
+# Requests of before on which a candidate is judged before it is accepted.
+_REMEMBERED = 32
+_COUNTS = ("updates", "failed", "rejected", "accepted", "learned_tokens", "seconds")  # of a restart
+
+
+@dataclass
+class Point:
+    """A draft that was learnt: the `weights` that would serve, in the serving dtype, and what it takes to go on learning from there (`snapshot`)."""
+
+    weights: dict[str, Tensor]
+    snapshot: list[tuple]
 
 
 class Learner:
     """Trains a draft on a buffer, in the caller's thread.
 
-    What is learnt serves if the [`Gate`] lets it. An update that fails, explodes or is rejected leaves no trace but its count: learning goes back to
-    where it was, forgets the requests that it broke on, and waits longer, the more often in a row that happens.
+    What is learnt serves if the [`Gate`] lets it. An update that fails leaves no trace but its count: learning goes back to where it was, forgets the requests
+    that it broke on, and rests the longer, the more often in a row that happens.
 
     In a job of several processes all learn one draft, each from its own buffer, and at the same moments alone: no update falls due by itself, and
     `update` and `update_together` are to be called on all ranks. What an update learns, says and is judged by is then of all ranks together.
@@ -53,10 +69,11 @@ class Learner:
         trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
         buffer (`FeedbackBuffer`): where feedback comes from.
         config (`OnlineConfig`): when to learn, and how.
-        serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name, after each update.
+        serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name.
         after_step (`Callable[[], None]`, *optional*): called after each optimizer step and each judging, where learning is to pause.
         alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it gives back the process's random
-            state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout.
+            state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout. Alone, learning holds up
+            serving, and keeps to its share of the time itself.
 
     Raises:
         ValueError: if this is one of several processes that cannot learn like that.
@@ -78,23 +95,26 @@ class Learner:
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
         self._begun_together = False  # whether all ranks are known to have the same draft
-        # Updates that serve, that raised, and that the gate turned away.
-        self.updates = self.failed = self.rejected = self.learned_tokens = 0
-        self.misses = 0  # of the last two, in a row
+        # Updates that learnt, that raised, whose candidate was dropped, and whose candidate was accepted.
+        self.updates = self.failed = self.rejected = self.accepted = self.learned_tokens = 0
         self.seconds = 0.0
+        self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in trainable))
+        self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
         self.ensemble = Ensemble(draft, trainable, buffer, config, self, after_step, self.ranks)
-        self.held = HeldBack(config.held_back_share, seed=config.seed)
-        self.estimate: Estimate | None = None  # the last one
-        self.gate: Gate | None = None
-        if config.held_back_share:
-            # Before any learning, in the dtype they came in, which holds them exactly.
-            self._static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-            self.gate = Gate(self.held, config.gate_tolerance, self._scores, self._scores_of_static, self.ranks)
-        self._checked = self.ensemble.snapshot() if self.gate else []  # at the last full check
-        self._since_check: list[Feedback] = []  # new requests learnt since
-        self._checks_failed = 0  # in a row
+        self.ensemble.set_rate(self.rate.value)
+        self.shadow, self.remembered = Shadow(self.ranks), Reservoir(_REMEMBERED, config.seed)
+        self.gate = Gate(config.gate_tolerance, self.ranks) if config.gate else None
+        # In the dtype they came in, which holds them exactly.
+        self._dtypes = {name: p.dtype for name, p in draft.named_parameters() if name in trainable}
+        static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
+        self._static = self._accepted = Point(static, self.ensemble.snapshot())
+        self._candidate: Point | None = None
+        self._out = self._static  # what serves
+        self._since_accepted: list[Feedback] = []  # new requests learnt since
+        self._drops = 0  # in a row
+        self._trying = False  # rates, of which nothing serves
+        self._served = 0  # times that other weights went out
         self._update_rows = 0  # of the update that runs
-        self._last_losses: deque[float] = deque(maxlen=_LAST_LOSSES)
         self._generator = torch.Generator()
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
@@ -107,23 +127,11 @@ class Learner:
         return self.ranks.size == 1 and self._due()
 
     def _due(self) -> bool:
-        new, config = self.buffer.new(), self.config
-        if not new:
-            return False
-        wait = self._wait
-        return (
-            len(new) >= config.update_interval * wait
-            or (config.update_tokens is not None and sum(map(len, new)) >= config.update_tokens * wait)
-            or (config.update_age is not None and time.monotonic() - new[0].created >= config.update_age * wait)
-        )
-
-    @property
-    def _wait(self) -> int:
-        """How many times as much as usual must wait for the next update."""
-        return min(2**self.misses, _LONGEST_WAIT)
+        # To find a rate takes requests to try it on, and others to judge it by.
+        return self.schedule.due(self.buffer.new(), times=1 if self.rate.found else 2)
 
     def update(self, wait: bool = True, most: int | None = None) -> bool:
-        """One update on what is new and its replay. `True` if the serving draft was refreshed.
+        """One update on what is new and its replay. `True` if other weights serve than before.
 
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
         it had, with new optimizers. An interrupt passes through.
@@ -131,45 +139,41 @@ class Learner:
         In a job of several processes all ranks call this, and learn if there is anything new on one of them.
 
         Args:
-            wait (`bool`): while another thread learns, wait for it; else leave the learning to it.
+            wait (`bool`): somebody asked for it: learn all that is new, whatever time that takes, and wait for another thread that learns. Else that is left
+                to the other thread, and learning that holds up serving keeps to `learning_budget`.
             most (`int`, *optional*): requests to learn at once, replay included. Of what is new the oldest are then left to later replay, and a learner
                 that falls behind its traffic serves what it learns as often as ever.
         """
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
-        start = time.perf_counter()
+        start, served = time.perf_counter(), self._served
         try:
             new = self.buffer.new()
-            return self.ranks.any(bool(new)) and self._update(new, most)
+            if self.ranks.any(bool(new)):
+                self._update(new, most, bounded=not wait)
+            return self._served > served
         except RanksParted as error:
             return self._parted(error)
         finally:
-            self.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds += seconds
+            self.schedule.note_update(seconds)
             self._lock.release()
 
     def update_together(self, force: bool = False) -> bool:
         """[`hf_osd.distributed.update_together`], of calls that have been taken in."""
         try:
-            return not self.ranks.parted and self.ranks.any(force or self._due()) and self.update()
+            return not self.ranks.parted and self.ranks.any(force or self._due()) and self.update(wait=force)
         except RanksParted as error:
             return self._parted(error)
 
-    def judge(self, feedback: list[Feedback], wait: bool = True) -> list[tuple[Tensor, Tensor]] | None:
-        """Expected acceptance and confidence on `feedback` of what is to serve, see [`hf_osd.scoring.judge`]; `None` if another thread
-        learns and `wait` is not set."""
-        if not self._lock.acquire(blocking=wait):
-            return None
-        try:
-            return self.ensemble.judge(feedback)
-        finally:
-            self._lock.release()
+    def offer(self, feedback: Feedback):
+        """Put a request into the buffer, to be judged by and then learnt."""
+        self.buffer.add(feedback)
 
-    def offer(self, feedback: Feedback) -> bool:
-        """Put a request into the buffer, or hold it back from learning, to judge by. Whether it is to be learnt."""
-        held = self.held.take(feedback, self._as_judged)
-        if not held:
-            self.buffer.add(feedback)
-        return not held
+    def note_served(self, seconds: float):
+        """A call took so long: what learning may take follows from that."""
+        self.schedule.note_served(seconds)
 
     def figures(self) -> dict:
         """What [`hf_osd.stats.Stats`] says of learning, by its names there."""
@@ -177,205 +181,358 @@ class Learner:
             "updates": self.updates,
             "failed_updates": self.failed,
             "rejected_updates": self.rejected,
+            "accepted_updates": self.accepted,
             "learned_tokens": self.learned_tokens,
             "learning_seconds": self.seconds,
-            "held_back": len(self.held),
-            "estimate": self.estimate,
+            "longest_update": self.schedule.longest,
+            "learning_rate": self.rate.value,
+            "learning_rate_reason": self.rate.reason,
+            "too_slow": self.schedule.too_slow,
+            "serves_static": self.gate is not None and self._serving is self._static,
+            "regret_vs_static": self.shadow.regret,
+            "estimate": self.shadow.estimate(),
         }
 
     def refresh(self, model: nn.Module | None = None):
-        """Serve what has been learnt, if it may. [`RefreshAssistantCallback`] calls this when the last member has been trained.
+        """An update is over. [`RefreshAssistantCallback`] calls this when the last member has been trained; without a gate that serves at once.
 
         Raises:
-            Rejected: if the gate turns it away.
-            ArithmeticError: if the loss of this update is not finite, or has exploded.
+            ArithmeticError: if the loss of this update is not finite.
         """
         self.ranks.agree_on(
             next((member.failure for member in self.ensemble.members if member.failure is not None), None)
         )
         self._check_losses()
-        estimate = None
-        if self.gate is not None:
-            estimate = self.gate.check(self.learned_tokens + self._update_rows, self._update_rows)
-        with self.ranks.together():
-            self.serve()
-        if estimate is not None:
-            self.estimate = estimate
-            self._checked = self.ensemble.snapshot()
-            self._since_check, self._checks_failed = [], 0
+        if self.gate is None and not self._trying:
+            with self.ranks.together():
+                self._put_out(self.ensemble.serving_weights())
 
     def serve(self):
-        """Serve what has been learnt, whatever the gate would say."""
-        self._serve(self.ensemble.serving_weights())
+        """Serve what may serve: the accepted draft or the static one; without a gate what has been learnt."""
+        self._put_out(self.ensemble.serving_weights() if self.gate is None else self._serving.weights)
 
     def take(self, weights: Mapping[str, Tensor]):
-        """Go on learning from weights that were trained elsewhere."""
+        """Go on learning from weights that were trained elsewhere. They serve already, and are what later ones are compared with."""
         with self._lock:
             self.ensemble.set_weights(weights)
-            self._trust()
+            self._static = self._accepted = self._out = self._point()
+            self._candidate, self._since_accepted, self._drops = None, [], 0
+            if self.gate is not None:
+                self.gate.reset()
             self._begun_together = False
 
     def close(self):
-        """Forget what is held back; learning has ended."""
-        self.held.clear()
+        """Forget the requests of before; learning has ended."""
+        self.remembered.clear()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
         with self._lock:
             tensors, values = self.ensemble.state()
+            tensors |= {f"accepted.{name}": tensor.clone() for name, tensor in self._accepted.weights.items()}
             return tensors | {"draws": self._generator.get_state()}, {
                 **{name: getattr(self, name) for name in _COUNTS},
-                "offered": self.held.seen,
-                "judged_rows": self.held.judged_rows,
+                "misses": self.schedule.misses,
+                "rate": self.rate.state(),
+                "gate": None if self.gate is None else self.gate.state(),
+                "shadow": self.shadow.state(),
                 **values,
             }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
-        """Go on from `state()`.
+        """Go on from `state()`. A candidate that was waiting is given up, and what has been learnt becomes one after the next update.
 
         Raises:
             ValueError: if the state is that of another draft, or of another number of members.
         """
         with self._lock, isolated_random_state():  # a Trainer seeds the process's
-            self.ensemble.load_state(tensors, values)
+            accepted = {n.removeprefix("accepted."): t for n, t in tensors.items() if n.startswith("accepted.")}
+            members = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
+            self.ensemble.load_state(members, values)
             self._generator.set_state(tensors["draws"].cpu())
             for name in _COUNTS:
                 setattr(self, name, values[name])
-            # Without what was held: it is traffic, and saved only where that is asked for.
-            self.held.seen, self.held.judged_rows = values["offered"], values["judged_rows"]
-            self._trust()
+            self.schedule.misses = values["misses"]
+            self.rate.load_state(values["rate"])
+            self.ensemble.set_rate(self.rate.value)
+            self.shadow.load_state(values["shadow"])
+            self._accepted = self._point_of(accepted)
+            self._candidate, self._since_accepted, self._drops = None, [], 0
+            if self.gate is not None and values["gate"] is not None:
+                self.gate.load_state(values["gate"])
             self._begun_together = False
 
     def _parted(self, error: RanksParted) -> bool:
         logger.error("This rank learns no more, and its draft serves on as it is. %s", error)
         return False
 
-    def _update(self, new: list[Feedback], most: int | None) -> bool:
-        config = self.config
+    # One update.
+
+    def _update(self, new: list[Feedback], most: int | None, bounded: bool):
+        """Steps 2 to 5 of an update, see above."""
+        if not self.rate.found and len(new) < 2:
+            return  # nothing to judge a rate by; it stays new
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
-        count = round(config.replay * len(new))
         if most is not None:
             new = new[-most:]
+        before = self.ensemble.snapshot()
+        try:
+            with self._apart():
+                self._forget_old()
+                self._check_beginning()
+                if not self.rate.found:
+                    self._find_rate(new, bounded)
+                else:
+                    self._decide(new)
+        except Exception as error:
+            self._undo(error, new, before)
+            return
+        for request in new:
+            self.remembered.offer(request)
+        if not self.schedule.rests():
+            self._learn(new, most, bounded)
+
+    def _decide(self, new: list[Feedback]):
+        """Judge the three drafts on requests that none of them has learnt, and do what the gate says."""
+        if self.gate is None:
+            return
+        static, accepted, candidate = self._judge(new)
+        self.shadow.observe(static, static if self._serving is self._static else accepted)
+        self._see_through(self.gate.observe(static, accepted, candidate))
+
+    def _judge(self, new: list[Feedback]) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """Scores of the static draft, the accepted one, and the candidate if there is one."""
+        with self.ranks.together():
+            static = self._scores(new, self._static)
+            accepted = static if self._accepted is self._static else self._scores(new, self._accepted)
+            candidate = None if self._candidate is None else self._scores(new, self._candidate)
+        return static, accepted, candidate
+
+    def _see_through(self, verdict: Verdict):
+        """Do with the candidate what the gate says of it, and serve what it says is to serve."""
+        if verdict is Verdict.ACCEPT and self._has_unlearnt():
+            verdict = Verdict.WAIT
+        if verdict is Verdict.ACCEPT:
+            gained = self.gate.accept()
+            self._accepted, self._candidate, self._since_accepted, self._drops = self._candidate, None, [], 0
+            self.accepted += 1
+            if gained:
+                self.rate.higher()
+        elif verdict is Verdict.DROP:
+            self._drop()
+        elif verdict is Verdict.REPLACE:
+            self._candidate = None
+            self.gate.begin()
+        self.ensemble.set_rate(self.rate.value)
+        if self._serving is self._out:
+            return
+        try:
+            with self.ranks.together():
+                self._put_out(self._serving.weights)
+        except Exception:  # they cannot serve: what does is the accepted draft again
+            self._accepted, self._candidate = self._out, None
+            self.gate.reset()
+            raise
+        self._out = self._serving
+        if self._out is self._static:
+            logger.warning(
+                "What was learnt is worse than the draft before any learning on what comes now; that one serves until this is mended."
+            )
+
+    def _drop(self):
+        """Go back to the accepted draft, and learn more slowly from there."""
+        self.rejected += 1
+        self._drops += 1
+        self.rate.lower()
+        logger.warning(
+            "What was learnt made the draft worse on requests that it had not learnt yet, and is dropped; the learning rate is %.1e now.",
+            self.rate.value,
+        )
+        if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
+            self.buffer.discard(self._since_accepted)
+        self.ensemble.go_back(self._accepted.snapshot)
+        self._candidate, self._since_accepted = None, []
+        self.gate.begin()
+
+    def _has_unlearnt(self) -> bool:
+        """Whether the candidate is worse than the static draft on requests of before."""
+        requests = self.remembered.requests()
+        with self.ranks.together():
+            static, candidate = (self._scores(requests, point) for point in (self._static, self._candidate))
+        return self.gate.breaks(static, candidate)
+
+    def _find_rate(self, new: list[Feedback], bounded: bool):
+        """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
+        half = len(new) // 2
+        taught, judged = new[:half], new[half:]
+        start = self.ensemble.snapshot()
+        began = time.perf_counter()
+        with self.ranks.together():
+            static = self._said(judged, self._static)
+        self.schedule.note_judged(_tokens(judged), time.perf_counter() - began)
+        if not self.ranks.any(any(not one.overlap.isnan().all() for one in static)):
+            return  # nobody can be judged by these
+        passes = self.schedule.passes(round(self.config.passes), _tokens(taught) * len(LADDER), bounded)
+        passes = sorted({1, passes})
+        trials: list[Trial] = []
+        best: Point | None = None
+        self._trying = True
+        try:
+            for trial in self.rate.trials(passes):
+                if trial.passes == passes[0]:
+                    self.ensemble.go_back(start)
+                    self.ensemble.set_rate(trial.rate)
+                    done = 0
+                try:
+                    self._train(taught * (trial.passes - done))
+                except ArithmeticError:  # too fast by far
+                    trials.append(replace(trial, shared=-1.0))
+                    continue
+                done = trial.passes
+                point = self._point()
+                with self.ranks.together():
+                    said = self._said(judged, point)
+                trials.append(replace(trial, shared=self._mean([one.shared for one in said])))
+                if best is None or trials[-1].shared > max(other.shared for other in trials[:-1]):
+                    best, best_said = point, said
+        finally:
+            self._trying = False
+        if best is None:
+            raise ArithmeticError("The loss was not finite at any learning rate tried.")
+        self.rate.choose(trials, self._mean([one.shared for one in static]))
+        logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
+        self.ensemble.set_rate(self.rate.value)
+        self.ensemble.go_back(best.snapshot)
+        static, found = ([one.overlap for one in said] for said in (static, best_said))
+        self.shadow.observe(static, static)
+        if self.gate is None:
+            return
+        self._candidate, self._since_accepted = best, list(taught)
+        self.gate.begin(choices=len(trials))
+        self._see_through(self.gate.observe(static, static, found))
+
+    def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
+        config = self.config
+        passes = self.rate.passes or config.passes
+        count = round((passes - 1) * len(new))
+        if most is not None:
             count = min(count, most - len(new))
-        # After a miss without replay: what broke the update may be in it, and would break every other one.
-        replayed = self.buffer.sample(0 if self.misses else count, self._generator, config.replay_by)
-        requests = [*new, *replayed]
+        # After a failure without replay: what broke the update may be in it, and would break every other one.
+        count = 0 if self.schedule.misses else count
+        replayed = self.buffer.sample(count, self._generator, config.replay_by)
+        requests = self.schedule.fitting(new, replayed, bounded)
+        rows = sum(request.lessons(config.positions) for request in requests)
+        self._update_rows = int(self.ranks.sum(rows)[0])
+        if not self._update_rows:
+            return  # nothing but accepted drafts, where errors alone teach; or no time
+        before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
+        first, start = not self.updates, time.perf_counter()
+        try:
+            with self._apart():
+                self.ensemble.count_losses(new)
+                self._train(requests)
+        except Exception as error:
+            self.ensemble.losses = losses
+            self._undo(error, new, before)
+            return
+        except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
+            self.ensemble.losses = losses
+            self.ensemble.go_back(before)
+            raise
+        self.schedule.note_learned(_tokens(requests), time.perf_counter() - start, first)
+        self.schedule.succeeded()
+        self.updates += 1
+        self.learned_tokens += self._update_rows
+        self._since_accepted += new
+        if self.gate is not None and self._candidate is None:
+            self._candidate = self._point()
+            self.gate.begin()
+        if config.clear_after_update:
+            self.buffer.clear()
+
+    def _train(self, requests: list[Feedback]):
+        for member in self.ensemble.members:
+            member.learn(requests)
+
+    def _undo(self, error: Exception, new: list[Feedback], before: list[tuple]):
+        """Be as before an update that failed, and rest before the next."""
+        if isinstance(error, RanksParted):
+            raise error
+        self.failed += 1
+        rest = self.schedule.failed()
+        self.buffer.discard(new)
+        self.remembered.discard(new)
+        self.ensemble.go_back(before)
+        if self.ranks.size > 1:
+            self.serve()  # it may have been another rank that could not take the new weights
+        logger.error(
+            "An update failed; the serving draft is as it was, and learning goes on from it. %s",
+            f"The next {rest} updates are left out." if rest else "The next one comes as usual.",
+            exc_info=error,
+        )
+
+    def _check_beginning(self):
         if not self._begun_together and not self.ranks.same(self.ensemble.members[0].weights()):
             raise ValueError(
                 "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
             )
         self._begun_together = True
-        rows = sum(request.lessons(config.positions) for request in requests)
-        self._update_rows = int(self.ranks.sum(rows)[0])
-        if not self._update_rows:
-            return False  # nothing but accepted drafts, where errors alone teach
-        before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
-        if self.gate is not None:
-            self._since_check += new
-        try:
-            with self._apart():
-                self.ensemble.count_losses(new)
-                for member in self.ensemble.members:
-                    member.learn(requests)
-        except Exception as error:
-            self.ensemble.losses = losses
-            self._undo(error, new, before)
-            return False
-        except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
-            self.ensemble.losses = losses
-            self.ensemble.go_back(before)
-            raise
-        self.updates += 1
-        self.misses = 0
-        self.learned_tokens += self._update_rows
-        if config.clear_after_update:
-            self.buffer.clear()
-        return True
-
-    def _undo(self, error: Exception, new: list[Feedback], before: list[tuple]):
-        """Be as before an update that must not serve, and wait longer for the next."""
-        self.misses += 1
-        wait = f"The next update waits for {self._wait} times as many requests."
-        whole_check = isinstance(error, Rejected) and error.since_check
-        self.buffer.discard(self._since_check if whole_check else new)
-        self.ensemble.go_back(self._checked if whole_check else before)
-        if not isinstance(error, Rejected):
-            self.failed += 1
-            if self.ranks.size > 1:
-                self.serve()  # it may have been another rank that could not take the new weights
-            logger.error(
-                "An update failed; the serving draft is as it was, and learning goes on from it. %s",
-                wait,
-                exc_info=error,
-            )
-            return
-        self.rejected += 1
-        if not whole_check:
-            logger.warning("An update may not serve, and is undone: %s. %s", error, wait)
-            return
-        # What serves has been let through since the last check, and may be no better.
-        self._checks_failed += 1
-        self._since_check = []
-        # Of a domain that was forgotten, and came again, the static draft may know more, and of all the others nothing.
-        to_static = self._checks_failed > 1 and not self.gate.static_is_worse
-        to = "the static draft" if to_static else "the draft of the last check"
-        if to_static:
-            self.ensemble.set_weights(self._static)
-            self.ensemble.forget_optimizers()
-            self._trust()
-        self.serve()
-        logger.warning("What was learnt may not serve, and %s serves again: %s. %s", to, error, wait)
-        try:
-            with self._apart():
-                self.gate.went_back(to_static)
-        except RanksParted:
-            raise
-        except Exception:
-            logger.exception("The draft that serves again could not be judged on what came since its check.")
-
-    def _trust(self):
-        """Take what is learnt so far for what a failed check goes back to."""
-        if self.gate is not None:
-            self._checked = self.ensemble.snapshot()
-        self._since_check, self._checks_failed = [], 0
-        self._last_losses.clear()
 
     def _check_losses(self):
         sums = self.ranks.sum(*itertools.chain.from_iterable(member.last_losses for member in self.ensemble.members))
         losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
-        loss = max(losses, key=lambda loss: loss if loss == loss else math.inf)
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"The loss of this update is {loss}. Lower the learning rate if that comes again.")
-        if len(self._last_losses) >= 3 and loss > _EXPLODED * max(self._last_losses):
+        if not all(map(math.isfinite, losses)):
             raise ArithmeticError(
-                f"The loss of this update is {loss:.2f}, over {_EXPLODED:.0f} times the largest of the last ones, {max(self._last_losses):.2f}. Lower the "
-                "learning rate if that comes again."
+                f"The loss of this update is {', '.join(map(str, losses))}. Lower the learning rate if that comes again."
             )
-        self._last_losses.append(loss)
 
-    def _as_judged(self, feedback: Feedback) -> Feedback:
-        """With α as this learner's own judging has it now, to which what it says later can be compared."""
-        try:
-            judged = self.judge([feedback], wait=False)
-        except Exception:
-            logger.exception("A request that is held back could not be judged as it came.")
-            judged = None
-        if judged is None:
-            return feedback
-        self.held.note_judged(int(feedback.teaches("all").sum()))
-        return replace(feedback, overlap=judged[0][0])
+    def _forget_old(self):
+        """What the buffer may not keep, is not kept to judge by either."""
+        if self.config.buffer_age is not None:
+            now = time.monotonic()
+            old = [one for one in self.remembered.requests() if now - one.created > self.config.buffer_age]
+            self.remembered.discard(old)
 
-    def _scores(self, requests: Sequence[Feedback]) -> list[Tensor]:
-        """What is to serve, on requests held back."""
-        return self._paused([overlap for overlap, _ in self.ensemble.judge(list(requests))])
+    # Drafts that were learnt.
 
-    def _scores_of_static(self, requests: Sequence[Feedback]) -> list[Tensor]:
-        return self._paused([overlap for overlap, _ in self.ensemble.judge(list(requests), self._static)])
+    @property
+    def _serving(self) -> Point:
+        """What may serve."""
+        return self._static if self.gate is not None and self.gate.serves_static else self._accepted
 
-    def _paused(self, scores: list[Tensor]) -> list[Tensor]:
+    def _put_out(self, weights: Mapping[str, Tensor]):
+        self._serve(weights)
+        self._served += 1
+
+    def _point(self) -> Point:
+        """What has been learnt so far."""
+        with torch.no_grad():
+            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self.ensemble.serving_weights().items()}
+        return Point(weights, self.ensemble.snapshot())
+
+    def _point_of(self, weights: Mapping[str, Tensor]) -> Point:
+        """A draft of which nothing is known but its weights."""
+        kept = self.ensemble.snapshot()
+        self.ensemble.set_weights(weights)
+        point = Point(dict(weights), self.ensemble.snapshot())
+        self.ensemble.go_back(kept)
+        return point
+
+    def _scores(self, requests: list[Feedback], point: Point | None) -> list[Tensor]:
+        return [judged.overlap for judged in self._said(requests, point)]
+
+    def _said(self, requests: list[Feedback], point: Point | None) -> list:
+        """What a draft says of requests, see [`hf_osd.scoring.judge`]; `None` is what has been learnt so far."""
+        judged = self.ensemble.judge(requests, None if point is None else point.weights) if requests else []
         if self._after_step is not None:
             self._after_step()
-        return scores
+        return judged
+
+    def _mean(self, scores: list[Tensor]) -> float:
+        """Over all positions of all ranks that have a target."""
+        known = torch.cat([torch.zeros(0), *scores])
+        total, count = self.ranks.sum(float(known.nan_to_num(0.0).double().sum()), int((~known.isnan()).sum()))
+        return total / count if count else 0.0
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
@@ -389,3 +546,8 @@ class Learner:
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
         ):
             yield
+
+
+def _tokens(requests: list[Feedback]) -> int:
+    """Of their texts, which a forward reads."""
+    return sum(len(request.tokens) for request in requests)

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_osd.background import BackgroundLearner
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
-from hf_osd.held_back import figures_to_json
+from hf_osd.intervals import figures_to_json
 from hf_osd.serving import check_weights
 from hf_osd.trace import unpack
 from hf_osd.wire import FrameWriter, read_frame

@@ -88,6 +88,14 @@ class Member:
             )
         return self._trainer
 
+    def set_rate(self, rate: float):
+        """Learn at this rate from now on, with the optimizer as it is."""
+        if rate == self.learning_rate:
+            return
+        factor, self.learning_rate = rate / self.learning_rate, rate
+        if self._trainer is not None:
+            self._trainer.scale_rate(factor)
+
     def learn(self, requests: Sequence[Feedback]):
         """One pass over `requests`."""
         self.module.train()

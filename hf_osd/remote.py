@@ -26,7 +26,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES
 from hf_osd.feedback import Feedback
-from hf_osd.held_back import HeldBack, figures_from_json
+from hf_osd.intervals import figures_from_json
 from hf_osd.learner_process import BEGIN, BUSY, DRAFT
 from hf_osd.threads import start_thread
 from hf_osd.trace import pack
@@ -42,14 +42,14 @@ _PATIENCE = 10.0
 # After n deaths in a row, the next process waits for 2ⁿ updates' requests, at most for this many.
 _LONGEST_WAIT = 64
 # What is summed up over processes.
-_COUNTS = ("updates", "failed_updates", "rejected_updates", "learned_tokens", "learning_seconds", "learner_restarts")
+_COUNTS = ("updates", "failed_updates", "rejected_updates", "accepted_updates", "learned_tokens", "learning_seconds", "learner_restarts")
 
 
 class RemoteLearner:
     """Sends feedback to a process that learns, and serves the weights that come back.
 
-    The process has a gate, a buffer and held-back requests of its own; the buffer here holds the same feedback, for a process that has to be started
-    anew. What the dead one held back is lost.
+    The process has a gate and a buffer of its own; the buffer here holds the same feedback, for a process that has to be started anew. What the dead one
+    knew of its candidate is lost.
 
     Args:
         serving (`ServingDraft`): the draft to start from, and to refresh.
@@ -67,7 +67,6 @@ class RemoteLearner:
                 "learns in a thread."
             )
         self._serving, self.buffer, self.config = serving, buffer, config
-        self.held = HeldBack(0.0)  # the process holds its own
         self.restarts = 0
         self._figures: dict = {}  # of this process
         self._before = dict.fromkeys(_COUNTS, 0)  # of those that have died
@@ -104,9 +103,8 @@ class RemoteLearner:
             return False
         return values["refreshed"]
 
-    def judge(self, feedback: list[Feedback], wait: bool = True) -> None:
-        """`None`: ask the serving draft."""
-        return
+    def note_served(self, seconds: float):
+        """Nothing to the process, which learns beside serving."""
 
     def figures(self) -> dict:
         counts = {name: before + self._figures.get(name, 0) for name, before in self._before.items()}

@@ -34,7 +34,7 @@ def replay(
         requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` gives; cut to its `top_k` and `prompt_positions`.
         max_new_tokens (`int`, *optional*): the limit they were recorded with; the last token of an answer that reached it cannot be drafted.
         again (`Sequence[Sequence[Feedback]]`, *optional*): for each of the requests other answers to its prompt, as [`hf_osd.Rehearsal`] has the target give.
-            They are learnt beside the request, and never judged by; those of a request which is held back are left out.
+            They are learnt beside the request, and never judged by.
 
     Raises:
         ValueError: if the assistant does not learn, a request was sampled, or `again` is not of as many requests.
@@ -47,7 +47,7 @@ def replay(
         )
     config, known, at = assistant.osd_config, KnownTexts(), 0
     while at < len(requests):
-        # As many as no update comes between, but for one that is due by tokens or age: what is held back counts for none.
+        # As many as no update comes between, but for one that is due by tokens or age.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
         chunk = [request.sparser(config.top_k) for request in requests[at : at + ahead]]
         if any(request.sampled for request in chunk):
@@ -58,7 +58,8 @@ def replay(
         for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
             served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
             served = known.only_new(served, config.prompt_positions)
-            if assistant.learner.offer(served) and again is not None:
+            assistant.learner.offer(served)
+            if again is not None:
                 for other in again[at]:
                     assistant.buffer.add(other.sparser(config.top_k))
             assistant.update()

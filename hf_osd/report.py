@@ -31,9 +31,8 @@ def report(stats: Stats, lookahead: Lookahead) -> str:
 
 def observed_speedup(calls: CallStats, lookahead: Lookahead) -> float | None:
     """How much faster than plain decoding these calls were, prompts included in their time; `None` until a plain step was measured."""
-    seconds = calls.draft_seconds + calls.target_seconds + calls.lookup_seconds + calls.capture_seconds
     step = lookahead.costs.step_seconds
-    return None if step is None or not seconds else calls.new_tokens * step / seconds
+    return None if step is None or not calls.seconds else calls.new_tokens * step / calls.seconds
 
 
 def _of_costs(lookahead: Lookahead) -> list[str]:
@@ -83,16 +82,29 @@ def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
 
 def _of_learning(stats: Stats) -> list[str]:
     lines, estimate = [], stats.estimate
-    if estimate is not None and estimate.requests >= 2:
-        since = estimate.since
+    if estimate is not None:
+        gain = estimate.gain
         lines.append(
-            f"On {estimate.requests} requests that it did not learn from, the draft has α = {estimate.alpha:.2f} ({estimate.low:.2f} to {estimate.high:.2f}); "
-            f"on the same, when they came, it had {since.before:.2f}: {since.difference:+.2f} ({since.low:+.2f} to {since.high:+.2f}) since."
+            f"On the last {estimate.requests} requests, each before it was learnt, the draft had α = {estimate.alpha:.2f} ({estimate.low:.2f} to "
+            f"{estimate.high:.2f}); without learning it would have had {gain.before:.2f}: {gain.difference:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})."
         )
-    if missed := stats.rejected_updates + stats.failed_updates:
         lines.append(
-            f"Of {missed + stats.updates} updates {missed} do not serve: {stats.rejected_updates} made the draft worse where it did not learn, and "
-            f"{stats.failed_updates} failed. If that goes on, lower the learning rate; the log says what went wrong."
+            f"Over all requests learning has {'cost' if stats.regret_vs_static > 0 else 'gained'} {abs(stats.regret_vs_static):.1%} of the tokens accepted "
+            f"(regret_vs_static {stats.regret_vs_static:+.4f})."
+        )
+    if stats.learning_rate is not None:
+        lines.append(f"Learning rate {stats.learning_rate:.1e}: {stats.learning_rate_reason}.")
+    if stats.updates or stats.failed_updates:
+        lines.append(
+            f"{stats.updates} updates, {stats.failed_updates} more failed; what they learnt was let through to serve {stats.accepted_updates} times and dropped "
+            f"{stats.rejected_updates} times. The longest took {stats.longest_update:.1f} s."
+        )
+    if stats.serves_static:
+        lines.append("The draft as it was before any learning serves: on what comes now it is better.")
+    if stats.too_slow:
+        lines.append(
+            f"This machine is too slow to learn this draft, and serves it as it is: {stats.too_slow}. Raise learning_budget, learn beside serving "
+            "(learn='background'), or take a smaller draft."
         )
     return lines
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
     return logits if len(batch["rows"]) == len(logits) else logits[batch["rows"]]
 
 
+class Judged(NamedTuple):
+    """What a draft says of one request, teacher-forced: float32 `(N,)` each, NaN where a position has no target.
+
+    `overlap` is its expected acceptance, see [`score`]; `confidence` the probability of its likeliest token; `shared` Σ min(p, q) over the stored top k at
+    temperature 1, which says more of small differences than whether a token is right.
+    """
+
+    overlap: Tensor
+    confidence: Tensor
+    shared: Tensor
+
+
 def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Tensor]:
     """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean. NaN where a
     position has no target (see [`Feedback`]).
@@ -49,12 +61,12 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
         feedback (`Sequence[Feedback]`): the requests.
         batch_size (`int`): requests a forward.
     """
-    return [overlap for overlap, _ in judge(model, feedback, batch_size)]
+    return [judged.overlap for judged in judge(model, feedback, batch_size)]
 
 
-def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[tuple[Tensor, Tensor]]:
-    """[`score`], and how confident the draft was at each position: the probability of its likeliest token, float32 `(N,)`; NaN as there."""
-    judged: list[tuple[Tensor, Tensor] | None] = [None] * len(feedback)
+def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Judged]:
+    """[`score`], and what else there is to know of it; arguments as there."""
+    judged: list[Judged | None] = [None] * len(feedback)
     order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
     collate, training = FeedbackCollator("all", prompts=False), model.training
     model.eval()
@@ -70,14 +82,14 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
             taught = [feedback[i].teaches("all") for i in chosen]
             split = torch.arange(len(logits)).split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
-                overlap, confidence = (torch.full((len(feedback[i]),), torch.nan) for _ in range(2))
+                overlap, confidence, shared = (torch.full((len(feedback[i]),), torch.nan) for _ in range(3))
                 confidence[mask] = sure[rows]
-                if feedback[i].sampled:
-                    q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
-                    overlap[mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
-                else:
-                    overlap[mask] = (argmax[rows] == feedback[i].answer[mask]).float()
-                judged[i] = overlap, confidence
+                q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
+                shared[mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
+                overlap[mask] = (
+                    shared[mask] if feedback[i].sampled else (argmax[rows] == feedback[i].answer[mask]).float()
+                )
+                judged[i] = Judged(overlap, confidence, shared)
     model.train(training)
     return judged
 

@@ -22,7 +22,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES, Ranks
 from hf_osd.feedback import Feedback
-from hf_osd.held_back import HeldBack, figures_from_json, figures_to_json
+from hf_osd.intervals import figures_from_json, figures_to_json
 from hf_osd.learner import Learner
 from hf_osd.trace import pack, unpack
 from hf_osd.wire import from_bytes, to_bytes
@@ -169,7 +169,6 @@ class SeparateLearner:
 
     def __init__(self, serving: ServingDraft, buffer: FeedbackBuffer, config: OnlineConfig, learning_rank: int):
         self._serving, self.buffer, self.config = serving, buffer, config
-        self.held = HeldBack(0.0)  # the learning rank holds its own
         self._figures: dict = {}
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._asking = threading.Lock()
@@ -201,9 +200,8 @@ class SeparateLearner:
                     return self._answers.get(timeout=_LOOK)
         return False
 
-    def judge(self, feedback: list[Feedback], wait: bool = True) -> None:
-        """`None`: ask the serving draft."""
-        return
+    def note_served(self, seconds: float):
+        """Nothing to the learning rank, which learns beside serving."""
 
     def figures(self) -> dict:
         return dict(self._figures)

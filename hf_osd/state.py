@@ -9,11 +9,10 @@ from typing import Any
 
 from hf_osd.checkpoint import new_state, newest_state, states
 from hf_osd.stats import Stats
-from hf_osd.trace import read_trace, write_trace
 
 _LEARNER, _VALUES = "learner.safetensors", "state.json"
-_BUFFER, _HELD = "buffer.safetensors", "held_back.safetensors"
-_VERSION = 2  # 1 was files beside each other, without statistics
+_BUFFER = "buffer.safetensors"
+_VERSION = 3  # 1 was files beside each other, without statistics; 2 had requests held back
 
 
 class ResumableAssistant:
@@ -28,8 +27,8 @@ class ResumableAssistant:
 
         Args:
             directory: where the states lie.
-            with_buffer: also write the feedback, and what is held back from learning: both hold the prompts as token ids, readable by their owner
-                alone. Without it, states that hold them do not stay.
+            with_buffer: also write the feedback, which holds the prompts as token ids, readable by their owner alone. Without it, states that hold it do
+                not stay.
             progress: what `load_state` is to give back, as JSON has it: the position in a stream, say.
 
         Raises:
@@ -54,8 +53,6 @@ class ResumableAssistant:
             (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
             if with_buffer:
                 self.buffer.save(folder / _BUFFER)
-                held, facts = self.learner.held.state()
-                write_trace(folder / _HELD, held, {"held_back": json.dumps(facts)})
 
     def load_state(self, directory: str | os.PathLike) -> Any:
         """Go on from `save_state`: learner and statistics, and with them the serving draft, are as they were. Returns its `progress`.
@@ -81,10 +78,7 @@ class ResumableAssistant:
             self.learner.serve()
             if (folder / _BUFFER).is_file():
                 self.buffer.restore(folder / _BUFFER)
-                held, facts = read_trace(folder / _HELD)
-                self.learner.held.load_state(held, json.loads(facts["held_back"]))
-                requests = sorted([*self.buffer.requests(), *held], key=lambda request: request.created)
-                self.known_texts.replace([request.tokens for request in requests])
+                self.known_texts.replace([request.tokens for request in self.buffer.requests()])
         except (SafetensorError, json.JSONDecodeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"The state in {folder} is of another version ({error!r}); delete {directory} to start afresh."

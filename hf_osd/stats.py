@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_osd.held_back import Estimate
+    from hf_osd.intervals import Estimate
 
 ROLLING = 50  # requests; the paper's moving average
 
@@ -45,6 +45,11 @@ class CallStats:
     target_seconds: float = 0.0
     lookup_seconds: float = 0.0
     capture_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the call took of the time, prompts included."""
+        return self.draft_seconds + self.target_seconds + self.lookup_seconds + self.capture_seconds
 
     @property
     def alpha(self) -> float:
@@ -132,7 +137,8 @@ class Stats:
     total: CallStats = field(default_factory=CallStats)
     updates: int = 0
     failed_updates: int = 0
-    rejected_updates: int = 0  # turned away by the gate
+    rejected_updates: int = 0  # whose candidate the gate dropped
+    accepted_updates: int = 0  # whose candidate it let through
     learner_restarts: int = 0  # of a thread or process that was dead
     learning_seconds: float = 0.0
     learned_tokens: int = 0
@@ -141,8 +147,13 @@ class Stats:
     buffer_capacity: int = 0
     draft_version: int = 0
     suffix_cache_bytes: int = 0
-    held_back: int = 0
-    estimate: Estimate | None = None  # α on what is held back
+    longest_update: float = 0.0  # seconds
+    learning_rate: float | None = None  # of the next update
+    learning_rate_reason: str = ""
+    too_slow: str | None = None  # why nothing is learnt
+    serves_static: bool = False  # the draft before any learning serves, for it is better on what comes
+    regret_vs_static: float = 0.0
+    estimate: Estimate | None = None  # α on the last requests, before they were learnt
     recent: deque[CallStats] = field(default_factory=lambda: deque(maxlen=ROLLING), repr=False)
 
     @property
@@ -173,8 +184,8 @@ class Stats:
     def to_dict(self) -> dict:
         counts = {name: value for name, value in vars(self).items() if isinstance(value, (int, float))}
         if self.estimate is not None:
-            counts |= {"alpha_held_back": self.estimate.alpha}
-            counts |= {f"alpha_held_back_{end}": getattr(self.estimate, end) for end in ("low", "high")}
+            counts |= {"alpha_prequential": self.estimate.alpha, "alpha_static": self.estimate.gain.before}
+            counts |= {f"alpha_prequential_{end}": getattr(self.estimate, end) for end in ("low", "high")}
         return counts | {name: getattr(self, name).to_dict() for name in ("last", "rolling", "total")}
 
     def __str__(self) -> str:
@@ -200,8 +211,8 @@ class Stats:
         ]
         mib = 2**20
         lines += [
-            f"learning: {self.updates} updates ({self.failed_updates} failed, {self.rejected_updates} rejected), {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
-            f"held back: {self.held_back} requests" + (f", {self.estimate}" if self.estimate is not None else ""),
+            f"learning: {self.updates} updates ({self.failed_updates} failed), candidates {self.accepted_updates} accepted and {self.rejected_updates} dropped, {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
+            f"before it was learnt: {self.estimate or '-'}; regret_vs_static {self.regret_vs_static:+.4f}",
             f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
             f"suffix cache: {self.suffix_cache_bytes / mib:.1f} MiB",
         ]

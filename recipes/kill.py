@@ -45,7 +45,7 @@ CONFIG = {
     "update_interval": 2,
     "batch_size": 8,
     "replay": 0.0,
-    "held_back_share": 0.0,
+    "gate": False,
     "learning_rate": 1e-3,
     "seed": 0,
 }

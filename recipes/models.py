@@ -34,6 +34,7 @@ class TargetArguments:
         default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
+    device: str | None = field(default=None, metadata={"help": "Where models run; this machine's accelerator, if it has one, when left out."})
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -55,19 +56,22 @@ def use_threads(threads: int | None, processes: int = 1):
 
 
 def load_target(
-    name: str, dtype: str, device: torch.device | str = "cpu"
+    name: str, dtype: str, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target and its tokenizer, frozen and in eval mode.
 
     Args:
         name: a path, a Hub id, or `"embedded"` for the model that needs no hub.
         dtype: `"auto"` (the checkpoint's), or a torch dtype's name.
+        device: where to; the accelerator, if there is one, when left out.
     """
     from embedded import embedded_target
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = embedded_target() if name == EMBEDDED else name
     target = AutoModelForCausalLM.from_pretrained(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     target.to(device).eval().requires_grad_(False)
     return target, AutoTokenizer.from_pretrained(where)
 

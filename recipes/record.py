@@ -75,7 +75,7 @@ def record(args: RecordArguments, config: OnlineConfig):
     from prompts import load_streams, split_held_back
 
     use_threads(args.threads)
-    target, tokenizer = load_target(args.target, args.dtype)
+    target, tokenizer = load_target(args.target, args.dtype, args.device)
     seed = config.seed or 0
     for name, rows in load_streams(args.stream, seed):
         rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)

@@ -122,7 +122,7 @@ class Experiment:
     def __init__(self, args: ReplayArguments, top_k: int):
         use_threads(args.threads)
         self.args = args
-        self.target, self.tokenizer = load_target(args.target, args.dtype)
+        self.target, self.tokenizer = load_target(args.target, args.dtype, args.device)
         self.traces = [
             load_trace(Path(folder), top_k, args.held_back, again=args.again) for folder in args.trace.split(",")
         ]

@@ -66,7 +66,7 @@ def measure(args: TrafficArguments, config: OnlineConfig):
     rows, _ = encode_rows(target, tokenizer, name, rows[: args.requests], args.max_new_tokens, args.chat_template)
     draft = load_draft(args.draft, target)
     # The constant policy drafts whether or not it pays; and nothing is learnt, so that the draft is the one that was asked for.
-    served = {"lookahead": "constant", "update_interval": 10**9, "held_back_share": 0.0, "top_k": max(TOP_K)}
+    served = {"lookahead": "constant", "update_interval": 10**9, "gate": False, "top_k": max(TOP_K)}
     with OnlineAssistant(draft, OnlineConfig.from_dict({**config.to_dict(), **served})) as assistant:
         for row in rows:
             answer(target, row["ids"], args.max_new_tokens, assistant_model=assistant)

@@ -124,7 +124,7 @@ def background(tiny_llama):
     def make(busy=lambda: False, **fields):
         draft, served, learnt = tiny_llama(layers=1), [], threading.Event()
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
-        settings = {"seed": 0, "update_interval": 2, "replay": 0.0, "warmup_steps": 0, "held_back_share": 0.0}
+        settings = {"seed": 0, "update_interval": 2, "replay": 0.0, "warmup_steps": 0, "gate": False}
         config = OnlineConfig(**settings | fields)
         one = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, served.append, busy, learnt.set)
         one.served, one.learnt = served, learnt
@@ -375,7 +375,7 @@ def test_two_callers_make_one_trainer(background, monkeypatch):
 
 def test_an_assistant_learns_in_the_background_and_its_statistics_say_so(tiny_llama):
     target = tiny_llama(layers=2, eos_token_id=None)
-    config = {"learn": "background", "update_interval": 2, "held_back_share": 0.0, "seed": 0}
+    config = {"learn": "background", "update_interval": 2, "gate": False, "seed": 0}
     with OnlineAssistant(tiny_llama(layers=1), **config) as assistant:
         for i in range(3):
             prompt = torch.arange(2, 8)[None] + i
@@ -405,7 +405,7 @@ torch.set_num_threads(1)
 sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 draft = LlamaForCausalLM(LlamaConfig(**sizes))
 trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
-config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, held_back_share=0.0, warmup_steps=0)
+config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, gate=False, warmup_steps=0)
 learner = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True)
 learner.prepare()
 stepped, pause = threading.Event(), learner.pace.pause

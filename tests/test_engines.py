@@ -48,7 +48,7 @@ def refusal(folder, target) -> str | None:
 
 def learnt(target, draft, **settings) -> OnlineAssistant:
     """An assistant whose draft an update has changed."""
-    assistant = OnlineAssistant(draft, update_interval=2, learning_rate=1e-2, held_back_share=0.0, seed=0, **settings)
+    assistant = OnlineAssistant(draft, update_interval=2, learning_rate=1e-2, gate=False, seed=0, **settings)
     for prompt in PROMPTS:
         target.generate(prompt, assistant_model=assistant, **GREEDY)
     assistant.flush()

@@ -169,7 +169,7 @@ def test_every_sixteenth_request_is_held_back_and_not_learnt(learner, make_feedb
 
 
 def test_the_share_held_back_is_the_configs(learner, make_feedback):
-    none, half = learner(held_back_share=0.0), learner(held_back_share=0.5)
+    none, half = learner(gate=False), learner(held_back_share=0.5)
     for made in (none, half):
         offer(made, *(make_feedback(n=2, seed=i) for i in range(10)))
     assert (len(none.held), len(none.buffer)) == (0, 10)
@@ -248,7 +248,7 @@ def test_an_estimate_comes_when_learning_has_paid_for_it_and_never_before(learne
 
 
 def test_without_anything_held_back_there_is_no_estimate(learner, make_feedback):
-    made = learner(held_back_share=0.0, **PLAIN)
+    made = learner(gate=False, **PLAIN)
     for i in range(12):
         offer(made, make_feedback(seed=i))
         assert made.update()

@@ -1,5 +1,5 @@
-"""A stream that is poisoned: what a draft has learnt from it may cost the rest of the traffic no more than one interval between two full checks of the
-gate. Learning is fast here and nothing is replayed, so that nothing but the gate stands in the way."""
+"""Streams that are poisoned, after good traffic, before it, and among it: what a draft has learnt from poison may not cost the rest of the traffic. Learning is
+fast here and nothing is replayed, so that nothing but the gate stands in the way."""
 
 import copy
 import itertools
@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, record_answers
-from hf_osd import gate as gate_module
-from hf_osd.gate import Gate
 from hf_osd.learner import Learner
 from hf_osd.scoring import score
 
-INTERVAL = 10  # updates between two full checks: in so short a stream learning pays for none
 MARGIN = 0.06  # α of the static draft on 40 prompts, less chance
-GOOD, POISON, TOKENS = 200, 280, 24
+MOST = 16  # requests that anything poisoned may serve
+GOOD, POISON, TOKENS, INTERVAL = 160, 160, 24, 8
 
 
 class World:
@@ -24,7 +22,8 @@ class World:
 
     def __init__(self, tiny_llama, noised_copy):
         self.target, other = tiny_llama(eos_token_id=None), tiny_llama(seed=5, eos_token_id=None)
-        self.draft, self.random = noised_copy(self.target, 0.1), torch.Generator().manual_seed(1)
+        self.random = torch.Generator().manual_seed(1)
+        self.drafts = {"brought": noised_copy(self.target, 0.1), "cold": tiny_llama(layers=1, seed=9)}
         starts = self._draw(4, 4)
         good = [torch.cat([starts[i % 4], self._draw(2)]) for i in range(GOOD + 40)]
         garbage = [self._draw(6) for _ in range(POISON)]
@@ -42,25 +41,25 @@ class World:
     def _answers(self, target, prompts):
         return record_answers(target, prompts, TOKENS, batch_size=len(prompts), top_k=16)
 
-    def run(self, poison: str) -> list[float]:
-        """α on the good stream's held-back prompts, less that of the static draft, after each update of the poisoned part."""
-        draft = copy.deepcopy(self.draft)
+    def run(self, stream: list, draft: str = "brought", **settings) -> list[float]:
+        """α on the good prompts that are held back, less that of the static draft, of what served each request."""
+        draft = copy.deepcopy(self.drafts[draft])
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
         config = OnlineConfig(
             learning_rate=1e-2, replay=0.0, averaging=0.0, warmup_steps=0, batch_size=None, tail_samples=None,
-            held_back_share=0.125, seed=0,
+            update_interval=INTERVAL, seed=0, **settings,
         )  # fmt: skip
-        judged = copy.deepcopy(draft)
-        static, served = self._alpha(judged), []
-        learner = Learner(draft, trainable, FeedbackBuffer(), config, served.append)
+        served = copy.deepcopy(draft)
+        static = now = self._alpha(served)
+        went_out: list = []
+        learner = Learner(draft, trainable, FeedbackBuffer(), config, went_out.append)
         differences = []
-        for i, request in enumerate([*self.good, *self.poisons[poison]]):
+        for request in stream:
+            differences.append(now - static)
             learner.offer(replace(request))
-            if learner.due():
-                learner.update()
-                if i >= GOOD:
-                    judged.load_state_dict(learner.ensemble.serving_weights(), strict=False)
-                    differences.append(self._alpha(judged) - static)
+            if learner.due() and learner.update():
+                served.load_state_dict(went_out[-1], strict=False)
+                now = self._alpha(served)
         assert learner.failed == 0
         return differences
 
@@ -74,7 +73,7 @@ def world(tiny_llama, noised_copy):
 
 
 def longest_below(differences: list[float]) -> int:
-    """Updates in a row after which the draft that serves is worse than the static one."""
+    """Requests in a row that a draft serves which is worse than the static one."""
     return max(
         (len(list(run)) for below, run in itertools.groupby(d < -MARGIN for d in differences) if below), default=0
     )
@@ -89,17 +88,33 @@ POISONS = [
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_it_harms_the_rest_for_one_interval_at_most(world, monkeypatch, poison):
-    monkeypatch.setattr(gate_module, "_INTERVAL", INTERVAL)
-    differences = world.run(poison)
-    assert longest_below(differences) <= INTERVAL
+def test_after_good_traffic_it_serves_next_to_none_of_it(world, poison):
+    """Requests of before say that it has unlearnt them."""
+    differences = world.run([*world.good, *world.poisons[poison]])
+    assert longest_below(differences) <= MOST
     assert differences[-1] >= -MARGIN
 
 
+@pytest.mark.parametrize("draft", ["brought", "cold"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_from_the_first_request_on_it_serves_next_to_none_of_the_good_traffic_that_follows(world, poison, draft):
+    """There is no other traffic by which it could be known; the first good requests say so."""
+    differences = world.run([*world.poisons[poison][:64], *world.good], draft)
+    assert longest_below(differences[64:]) <= MOST
+    assert differences[-1] >= -MARGIN
+
+
+@pytest.mark.parametrize("draft", ["brought", "cold"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_among_good_traffic_it_serves_next_to_none_of_it(world, poison, draft):
+    mixed = itertools.chain.from_iterable(zip(world.good, world.poisons[poison], strict=True))
+    differences = world.run(list(mixed), draft)
+    assert longest_below(differences) <= MOST
+
+
 @pytest.mark.parametrize("poison", POISONS[1:])
-def test_and_does_without_the_gate(world, monkeypatch, poison):
+def test_without_the_gate_it_harms_all_that_follows(world, poison):
     """Garbage prompts do not: what the target says there is what it says."""
-    monkeypatch.setattr(Gate, "check", lambda *args: None)
-    differences = world.run(poison)
-    assert longest_below(differences) > INTERVAL
+    differences = world.run([*world.good, *world.poisons[poison]], gate=False)
+    assert longest_below(differences) > MOST
     assert differences[-1] < -MARGIN

@@ -35,7 +35,7 @@ def assistant_of(target, **config) -> OnlineAssistant:
     """It keeps all that it is taught, exactly, and drafts in every round."""
     settings = {
         "update_interval": 10**6,
-        "held_back_share": 0.0,
+        "gate": False,
         "top_k": 64,
         "feedback_dtype": "float32",
         "lookahead": "constant",

@@ -15,7 +15,7 @@ def target(tiny_llama):
 
 
 def assistant_of(draft, **config) -> OnlineAssistant:
-    settings = {"update_interval": 10**6, "held_back_share": 0.0, "learning_rate": 5e-3, "seed": 0, "top_k": 64}
+    settings = {"update_interval": 10**6, "gate": False, "learning_rate": 5e-3, "seed": 0, "top_k": 64}
     return OnlineAssistant(draft, OnlineConfig(**settings | {"feedback_dtype": "float32"} | config))
 
 

@@ -44,7 +44,7 @@ def learning(**config) -> OnlineConfig:
     "config",
     [
         {},
-        {"positions": "error", "held_back_share": 0.0},
+        {"positions": "error", "gate": False},
         {"replay_by": "loss", "averaging": 0.9, "top_k": 8},
         {"update_interval": 100, "update_tokens": 50},
         {"prompt_positions": 3},
@@ -77,7 +77,7 @@ def test_replayed_alpha_is_live_alpha_request_by_request(target, trace, config):
 
 def test_no_target_and_no_prediction_that_was_learnt_first(target, trace):
     """The first requests are scored by the draft as it came; the later ones by what had been learnt until then and no more."""
-    assistant = OnlineAssistant(grow_draft(target), learning(held_back_share=0.0))
+    assistant = OnlineAssistant(grow_draft(target), learning(gate=False))
     fresh = assistant.score(trace[:4])
     for i, request in enumerate(replay(assistant, trace)):
         if i < 4:

@@ -260,7 +260,7 @@ def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_fe
 
 
 def test_a_loss_explodes_against_the_largest_of_the_last_ones(learner, make_feedback):
-    made = learner(held_back_share=0.0, learning_rate=1e-6)
+    made = learner(gate=False, learning_rate=1e-6)
     request = make_feedback(seed=1)
     with a_loss(4.5):  # there is nothing yet that it could be large against
         assert learn(made, request)

@@ -24,6 +24,7 @@ from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.muon import MuonWithAdamW
 from hf_osd.distributed import Ranks
 from hf_osd.feedback import Feedback, SparseRows
+from hf_osd.rate import WEIGHTS
 from hf_osd.scoring import answer_logits, learners_autocast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -74,7 +75,7 @@ class OnlineGKDTrainer(GKDTrainer):
             model=model,
             teacher_model=_NoTeacher(model.config),
             args=args
-            or training_args(self.config, model.device, learning_rate=learning_rate or self.config.learning_rate),
+            or training_args(self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})),
             data_collator=FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.
             train_dataset=Dataset.from_dict({"labels": [[0]]}),
@@ -206,6 +207,15 @@ class OnlineGKDTrainer(GKDTrainer):
             self.optimizer = MuonWithAdamW(model or self.model, args.learning_rate, args.weight_decay)
         return super().create_optimizer(*(() if model is None else (model,)))
 
+    def scale_rate(self, factor: float):
+        """Learn at so many times the rate from now on; the optimizer's moments and the warm-up stay."""
+        self.args.learning_rate *= factor
+        for group in self.optimizer.param_groups if self.optimizer is not None else []:
+            group["lr"] *= factor
+            group["initial_lr"] = group.get("initial_lr", self.args.learning_rate) * factor
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.base_lrs = [rate * factor for rate in self.lr_scheduler.base_lrs]
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """One warm-up, and then a rate that is constant or falls with the root of the steps. Made once: upstream would begin anew at every update."""
         if self.lr_scheduler is None:
@@ -241,7 +251,7 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "gradient_checkpointing": False,  # the older name, on by default in trl
         "per_device_train_batch_size": config.batch_size or 1,
         "num_train_epochs": 1,
-        "learning_rate": config.learning_rate,
+        "learning_rate": WEIGHTS if config.learning_rate == "auto" else config.learning_rate,  # that is found beside serving
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch" if config.optim == "muon" else config.optim,

@@ -16,7 +16,7 @@ from hf_osd import OnlineAssistant
 from hf_osd.separate import LearningRank, Roles, serve_separately
 from hf_osd.wire import to_bytes
 
-CONFIG = {"update_interval": 4, "draft_cost": 0.1, "held_back_share": 0.0, "warmup_steps": 0, "seed": 0}
+CONFIG = {"update_interval": 4, "draft_cost": 0.1, "gate": False, "warmup_steps": 0, "seed": 0}
 
 
 class Mortal(LearningRank):

@@ -27,7 +27,7 @@ PLAIN = {
     "batch_size": None,
     "replay": 0.0,
     "averaging": 0.0,
-    "held_back_share": 0.0,
+    "gate": False,
     "tail_samples": None,
     "warmup_steps": 0,
     "max_grad_norm": 0.0,

@@ -141,7 +141,7 @@ def test_one_process_agrees_with_itself_and_learns_when_it_is_due(tiny_llama, ma
     assert (ranks.most(3), ranks.any(True), ranks.any(False), ranks.same({})) == (3, True, False, True)
     with pytest.raises(KeyError), ranks.together():
         raise KeyError
-    assistant = OnlineAssistant(tiny_llama(), update_interval=2, held_back_share=0.0, seed=0)
+    assistant = OnlineAssistant(tiny_llama(), update_interval=2, gate=False, seed=0)
     assistant.buffer.add(make_feedback())
     assert not update_together(assistant)
     assert update_together(assistant, force=True)

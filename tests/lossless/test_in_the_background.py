@@ -12,7 +12,7 @@ from .models import one_layer
 
 LONG = 120  # seconds in which anything has happened, on any machine
 LEARNING = {"learn": "background", "update_interval": 2, "learning_budget": 1.0, "learning_rate": 5e-3, "replay": 0.0}
-LEARNING |= {"warmup_steps": 0, "averaging": 0.0, "held_back_share": 0.0, "seed": 0}
+LEARNING |= {"warmup_steps": 0, "averaging": 0.0, "gate": False, "seed": 0}
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(5))
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
 

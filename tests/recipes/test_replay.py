@@ -26,7 +26,7 @@ def traces(target_dir, words, tmp_path_factory):
 
 def flags(target_dir, traces, *more) -> list[str]:
     given = f"--target {target_dir} --trace {traces / 'left'} --requests 8 --held_back 5 --score_every 4 --threads 1 --update_interval 4"
-    return [*given.split(), "--learning_rate", "5e-3", "--held_back_share", "0", *more]
+    return [*given.split(), "--learning_rate", "5e-3", "--gate", "false", *more]
 
 
 def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_path, capsys, monkeypatch):

@@ -160,7 +160,7 @@ def run(target_dir, words, tmp_path):
             "--suffix_cache",
             "false",
         ]
-        settings += ["--held_back_share", "0", "--replay", "0", "--checkpoint_every", "3", "--threads", "1"]
+        settings += ["--gate", "false", "--replay", "0", "--checkpoint_every", "3", "--threads", "1"]
         return distill.main([str(flag) for flag in (*settings, "--output_dir", call.out, *flags)])
 
     call.out = tmp_path / "out"

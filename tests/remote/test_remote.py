@@ -157,7 +157,7 @@ def test_garbage_collection_does_not_wait_for_it(remote, make_feedback):
 
 def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(remote, serving, make_feedback):
     """In the middle of an update that at this pace would take a day: the byte says that somebody is served."""
-    made = remote(learning_budget=1e-7, held_back_share=0.0, warmup_steps=0, replay=1.0)
+    made = remote(learning_budget=1e-7, gate=False, warmup_steps=0, replay=1.0)
     before = weights_of(serving)
     offer(made, make_feedback(seed=1))
     assert made.update(wait=True)
