@@ -227,7 +227,9 @@ class OnlineConfig:
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"`{name}` is {value!r}; give a number from 0 to 1.")
-        if self.learning_budget is not None and not (_is_number(self.learning_budget) and 0 < self.learning_budget <= 1):
+        if self.learning_budget is not None and not (
+            _is_number(self.learning_budget) and 0 < self.learning_budget <= 1
+        ):
             raise ValueError(f"`learning_budget` is {self.learning_budget!r}; give a share above 0 up to 1, or None.")
         if not (_is_number(self.averaging) and 0 <= self.averaging < 1):
             raise ValueError(f"`averaging` is {self.averaging!r}; give a number from 0 to below 1, such as 0.95.")

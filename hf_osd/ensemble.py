@@ -94,23 +94,21 @@ class Ensemble:
         for i, member in enumerate(self.members if len(self.members) > 1 else []):
             weights = None if member.serves_as_is else member.serving_weights()
             with self._ranks.together():
-                overlap = torch.cat([torch.zeros(0), *(judged.overlap for judged in self._judge(member, new, weights))])
+                overlap = torch.cat(
+                    [torch.zeros(0), *(judged.overlap for judged in self._judge(member, new, weights))]
+                )
             overlap = overlap[~overlap.isnan()]
             total, count = self._ranks.sum(float(overlap.double().sum()), len(overlap))
             if count:
                 self.losses[i] += 1.0 - total / count
 
-    def judge(
-        self, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None
-    ) -> list[Judged]:
+    def judge(self, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None) -> list[Judged]:
         """What is said of requests, see [`hf_osd.scoring.judge`], of `weights`, or of what is to serve."""
         if weights is None and not (len(self.members) == 1 and self.members[0].serves_as_is):
             weights = self.serving_weights()
         return self._judge(self.members[0], feedback, weights)
 
-    def _judge(
-        self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None
-    ) -> list[Judged]:
+    def _judge(self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None) -> list[Judged]:
         """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
         kept = None if weights is None else swap_weights(member.module, weights)
         try:

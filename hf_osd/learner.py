@@ -4,8 +4,8 @@ here leaves that draft as it was.
 An update (Algorithm 1 of arXiv 2310.07177, section 4.2, with what stands between learning and serving):
 
 1. new feedback is due, and none of it has been learnt;
-2. the static draft, the accepted one and the candidate are judged on it (`_judge`), teacher-forced;
-3. the gate says whether the candidate becomes the accepted draft, waits, or is dropped, and which of accepted and static serves (`_decide`);
+2. the static draft, the accepted one and the candidate are judged on it, teacher-forced;
+3. the gate says whether the candidate becomes the accepted draft, waits, or is dropped, and which of accepted and static serves ([`Contenders.decide`]);
 4. the student learns from the new requests and replayed ones, as many as fit the time (`_learn`);
 5. where there is no candidate, what has been learnt becomes it.
 """
@@ -19,7 +19,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,32 +26,22 @@ from torch import Tensor, nn
 
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.contenders import Contenders, Point
 from hf_osd.distributed import Ranks, RanksParted, check_job
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
-from hf_osd.gate import Gate, Verdict
+from hf_osd.gate import Verdict
 from hf_osd.random_state import isolated_random_state
-from hf_osd.rate import LADDER, Rate, Trial
+from hf_osd.rate import PASSES, Rate, Trial
 from hf_osd.schedule import Schedule
-from hf_osd.scoring import learners_autocast
-from hf_osd.shadow import Reservoir, Shadow
+from hf_osd.scoring import Judged, learners_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Requests of before on which a candidate is judged before it is accepted.
-_REMEMBERED = 32
-_COUNTS = ("updates", "failed", "rejected", "accepted", "learned_tokens", "seconds")  # of a restart
-
-
-@dataclass
-class Point:
-    """A draft that was learnt: the `weights` that would serve, in the serving dtype, and what it takes to go on learning from there (`snapshot`)."""
-
-    weights: dict[str, Tensor]
-    snapshot: list[tuple]
+_COUNTS = ("updates", "failed", "learned_tokens", "seconds")  # of a restart
 
 
 class Learner:
@@ -90,30 +79,23 @@ class Learner:
         alone: bool = True,
     ):
         self.buffer, self.config, self.trainable = buffer, config, trainable
-        self._serve, self._after_step, self._alone = serve, after_step, alone
+        self._alone = alone
         self.ranks = Ranks.of_job()
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
         self._begun_together = False  # whether all ranks are known to have the same draft
-        # Updates that learnt, that raised, whose candidate was dropped, and whose candidate was accepted.
-        self.updates = self.failed = self.rejected = self.accepted = self.learned_tokens = 0
+        self.updates = self.failed = self.learned_tokens = 0  # updates that learnt, and that raised
         self.seconds = 0.0
         self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in trainable))
         self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
         self.ensemble = Ensemble(draft, trainable, buffer, config, self, after_step, self.ranks)
         self.ensemble.set_rate(self.rate.value)
-        self.shadow, self.remembered = Shadow(self.ranks), Reservoir(_REMEMBERED, config.seed)
-        self.gate = Gate(config.gate_tolerance, self.ranks) if config.gate else None
         # In the dtype they came in, which holds them exactly.
-        self._dtypes = {name: p.dtype for name, p in draft.named_parameters() if name in trainable}
         static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-        self._static = self._accepted = Point(static, self.ensemble.snapshot())
-        self._candidate: Point | None = None
-        self._out = self._static  # what serves
+        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step)
         self._since_accepted: list[Feedback] = []  # new requests learnt since
         self._drops = 0  # in a row
         self._trying = False  # rates, of which nothing serves
-        self._served = 0  # times that other weights went out
         self._update_rows = 0  # of the update that runs
         self._generator = torch.Generator()
         if config.seed is None:
@@ -146,12 +128,12 @@ class Learner:
         """
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
-        start, served = time.perf_counter(), self._served
+        start, changes = time.perf_counter(), self.contenders.changes
         try:
             new = self.buffer.new()
             if self.ranks.any(bool(new)):
                 self._update(new, most, bounded=not wait)
-            return self._served > served
+            return self.contenders.changes > changes
         except RanksParted as error:
             return self._parted(error)
         finally:
@@ -180,17 +162,17 @@ class Learner:
         return {
             "updates": self.updates,
             "failed_updates": self.failed,
-            "rejected_updates": self.rejected,
-            "accepted_updates": self.accepted,
+            "rejected_updates": self.contenders.dropped,
+            "accepted_updates": self.contenders.accepted,
             "learned_tokens": self.learned_tokens,
             "learning_seconds": self.seconds,
             "longest_update": self.schedule.longest,
             "learning_rate": self.rate.value,
             "learning_rate_reason": self.rate.reason,
             "too_slow": self.schedule.too_slow,
-            "serves_static": self.gate is not None and self._serving is self._static,
-            "regret_vs_static": self.shadow.regret,
-            "estimate": self.shadow.estimate(),
+            "serves_static": self.contenders.serves_static,
+            "regret_vs_static": self.contenders.shadow.regret,
+            "estimate": self.contenders.shadow.estimate(),
         }
 
     def refresh(self, model: nn.Module | None = None):
@@ -203,39 +185,36 @@ class Learner:
             next((member.failure for member in self.ensemble.members if member.failure is not None), None)
         )
         self._check_losses()
-        if self.gate is None and not self._trying:
+        if self.contenders.gate is None and not self._trying:
             with self.ranks.together():
-                self._put_out(self.ensemble.serving_weights())
+                self.contenders.serve()
 
     def serve(self):
-        """Serve what may serve: the accepted draft or the static one; without a gate what has been learnt."""
-        self._put_out(self.ensemble.serving_weights() if self.gate is None else self._serving.weights)
+        """Serve what may serve; without a gate what has been learnt."""
+        self.contenders.serve()
 
     def take(self, weights: Mapping[str, Tensor]):
         """Go on learning from weights that were trained elsewhere. They serve already, and are what later ones are compared with."""
         with self._lock:
-            self.ensemble.set_weights(weights)
-            self._static = self._accepted = self._out = self._point()
-            self._candidate, self._since_accepted, self._drops = None, [], 0
-            if self.gate is not None:
-                self.gate.reset()
+            self.contenders.reset(weights)
+            self._since_accepted, self._drops = [], 0
             self._begun_together = False
 
     def close(self):
         """Forget the requests of before; learning has ended."""
-        self.remembered.clear()
+        self.contenders.remembered.clear()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
         with self._lock:
             tensors, values = self.ensemble.state()
-            tensors |= {f"accepted.{name}": tensor.clone() for name, tensor in self._accepted.weights.items()}
+            accepted, contenders = self.contenders.state()
+            tensors |= {f"accepted.{name}": tensor for name, tensor in accepted.items()}
             return tensors | {"draws": self._generator.get_state()}, {
                 **{name: getattr(self, name) for name in _COUNTS},
                 "misses": self.schedule.misses,
                 "rate": self.rate.state(),
-                "gate": None if self.gate is None else self.gate.state(),
-                "shadow": self.shadow.state(),
+                "contenders": contenders,
                 **values,
             }
 
@@ -255,11 +234,8 @@ class Learner:
             self.schedule.misses = values["misses"]
             self.rate.load_state(values["rate"])
             self.ensemble.set_rate(self.rate.value)
-            self.shadow.load_state(values["shadow"])
-            self._accepted = self._point_of(accepted)
-            self._candidate, self._since_accepted, self._drops = None, [], 0
-            if self.gate is not None and values["gate"] is not None:
-                self.gate.load_state(values["gate"])
+            self.contenders.load_state(accepted, values["contenders"])
+            self._since_accepted, self._drops = [], 0
             self._begun_together = False
 
     def _parted(self, error: RanksParted) -> bool:
@@ -278,138 +254,82 @@ class Learner:
         before = self.ensemble.snapshot()
         try:
             with self._apart():
-                self._forget_old()
                 self._check_beginning()
-                if not self.rate.found:
-                    self._find_rate(new, bounded)
+                if self.rate.found:
+                    self._see_through(*self.contenders.decide(new))
                 else:
-                    self._decide(new)
+                    self._find_rate(new, bounded)
         except Exception as error:
             self._undo(error, new, before)
             return
-        for request in new:
-            self.remembered.offer(request)
+        self.contenders.remember(new)
         if not self.schedule.rests():
             self._learn(new, most, bounded)
 
-    def _decide(self, new: list[Feedback]):
-        """Judge the three drafts on requests that none of them has learnt, and do what the gate says."""
-        if self.gate is None:
-            return
-        static, accepted, candidate = self._judge(new)
-        self.shadow.observe(static, static if self._serving is self._static else accepted)
-        self._see_through(self.gate.observe(static, accepted, candidate))
-
-    def _judge(self, new: list[Feedback]) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        """Scores of the static draft, the accepted one, and the candidate if there is one."""
-        with self.ranks.together():
-            static = self._scores(new, self._static)
-            accepted = static if self._accepted is self._static else self._scores(new, self._accepted)
-            candidate = None if self._candidate is None else self._scores(new, self._candidate)
-        return static, accepted, candidate
-
-    def _see_through(self, verdict: Verdict):
-        """Do with the candidate what the gate says of it, and serve what it says is to serve."""
-        if verdict is Verdict.ACCEPT and self._has_unlearnt():
-            verdict = Verdict.WAIT
+    def _see_through(self, verdict: Verdict, gained: bool):
+        """What becomes of the rate, and of what was learnt, with a candidate."""
         if verdict is Verdict.ACCEPT:
-            gained = self.gate.accept()
-            self._accepted, self._candidate, self._since_accepted, self._drops = self._candidate, None, [], 0
-            self.accepted += 1
+            self._since_accepted, self._drops = [], 0
             if gained:
                 self.rate.higher()
         elif verdict is Verdict.DROP:
-            self._drop()
-        elif verdict is Verdict.REPLACE:
-            self._candidate = None
-            self.gate.begin()
-        self.ensemble.set_rate(self.rate.value)
-        if self._serving is self._out:
-            return
-        try:
-            with self.ranks.together():
-                self._put_out(self._serving.weights)
-        except Exception:  # they cannot serve: what does is the accepted draft again
-            self._accepted, self._candidate = self._out, None
-            self.gate.reset()
-            raise
-        self._out = self._serving
-        if self._out is self._static:
+            self._drops += 1
+            self.rate.lower()
             logger.warning(
-                "What was learnt is worse than the draft before any learning on what comes now; that one serves until this is mended."
+                "What was learnt made the draft worse on requests that it had not learnt yet, and is dropped; the learning rate is %.1e now.",
+                self.rate.value,
             )
-
-    def _drop(self):
-        """Go back to the accepted draft, and learn more slowly from there."""
-        self.rejected += 1
-        self._drops += 1
-        self.rate.lower()
-        logger.warning(
-            "What was learnt made the draft worse on requests that it had not learnt yet, and is dropped; the learning rate is %.1e now.",
-            self.rate.value,
-        )
-        if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
-            self.buffer.discard(self._since_accepted)
-        self.ensemble.go_back(self._accepted.snapshot)
-        self._candidate, self._since_accepted = None, []
-        self.gate.begin()
-
-    def _has_unlearnt(self) -> bool:
-        """Whether the candidate is worse than the static draft on requests of before."""
-        requests = self.remembered.requests()
-        with self.ranks.together():
-            static, candidate = (self._scores(requests, point) for point in (self._static, self._candidate))
-        return self.gate.breaks(static, candidate)
+            if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
+                self.buffer.discard(self._since_accepted)
+            self._since_accepted = []
+        self.ensemble.set_rate(self.rate.value)
 
     def _find_rate(self, new: list[Feedback], bounded: bool):
         """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
         half = len(new) // 2
         taught, judged = new[:half], new[half:]
-        start = self.ensemble.snapshot()
-        began = time.perf_counter()
+        start, began = self.ensemble.snapshot(), time.perf_counter()
         with self.ranks.together():
-            static = self._said(judged, self._static)
+            static = self.contenders.judge(judged, self.contenders.static)
         self.schedule.note_judged(_tokens(judged), time.perf_counter() - began)
-        if not self.ranks.any(any(not one.overlap.isnan().all() for one in static)):
+        before = self._gathered(static)
+        if not len(before):
             return  # nobody can be judged by these
-        passes = self.schedule.passes(round(self.config.passes), _tokens(taught) * len(LADDER), bounded)
-        passes = sorted({1, passes})
+        most = self.schedule.passes(round(self.config.passes), _tokens(taught) * len(self.rate.ladder), bounded)
         trials: list[Trial] = []
-        best: Point | None = None
+        best: tuple[Point, list[Judged]] | None = None
         self._trying = True
         try:
-            for trial in self.rate.trials(passes):
-                if trial.passes == passes[0]:
-                    self.ensemble.go_back(start)
-                    self.ensemble.set_rate(trial.rate)
-                    done = 0
-                try:
-                    self._train(taught * (trial.passes - done))
-                except ArithmeticError:  # too fast by far
-                    trials.append(replace(trial, shared=-1.0))
-                    continue
-                done = trial.passes
-                point = self._point()
-                with self.ranks.together():
-                    said = self._said(judged, point)
-                trials.append(replace(trial, shared=self._mean([one.shared for one in said])))
-                if best is None or trials[-1].shared > max(other.shared for other in trials[:-1]):
-                    best, best_said = point, said
+            for rate in self.rate.ladder:
+                self.ensemble.go_back(start)
+                self.ensemble.set_rate(rate)
+                done = 0
+                for passes in sorted({min(n, most) for n in PASSES}):
+                    try:
+                        self._train(taught * (passes - done))
+                    except ArithmeticError:  # too fast by far
+                        break
+                    done, point = passes, self.contenders.point()
+                    with self.ranks.together():
+                        said = self.contenders.judge(judged, point)
+                    trials.append(Trial(rate, passes, self._gathered(said)))
+                    if self.rate.prefers(trials[-1], before):
+                        best = point, said
         finally:
             self._trying = False
         if best is None:
-            raise ArithmeticError("The loss was not finite at any learning rate tried.")
-        self.rate.choose(trials, self._mean([one.shared for one in static]))
+            raise ArithmeticError("The loss was not finite at any learning rate that was tried.")
+        self.rate.settle(len(trials), before)
         logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
         self.ensemble.set_rate(self.rate.value)
-        self.ensemble.go_back(best.snapshot)
-        static, found = ([one.overlap for one in said] for said in (static, best_said))
-        self.shadow.observe(static, static)
-        if self.gate is None:
-            return
-        self._candidate, self._since_accepted = best, list(taught)
-        self.gate.begin(choices=len(trials))
-        self._see_through(self.gate.observe(static, static, found))
+        self.ensemble.go_back(best[0].snapshot)
+        self._since_accepted = list(taught)
+        self._see_through(*self.contenders.choose(best[0], len(trials), static, best[1]))
+
+    def _gathered(self, said: list[Judged]) -> Tensor:
+        """Σ min(p, q) at all positions of all ranks that have a target, request by request: `(N,)`."""
+        parts = self.ranks.gather([judged.shared[~judged.overlap.isnan()].nan_to_num(0.0) for judged in said])
+        return torch.cat([torch.zeros(0), *parts])
 
     def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
         config = self.config
@@ -444,9 +364,7 @@ class Learner:
         self.updates += 1
         self.learned_tokens += self._update_rows
         self._since_accepted += new
-        if self.gate is not None and self._candidate is None:
-            self._candidate = self._point()
-            self.gate.begin()
+        self.contenders.propose()
         if config.clear_after_update:
             self.buffer.clear()
 
@@ -461,10 +379,10 @@ class Learner:
         self.failed += 1
         rest = self.schedule.failed()
         self.buffer.discard(new)
-        self.remembered.discard(new)
+        self.contenders.remembered.discard(new)
         self.ensemble.go_back(before)
         if self.ranks.size > 1:
-            self.serve()  # it may have been another rank that could not take the new weights
+            self.contenders.serve()  # it may have been another rank that could not take the new weights
         logger.error(
             "An update failed; the serving draft is as it was, and learning goes on from it. %s",
             f"The next {rest} updates are left out." if rest else "The next one comes as usual.",
@@ -485,54 +403,6 @@ class Learner:
             raise ArithmeticError(
                 f"The loss of this update is {', '.join(map(str, losses))}. Lower the learning rate if that comes again."
             )
-
-    def _forget_old(self):
-        """What the buffer may not keep, is not kept to judge by either."""
-        if self.config.buffer_age is not None:
-            now = time.monotonic()
-            old = [one for one in self.remembered.requests() if now - one.created > self.config.buffer_age]
-            self.remembered.discard(old)
-
-    # Drafts that were learnt.
-
-    @property
-    def _serving(self) -> Point:
-        """What may serve."""
-        return self._static if self.gate is not None and self.gate.serves_static else self._accepted
-
-    def _put_out(self, weights: Mapping[str, Tensor]):
-        self._serve(weights)
-        self._served += 1
-
-    def _point(self) -> Point:
-        """What has been learnt so far."""
-        with torch.no_grad():
-            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self.ensemble.serving_weights().items()}
-        return Point(weights, self.ensemble.snapshot())
-
-    def _point_of(self, weights: Mapping[str, Tensor]) -> Point:
-        """A draft of which nothing is known but its weights."""
-        kept = self.ensemble.snapshot()
-        self.ensemble.set_weights(weights)
-        point = Point(dict(weights), self.ensemble.snapshot())
-        self.ensemble.go_back(kept)
-        return point
-
-    def _scores(self, requests: list[Feedback], point: Point | None) -> list[Tensor]:
-        return [judged.overlap for judged in self._said(requests, point)]
-
-    def _said(self, requests: list[Feedback], point: Point | None) -> list:
-        """What a draft says of requests, see [`hf_osd.scoring.judge`]; `None` is what has been learnt so far."""
-        judged = self.ensemble.judge(requests, None if point is None else point.weights) if requests else []
-        if self._after_step is not None:
-            self._after_step()
-        return judged
-
-    def _mean(self, scores: list[Tensor]) -> float:
-        """Over all positions of all ranks that have a target."""
-        known = torch.cat([torch.zeros(0), *scores])
-        total, count = self.ranks.sum(float(known.nan_to_num(0.0).double().sum()), int((~known.isnan()).sum()))
-        return total / count if count else 0.0
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:

@@ -1,14 +1,18 @@
-"""`Rate`: the learning rate, found on the draft at hand and followed since. Pure arithmetic."""
+"""`Rate`: the learning rate and the passes over what is new, found on the draft at hand and followed since. Pure arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-# What is tried on the first requests, largest first, in times of the largest.
-LADDER = (1.0, 0.2, 0.04)
-# The largest rate tried of drafts that learn all their weights, and of those that learn in an adapter.
-WEIGHTS, ADAPTER = 1e-3, 1e-3
+from torch import Tensor
+
+from hf_osd.evidence import BLOCK
+
+# What is tried on the first requests of a draft that learns all its weights, and of one that learns in an adapter; and after how many passes over them.
+WEIGHTS, ADAPTER = (1e-3, 2e-4, 4e-5), (4e-4, 1e-4, 2.5e-5)
+PASSES = (1, 3, 7)
+# A draft with less in common with the target than this knows little that a fast rate could spoil.
+_COLD = 0.3
 # What a candidate that was dropped makes of the rate, what one that was better does, and how far below the largest it may fall.
 _LOWER, _HIGHER, _LEAST = 0.5, 1.25, 1e-3
 # And what of a rate at which something was dropped is the most to come back to.
@@ -17,15 +21,14 @@ _BELOW = 0.8
 
 @dataclass(frozen=True)
 class Trial:
-    """What was tried on the first requests: a `rate`, and how many `passes` over them; and what came of it on the next: `shared`, the mean over positions of
-    Σ min(p, q)."""
+    """What was tried on the first requests, a `rate` and how many `passes` over them; and what the next ones say of it: Σ min(p, q) at each position, `(N,)`."""
 
     rate: float
     passes: int
-    shared: float = 0.0
+    shared: Tensor
 
     def __str__(self) -> str:
-        return f"{self.rate:.0e} and {self.passes} pass{'es' if self.passes > 1 else ''}: {self.shared:.3f}"
+        return f"{self.rate:.0e} and {self.passes} pass{'es' if self.passes > 1 else ''}: {_mean(self.shared):.3f}"
 
 
 class Rate:
@@ -38,35 +41,45 @@ class Rate:
     Attributes:
         value (`float`): of the next update.
         passes (`int`, *optional*): over new requests in it, replay included, where that was found too.
+        found (`bool`): whether it is known.
         reason (`str`): where it comes from.
     """
 
     def __init__(self, value: float | str, adapter: bool):
         self.is_auto = value == "auto"
-        self._largest = self._most = self.value = (ADAPTER if adapter else WEIGHTS) if self.is_auto else float(value)
+        self.ladder = ADAPTER if adapter else WEIGHTS
+        self.value = self._most = self.ladder[0] if self.is_auto else float(value)
         self.passes: int | None = None
         self.found = not self.is_auto
         self.reason = "as given" if self.found else "to be found on the first requests"
+        self._best: Trial | None = None
 
-    def trials(self, passes: Sequence[int]) -> list[Trial]:
-        """What to try: each rate with each number of passes."""
-        return [Trial(self._largest * factor, n) for factor in LADDER for n in passes]
+    def prefers(self, trial: Trial, static: Tensor) -> bool:
+        """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Fast ones come first: of those that chance
+        does not tell apart, a draft that knows little goes on with the fastest, and one that knows much with that which did best."""
+        best = self._best
+        needed = 0.0
+        if best is not None and _mean(static) < _COLD:
+            blocks = [block.sum() for block in (trial.shared - best.shared).split(BLOCK)]
+            needed = float(sum(block**2 for block in blocks)) ** 0.5 / len(static)
+        if best is not None and _mean(trial.shared) - _mean(best.shared) <= needed:
+            return False
+        self._best = trial
+        return True
 
-    def choose(self, trials: Sequence[Trial], static: float) -> int:
-        """Which of the trials is best, and go on with it; `static` is `shared` of the draft that they began from."""
-        best = max(range(len(trials)), key=lambda i: trials[i].shared)
-        chosen = trials[best]
-        self.value = chosen.rate
-        self.passes, self.found = chosen.passes, True
-        self.reason = f"the best of {len(trials)} tried on the first requests, on the next: {chosen}, from {static:.3f}"
-        return best
+    def settle(self, trials: int, static: Tensor):
+        """Go on with the best of so many trials."""
+        best, self._best = self._best, None
+        self.value, self.passes, self.found = best.rate, best.passes, True
+        self.reason = f"the best of {trials} tried on the first requests, by what the next share with the target: {best}, from {_mean(static):.3f}"
 
     def lower(self):
         """A candidate was dropped: it learnt too fast, as far as anybody knows."""
         if self.is_auto:
-            self._most = self.value * _BELOW
-            self.value = max(self.value * _LOWER, self._largest * _LEAST)
-            self.reason = f"lowered, for what was learnt at {self.value / _LOWER:.1e} was worse"
+            dropped = self.value
+            self._most = dropped * _BELOW
+            self.value = max(dropped * _LOWER, self.ladder[0] * _LEAST)
+            self.reason = f"lowered, for what was learnt at {dropped:.1e} was worse"
 
     def higher(self):
         """A candidate was accepted that is better beyond chance."""
@@ -82,3 +95,7 @@ class Rate:
         """Go on from `state()`; a rate that was given is obeyed, whatever that says."""
         if self.is_auto:
             vars(self).update(values)
+
+
+def _mean(shared: Tensor) -> float:
+    return float(shared.double().mean()) if len(shared) else 0.0

@@ -42,7 +42,15 @@ _PATIENCE = 10.0
 # After n deaths in a row, the next process waits for 2ⁿ updates' requests, at most for this many.
 _LONGEST_WAIT = 64
 # What is summed up over processes.
-_COUNTS = ("updates", "failed_updates", "rejected_updates", "accepted_updates", "learned_tokens", "learning_seconds", "learner_restarts")
+_COUNTS = (
+    "updates",
+    "failed_updates",
+    "rejected_updates",
+    "accepted_updates",
+    "learned_tokens",
+    "learning_seconds",
+    "learner_restarts",
+)
 
 
 class RemoteLearner:

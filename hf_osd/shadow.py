@@ -39,7 +39,9 @@ class Shadow:
         for a, b in zip(static, served, strict=True):
             known = ~a.isnan()
             if known.any():
-                sums += torch.tensor([1, int(known.sum()), float(a[known].sum()), float(b[known].nan_to_num(0.0).sum())])
+                sums += torch.tensor(
+                    [1, int(known.sum()), float(a[known].sum()), float(b[known].nan_to_num(0.0).sum())]
+                )
         requests, positions, before, after = self._ranks.sum(*sums.tolist())
         self.requests, self.positions = self.requests + int(requests), self.positions + int(positions)
         self.static, self.served = self.static + before, self.served + after

@@ -75,7 +75,9 @@ class OnlineGKDTrainer(GKDTrainer):
             model=model,
             teacher_model=_NoTeacher(model.config),
             args=args
-            or training_args(self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})),
+            or training_args(
+                self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
+            ),
             data_collator=FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.
             train_dataset=Dataset.from_dict({"labels": [[0]]}),
@@ -251,7 +253,9 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "gradient_checkpointing": False,  # the older name, on by default in trl
         "per_device_train_batch_size": config.batch_size or 1,
         "num_train_epochs": 1,
-        "learning_rate": WEIGHTS if config.learning_rate == "auto" else config.learning_rate,  # that is found beside serving
+        "learning_rate": WEIGHTS[0]
+        if config.learning_rate == "auto"
+        else config.learning_rate,  # that is found beside serving
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch" if config.optim == "muon" else config.optim,
