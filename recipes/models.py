@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_osd import drafts
+from hf_osd.hub import find_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,9 @@ EMBEDDED_FACTS = {
     "target": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "license": "apache-2.0",
 }  # for the card of its drafts
+# Whichever of these is there, transformers makes a tokenizer of; of none of them, for some kinds of model, an empty one without a word.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+TOKENIZER_FILES += ("vocab.txt", "tekken.json")
 
 
 @dataclass
@@ -72,11 +76,15 @@ def load_target(
     return target, AutoTokenizer.from_pretrained(where)
 
 
-def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
+def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False) -> PreTrainedModel:
     """A draft for `target`: a path, a Hub id, or `"grow:0,1"` for one made of these layers of the target.
 
+    Args:
+        name, target: the draft, and what it is to draft for, whose dtype and device it gets.
+        any_vocabulary: whether its tokens may be others than the target's; see `draft_tokenizers`.
+
     Raises:
-        ValueError: if the name cannot be read, or the vocabularies differ.
+        ValueError: if the name cannot be read, or the vocabularies differ and may not.
         OSError: if there is no such draft.
     """
     if name.startswith("grow:"):
@@ -87,12 +95,61 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
         return drafts.grow_draft(target, layers)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
     tokens = [model.config.get_text_config().vocab_size for model in (target, draft)]
-    if tokens[0] != tokens[1]:
+    if tokens[0] != tokens[1] and not any_vocabulary:
         raise ValueError(
             f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family, or "
-            "--draft grow:0,1."
+            "--draft grow:0,1. Of the recipes, distill.py, lossless.py and benchmark.py --what methods take such drafts."
         )
     return draft
+
+
+def draft_tokenizers(
+    name: str, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedTokenizerBase]:
+    """What `generate` has to be given beside a draft of another vocabulary: `tokenizer`, the target's, and `assistant_tokenizer`, which is loaded from where
+    the draft is. Nothing, if both have the same tokens.
+
+    Raises:
+        ValueError: if there is no tokenizer and one is needed, or the two differ and `generate` could not tell, for it goes by sizes.
+    """
+    if name.startswith("grow:"):
+        return {}
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    own = None
+    try:
+        own = _tokenizer_of(name, draft)
+    except OSError:  # a Hub that does not answer, say: by the sizes none is needed
+        if sizes[0] != sizes[1]:
+            raise
+    if sizes[0] != sizes[1]:
+        if own is None:
+            raise ValueError(
+                f"The target has {sizes[0]} tokens and the draft {name} {sizes[1]}, and there is no tokenizer with the draft. Save the one that it was "
+                "trained with beside it, by AutoTokenizer.from_pretrained(...).save_pretrained(folder): the target's, if only the padding differs."
+            )
+        return {"tokenizer": tokenizer, "assistant_tokenizer": own}
+    if own is not None and not _mostly_the_same(tokenizer.get_vocab(), own.get_vocab()):
+        raise ValueError(
+            f"The target and the draft {name} have {sizes[0]} tokens each, of other tokenizers, which transformers takes for one. Give the draft a head of "
+            f"another size, by draft.resize_token_embeddings({sizes[1] + 1}), and save it with its own tokenizer; or choose --draft grow:0,1."
+        )
+    return {}
+
+
+def _tokenizer_of(name: str, draft: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Where the draft is; where its base is, for an adapter that has none with it."""
+    from transformers import AutoTokenizer
+
+    for where in dict.fromkeys((name, getattr(draft.config, "_name_or_path", "") or name)):
+        if any(find_file(where, file) is not None for file in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(where)
+    return None
+
+
+def _mostly_the_same(ours: dict[str, int], theirs: dict[str, int]) -> bool:
+    """Whether most tokens have the same id: those of one family may name some special ones differently."""
+    same = sum(theirs.get(token) == i for token, i in ours.items())
+    return 2 * same > min(len(ours), len(theirs))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True) -> Tensor:
