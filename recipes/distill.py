@@ -141,7 +141,7 @@ class Job:
         if processes.learns_alone:
             return self._learn()
         log = processes.open_log(args.output_dir, self._identity(), args.resume)
-        self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device)
+        self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device, encoders=True)
         domains = self._load_domains()
         draft = load_draft(args.draft, self.target, any_vocabulary=True)
         # For generate, and nothing where the draft's tokens are the target's.
@@ -215,7 +215,7 @@ class Job:
     def _learn(self) -> int:
         """Learn for those that serve. The target is here for as long as a draft may have to be made of it."""
         args = self.args
-        target, _ = load_target(args.target, args.dtype, self.processes.accelerator.device)
+        target, _ = load_target(args.target, args.dtype, self.processes.accelerator.device, encoders=True)
         assistant = OnlineAssistant(load_draft(args.draft, target, any_vocabulary=True), self.config)
         del target
         LearningRank(assistant, self.processes.roles, args.weights_every).run()
@@ -251,7 +251,8 @@ class Job:
             seconds = {"decode_seconds": decode_seconds, "learn_seconds": learn_seconds}
             row = log.add(domain.name, assistant.stats, seconds)
             if plain is not None:
-                verdict = compare_outputs(self.target, plain[0], output)
+                source = prompt if self.target.config.is_encoder_decoder else None
+                verdict = compare_outputs(self.target, plain[0], output, source)
                 log.add_pair(domain.name, verdict, plain[1], decode_seconds)
             bar.update()
             if hidden:

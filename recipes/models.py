@@ -59,19 +59,28 @@ def use_threads(threads: int | None, processes: int = 1):
 
 
 def load_target(
-    name: str, dtype: str, device: torch.device | str = "cpu"
+    name: str, dtype: str, device: torch.device | str = "cpu", encoders: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target and its tokenizer, frozen and in eval mode.
 
     Args:
         name: a path, a Hub id, or `"embedded"` for the model that needs no hub.
         dtype: `"auto"` (the checkpoint's), or a torch dtype's name.
+        encoders: whether it may be an encoder-decoder.
+
+    Raises:
+        ValueError: if it is one and may not.
+        OSError: if there is no such target.
     """
     from embedded import embedded_target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = embedded_target() if name == EMBEDDED else name
-    target = AutoModelForCausalLM.from_pretrained(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    target = drafts.load_model(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if target.config.is_encoder_decoder and not encoders:
+        raise ValueError(
+            f"The target {name} is an encoder-decoder ({type(target).__name__}), which recipes/distill.py serves alone of the recipes; choose a decoder."
+        )
     target.to(device).eval().requires_grad_(False)
     return target, AutoTokenizer.from_pretrained(where)
 
@@ -94,6 +103,15 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
             raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,1.") from error
         return drafts.grow_draft(target, layers)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
+    kinds = [one.config.is_encoder_decoder for one in (target, draft)]
+    if kinds[0] != kinds[1]:
+        words = [
+            f"an encoder-decoder ({type(one).__name__})" if kind else f"a decoder ({type(one).__name__})"
+            for one, kind in zip((target, draft), kinds, strict=True)
+        ]
+        raise ValueError(
+            f"The target is {words[0]} and the draft {name} {words[1]}; choose a draft of the target's kind."
+        )
     tokens = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if tokens[0] != tokens[1] and not any_vocabulary:
         raise ValueError(
@@ -174,8 +192,9 @@ def encode_rows(
 ) -> tuple[list[dict], int]:
     """A stream's rows with their token ids as `ids`, without those that leave the window no room for an answer, and how many these are."""
     window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    after = 0 if target.config.is_encoder_decoder else max_new_tokens  # an encoder reads the prompt alone
     encoded = [{**row, "ids": encode(tokenizer, row["prompt"], chat_template)} for row in rows]
-    fitting = [row for row in encoded if window is None or len(row["ids"]) + max_new_tokens <= window]
+    fitting = [row for row in encoded if window is None or len(row["ids"]) + after <= window]
     if skipped := len(encoded) - len(fitting):
         logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)
     return fitting, skipped
@@ -187,7 +206,7 @@ def shuffled(rows: list, seed: int) -> list:
 
 
 def answer(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, **kwargs) -> Tensor:
-    """Prompt and greedy answer, `(L,)` on the CPU; `kwargs` are for `generate`."""
+    """Prompt and greedy answer, `(L,)` on the CPU, or of an encoder-decoder what its decoder has read and said; `kwargs` are for `generate`."""
     input_ids = prompt[None].to(target.device)
     output = target.generate(
         input_ids=input_ids,

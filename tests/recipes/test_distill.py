@@ -240,6 +240,30 @@ def test_a_draft_with_an_adapter_goes_on_learning_in_it(run, target_dir):
     assert run("--draft", saved, "--requests", "1", "--output_dir", run.out.parent / "again") == 0
 
 
+def test_an_encoder_decoder_has_a_draft_of_its_kind(run, refused, target_dir, tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "initializer_factor": 3.0}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    for name, layers in (("target", 2), ("draft", 1)):
+        torch.manual_seed(layers)
+        T5ForConditionalGeneration(T5Config(**sizes, **tokens, num_layers=layers)).save_pretrained(tmp_path / name)
+    AutoTokenizer.from_pretrained(target_dir).save_pretrained(tmp_path / "target")
+    pair = ["--target", tmp_path / "target", "--draft", tmp_path / "draft", "--lookahead", "constant"]
+    assert run(*pair, "--warm_up", "2", "--learning_rate", "5e-3") == 0
+    summary = json.loads((run.out / "summary.json").read_text())
+    for figures in summary["domains"].values():
+        assert (figures["mismatches"], figures["identical_share"]) == (0, 1.0)
+        assert 0 <= figures["alpha_before"] <= 1
+    assert sum(d["alpha_after"] - d["alpha_before"] for d in summary["domains"].values()) > 0
+    assert (summary["overall"]["updates"] > 0, summary["overall"]["failed_updates"]) == (True, 0)
+    again = ["--draft", run.out / "draft", "--requests", "1", "--output_dir", tmp_path / "again"]
+    assert run(*pair, *again) == 0
+    refused(run, *pair, "--draft", target_dir, says="and the draft")
+    refused(run, "--draft", tmp_path / "draft", says="a draft of the target's kind")
+    refused(run, *pair, "--draft", "grow:0", says="decoder-only")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
