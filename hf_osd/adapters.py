@@ -126,6 +126,11 @@ def without_adapters(model: PreTrainedModel, merge: bool = False) -> PreTrainedM
         setattr(base.get_submodule(parent), child, plain)
     base._hf_peft_config_loaded = False
     base.__dict__.pop("peft_config", None)
+    # Where transformers has loaded the adapter, it noted how that one's names are changed, and would write the base under such names.
+    if any(
+        one.source_patterns[0].startswith("base_model.") for one in getattr(base, "_weight_conversions", None) or ()
+    ):
+        del base._weight_conversions  # those of the architecture hold again
     return base
 
 

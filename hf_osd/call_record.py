@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseRows
 from hf_osd.stats import CallStats
+from hf_osd.translation import starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +106,7 @@ class CallRecord:
         own = min(tested, len(block.own))
         self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.own), block.steps)
         tokens = [token for piece in pieces for token in piece]
-        at = _starts(pieces)
+        at = starts(pieces)
         self._starts += [len(self._tokens) + i for i in at]
         self._tokens += tokens
         self._overlap += _spread(overlap, at, len(tokens), torch.nan)
@@ -128,12 +129,10 @@ class CallRecord:
                 ids = torch.tensor(drafted, device=raw.device)[:, None]
                 said = log_q(torch.cat([rows.top_ids[:own].long(), ids], dim=-1)).to(raw.device, self._dtype)
                 draft_rows[:own], drafted_logp[:own] = said[:, :-1], said[:, -1]
+            rows = self._translation.rows(rows, pieces)
             if not self._translation.is_identity:
-                ids = self._translation.token(rows.top_ids.long()).to(torch.int32)
-                rows = SparseRows(ids, rows.top_logps, rows.tail_logp)
                 drafted = [self._translation.tokens([token])[0][0] for token in drafted]
             if len(tokens) > len(pieces):
-                rows = rows.spread(at, len(tokens))
                 wide = [x.new_full((len(tokens), *x.shape[1:]), torch.nan) for x in (draft_rows, drafted_logp)]
                 wide[0][at], wide[1][at] = draft_rows, drafted_logp
                 draft_rows, drafted_logp = wide
@@ -240,14 +239,6 @@ class CallRecord:
             return None
         finally:
             self.stats.capture_seconds += time.perf_counter() - start
-
-
-def _starts(pieces: list[list[int]]) -> list[int]:
-    """Where each piece starts in all of them, one after the other."""
-    starts = [0]
-    for piece in pieces[:-1]:
-        starts.append(starts[-1] + len(piece))
-    return starts
 
 
 def _spread(values: list, at: list[int], n: int, fill) -> list:

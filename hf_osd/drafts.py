@@ -20,6 +20,7 @@ from hf_osd.adapters import (
     merged,
     save_adapter,
 )
+from hf_osd.hub import FROM_WHERE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,27 +31,40 @@ CHECKPOINT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *BASE_FILES)
 
 
 def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` from safetensors alone, in the checkpoint's dtype unless `kwargs` say otherwise.
+    """`AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` for an encoder-decoder, from safetensors alone, in the checkpoint's dtype unless
+    `kwargs` say otherwise.
 
     Where an adapter is there, it comes on its base, and trains: a transformers model with an adapter, whether or not it was saved as a PeftModel.
 
     Raises:
         OSError: if there is no such draft, or its weights are damaged or no safetensors.
-        ValueError: if what is there is no causal LM, or an adapter that names no base.
+        ValueError: if what is there is neither, or an adapter that names no base.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     kwargs = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
         folder = adapter_folder(name_or_path, **kwargs)
         if folder is None:
-            return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-        return load_with_adapter(folder, AutoModelForCausalLM.from_pretrained, **kwargs)
+            return load_model(name_or_path, **kwargs)
+        return load_with_adapter(folder, load_model, **kwargs)
     except SafetensorError as error:
         raise OSError(
             f"The weights of the draft {name_or_path} are damaged ({error}); save or download them again."
         ) from error
+
+
+def load_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """`from_pretrained` of AutoModelForSeq2SeqLM if the config says that it is an encoder-decoder, of AutoModelForCausalLM if not: that one would make a decoder
+    without an encoder of a BART, and refuse a T5."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = kwargs.get("config")
+    if config is None:
+        names = (*FROM_WHERE, "subfolder", "trust_remote_code")
+        config = AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name_or_path, **kwargs)
 
 
 def save_draft(

@@ -133,8 +133,9 @@ class Feedback:
         overlap: Tensor | None = None,
         prompt_rows: SparseRows | None = None,
         sampled: bool = False,
+        source: Tensor | None = None,
     ) -> Feedback:
-        """Feedback of a request that the target answered alone: nothing drafted, all positions teach."""
+        """Feedback of a request that the target answered alone: nothing drafted, all positions with a target teach."""
         n, k = rows.top_ids.shape
         dtype = rows.top_logps.dtype
         return cls(
@@ -149,6 +150,7 @@ class Feedback:
             outcome=torch.full((n,), UNTESTED, dtype=torch.int8),
             overlap=torch.full((n,), torch.nan) if overlap is None else overlap,
             sampled=sampled,
+            source=None if source is None else source.to("cpu", torch.int32),
             prompt_rows=prompt_rows,
         )
 

@@ -17,7 +17,7 @@ FLOAT32_TIE = 1e-3
 HALF_TIE_ULPS = 2
 
 
-def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor) -> str:
+def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor, source: Tensor | None = None) -> str:
     """`"identical"`, `"near_tie"` or `"mismatch"`.
 
     Batched verification adds in another order than one-token decoding, so two logits that are all but equal can change places; from
@@ -27,7 +27,8 @@ def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor) ->
 
     Args:
         target (`PreTrainedModel`): the model that made both.
-        plain, assisted (`Tensor`): token ids `(L,)`, prompt included.
+        plain, assisted (`Tensor`): token ids `(L,)`, prompt included; those of its decoder, if `target` has an encoder.
+        source (`Tensor`, *optional*): what that encoder read, `(S,)`; to be given if there is one.
     """
     plain, assisted = plain.flatten().cpu(), assisted.flatten().cpu()
     shared = min(len(plain), len(assisted))
@@ -35,8 +36,11 @@ def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor) ->
     if not len(differs):
         return "identical" if len(plain) == len(assisted) else "mismatch"
     at = int(differs[0])
+    inputs = {"input_ids": plain[None, :at].to(target.device)}
+    if source is not None:
+        inputs = {"input_ids": source.flatten()[None].to(target.device), "decoder_input_ids": inputs["input_ids"]}
     with torch.no_grad():
-        logits = target(input_ids=plain[None, :at].to(target.device), use_cache=False).logits[0, -1]
+        logits = target(**inputs, use_cache=False).logits[0, -1]
     return "near_tie" if is_near_tie(logits[plain[at]], logits[assisted[at]]) else "mismatch"
 
 

@@ -92,16 +92,16 @@ class SavableAssistant(ResumableAssistant):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs
     ) -> OnlineAssistant:
-        """An assistant around a saved draft, or any causal LM of the Hub.
+        """An assistant around a saved draft, or any causal LM or encoder-decoder of the Hub.
 
         Args:
             name_or_path: a directory or a Hub id.
             config ([`OnlineConfig`], *optional*): replaces the one saved beside the draft, if there is one.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
+            **kwargs: for `from_pretrained` of transformers, such as `dtype`, `device_map`, `revision`, `token`.
 
         Raises:
             OSError: if there is no such draft, its weights are damaged, or the Hub refuses or cannot be reached; the message says how to mend that.
-            ValueError: if it is no causal LM, or its OnlineConfig does not fit.
+            ValueError: if it is neither, or its OnlineConfig does not fit.
         """
 
         def load():

@@ -53,8 +53,9 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
     """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean. NaN where a
     position has no target (see [`Feedback`]).
 
-    Greedy requests: 1 where the draft's argmax is the target's token, else 0. Sampled ones: Σ min(p, q) over the stored top k at
-    temperature 1, a lower bound, for dense rows are not stored.
+    Greedy requests: 1 where the draft's argmax is the target's token, else 0; 0 as well where that token is several of the draft's. Of a draft with another
+    tokenizer that is a lower bound: where its likeliest token is none of the target's, a call takes the next one. Sampled ones: Σ min(p, q) over the
+    stored top k at temperature 1, a lower bound too, for dense rows are not stored.
 
     Args:
         model (`PreTrainedModel`): any draft over the feedback's vocabulary; no gradient, no cache.
@@ -86,12 +87,20 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
                 confidence[mask] = sure[rows]
                 q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
                 shared[mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
-                overlap[mask] = (
-                    shared[mask] if feedback[i].sampled else (argmax[rows] == feedback[i].answer[mask]).float()
-                )
+                if feedback[i].sampled:
+                    overlap[mask] = shared[mask]
+                else:
+                    overlap[mask] = (argmax[rows] == feedback[i].answer[mask]).float()
+                    overlap[_spelled(feedback[i])] = 0.0
                 judged[i] = Judged(overlap, confidence, shared)
     model.train(training)
     return judged
+
+
+def _spelled(feedback: Feedback) -> Tensor:
+    """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`Translation`])."""
+    taught = feedback.teaches("all")
+    return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
 
 
 @contextlib.contextmanager

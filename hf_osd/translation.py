@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_osd.feedback import SparseRows
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_osd.assistant import OnlineAssistant
 
 # What byte-level BPE and SentencePiece write for a space.
 _SPACES = ("Ġ", "▁")
 
 
 class Translation:
-    """Between two vocabularies. Make one by `of_sizes` or `of_tokenizers`.
+    """Between two vocabularies. Make one by `of_models`, `of_sizes` or `of_tokenizers`.
 
     Args:
         target_size (`int`), draft_size (`int`): V and W.
@@ -49,6 +53,30 @@ class Translation:
         if shared is not None:
             self._to_draft = torch.full((target_size,), -1).index_copy_(0, *shared)  # (V,)
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @classmethod
+    def of_models(
+        cls,
+        target: PreTrainedModel,
+        draft: PreTrainedModel | OnlineAssistant,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Translation:
+        """Between a target and a draft, as a call of `target.generate` with these tokenizers has it.
+
+        Raises:
+            ValueError: if the heads differ in size and a tokenizer is missing, or the tokenizers share no token.
+        """
+        sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+        if tokenizer is not None and assistant_tokenizer is not None:
+            return cls.of_tokenizers(tokenizer, assistant_tokenizer, *sizes)
+        if sizes[0] != sizes[1]:
+            missing = "tokenizer" if tokenizer is None else "assistant_tokenizer"
+            raise ValueError(
+                f"The target has {sizes[0]} tokens, the draft {sizes[1]}, and `{missing}` is None; pass the tokenizers of both: the same "
+                "one twice, if only the padding of their heads differs."
+            )
+        return cls.of_sizes(*sizes)
 
     @classmethod
     def of_sizes(cls, target_size: int, draft_size: int, stand_in: int = 0) -> Translation:
@@ -140,6 +168,15 @@ class Translation:
         """A shared token's id in the draft's vocabulary; int64, any shape."""
         return token if self.shared is None else self._tables(token.device)[2][token]
 
+    def rows(self, rows: SparseRows, pieces: list[list[int]]) -> SparseRows:
+        """What the target said before each of its n tokens, about shared tokens and in its ids, in the draft's: `pieces` are the draft's ids of the tokens, as
+        `tokens` gives them, and each has its row at the first of its ids. The others have no target."""
+        if self.shared is None:
+            return rows
+        rows = SparseRows(self.token(rows.top_ids.long()).to(torch.int32), rows.top_logps, rows.tail_logp)
+        n = sum(map(len, pieces))
+        return rows if n == len(pieces) else rows.spread(starts(pieces), n)
+
     def scores(self, logits: Tensor) -> Tensor:
         """The draft's logits `(n, W)` over the target's vocabulary, `(n, V)`: -inf where the draft has no such token."""
         if self.shared is None:
@@ -165,6 +202,14 @@ class Translation:
 
     def _text(self, tokens: list[int]) -> str:
         return self._tokenizers[0].decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def starts(pieces: list[list[int]]) -> list[int]:
+    """Where each piece starts in all of them, one after the other."""
+    at = [0]
+    for piece in pieces[:-1]:
+        at.append(at[-1] + len(piece))
+    return at
 
 
 def _by_string(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, int]:

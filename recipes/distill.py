@@ -21,6 +21,7 @@ from models import (
     EMBEDDED_FACTS,
     ModelArguments,
     answer,
+    draft_tokenizers,
     encode_rows,
     load_draft,
     load_target,
@@ -33,10 +34,13 @@ from run_log import RunLog, Tracking
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_osd import OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
+from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
+from hf_osd.admission import check_vocabularies
 from hf_osd.distributed import update_together
+from hf_osd.draft_context import draft_window
 from hf_osd.prefill import KnownTexts
 from hf_osd.separate import LearningRank, serve_separately
+from hf_osd.translation import Translation
 
 logger = logging.getLogger("hf_osd.recipes.distill")
 
@@ -137,14 +141,28 @@ class Job:
         if processes.learns_alone:
             return self._learn()
         log = processes.open_log(args.output_dir, self._identity(), args.resume)
-        self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device)
+        self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device, encoders=True)
         domains = self._load_domains()
-        assistant = OnlineAssistant(load_draft(args.draft, self.target), self.config)
+        draft = load_draft(args.draft, self.target, any_vocabulary=True)
+        # For generate, and nothing where the draft's tokens are the target's.
+        self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
+        self.translation = Translation.of_models(self.target, draft, **self.tokenizers)
+        check_vocabularies(self.target, self.translation)
+        self.window = draft_window(draft)
+        self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
+        assistant = OnlineAssistant(draft, self.config)
+        if args.rehearse:
+            Rehearsal(assistant, self.target, args.rehearse)  # what cannot be is said before any work
         if processes.roles is not None:
             serve_separately(assistant, processes.roles)
         self.target.register_forward_pre_hook(self._count_forward)
 
         held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in domains if d.held_back}
+        if without := [name for name, feedback in held_back.items() if not feedback]:
+            raise ValueError(
+                f"No held-back prompt of {', '.join(without)} fits the draft's window of {self.window} tokens with its answer; choose another draft, "
+                "or lower --max_new_tokens."
+            )
         if log.served:
             assistant.load_state(log.checkpoint)
         else:
@@ -175,17 +193,20 @@ class Job:
         if processes.several:
             overall |= {"ranks": processes.serving.size, "drafts_identical": same}
         report = RunReport(
-            log, overall, {d.name: d.skipped for d in domains}, {d.name: len(d.held_back) for d in domains}
+            log,
+            overall,
+            {d.name: d.skipped for d in domains},
+            {d.name: len(held_back.get(d.name, ())) for d in domains},
         )
         facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
         facts = {**facts, "domains": report.summary["domains"]}
-        assistant.save_pretrained(Path(args.output_dir) / "draft", self.tokenizer, facts)
+        assistant.save_pretrained(Path(args.output_dir) / "draft", self.draft_tokenizer, facts)
         if interrupted:
             return 130
         report.write(args.output_dir)
         tracking.end()
         if args.push_to_hub is not None:
-            assistant.push_to_hub(args.push_to_hub, processing_class=self.tokenizer, card=facts)
+            assistant.push_to_hub(args.push_to_hub, processing_class=self.draft_tokenizer, card=facts)
         print(report)
         print(assistant.stats)
         assistant.close()
@@ -194,8 +215,8 @@ class Job:
     def _learn(self) -> int:
         """Learn for those that serve. The target is here for as long as a draft may have to be made of it."""
         args = self.args
-        target, _ = load_target(args.target, args.dtype, self.processes.accelerator.device)
-        assistant = OnlineAssistant(load_draft(args.draft, target), self.config)
+        target, _ = load_target(args.target, args.dtype, self.processes.accelerator.device, encoders=True)
+        assistant = OnlineAssistant(load_draft(args.draft, target, any_vocabulary=True), self.config)
         del target
         LearningRank(assistant, self.processes.roles, args.weights_every).run()
         return 0
@@ -218,7 +239,7 @@ class Job:
             plain_first = i in pairs and pairs.index(i) % 2 == 1
             plain = self._generate(prompt) if plain_first else None
             before = self.target_forwards
-            output, decode_seconds = self._generate(prompt, assistant_model=assistant)
+            output, decode_seconds = self._generate(prompt, assistant_model=assistant, **self.tokenizers)
             log.target_forwards += self.target_forwards - before
             if i in pairs and not plain_first:
                 plain = self._generate(prompt)
@@ -230,7 +251,8 @@ class Job:
             seconds = {"decode_seconds": decode_seconds, "learn_seconds": learn_seconds}
             row = log.add(domain.name, assistant.stats, seconds)
             if plain is not None:
-                verdict = compare_outputs(self.target, plain[0], output)
+                source = prompt if self.target.config.is_encoder_decoder else None
+                verdict = compare_outputs(self.target, plain[0], output, source)
                 log.add_pair(domain.name, verdict, plain[1], decode_seconds)
             bar.update()
             if hidden:
@@ -245,7 +267,7 @@ class Job:
             if log.served % self.args.checkpoint_every == 0:
                 if self.processes.several:
                     try:
-                        assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.tokenizer)
+                        assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.draft_tokenizer)
                     except OSError as error:
                         logger.error(
                             "%s. Serving goes on, and the draft is saved again at the next checkpoint.", error
@@ -273,10 +295,11 @@ class Job:
                 assistant.buffer.add(known.only_new(feedback, self.config.prompt_positions))
             assistant.flush()
 
-    def _answers(self, prompts: list[Tensor], what: str) -> list:
+    def _answers(self, prompts: list[Tensor], what: str) -> list[Feedback]:
+        """In the draft's tokens, without those that are longer than its window."""
         hidden = not prompts or not self.processes.first
         with tqdm(total=len(prompts), desc=what, unit="prompt", disable=hidden) as bar:
-            return record_answers(
+            answers = record_answers(
                 self.target,
                 prompts,
                 self.args.max_new_tokens,
@@ -285,7 +308,12 @@ class Job:
                 dtype=getattr(torch, self.config.feedback_dtype),
                 prompt_positions=self.config.prompt_positions,
                 on_batch=bar.update,
+                translation=self.translation,
             )
+        fitting = [feedback for feedback in answers if len(feedback.tokens) <= self.window]
+        if longer := len(answers) - len(fitting):
+            logger.warning("%s: left out %d answers longer than the draft's window of %d.", what, longer, self.window)
+        return fitting
 
     def _load_domains(self) -> list[Domain]:
         from prompts import load_streams, split_held_back
@@ -343,7 +371,7 @@ class Job:
 
 def _alpha(assistant: OnlineAssistant, feedback: list) -> float:
     """α on requests nobody learns from."""
-    return float(torch.cat(assistant.score(feedback)).mean())
+    return float(torch.cat(assistant.score(feedback)).nanmean())
 
 
 def _spread(count: int, sample: int) -> list[int]:

@@ -16,7 +16,7 @@ from itertools import chain, islice, zip_longest
 
 import torch
 from command import check_numbers, run_command
-from models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
+from models import ModelArguments, answer, draft_tokenizers, encode_rows, load_draft, load_target, use_threads
 from run_log import RunLog, mean, or_none
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -69,7 +69,9 @@ class Job:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.target, self.tokenizer = load_target(args.target, args.dtype, device)
         requests, skipped = self._load_requests()
-        assistant = OnlineAssistant(load_draft(args.draft, self.target), self.config)
+        draft = load_draft(args.draft, self.target, any_vocabulary=True)
+        self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
+        assistant = OnlineAssistant(draft, self.config)
         if log.served:
             assistant.load_state(log.checkpoint)
         try:
@@ -93,7 +95,7 @@ class Job:
             prompt = request["ids"]
             plain_first = log.served % 2 == 1  # in turn: neither may lean on what the other left behind
             plain = self._answer(prompt) if plain_first else None
-            assisted = self._answer(prompt, assistant_model=assistant)
+            assisted = self._answer(prompt, assistant_model=assistant, **self.tokenizers)
             if plain is None:
                 plain = self._answer(prompt)
             verdict = compare_outputs(self.target, plain, assisted)

@@ -86,7 +86,7 @@ class Assisted(Method):
     def serve(self, work: Workload, request: dict) -> Call:
         own, self._draft.generation_config = self._draft.generation_config, self._current
         try:
-            return work.generate(request, watch=self._draft, **self.kwargs)
+            return work.generate(request, watch=self._draft, **self.kwargs, **work.tokenizers)
         finally:
             self._draft.generation_config = own
 
@@ -110,7 +110,8 @@ class Online(Method):
     def serve(self, work: Workload, request: dict) -> Call:
         # Views of the serving draft with another head share its hooks.
         watched = self.assistant.serving.active if self._watch else None
-        call = work.generate(request, watch=watched, assistant_model=self.assistant)
+        tokenizers = {} if self._draft is None else work.tokenizers  # without a draft there is one vocabulary
+        call = work.generate(request, watch=watched, assistant_model=self.assistant, **tokenizers)
         start = time.perf_counter()
         self.assistant.update()
         call.learn_seconds = time.perf_counter() - start
@@ -158,6 +159,11 @@ class Contest:
         self.names = names_of(args.methods)
         self.args, self.config = args, config
         self.work = Workload(args, config.seed)
+        if args.sample and self.work.tokenizers and any(name.startswith("assisted") for name in self.names):
+            raise ValueError(
+                f"`methods` is {args.methods!r} and `sample` is set: of a draft of another vocabulary transformers' sampled assisted generation replaces "
+                "the head for good. Leave out assisted and assisted-default, or --sample."
+            )
         self._methods = {name: self._make(name) for name in self.names}
 
     def run(self) -> dict[str, dict]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_osd import drafts
+from hf_osd.hub import find_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,9 @@ EMBEDDED_FACTS = {
     "target": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "license": "apache-2.0",
 }  # for the card of its drafts
+# Whichever of these is there, transformers makes a tokenizer of; of none of them, for some kinds of model, an empty one without a word.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+TOKENIZER_FILES += ("vocab.txt", "tekken.json")
 
 
 @dataclass
@@ -56,7 +60,7 @@ def use_threads(threads: int | None, processes: int = 1):
 
 
 def load_target(
-    name: str, dtype: str, device: torch.device | str | None = None
+    name: str, dtype: str, device: torch.device | str | None = None, encoders: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target and its tokenizer, frozen and in eval mode.
 
@@ -64,23 +68,36 @@ def load_target(
         name: a path, a Hub id, or `"embedded"` for the model that needs no hub.
         dtype: `"auto"` (the checkpoint's), or a torch dtype's name.
         device: where to; the accelerator, if there is one, when left out.
+        encoders: whether it may be an encoder-decoder.
+
+    Raises:
+        ValueError: if it is one and may not.
+        OSError: if there is no such target.
     """
     from embedded import embedded_target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = embedded_target() if name == EMBEDDED else name
-    target = AutoModelForCausalLM.from_pretrained(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    target = drafts.load_model(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if target.config.is_encoder_decoder and not encoders:
+        raise ValueError(
+            f"The target {name} is an encoder-decoder ({type(target).__name__}), which recipes/distill.py serves alone of the recipes; choose a decoder."
+        )
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     target.to(device).eval().requires_grad_(False)
     return target, AutoTokenizer.from_pretrained(where)
 
 
-def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
+def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False) -> PreTrainedModel:
     """A draft for `target`: a path, a Hub id, or `"grow:0,1"` for one made of these layers of the target.
 
+    Args:
+        name, target: the draft, and what it is to draft for, whose dtype and device it gets.
+        any_vocabulary: whether its tokens may be others than the target's; see `draft_tokenizers`.
+
     Raises:
-        ValueError: if the name cannot be read, or the vocabularies differ.
+        ValueError: if the name cannot be read, or the vocabularies differ and may not.
         OSError: if there is no such draft.
     """
     if name.startswith("grow:"):
@@ -90,13 +107,71 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
             raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,1.") from error
         return drafts.grow_draft(target, layers)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
+    kinds = [one.config.is_encoder_decoder for one in (target, draft)]
+    if kinds[0] != kinds[1]:
+        words = [
+            f"an encoder-decoder ({type(one).__name__})" if kind else f"a decoder ({type(one).__name__})"
+            for one, kind in zip((target, draft), kinds, strict=True)
+        ]
+        raise ValueError(
+            f"The target is {words[0]} and the draft {name} {words[1]}; choose a draft of the target's kind."
+        )
     tokens = [model.config.get_text_config().vocab_size for model in (target, draft)]
-    if tokens[0] != tokens[1]:
+    if tokens[0] != tokens[1] and not any_vocabulary:
         raise ValueError(
             f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family, or "
-            "--draft grow:0,1."
+            "--draft grow:0,1. Of the recipes, distill.py, lossless.py and benchmark.py --what methods take such drafts."
         )
     return draft
+
+
+def draft_tokenizers(
+    name: str, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedTokenizerBase]:
+    """What `generate` has to be given beside a draft of another vocabulary: `tokenizer`, the target's, and `assistant_tokenizer`, which is loaded from where
+    the draft is. Nothing, if both have the same tokens.
+
+    Raises:
+        ValueError: if there is no tokenizer and one is needed, or the two differ and `generate` could not tell, for it goes by sizes.
+    """
+    if name.startswith("grow:"):
+        return {}
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    own = None
+    try:
+        own = _tokenizer_of(name, draft)
+    except OSError:  # a Hub that does not answer, say: by the sizes none is needed
+        if sizes[0] != sizes[1]:
+            raise
+    if sizes[0] != sizes[1]:
+        if own is None:
+            raise ValueError(
+                f"The target has {sizes[0]} tokens and the draft {name} {sizes[1]}, and there is no tokenizer with the draft. Save the one that it was "
+                "trained with beside it, by AutoTokenizer.from_pretrained(...).save_pretrained(folder): the target's, if only the padding differs."
+            )
+        return {"tokenizer": tokenizer, "assistant_tokenizer": own}
+    if own is not None and not _mostly_the_same(tokenizer.get_vocab(), own.get_vocab()):
+        raise ValueError(
+            f"The target and the draft {name} have {sizes[0]} tokens each, of other tokenizers, which transformers takes for one. Give the draft a head of "
+            f"another size, by draft.resize_token_embeddings({sizes[1] + 1}), and save it with its own tokenizer; or choose --draft grow:0,1."
+        )
+    return {}
+
+
+def _tokenizer_of(name: str, draft: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Where the draft is; where its base is, for an adapter that has none with it."""
+    from transformers import AutoTokenizer
+
+    for where in dict.fromkeys((name, getattr(draft.config, "_name_or_path", "") or name)):
+        if any(find_file(where, file) is not None for file in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(where)
+    return None
+
+
+def _mostly_the_same(ours: dict[str, int], theirs: dict[str, int]) -> bool:
+    """Whether most tokens have the same id: those of one family may name some special ones differently."""
+    same = sum(theirs.get(token) == i for token, i in ours.items())
+    return 2 * same > min(len(ours), len(theirs))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True) -> Tensor:
@@ -121,8 +196,9 @@ def encode_rows(
 ) -> tuple[list[dict], int]:
     """A stream's rows with their token ids as `ids`, without those that leave the window no room for an answer, and how many these are."""
     window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    after = 0 if target.config.is_encoder_decoder else max_new_tokens  # an encoder reads the prompt alone
     encoded = [{**row, "ids": encode(tokenizer, row["prompt"], chat_template)} for row in rows]
-    fitting = [row for row in encoded if window is None or len(row["ids"]) + max_new_tokens <= window]
+    fitting = [row for row in encoded if window is None or len(row["ids"]) + after <= window]
     if skipped := len(encoded) - len(fitting):
         logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)
     return fitting, skipped
@@ -134,7 +210,7 @@ def shuffled(rows: list, seed: int) -> list:
 
 
 def answer(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, **kwargs) -> Tensor:
-    """Prompt and greedy answer, `(L,)` on the CPU; `kwargs` are for `generate`."""
+    """Prompt and greedy answer, `(L,)` on the CPU, or of an encoder-decoder what its decoder has read and said; `kwargs` are for `generate`."""
     input_ids = prompt[None].to(target.device)
     output = target.generate(
         input_ids=input_ids,

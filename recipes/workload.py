@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from models import encode_rows, load_draft, load_target, use_threads
+from models import draft_tokenizers, encode_rows, load_draft, load_target, use_threads
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -100,7 +100,9 @@ class Workload:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.target, self.tokenizer = load_target(args.target, args.dtype, device)
         self._load_requests(args, max(args.requests, least))
-        self.draft: PreTrainedModel = load_draft(args.draft, self.target)
+        # All but `methods` put the target's own tokens to the draft. For generate, and nothing where the draft's tokens are the target's.
+        self.draft: PreTrainedModel = load_draft(args.draft, self.target, any_vocabulary=args.what == "methods")
+        self.tokenizers = draft_tokenizers(args.draft, self.draft, self.target, self.tokenizer)
 
     def _load_requests(self, args, count: int):
         from prompts import load_streams, split_held_back

@@ -88,6 +88,15 @@ def test_what_learning_made_of_it_is_what_is_saved(target, kind, tmp_path):
     assert again.flush()
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_was_loaded_is_saved_again_with_its_base(target, merge, tmp_path):
+    """transformers notes the names of the adapter's file on the model: the base was once written under these, and lost."""
+    draft = wrapped(grow_draft(target))
+    OnlineAssistant(draft).save_pretrained(tmp_path / "first")
+    OnlineAssistant.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again", merge=merge)
+    torch.testing.assert_close(logits(load_draft(tmp_path / "again")), logits(draft))
+
+
 def test_transformers_alone_loads_an_adapter_with_its_base(target, tmp_path):
     draft = wrapped(grow_draft(target))
     OnlineAssistant(draft).save_pretrained(tmp_path)

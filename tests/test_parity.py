@@ -121,3 +121,19 @@ def test_a_logit_that_is_no_number_is_no_tie():
         assert not is_near_tie(one, nan)
         assert not is_near_tie(nan, nan)
         assert not is_near_tie(one, inf)
+
+
+def test_an_encoder_decoder_is_judged_by_what_its_encoder_read():
+    """Its decoder alone would say another token, and the difference would be taken for a bug, or not."""
+    from types import SimpleNamespace
+
+    class Seq2Seq:
+        device = "cpu"
+
+        def __call__(self, input_ids, decoder_input_ids, use_cache):
+            assert (input_ids.tolist(), decoder_input_ids.tolist()) == ([[7, 8]], [[0]])
+            return SimpleNamespace(logits=torch.tensor([[[0.0, 1.0, 1.0, 5.0]]]))
+
+    source = torch.tensor([7, 8])
+    assert compare_outputs(Seq2Seq(), torch.tensor([0, 1]), torch.tensor([0, 2]), source) == "near_tie"
+    assert compare_outputs(Seq2Seq(), torch.tensor([0, 1]), torch.tensor([0, 3]), source) == "mismatch"

@@ -4,10 +4,20 @@ import threading
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from hf_osd import OnlineAssistant
 from hf_osd.feedback import UNTESTED
 from hf_osd.recording import record_answers
+from hf_osd.scoring import score
+from hf_osd.translation import Translation
 
 LENGTHS = [9, 3, 14, 3, 6]
 
@@ -32,6 +42,20 @@ def gpt2():
         torch.manual_seed(0)
         sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
         return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3, eos_token_id=1, bos_token_id=0)).eval()
+
+
+def encoder_decoder(family, seed=0):
+    """T5 goes by distances, BART by positions that are counted from the first column."""
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if family == "t5":
+            sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+            return T5ForConditionalGeneration(T5Config(**tokens, **sizes)).eval()
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+        heads |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64, "init_std": 0.3}
+        config = BartConfig(**tokens, **heads, d_model=32, bos_token_id=2, forced_eos_token_id=None)
+        return BartForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -201,3 +225,34 @@ def test_long_prompts_come_in_batches_of_their_own(tiny_llama, prompts, monkeypa
     assert len(sizes) > 1
     assert all(count == 1 or count * length < 2 * max(map(len, prompts)) for count, length in sizes)
     assert sizes[-1][0] == 1  # the longest is alone
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
+    """In batches, beside calls of one prompt with a draft of the same kind: tokens and distributions are what such a call keeps."""
+    target, draft = (encoder_decoder(family, seed) for seed in (0, 1))
+    assistant = OnlineAssistant(
+        draft, update_interval=10**6, held_back_share=0.0, top_k=8, feedback_dtype="float32", lookahead="constant"
+    )
+    recorded = record_answers(target, prompts, 9, batch_size=3, top_k=8, dtype=torch.float32, prompt_positions=4)
+    for one, prompt in zip(recorded, prompts, strict=True):
+        ids = prompt[None]
+        mask = torch.ones_like(ids)
+        target.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, assistant_model=assistant)
+        assistant.take_in()
+        live = assistant.buffer.new()[-1]
+        for name in ("tokens", "source"):
+            assert getattr(one, name).tolist() == getattr(live, name).tolist()
+        assert one.prompt_length == live.prompt_length
+        assert one.prompt_rows is None
+        for name in ("top_logps", "tail_logp"):
+            torch.testing.assert_close(getattr(one, name), getattr(live, name), atol=1e-4, rtol=1e-4)
+    for overlap, one in zip(assistant.score(recorded), recorded, strict=True):
+        assert overlap.shape == (len(one),)
+        assert overlap.isfinite().all()
+    assert all(overlap.tolist() == [1.0] * len(overlap) for overlap in score(target, recorded))
+
+
+def test_a_draft_of_another_vocabulary_for_an_encoder_decoder_is_refused(prompts):
+    with pytest.raises(ValueError, match=r"encoder-decoder of 64 tokens and the draft has 72"):
+        record_answers(encoder_decoder("t5"), prompts, 2, translation=Translation.of_sizes(64, 72))

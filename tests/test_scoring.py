@@ -65,6 +65,15 @@ def test_the_target_as_its_own_draft_is_always_accepted(tiny_llama, answer_of):
         assert overlap.tolist() == [1.0] * n
 
 
+def test_the_beginning_of_a_word_that_is_several_tokens_is_no_hit(tiny_llama, answer_of):
+    """The draft may say how it begins; a call would not propose that."""
+    target = tiny_llama()
+    [request] = requests_of(target, answer_of)[:1]
+    rest = torch.arange(len(request)) == 2
+    spelled = dataclasses.replace(request, tail_logp=request.tail_logp.masked_fill(rest, torch.nan))
+    torch.testing.assert_close(score(target, [spelled])[0], torch.tensor([1.0, 0.0, torch.nan, 1.0]), equal_nan=True)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
 def test_it_is_a_loop_over_positions(tiny_llama, answer_of, name, batch_size):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_osd import OnlineAssistant, compare_outputs
+from hf_osd.drafts import load_draft
 
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(3))
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -112,6 +113,29 @@ def test_a_draft_in_another_dtype(tiny_model, noised_copy, of_target, of_draft):
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
     assert 0 < assistant.stats.total.accepted < assistant.stats.total.tested
     assert {p.dtype for p in assistant.serving.active.parameters()} == {getattr(torch, of_draft)}
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16"])
+def test_a_checkpoint_learns_in_the_dtype_it_was_saved_in(tiny_model, noised_copy, saved, tmp_path):
+    """It serves as it came, is learnt in float32, and α stays a number."""
+    target, dtype = tiny_model("Llama"), getattr(torch, saved)
+    noised_copy(target, 0.1).to(dtype).save_pretrained(tmp_path / "brought")
+    assistant = OnlineAssistant(
+        load_draft(tmp_path / "brought"), lookahead="constant", seed=0, update_interval=2, learning_rate=1e-3
+    )
+    before = {name: weight.clone() for name, weight in assistant.serving.weights()}
+    for prompt in PROMPTS:
+        plain = target.generate(prompt, **GREEDY)
+        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
+    assistant.flush()
+    assert assistant.stats.updates > 0
+    assert assistant.stats.failed_updates == 0
+    assert 0 < assistant.stats.total.alpha < 1
+    assert all(overlap.isfinite().all() for overlap in assistant.score(assistant.buffer.requests()))
+    assert {p.dtype for p in assistant.serving.active.parameters()} == {dtype}
+    assert any(not torch.equal(before[name], weight) for name, weight in assistant.serving.weights())
+    assistant.save_pretrained(tmp_path / "learnt")
+    assert load_draft(tmp_path / "learnt").dtype == dtype
 
 
 @pytest.mark.skipif(not torch.backends.quantized.supported_engines, reason="no quantized kernels on this platform")

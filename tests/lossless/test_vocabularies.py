@@ -8,8 +8,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_osd import OnlineAssistant
+from hf_osd import OnlineAssistant, record_answers
 from hf_osd.feedback import UNTESTED
+from hf_osd.translation import Translation
 
 PROMPTS = [torch.randint(2, 60, (1, 7), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -173,16 +174,24 @@ def test_the_draft_stays_whole_and_can_be_saved(kind, sampled, target, tiny_llam
         torch.testing.assert_close(loaded(ids).logits, served(ids).logits)
 
 
-def test_a_word_of_several_tokens_has_one_target_and_is_read_whole(tiny_llama):
-    """The target says "ab", the draft spells a-b: the row that predicts "ab" belongs to the a, and the b has none."""
+def spelling(tiny_llama):
+    """A target that says "ab", and a draft that spells a-b: the draft, both vocabularies, both tokenizers."""
     letters = list("cdefgh")
     words = ["<unk>", "</s>", *letters, *("".join(two) for two in itertools.product("ab", letters))]
-    target = tiny_llama(vocab=len(words), eos_token_id=None)
     spelled = ["</s>", "<unk>", "b", "a", *reversed(letters)]
     tokenizers = {"tokenizer": tokenizer_of(words), "assistant_tokenizer": tokenizer_of(spelled, split=".")}
-    assistant = OnlineAssistant(
-        tiny_llama(layers=1, vocab=len(spelled), seed=3), update_interval=2, learning_rate=5e-3, **CONSTANT
+    target, draft = (
+        tiny_llama(vocab=len(words), eos_token_id=None),
+        tiny_llama(layers=1, vocab=len(spelled), seed=3),
     )
+    return target, draft, tokenizers, words, spelled
+
+
+def test_a_word_of_several_tokens_has_one_target_and_is_read_whole(tiny_llama):
+    """The row that predicts "ab" belongs to the a, and the b has none."""
+    target, draft, tokenizers, words, spelled = spelling(tiny_llama)
+    letters = words[2:8]
+    assistant = OnlineAssistant(draft, update_interval=2, learning_rate=5e-3, **CONSTANT)
     pieces = 0
     for seed in range(4):
         prompt = torch.randint(2, len(words), (1, 5), generator=torch.Generator().manual_seed(seed))
@@ -207,6 +216,55 @@ def test_a_word_of_several_tokens_has_one_target_and_is_read_whole(tiny_llama):
     assert pieces > 10
     assistant.flush()
     assert (assistant.stats.updates > 0, assistant.stats.failed_updates) == (True, 0)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "words of several tokens"])
+def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
+    """Held-back and warm-up answers in batches, beside live calls whose draft does not change: what is scored of one was seen of the other."""
+    if kind == "words of several tokens":
+        target, draft, tokenizers, words, _ = spelling(tiny_llama)
+    else:
+        (target, draft, tokenizers), words = made(kind, target, tiny_llama), WORDS
+    prompts = [p[:, : 3 + i].clamp_max(len(words) - 1) for i, p in enumerate(PROMPTS[:4])]
+    assistant = OnlineAssistant(draft, update_interval=10**6, held_back_share=0.0, prompt_positions=4, **CONSTANT)
+    for prompt in prompts:
+        target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY)
+    assistant.take_in()
+    kept = assistant.buffer.new()
+    recorded = record_answers(
+        target,
+        [prompt[0] for prompt in prompts],
+        GREEDY["max_new_tokens"],
+        top_k=CONSTANT["top_k"],
+        dtype=torch.float32,
+        prompt_positions=4,
+        translation=Translation.of_models(target, assistant, *tokenizers.values()),
+    )
+    for one, live, alpha in zip(recorded, kept, assistant.score(recorded), strict=True):
+        assert one.tokens.tolist() == live.tokens.tolist()
+        assert one.prompt_length == live.prompt_length
+        taught = live.teaches("all")
+        assert torch.equal(one.teaches("all"), taught)
+        columns = live.top_ids[taught].sort().indices  # of likely equals any may come first
+        for name in ("top_ids", "top_logps"):
+            ours = getattr(one, name)[taught].gather(-1, one.top_ids[taught].sort().indices)
+            torch.testing.assert_close(ours, getattr(live, name)[taught].gather(-1, columns), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one.tail_logp, live.tail_logp, atol=1e-3, rtol=1e-3, equal_nan=True)
+        assert (one.prompt_rows is None) == (live.prompt_rows is None) == (kind not in KINDS[:2])
+        if one.prompt_rows is not None:
+            new = live.prompt_rows  # those of a template are known already
+            torch.testing.assert_close(one.with_prompt_rows(len(new)).prompt_rows.tail_logp, new.tail_logp)
+        known = ~live.overlap.isnan()
+        assert known.any()
+        # A bound from below: where the draft's likeliest word is none of the target's, a call takes the next one.
+        assert (alpha[known] <= live.overlap[known]).all()
+        assert kind == "words of several tokens" or torch.equal(alpha[known], live.overlap[known])
+
+
+def test_models_of_two_sizes_need_both_tokenizers(target, tiny_llama):
+    with pytest.raises(ValueError, match=r"64 tokens, the draft 72, and `assistant_tokenizer` is None"):
+        Translation.of_models(target, tiny_llama(vocab=72), tokenizer_of(WORDS))
+    assert Translation.of_models(target, target).is_identity
 
 
 @pytest.mark.parametrize("kind", ["draft has fewer rows", "another tokenizer"])

@@ -34,14 +34,36 @@ def words() -> list[str]:
 @pytest.fixture(scope="session")
 def target_dir(tiny_llama, tmp_path_factory) -> Path:
     """A tiny target as a checkpoint, with a tokenizer of words and without a chat template."""
+    folder = tmp_path_factory.mktemp("target")
+    tiny_llama(layers=3).save_pretrained(folder)
+    tokenizer_of(["<s>", "</s>", *WORDS]).save_pretrained(folder)
+    return folder
+
+
+def tokenizer_of(vocabulary):
+    """A token a word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("target")
-    tiny_llama(layers=3).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}, unk_token="w0"))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-    return folder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="w0")
+
+
+@pytest.fixture
+def brought_draft(tiny_llama, tmp_path) -> Callable:
+    """`brought_draft(kind) -> folder`: a draft that was trained elsewhere: with a `"padded head"`, or `"another tokenizer"` that lacks words."""
+
+    def make(kind: str, rows: int | None = None, tokenizer: bool = True) -> Path:
+        folder = tmp_path / "brought"
+        vocabulary = ["<s>", "</s>", *WORDS]
+        if kind == "another tokenizer":
+            vocabulary = [*reversed(WORDS[:50]), "</s>"]
+        tiny_llama(layers=1, vocab=rows or {"padded head": 72}.get(kind, len(vocabulary))).save_pretrained(folder)
+        if tokenizer:
+            tokenizer_of(vocabulary).save_pretrained(folder)
+        return folder
+
+    return make

@@ -71,6 +71,18 @@ def run(flags, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("kind", ["padded head", "another tokenizer"])
+def test_methods_take_a_draft_of_another_vocabulary(run, refused, flags, brought_draft, kind):
+    brought = ["--draft", str(brought_draft(kind)), "--requests", "1", "--repeats", "1", "--gammas", "2"]
+    found = run(*brought, "--methods", "plain,assisted,online,cache", "--lookahead", "constant")["methods"]
+    assert found["online"]["mismatches"] == found["cache"]["mismatches"] == 0
+    assert found["online"]["draft_forwards"] > 0
+    assert found["assisted"]["draft_forwards"] > 0
+    more = ["--methods", "plain,assisted", "--sample", "true"]
+    refused(benchmark.main, [*flags, *brought, *more], says="replaces the head for good")
+    refused(benchmark.main, [*flags, *brought, "--what", "lookahead"], says="draft of the target's family")
+
+
 def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
     names = ",".join(methods.METHODS)
     # A draft of all layers is the target: it drafts whatever the clock says, and is always right.

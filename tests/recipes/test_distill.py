@@ -6,7 +6,10 @@ import logging
 import distill
 import pytest
 import run_log
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_osd import OnlineAssistant, grow_draft
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def run(target_dir, words, tmp_path):
         stream = stream or f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"
         settings = ["--target", target_dir, "--draft", "grow:0,-1", "--stream", stream, "--requests", "8"]
         settings += ["--held_back", "4", "--parity", "3", "--max_new_tokens", "8", "--update_interval", "3"]
-        settings += ["--gate", "false"]
+        settings += ["--gate", "false", "--threads", "1"]
         settings += ["--output_dir", tmp_path / "out", "--checkpoint_every", "4", "--log_every", "4", "--seed", "0"]
         return distill.main([str(flag) for flag in (*settings, *flags)])
 
@@ -169,6 +172,96 @@ def test_figures_go_to_the_trainers_own_trackers(run, monkeypatch):
     assert run("--report_to", "trackio") == 0
     figures = {"alpha", "tokens_per_round", "tokens_per_second"}
     assert heard == [("begin", "out", 2), *((n, figures) for n in (4, 8, 12, 16)), "end"]
+
+
+@pytest.mark.parametrize("kind", ["padded head", "another tokenizer"])
+def test_a_draft_of_another_vocabulary_is_served_scored_and_taught(run, brought_draft, kind):
+    """What it learns and is scored on is in its own tokens, and the draft that is saved goes on from there."""
+    brought = brought_draft(kind)
+    settings = ["--warm_up", "2", "--lookahead", "constant", "--learning_rate", "5e-3"]
+    assert run("--draft", brought, *settings) == 0
+    summary = json.loads((run.out / "summary.json").read_text())
+    for figures in summary["domains"].values():
+        assert (figures["mismatches"], figures["identical_share"]) == (0, 1.0)
+        assert (figures["held_back"], figures["requests"]) == (4, 8)
+        assert 0 <= figures["alpha_before"] <= 1
+    assert sum(d["alpha_after"] - d["alpha_before"] for d in summary["domains"].values()) > 0
+    assert summary["overall"]["updates"] > 0
+    assert summary["overall"]["failed_updates"] == 0
+    saved = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (run.out / "draft", brought)]
+    assert saved[0] == saved[1]
+    assert run("--draft", run.out / "draft", "--output_dir", run.out.parent / "again", "--requests", "1") == 0
+
+
+def test_a_draft_of_another_vocabulary_without_a_tokenizer_is_named(run, refused, brought_draft):
+    brought = brought_draft("padded head", tokenizer=False)
+    refused(run, "--draft", brought, says=f"the draft {brought} 72, and there is no tokenizer")
+    assert not (run.out / "draft").exists()
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_before_it_drafts_nonsense(run, refused, brought_draft):
+    brought = brought_draft("another tokenizer", rows=64)
+    refused(run, "--draft", brought, says="resize_token_embeddings(65)")
+    draft = AutoModelForCausalLM.from_pretrained(brought)
+    draft.resize_token_embeddings(65, mean_resizing=False)
+    draft.save_pretrained(brought)
+    assert run("--draft", brought, "--requests", "1") == 0
+
+
+def test_a_draft_whose_requests_cannot_be_rehearsed_is_refused_before_any_work(run, refused, brought_draft):
+    refused(run, "--draft", brought_draft("padded head"), "--rehearse", "0.7", says="vocabulary of 72")
+    assert not (run.out / "metrics.jsonl").read_text()
+
+
+def test_answers_longer_than_the_drafts_window_are_left_out(run, refused, tiny_llama, tmp_path, caplog):
+    tiny_llama(layers=1, max_position_embeddings=14).save_pretrained(tmp_path / "short")
+    with caplog.at_level(logging.WARNING):
+        assert run("--draft", tmp_path / "short", "--max_new_tokens", "8") == 0
+    assert "longer than the draft's window of 14" in caplog.text
+    refused(run, "--draft", tmp_path / "short", "--max_new_tokens", "16", says="window of 14 tokens")
+
+
+def test_a_draft_with_an_adapter_goes_on_learning_in_it(run, target_dir):
+    """A LoRA draft that an assistant has saved, and the main job saves again: its base is as it was."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    draft = get_peft_model(grow_draft(AutoModelForCausalLM.from_pretrained(target_dir)), lora)
+    brought = run.out.parent / "adapter"
+    OnlineAssistant(draft).save_pretrained(brought)
+    assert run("--draft", brought, "--warm_up", "2", "--requests", "4") == 0
+    assert json.loads((run.out / "summary.json").read_text())["overall"]["failed_updates"] == 0
+    saved = run.out / "draft"
+    for name, changes in (("adapter_model.safetensors", True), ("model.safetensors", False)):
+        old, new = (load_file(folder / name) for folder in (brought, saved))
+        assert old.keys() == new.keys()
+        assert any(not torch.equal(old[key], new[key]) for key in old) == changes, name
+    assert run("--draft", saved, "--requests", "1", "--output_dir", run.out.parent / "again") == 0
+
+
+def test_an_encoder_decoder_has_a_draft_of_its_kind(run, refused, target_dir, tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "initializer_factor": 3.0}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    for name, layers in (("target", 2), ("draft", 1)):
+        torch.manual_seed(layers)
+        T5ForConditionalGeneration(T5Config(**sizes, **tokens, num_layers=layers)).save_pretrained(tmp_path / name)
+    AutoTokenizer.from_pretrained(target_dir).save_pretrained(tmp_path / "target")
+    pair = ["--target", tmp_path / "target", "--draft", tmp_path / "draft", "--lookahead", "constant"]
+    assert run(*pair, "--warm_up", "2", "--learning_rate", "5e-3") == 0
+    summary = json.loads((run.out / "summary.json").read_text())
+    for figures in summary["domains"].values():
+        assert (figures["mismatches"], figures["identical_share"]) == (0, 1.0)
+        assert 0 <= figures["alpha_before"] <= 1
+    assert sum(d["alpha_after"] - d["alpha_before"] for d in summary["domains"].values()) > 0
+    assert (summary["overall"]["updates"] > 0, summary["overall"]["failed_updates"]) == (True, 0)
+    again = ["--draft", run.out / "draft", "--requests", "1", "--output_dir", tmp_path / "again"]
+    assert run(*pair, *again) == 0
+    refused(run, *pair, "--draft", target_dir, says="and the draft")
+    refused(run, "--draft", tmp_path / "draft", says="a draft of the target's kind")
+    refused(run, *pair, "--draft", "grow:0", says="decoder-only")
 
 
 @pytest.mark.parametrize(

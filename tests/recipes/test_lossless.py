@@ -44,6 +44,14 @@ def stopping(monkeypatch, error: BaseException, at: int):
     monkeypatch.setattr(lossless, "compare_outputs", comparing)
 
 
+@pytest.mark.parametrize("kind", ["padded head", "another tokenizer"])
+def test_a_draft_of_another_vocabulary_is_compared_too(run, brought_draft, kind):
+    assert run("--draft", brought_draft(kind), "--requests", "4") == 0
+    overall = read(run.out)[1]["overall"]
+    assert overall["identical"] == 4
+    assert overall["drafted"] > 0
+
+
 def test_rows_and_summary_add_up(run, monkeypatch, capsys):
     lengths, answer = [], lossless.answer
 
