@@ -150,15 +150,15 @@ def _figures(stats: Stats, lookahead: Lookahead | None) -> list[str]:
         ),
     ]
     if estimate is not None and estimate.requests > 1:
-        since = estimate.since
-        then = f"alpha_held_back when they came ({since.requests} of them)"
+        of = f"the last {estimate.requests} requests, each before it was learnt"
         rows += [
-            (then, _figure(since.before), f"{since.requests} requests that it did not learn from"),
+            ("alpha_static (without any learning)", _figure(estimate.gain.before), of),
             (
-                "alpha_held_back",
+                "alpha_prequential",
                 f"{_figure(estimate.alpha)} ({_figure(estimate.low)} to {_figure(estimate.high)})",
-                f"{estimate.requests} requests",
+                of,
             ),
+            ("regret_vs_static", _figure(stats.regret_vs_static), "of all accepted tokens"),
         ]
     if lookahead is not None:
         costs, given = (
@@ -249,7 +249,7 @@ def _use(repo_id: str | None, adapter: tuple[str | None, bool] | None, custom_ge
 
 
 def _results(stats: Stats, domains: dict[str, dict]) -> list[EvalResult]:
-    """The model-index: each measured figure of each domain, and α on what the assistant itself held back."""
+    """The model-index: each measured figure of each domain, and α of the last requests, before they were learnt."""
     results = []
     for domain, figures in domains.items():
         for name, (label, count) in _MEASURED.items():
@@ -263,9 +263,9 @@ def _results(stats: Stats, domains: dict[str, dict]) -> list[EvalResult]:
         counts = {"requests": estimate.requests, "low": round(estimate.low, 4), "high": round(estimate.high, 4)}
         results.append(
             _result(
-                "requests held back while serving",
-                "alpha_held_back",
-                "α on held-back requests",
+                "requests before they were learnt",
+                "alpha_prequential",
+                "α of the last requests, each before it was learnt",
                 estimate.alpha,
                 counts,
             )

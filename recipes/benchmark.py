@@ -59,6 +59,10 @@ class BenchmarkArguments(ModelArguments):
         default=0,
         metadata={"help": "Requests just before the measured ones that online methods serve first, untimed."},
     )
+    before: str | None = field(
+        default=None,
+        metadata={"help": "Another draft, that of the method 'before': --draft as it was before it learnt."},
+    )
     gammas: str = field(default="1,2,3,4,5,7", metadata={"help": "γ that 'assisted' chooses from."})
     lookups: str = field(default="3,5,10", metadata={"help": "Lengths that 'prompt_lookup' chooses from."})
     repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
@@ -71,7 +75,10 @@ class BenchmarkArguments(ModelArguments):
         if self.what not in MEASURES:
             raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, MEASURES))}.")
         super().__post_init__()
-        names_of(self.methods)
+        if "before" in names_of(self.methods) and self.before is None:
+            raise ValueError(
+                "`methods` has 'before' and `before` is empty; name the draft as it was, such as --before Qwen/Qwen3-0.6B."
+            )
         for name in ("gammas", "lookups"):
             numbers_of(getattr(self, name), name)
         least = {"requests": 1, "skip": 0, "held_back": 0, "warm": 0, "repeats": 1, "max_new_tokens": 2, "threads": 1}

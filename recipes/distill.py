@@ -286,14 +286,18 @@ class Job:
         return output, time.perf_counter() - start
 
     def _warm_up(self, assistant: OnlineAssistant, domains: list[Domain]):
-        """Offline distillation on the target's own answers, before the first request."""
+        """Offline distillation on the target's own answers, before the first request: as requests that were served, judged before they are learnt."""
+        if assistant.learner is None:
+            return
         answers = [f for d in domains for f in self._answers(d.warm_up, f"{d.name}: warm-up")]
         interval, known = self.config.update_interval, KnownTexts()
         most = self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:
-                assistant.buffer.add(known.only_new(feedback, self.config.prompt_positions))
-            assistant.flush()
+                assistant.learner.offer(known.only_new(feedback, self.config.prompt_positions))
+            update_together(assistant)
+        if most:
+            self.processes.flush(assistant)
 
     def _answers(self, prompts: list[Tensor], what: str) -> list[Feedback]:
         """In the draft's tokens, without those that are longer than its window."""
@@ -355,8 +359,12 @@ class Job:
             "updates": stats.updates,
             "failed_updates": stats.failed_updates,
             "rejected_updates": stats.rejected_updates,
+            "accepted_updates": stats.accepted_updates,
+            "regret_vs_static": stats.regret_vs_static,
+            "learning_rate": stats.learning_rate,
             "learned_tokens": stats.learned_tokens,
             "learning_seconds": stats.learning_seconds,
+            "longest_update_s": stats.longest_update,
             "wall_s": log.wall,
             "seed": self.config.seed,
             "dtype": str(self.target.dtype).removeprefix("torch."),

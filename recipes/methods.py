@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from models import load_draft
 from run_log import or_none
 from workload import Call, Workload, peak_rss_mb, spread
 
@@ -33,6 +34,7 @@ ONLINE = {  # what each has in place of the flags'
     "online-no-cache": {"suffix_cache": False},
     "online-full-head": {"draft_head": "full"},
     "online-low-rank": {"draft_head": "low_rank"},
+    "before": {},
     "cache": {},
     "useless": {},
 }
@@ -127,6 +129,7 @@ class Run:
     stats: CallStats | None = None
     updates: int = 0
     costs: Costs | None = None
+    regret: float | None = None  # regret_vs_static
 
     def sum(self, name: str) -> float:
         return sum(getattr(call, name) for call in self.calls)
@@ -181,6 +184,7 @@ class Contest:
                     stats = method.assistant.stats
                     runs[name].stats = difference(stats.total, runs[name].stats)
                     runs[name].updates = stats.updates - runs[name].updates
+                    runs[name].regret = stats.regret_vs_static
             repeats.append(runs)
             logger.info("Repeat %d of %d is done.", repeat + 1, self.args.repeats)
         found = {}
@@ -227,7 +231,11 @@ class Contest:
             lookups = numbers_of(self.args.lookups, "lookups")
             return self._fastest({n: Method({"lookup": n}, prompt_lookup_num_tokens=n) for n in lookups})
         config = OnlineConfig.from_dict({**self.config.to_dict(), **ONLINE[name]})
-        own = {"cache": lambda: None, "useless": lambda: random_draft(draft, self.work.seed)}
+        own = {
+            "before": lambda: load_draft(self.args.before, self.work.target),
+            "cache": lambda: None,
+            "useless": lambda: random_draft(draft, self.work.seed),
+        }
         return Online(own.get(name, lambda: draft)(), config)
 
     def _fastest(self, methods: dict[int, Method]) -> Method:
@@ -262,7 +270,9 @@ def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
             decode_only = [run.decode_rate / base.decode_rate for run, base in zip(runs, plain, strict=True)]
             figures["speedup_decode_only"] = spread(decode_only)
     names = ("alpha", "alpha_live", "c", "v", "ideal_speedup", "share_of_ideal", "drafted_by", "accepted_by")
-    figures |= dict.fromkeys((*names, "head_coverage", "head_alpha_loss", "round_ms", "learn_s", "updates"))
+    figures |= dict.fromkeys(
+        (*names, "head_coverage", "head_alpha_loss", "round_ms", "learn_s", "updates", "regret_vs_static")
+    )
     if first.stats is None:
         return figures
     total = CallStats()
@@ -282,6 +292,7 @@ def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
         "round_ms": {part: medians(round_ms(run)[part] for run in runs) for part in round_ms(first)},
         "learn_s": medians(run.sum("learn_seconds") for run in runs),
         "updates": first.updates,
+        "regret_vs_static": first.regret,
     }
     if decode_only is not None:
         figures["share_of_ideal"] = medians(speed / most for speed, most in zip(decode_only, ideal, strict=True))

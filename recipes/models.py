@@ -38,7 +38,9 @@ class TargetArguments:
         default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
-    device: str | None = field(default=None, metadata={"help": "Where models run; this machine's accelerator, if it has one, when left out."})
+    device: str | None = field(
+        default=None, metadata={"help": "Where models run; this machine's accelerator, if it has one, when left out."}
+    )
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
