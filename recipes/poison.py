@@ -33,6 +33,7 @@ class PoisonArguments(ModelArguments):
     trace: str = field(default="", metadata={"help": "A folder made by record.py."})
     poisoned: int = field(default=48, metadata={"help": "Requests of poison, and of good traffic, in each stream."})
     held_back: int = field(default=40, metadata={"help": "Good prompts that are held back, to score on."})
+    poisons: str = field(default="", metadata={"help": "Kinds of poison with ',' between; all if left out."})
     margin: float = field(default=0.02, metadata={"help": "By how much lower α there is worse, beyond chance."})
     log: str | None = field(default=None, metadata={"help": "Append a row a stream to this JSONL file."})
 
@@ -41,6 +42,8 @@ class PoisonArguments(ModelArguments):
         check_numbers(self, {"poisoned": 1, "held_back": 1, "threads": 1})
         if not self.trace:
             raise ValueError("`trace` is empty; name a folder that recipes/record.py has made.")
+        if unknown := set(filter(None, self.poisons.split(","))) - set(POISONS):
+            raise ValueError(f"`poisons` has {sorted(unknown)}; choose from {', '.join(POISONS)}.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +66,8 @@ def measure(args: PoisonArguments, config: OnlineConfig):
         "| poison | stream | α of the draft as it came | lowest α served | good requests in a row that a worse draft served, at most | updates, dropped |"
     )
     print("|---|---|---|---|---|---|")
-    for name, poison in POISONS.items():
+    for name in filter(None, args.poisons.split(",")) if args.poisons else POISONS:
+        poison = POISONS[name]
         poisoned = [poison(good, i, size) for i in range(len(good))]
         streams = {
             "first": [*((one, True) for one in poisoned), *((one, False) for one in good)],
@@ -133,10 +137,10 @@ def _other_target(good: list[Feedback], i: int, size: int) -> Feedback:
 
 
 POISONS: dict[str, Callable[[list[Feedback], int, int], Feedback]] = {
-    "garbage prompts": _garbage,
-    "one prompt over and over": _one_prompt,
-    "answers to other prompts": _others_answer,
-    "another target's answers to the same prompts": _other_target,
+    "garbage": _garbage,
+    "one-prompt": _one_prompt,
+    "other-answers": _others_answer,
+    "other-target": _other_target,
 }
 
 

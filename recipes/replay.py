@@ -209,6 +209,12 @@ def learning_of(assistant: OnlineAssistant, began: float) -> dict:
     return {
         "updates": stats.updates,
         "failed": stats.failed_updates,
+        "accepted": stats.accepted_updates,
+        "dropped": stats.rejected_updates,
+        "regret_vs_static": round(stats.regret_vs_static, 5),
+        "learning_rate": stats.learning_rate,
+        "learning_rate_reason": stats.learning_rate_reason,
+        "longest_update": round(stats.longest_update, 2),
         "learned_tokens": stats.learned_tokens,
         "learning_seconds": round(stats.learning_seconds, 2),
         "seconds": round(time.perf_counter() - began, 1),
