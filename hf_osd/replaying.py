@@ -78,9 +78,12 @@ def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: i
         gamma (`int`): tokens drafted a round.
         max_new_tokens (`int`, *optional*): where generation had to stop; the last token it gives is never drafted.
     """
-    n, outcome, at = len(request), torch.full((len(request),), UNTESTED, dtype=torch.int8), 0
+    # Of a token of the target that is several of the draft's, the first is the position that a round tests.
+    taught = request.teaches("all")
+    hits = (overlap[taught] == 1).tolist()
+    n, at = len(hits), 0
+    outcome = torch.full((n,), UNTESTED, dtype=torch.int8)
     testable = n if max_new_tokens is None or n < max_new_tokens else n - 1
-    hits = (overlap == 1).tolist()
     while at < n:
         drafted = min(gamma, testable - at)
         accepted = next((j for j in range(drafted) if not hits[at + j]), drafted)
@@ -88,4 +91,6 @@ def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: i
         if accepted < drafted:
             outcome[at + accepted] = REJECTED
         at += accepted + 1  # and the target's own token
-    return replace(request, outcome=outcome, overlap=overlap.float())
+    everywhere = torch.full((len(request),), UNTESTED, dtype=torch.int8)
+    everywhere[taught] = outcome
+    return replace(request, outcome=everywhere, overlap=overlap.float())

@@ -26,9 +26,20 @@ class Arm:
     name: str  # of the draft, as `--draft` has it
     lora: int | None = None  # rank
 
-    def draft(self, target: PreTrainedModel) -> PreTrainedModel:
-        """The draft to begin with: of its own for each run."""
-        draft = load_draft(self.name, target)
+    def draft(self, target: PreTrainedModel, size: int | None = None) -> PreTrainedModel:
+        """The draft to begin with: of its own for each run.
+
+        Args:
+            size: of the vocabulary that the traces are in, where that is not the target's.
+
+        Raises:
+            ValueError: if the draft's is another.
+        """
+        draft = load_draft(self.name, target, any_vocabulary=size is not None)
+        if size not in (None, own := draft.config.get_text_config().vocab_size):
+            raise ValueError(
+                f"The traces are in the tokens of a draft that has {size}, and {self.name} has {own}; give --draft the one that record.py had."
+            )
         if self.lora is None:
             return draft
         from peft import LoraConfig, get_peft_model

@@ -122,7 +122,7 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
     if tokens[0] != tokens[1] and not any_vocabulary:
         raise ValueError(
             f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family, or "
-            "--draft grow:0,1. Of the recipes, distill.py, lossless.py and benchmark.py --what methods take such drafts."
+            "--draft grow:0,1. distill.py, lossless.py, benchmark.py --what methods and, on traces of record.py --draft, replay.py take such drafts."
         )
     return draft
 

@@ -63,6 +63,10 @@ def measure(args: OnPolicyArguments, config: OnlineConfig):
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype)
     traced = load_trace(Path(args.trace), config.top_k, args.held_back)
+    if traced.draft_size is not None:
+        raise ValueError(
+            f"`trace` {args.trace} is in the tokens of a draft that has {traced.draft_size}; name one recorded without --draft."
+        )
     results = []
     for arm in args.arms.split(","):
         results.append([])

@@ -7,6 +7,7 @@ A trace holds the prompts and answers as token ids. An interrupted recording goe
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, check_temperature, run_command
-from models import TargetArguments, encode_rows, load_target, shuffled, use_threads
+from models import TargetArguments, draft_tokenizers, encode_rows, load_draft, load_target, shuffled, use_threads
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
 from hf_osd.trace import read_trace, write_trace
+from hf_osd.translation import Translation
 
 logger = logging.getLogger("hf_osd.recipes.record")
 
@@ -33,6 +35,12 @@ class RecordArguments(TargetArguments):
     """What to record. Of `OnlineConfig` only `top_k`, `feedback_dtype` and `seed` matter here."""
 
     stream: str = field(default="stdlib", metadata={"help": "Streams with ',' between, see prompts.py."})
+    draft: str = field(
+        default="",
+        metadata={
+            "help": "A draft of another vocabulary, in whose tokens to record: its traces are for such drafts alone."
+        },
+    )
     requests: int = field(default=1000, metadata={"help": "Requests a stream, at most."})
     held_back: int = field(default=100, metadata={"help": "Prompts a stream to score on, in a trace of their own."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
@@ -76,6 +84,12 @@ def record(args: RecordArguments, config: OnlineConfig):
 
     use_threads(args.threads)
     target, tokenizer = load_target(args.target, args.dtype, args.device)
+    translation, vocabulary = None, {}
+    if args.draft:
+        draft = load_draft(args.draft, target, any_vocabulary=True)
+        translation = Translation.of_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
+        if not translation.is_identity:
+            vocabulary = {"draft": args.draft, "draft_size": str(translation.draft_size)}
     seed = config.seed or 0
     for name, rows in load_streams(args.stream, seed):
         rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
@@ -83,10 +97,11 @@ def record(args: RecordArguments, config: OnlineConfig):
             rows = [row for row in rows if len(row["ids"]) <= args.longest_prompt]
         held_back, rest = split_held_back(rows, args.held_back, seed, name)
         folder, stream = Path(args.output_dir) / name, shuffled(rest, seed)[: args.requests]
-        _record_part(args, config, target, folder, "held_back", held_back)
-        _record_part(args, config, target, folder, "stream", stream)
+        part = functools.partial(_record_part, args, config, target, translation, vocabulary, folder)
+        part("held_back", held_back)
+        part("stream", stream)
         for n in range(args.times if args.again else 0):
-            _record_part(args, config, target, folder, again_part(n), stream, args.again, n * SEEDS_APART)
+            part(again_part(n), stream, args.again, n * SEEDS_APART)
 
 
 def again_part(n: int) -> str:
@@ -98,6 +113,8 @@ def _record_part(
     args: RecordArguments,
     config: OnlineConfig,
     target,
+    translation: Translation | None,
+    vocabulary: dict[str, str],  # facts of it, where it is another than the target's
     folder: Path,
     part: str,
     rows: list[dict],
@@ -113,12 +130,13 @@ def _record_part(
             "max_new_tokens": str(args.max_new_tokens),
             "dtype": str(target.dtype).removeprefix("torch."),
             "ids": json.dumps([row.get("id") for row in shard]),
+            **vocabulary,
         }
         if temperature:
             facts["temperature"] = str(temperature)
         if path.is_file():
             recorded = read_trace(path)[1]
-            changed = [name for name, value in facts.items() if recorded.get(name) != value]
+            changed = [name for name in (*facts, "draft_size") if recorded.get(name) != facts.get(name)]
             if changed:
                 raise ValueError(
                     f"{path} was recorded with another {', '.join(changed)}; choose another --output_dir, or delete it."
@@ -136,6 +154,7 @@ def _record_part(
             dtype=getattr(torch, config.feedback_dtype),
             prompt_positions=0 if temperature else config.prompt_positions,  # the request's own are known
             temperature=temperature,
+            translation=translation,
         )
         facts["seconds"] = f"{time.perf_counter() - began:.1f}"
         write_trace(path, answers, facts)

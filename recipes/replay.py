@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from arms import Arm, intervals, read_arm
 from command import check_numbers, run_command
-from models import ModelArguments, load_target, shuffled, use_threads
+from models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
 from record import again_part
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
@@ -89,6 +89,7 @@ class Traced:
     held_back: list[Feedback]
     max_new_tokens: int
     digest: str  # of the files: another recording of that name is another one
+    draft_size: int | None = None  # of the vocabulary that it is in, where that is not the target's
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,6 +132,12 @@ class Experiment:
             *self.traces,
             *(load_trace(Path(folder), top_k, args.held_back, stream=False) for folder in also),
         ]
+        sizes = {traced.draft_size for traced in self.judged}
+        if len(sizes) > 1:
+            raise ValueError(
+                "The traces are in the tokens of several vocabularies; name those that were recorded with one --draft."
+            )
+        [self.draft_size] = sizes
         counts = [int(count) for count in args.requests.split(",")]
         self.counts = counts * len(self.traces) if len(counts) == 1 else counts
         if len(self.counts) != len(self.traces):
@@ -148,7 +155,9 @@ class Experiment:
         """One arm with one seed: α on what is held back every `score_every` requests, of each request before it was learnt, and what learning took."""
         began = time.perf_counter()
         config = dataclasses.replace(arm.config, seed=seed, suffix_cache=False)
-        assistant = OnlineAssistant(arm.draft(self.target), config)
+        draft = arm.draft(self.target, self.draft_size)
+        tokenizers = draft_tokenizers(arm.name, draft, self.target, self.tokenizer)
+        assistant = OnlineAssistant(draft, config)
         kind = (arm.name, arm.lora, config.learner_dtype)
         if kind not in self._first:
             self._first[kind] = self._score(assistant)
@@ -163,7 +172,8 @@ class Experiment:
                     means = " ".join(f"{name} {_mean(hits):.3f}" for name, hits in points[served].items())
                     logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
         if self.args.save_to is not None:
-            assistant.save_pretrained(Path(self.args.save_to) / folder, self.tokenizer)
+            tokenizer = tokenizers.get("assistant_tokenizer", self.tokenizer)
+            assistant.save_pretrained(Path(self.args.save_to) / folder, tokenizer)
         return {
             "arm": arm.label,
             "seed": seed,
@@ -244,13 +254,14 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
     others = [again_part(n) for n in range(again if stream else 0)]
     names = ["held_back", *(["stream"] if stream else []), *others]
     parts: dict[str, list[Feedback]] = {name: [] for name in names}
-    limits, digest = set(), hashlib.sha256()
+    limits, sizes, digest = set(), set(), hashlib.sha256()
     for part in names:
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
             digest.update(path.read_bytes())
             parts[part] += [request.sparser(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
+            sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
         if not parts[part]:
             flag = f" --again 0.7 --times {again}" if part in others else ""
             raise FileNotFoundError(
@@ -259,6 +270,10 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
     if len(parts["held_back"]) < held_back:
         raise ValueError(
             f"{folder} has {len(parts['held_back'])} prompts held back and `held_back` is {held_back}; lower it."
+        )
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder} has shards in the tokens of several vocabularies; record them again with one --draft."
         )
     requests = parts.get("stream", [])
     for part in others:
@@ -273,6 +288,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         parts["held_back"][:held_back],
         max(limits),
         digest.hexdigest(),
+        sizes.pop(),
     )
 
 

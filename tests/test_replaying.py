@@ -1,5 +1,7 @@
 """`replay`: what a trace says of a draft, and teaches it, is what serving would have said and taught."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -143,3 +145,11 @@ def test_outcomes_are_those_of_rounds(make_feedback, hits, gamma, limited):
     assert torch.equal(served.overlap, overlap)
     ends = [i for i, seen in enumerate(outcome) if seen != ACCEPTED]
     assert served.teaches("error").nonzero().flatten().tolist() == ends
+
+
+def test_rounds_are_of_the_targets_tokens_where_one_is_several_of_the_drafts(target):
+    [request] = record_answers(target, PROMPTS[:1], 4)
+    rest = torch.tensor([False, True, False, False])[: len(request)]
+    spelled = dataclasses.replace(request, tail_logp=request.tail_logp.masked_fill(rest, torch.nan))
+    overlap = torch.tensor([0.0, torch.nan, 1.0, 1.0])[: len(request)]
+    assert as_drafted(spelled, overlap, gamma=3).outcome.tolist() == [REJECTED, UNTESTED, ACCEPTED, ACCEPTED]

@@ -29,6 +29,38 @@ def flags(target_dir, traces, *more) -> list[str]:
     return [*given.split(), "--learning_rate", "5e-3", "--gate", "false", *more]
 
 
+@pytest.mark.parametrize("kind", ["padded head", "another tokenizer"])
+def test_a_draft_of_another_vocabulary_learns_from_a_trace_in_its_tokens(
+    target_dir, traces, tmp_path, refused, brought_draft, kind
+):
+    import on_policy
+    import record
+    import replay
+    from transformers import AutoTokenizer
+
+    brought, log = brought_draft(kind), tmp_path / "runs.jsonl"
+    recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
+    recording = [*recording.split(), "--output_dir", str(tmp_path)]
+    assert record.main([*recording, "--draft", str(brought)]) == 0
+    refused(record.main, recording, says="another draft_size")  # in the target's own tokens it is another trace
+    given = flags(
+        target_dir, tmp_path, "--draft", str(brought), "--log", str(log), "--save_to", str(tmp_path / "saved")
+    )
+    assert replay.main(given) == 0
+    [row] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (row["updates"], row["failed"]) == (2, 0)
+    saved = [AutoTokenizer.from_pretrained(where).get_vocab() for where in (tmp_path / "saved" / "0-0", brought)]
+    assert saved[0] == saved[1]
+    refused(replay.main, flags(target_dir, tmp_path), says="grow:0,1 has 64")
+    refused(replay.main, flags(target_dir, traces, "--draft", str(brought)), says="draft of the target's family")
+    refused(replay.main, [*given, "--also", str(traces / "right")], says="several vocabularies")
+    refused(
+        on_policy.main,
+        ["--target", str(target_dir), "--trace", str(tmp_path / "left"), "--held_back", "5"],
+        says="recorded without --draft",
+    )
+
+
 def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_path, capsys, monkeypatch):
     import replay
 
