@@ -149,7 +149,7 @@ class Experiment:
         began = time.perf_counter()
         config = dataclasses.replace(arm.config, seed=seed, suffix_cache=False)
         assistant = OnlineAssistant(arm.draft(self.target), config)
-        kind = (arm.name, arm.lora, config.learner_dtype)
+        kind = (arm.name, config.learner_dtype)
         if kind not in self._first:
             self._first[kind] = self._score(assistant)
         points = {0: self._first[kind]}
