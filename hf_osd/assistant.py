@@ -24,8 +24,8 @@ from hf_osd.draft_context import draft_window, encoder_parameters, encoder_sourc
 from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
-from hf_osd.lora import Adapter, choose_learning, set_base
 from hf_osd.lookahead import Lookahead
+from hf_osd.lora import Adapter, choose_learning, set_base
 from hf_osd.open_calls import OpenCalls
 from hf_osd.prefill import KnownTexts, Prefill
 from hf_osd.remote import RemoteLearner
@@ -364,7 +364,9 @@ class OnlineAssistant(SavableAssistant):
         """
         self._needs_draft("refresh")
         adapter = self.adapter
-        if adapter is not None and hasattr(model, "get_base_model"):  # a PeftModel: the adapter's names are those of what it wraps
+        if adapter is not None and hasattr(
+            model, "get_base_model"
+        ):  # a PeftModel: the adapter's names are those of what it wraps
             model = model.get_base_model()
         weights = {name: p.detach() for name, p in model.named_parameters()}
         if adapter is not None and not adapter.trainable & weights.keys():

@@ -126,7 +126,9 @@ class LearnerProcess:
         self._frames.write(kind, tensors, {**(values or {}), "figures": figures, "base": self._base})
 
 
-def _with_adapter(draft: PreTrainedModel, weights: Path, rank: int, modules: list[str]) -> tuple[Adapter, PreTrainedModel]:
+def _with_adapter(
+    draft: PreTrainedModel, weights: Path, rank: int, modules: list[str]
+) -> tuple[Adapter, PreTrainedModel]:
     """The adapter that whoever serves has on this draft, and the draft with it, as it has been learnt so far."""
     from safetensors.torch import load_file
 

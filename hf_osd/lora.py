@@ -51,9 +51,7 @@ class Adapter:
         trainable (`set[str]`): names of the adapter's parameters in `draft`.
     """
 
-    def __init__(
-        self, draft: PreTrainedModel, rank: int, seed: int | None = None, trainable: set[str] | None = None
-    ):
+    def __init__(self, draft: PreTrainedModel, rank: int, seed: int | None = None, trainable: set[str] | None = None):
         from peft import LoraConfig
 
         linears = adaptable(draft, trainable)
@@ -66,7 +64,9 @@ class Adapter:
         self.merges = merges(linears)
         self.base = _sharing(draft)
         self.draft = _sharing(draft)
-        transposed = [not isinstance(linear, nn.Linear) for linear in linears.values()]  # a Conv1D has its weight as (in, out)
+        transposed = [
+            not isinstance(linear, nn.Linear) for linear in linears.values()
+        ]  # a Conv1D has its weight as (in, out)
         self._transposed = dict(zip(self.modules, transposed, strict=True))
         config = LoraConfig(
             r=rank,
@@ -103,9 +103,8 @@ class Adapter:
             weight = self.base.get_parameter(f"{module}.weight")
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
                 a, b = (weights[f"{module}.{end}"].to(weight.device, torch.float32) for end in (_A, _B))
-                change = self._scaling * (b @ a)  # (out, in)
-                merged = weight.float() + (change.T if self._transposed[module] else change)
-                merged = merged.to(weight.dtype)
+                factors = (a.T, b.T) if self._transposed[module] else (b, a)  # (in, r)·(r, out), or (out, r)·(r, in)
+                merged = torch.addmm(weight.float(), *factors, alpha=self._scaling).to(weight.dtype)
             check_finite(f"{module}.weight", merged)
             yield f"{module}.weight", merged
 
@@ -183,8 +182,7 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
             "all weights, or learn=False."
         )
     free = available(config.learner_device or draft.device)
-    ranks = Ranks.of_job()
-    if ranks.size > 1:
+    if config.learn == "inline" and (ranks := Ranks.of_job()).size > 1:
         free = -ranks.most(-int(min(free, 2**53)))  # of the poorest: all must learn the same
     facts = LearningFacts.of(draft, trainable, linears, config, merges(linears))
     return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)

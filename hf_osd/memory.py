@@ -200,7 +200,9 @@ def choose(
         if needed <= limit:
             return LearningChoice(True, None, fits)
         smaller = "" if has_adapter or not facts.ends else " or pass adapter='auto',"
-        return _off(f"{what.removesuffix(' learns').removesuffix(' learn')} would take", needed, limit, is_asked, smaller)
+        return _off(
+            f"{what.removesuffix(' learns').removesuffix(' learn')} would take", needed, limit, is_asked, smaller
+        )
     fitting = rank
     while fitting > 1 and learning_bytes(facts, fitting) > limit:
         fitting //= 2
@@ -239,7 +241,9 @@ def available(device: torch.device | str) -> float:
     """Bytes that this process can still have on `device`; infinite where nobody says."""
     import torch
 
-    with contextlib.suppress(RuntimeError, AssertionError, ValueError, OSError):  # no such device: whoever puts the draft there says so
+    with contextlib.suppress(
+        RuntimeError, AssertionError, ValueError, OSError
+    ):  # no such device: whoever puts the draft there says so
         device = torch.device(device)
         if device.type == "cpu":
             import psutil

@@ -107,8 +107,8 @@ class ResumableAssistant:
             )
         if here is not None and saved["base"] != here.print_of_base():
             raise ValueError(
-                f"The learner's state in {folder} is that of another draft: its LoRA adapter (lora={then}) was learnt over other weights. Load the draft that it "
-                "began with; a checkpoint of save_pretrained has the adapter in its weights already."
+                f"The learner's state in {folder} is that of another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
+                "with the draft that it began with, or was refreshed to; a checkpoint of save_pretrained has the adapter in its weights already."
             )
 
 

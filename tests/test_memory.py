@@ -24,7 +24,9 @@ LARGE = LearningFacts(
     columns=50_000,
     autocast=True,
 )
-SMALL = dataclasses.replace(LARGE, trainable=1_000_000, adapted=900_000, ends=20_000, hidden=64, layers=2, columns=1000)
+SMALL = dataclasses.replace(
+    LARGE, trainable=1_000_000, adapted=900_000, ends=20_000, hidden=64, layers=2, columns=1000
+)
 
 
 def facts_of(model, **fields):
@@ -44,7 +46,13 @@ def test_facts_are_those_of_the_draft(tiny_llama):
     assert facts.ends == 2 * (2 * 64 + 2 * 48 + 3 * 96)
     assert (facts.hidden, facts.layers, facts.heads, facts.vocabulary, facts.itemsize) == (32, 2, 4, 64, 4)
     assert (facts.tokens, facts.batch, facts.columns, facts.members) == (512, 3, 32, 2)
-    assert (facts.merges, facts.quantised, facts.autocast, facts.averages, facts.apart) == (True, False, False, True, False)
+    assert (facts.merges, facts.quantised, facts.autocast, facts.averages, facts.apart) == (
+        True,
+        False,
+        False,
+        True,
+        False,
+    )
 
 
 def test_all_columns_are_reckoned_with_where_none_are_drawn(tiny_llama):
@@ -101,7 +109,9 @@ def test_the_rank_comes_down_by_halves_until_it_fits():
         assert (choice.learns, choice.rank) == (True, rank)
         assert ("and rank 16" in choice.sentence) == (rank < 16)
     assert choose(LARGE, "lora", 12, math.inf, budget=learning_bytes(LARGE, 5)).rank == 3
-    assert choose(LARGE, "lora", 16, 2 * learning_bytes(LARGE, 2)).rank == 2, "half of what is free, if there is no budget"
+    assert choose(LARGE, "lora", 16, 2 * learning_bytes(LARGE, 2)).rank == 2, (
+        "half of what is free, if there is no budget"
+    )
 
 
 @pytest.mark.parametrize("adapter", ["auto", "lora", "off"])
