@@ -25,13 +25,14 @@ from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.lookahead import Lookahead
+from hf_osd.lora import Adapter, choose_learning, set_base
 from hf_osd.open_calls import OpenCalls
 from hf_osd.prefill import KnownTexts, Prefill
 from hf_osd.remote import RemoteLearner
 from hf_osd.report import report
 from hf_osd.saving import SavableAssistant
 from hf_osd.scoring import Judged, judge, learners_autocast
-from hf_osd.serving import NoServing, ServingDraft, copy_draft, embedding_names
+from hf_osd.serving import NoServing, ServingDraft, check_weights, copy_draft, embedding_names
 from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.translation import Translation
@@ -86,20 +87,21 @@ class OnlineAssistant(SavableAssistant):
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NoServing(), None, None
+        self.adapter: Adapter | None = None  # that hf_osd has put on the draft
+        self.learning_choice = "Nothing learns: there is no draft."  # what learns, and why
         self._calls = OpenCalls()
         if draft is not None:
-            # Three copies, made before any trainer exists. The first owns its weights, so that a user's training of `draft` reaches
-            # the serving draft by refreshes alone; the others share with it what does not train.
+            # Made before any trainer exists, and in storage of its own, so that a user's training of `draft` reaches the serving draft by
+            # refreshes alone. Whatever serves and learns begins with this storage, and leaves it where it writes.
             fixed = embedding_names(draft) if config.freeze_embeddings else set()
             own = copy_draft(draft)
             trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
-            if config.learns and not trainable:
+            if config.learns and not trainable and config.adapter != "lora":
                 raise ValueError(
                     f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
-                    "draft.requires_grad_(True), or pass learn=False."
+                    "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own."
                 )
-            self.serving = ServingDraft(own, trainable)
-            self.learner = self._make_learner(own, trainable)
+            self._serve(own, trainable)
             self.head = DraftHead.of(own, config)
         self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
         self.lookahead = Lookahead(
@@ -118,6 +120,29 @@ class OnlineAssistant(SavableAssistant):
         self.of_tokens: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.known_texts = KnownTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
+
+    def _serve(self, own: PreTrainedModel, trainable: set[str]):
+        """Make what serves of the draft, and what learns of it: all that is `trainable`, an adapter, or nothing, by the memory there is."""
+        config = self.osd_config
+        if not config.learns:
+            self.serving, self.learning_choice = ServingDraft(own, trainable), "Nothing learns, as asked."
+            return
+        choice = choose_learning(own, trainable, config)
+        self.learning_choice = choice.sentence
+        if choice.rank is None:
+            self.serving = ServingDraft(own, trainable)
+        else:
+            self.adapter = adapter = Adapter(own, choice.rank, config.seed, trainable)
+            # Where the weights cannot take it in, the adapter serves beside them.
+            merged, apart = (own, trainable, adapter), (adapter.draft, adapter.trainable)
+            self.serving = ServingDraft(*(merged if adapter.merges else apart))
+            self._base = trainable
+            own = adapter.draft
+        if choice.learns:
+            logger.info(choice.sentence)
+            self.learner = self._make_learner(own, self.serving.trainable)
+        else:
+            logger.warning(choice.sentence)
 
     def _make_learner(
         self, draft: PreTrainedModel, trainable: set[str]
@@ -330,21 +355,57 @@ class OnlineAssistant(SavableAssistant):
     def refresh(self, model: nn.Module):
         """Serve the weights of `model`, a draft of the same architecture trained elsewhere, from the next call on.
 
+        Where the draft learns in an adapter that hf_osd has put on it, `model` may be a plain one, whose weights then take the place of the draft's, and
+        the adapter begins anew; or one with such an adapter.
+
         Raises:
             ValueError: if `model` does not fit, has values that are not finite, or has changed weights that this assistant
                 holds fixed.
         """
         self._needs_draft("refresh")
+        adapter = self.adapter
+        if adapter is not None and hasattr(
+            model, "get_base_model"
+        ):  # a PeftModel: the adapter's names are those of what it wraps
+            model = model.get_base_model()
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        for name, p in self.serving.active.named_parameters():
-            if name not in self.serving.trainable and name in weights and not torch.equal(p, weights[name].to(p)):
+        if adapter is not None and not adapter.trainable & weights.keys():
+            self._rebase(weights)
+            return
+        served = self.serving.active if adapter is None else adapter.draft
+        self._check_fixed(weights, served, self.serving.trainable)
+        self.serving.refresh(weights)
+        if self.learner is not None:
+            self.learner.take(weights)
+
+    def _rebase(self, weights: dict[str, Tensor]):
+        """Serve a plain model's weights, and go on learning from them in an adapter that begins anew."""
+        adapter = self.adapter
+        if not adapter.merges:
+            raise ValueError(
+                "The trained model has no adapter, and this assistant learns in one over weights that it cannot write (quantised ones). Refresh from a model "
+                "with the adapter, or make a new assistant with the trained model."
+            )
+        base = {name: p for name, p in adapter.base.named_parameters() if name in self._base}
+        check_weights(weights, base)
+        self._check_fixed(weights, adapter.base, self._base)
+        base = {name: weights[name] for name in base}
+        # Learning first: what it learns meanwhile over the new weights, the old ones serve with for a moment.
+        if hasattr(self.learner, "ensemble"):
+            set_base(self.learner, adapter, base)
+            self.learner.take(adapter.weights())
+        elif self.learner is not None:
+            self.learner.take(adapter.weights(), base)
+        self.serving.rebase(base)
+
+    def _check_fixed(self, weights: dict[str, Tensor], served: nn.Module, trainable: set[str]):
+        """See that a trained model has not changed what this assistant holds fixed."""
+        for name, p in served.named_parameters():
+            if name not in trainable and name in weights and not torch.equal(p, weights[name].to(p)):
                 raise ValueError(
                     f"The trained model has changed {name!r}, which this assistant holds fixed. Make it with freeze_embeddings=False "
                     "and a draft whose weights require gradients, or freeze these weights in training."
                 )
-        self.serving.refresh(weights)
-        if self.learner is not None:
-            self.learner.take(weights)
 
     @property
     def stats(self) -> Stats:

@@ -14,6 +14,7 @@ REPLAYS = ("uniform", "recency", "loss")
 LOOKAHEADS = ("cost", "heuristic", "constant")
 HEADS = ("auto", "full", "traffic", "low_rank")
 LEARNS = ("inline", "background", "process", "off")
+ADAPTERS = ("auto", "lora", "off")
 CONFIG_NAME = "osd_config.json"
 
 
@@ -126,6 +127,14 @@ class OnlineConfig:
             estimate, and the head no longer most of the work. `None` computes them all, as does a head of few columns.
         freeze_embeddings (`bool`, defaults to `True`):
             Do not train input embeddings and LM head. They are then shared by all copies of the draft.
+        adapter (`str`, defaults to `"auto"`):
+            What learns of a draft that comes without an adapter: `"off"`, all weights; `"lora"`, a LoRA adapter over weights that stay as they are;
+            `"auto"`, all weights where that takes at most a fifth of the memory there is, and 4 GiB, else the adapter. What serves has the adapter in its weights.
+        lora (`int`, defaults to 16):
+            The rank of that adapter; it comes down by halves where learning would not fit into memory.
+        memory_budget (`int`, *optional*):
+            Bytes that learning may take, by estimate; half of what is free when the assistant is made if `None`. Where nothing fits, learning is off, and a
+            warning says so.
         learner_dtype (`str`, defaults to `"auto"`):
             Arithmetic of learning: `"float32"`, `"bfloat16"` (autocast over float32 masters), or `"auto"`: bfloat16
             where the draft is bfloat16 and the device computes it natively, else float32.
@@ -181,6 +190,9 @@ class OnlineConfig:
     ensemble_sharpness: float = 10.0
     tail_samples: int | None = 2048
     freeze_embeddings: bool = True
+    adapter: str = "auto"
+    lora: int = 16
+    memory_budget: int | None = None
     learner_dtype: str = "auto"
     seed: int | None = None
 
@@ -188,6 +200,11 @@ class OnlineConfig:
         # As flags, YAML and users write it.
         self.learn = {"true": "inline", "false": "off"}.get(str(self.learn).lower(), self.learn)
         self._choice("learn", LEARNS)
+        self.adapter = {"true": "lora", "false": "off"}.get(str(self.adapter).lower(), self.adapter)
+        self._choice("adapter", ADAPTERS)
+        self._at_least("lora", 1, whole=True)
+        if self.memory_budget is not None:
+            self._at_least("memory_budget", 1, whole=True)
         self._choice("lookahead", LOOKAHEADS)
         self._choice("draft_head", HEADS)
         self._choice("feedback_dtype", ("float16", "bfloat16", "float32"))

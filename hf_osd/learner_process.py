@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ from hf_osd.background import BackgroundLearner
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.intervals import figures_to_json
+from hf_osd.lora import Adapter, set_base
 from hf_osd.serving import check_weights
 from hf_osd.trace import unpack
 from hf_osd.wire import FrameWriter, read_frame
 
-DRAFT, BEGIN, BUSY = "draft", "begin.json", "busy"  # in the folder
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DRAFT, BEGIN, BUSY, ADAPTER = "draft", "begin.json", "busy", "adapter.safetensors"  # in the folder
+BASE = "base."  # begins the names of what a frame has of the plain draft under an adapter
 
 # Below whoever serves, where they share a CPU: enough to be let in between, not to be in the way.
 _NICENESS = 10
@@ -50,6 +55,9 @@ class LearnerProcess:
             folder / DRAFT, dtype=getattr(torch, begin["dtype"]), local_files_only=True
         )
         draft.to(begin["device"])
+        self._adapter, self._base = None, begin["base"]
+        if begin["adapter"] is not None:
+            self._adapter, draft = _with_adapter(draft, folder / ADAPTER, **begin["adapter"])
         with (folder / BUSY).open("r+b") as file:
             self._busy = mmap.mmap(file.fileno(), 1)
         self._frames = frames
@@ -80,12 +88,19 @@ class LearnerProcess:
                     self._buffer.add(feedback)
                 self._buffer.mark_seen(requests)
             elif kind == "take":
-                self.learner.take(tensors)
+                self._take(tensors, values)
             elif kind in ("flush", "state", "load"):
                 answer, said = getattr(self, f"_{kind}")(tensors, values)
                 self._send("answer", answer, {**said, "asked": values["asked"]})
             else:
                 raise ValueError(f"A frame of kind {kind!r}: both processes must run one version of hf_osd.")
+
+    def _take(self, tensors: dict[str, Tensor], values: dict):
+        base = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
+        if base:
+            set_base(self.learner, self._adapter, base)
+        self.learner.take(tensors)
+        self._base = values["base"]
 
     def _flush(self, tensors: dict[str, Tensor], values: dict) -> tuple[dict, dict]:
         return {}, {"refreshed": self.learner.update(wait=True)}
@@ -108,7 +123,17 @@ class LearnerProcess:
 
     def _send(self, kind: str, tensors: dict | None = None, values: dict | None = None):
         figures = figures_to_json(self.learner.figures())
-        self._frames.write(kind, tensors, {**(values or {}), "figures": figures})
+        self._frames.write(kind, tensors, {**(values or {}), "figures": figures, "base": self._base})
+
+
+def _with_adapter(
+    draft: PreTrainedModel, weights: Path, rank: int, modules: list[str]
+) -> tuple[Adapter, PreTrainedModel]:
+    """The adapter that whoever serves has on this draft, and the draft with it, as it has been learnt so far."""
+    from safetensors.torch import load_file
+
+    adapter = Adapter(draft, rank, trainable={f"{module}.weight" for module in modules})
+    return adapter, adapter.with_weights(load_file(weights))
 
 
 def main(argv: list[str]) -> int:

@@ -27,7 +27,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES
 from hf_osd.feedback import Feedback
 from hf_osd.intervals import figures_from_json
-from hf_osd.learner_process import BEGIN, BUSY, DRAFT
+from hf_osd.learner_process import ADAPTER, BASE, BEGIN, BUSY, DRAFT
 from hf_osd.threads import start_thread
 from hf_osd.trace import pack
 from hf_osd.wire import FrameWriter, read_frame
@@ -64,7 +64,7 @@ class RemoteLearner:
         buffer (`FeedbackBuffer`), config (`OnlineConfig`): as [`hf_osd.learner.Learner`] takes them.
 
     Raises:
-        ValueError: if the draft is not a class of transformers, which alone another process can load.
+        ValueError: if the draft is not a class of transformers, or serves with an adapter: another process could not load it.
     """
 
     def __init__(self, serving: ServingDraft, buffer: FeedbackBuffer, config: OnlineConfig):
@@ -74,8 +74,14 @@ class RemoteLearner:
                 f"learn='process' loads the draft in another process, and {type(draft).__name__} is no class of transformers. Pass learn='background', which "
                 "learns in a thread."
             )
+        if getattr(draft, "peft_config", None):
+            raise ValueError(
+                "learn='process' loads the draft in another process as a plain checkpoint, and this one serves with an adapter that is not in its weights. Pass "
+                "learn='background', which learns in a thread."
+            )
         self._serving, self.buffer, self.config = serving, buffer, config
         self.restarts = 0
+        self._base = 0  # how often the weights under an adapter were others
         self._figures: dict = {}  # of this process
         self._before = dict.fromkeys(_COUNTS, 0)  # of those that have died
         self._worker: _Worker | None = None
@@ -119,13 +125,16 @@ class RemoteLearner:
         counts["learner_restarts"] += self.restarts
         return self._figures | counts
 
-    def take(self, weights: Mapping[str, Tensor]):
-        """Go on learning from weights that were trained elsewhere."""
+    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+        """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names."""
         with self._lock:
             worker = self._running()
+            self._base += base is not None
         if worker is not None:
             # Copies: they are written some time later, and whoever trains them goes on.
-            worker.send("take", tensors={name: weights[name].detach().clone() for name in self._serving.trainable})
+            tensors = {name: weights[name].detach().clone() for name in self._serving.trainable}
+            tensors |= {f"{BASE}{name}": tensor.detach().clone() for name, tensor in (base or {}).items()}
+            worker.send("take", tensors=tensors, values={"base": self._base})
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """As [`hf_osd.learner.Learner.state`].
@@ -178,7 +187,7 @@ class RemoteLearner:
         self._worker = None
         try:
             self._worker = _Worker(
-                self._serving, self.config, weakref.WeakMethod(self._came), weakref.WeakMethod(self._died)
+                self._serving, self.config, weakref.WeakMethod(self._came), weakref.WeakMethod(self._died), self._base
             )
         except Exception:  # the disk is full, say: no reason to break the user's call
             self._count_death()
@@ -218,7 +227,8 @@ class RemoteLearner:
         """A frame of the process."""
         if values.get("figures") is not None:
             self._figures = figures_from_json(values["figures"])
-        if kind == "weights":
+        # An adapter that was learnt over the weights before is nothing to those of now.
+        if kind == "weights" and values.get("base", self._base) == self._base:
             self._serving.refresh(tensors)
             self._deaths = 0
 
@@ -236,12 +246,17 @@ class _Worker:
     """One process, with a thread that writes to it and one that reads. Its owner is held weakly, or a forgotten one would never end."""
 
     def __init__(
-        self, serving: ServingDraft, config: OnlineConfig, came: weakref.WeakMethod, died: weakref.WeakMethod
+        self,
+        serving: ServingDraft,
+        config: OnlineConfig,
+        came: weakref.WeakMethod,
+        died: weakref.WeakMethod,
+        base: int = 0,
     ):
         self.dead, ending = threading.Event(), threading.Event()
         folder = Path(tempfile.mkdtemp(prefix="hf_osd-"))
         try:
-            _lay_out(folder, serving, config)
+            _lay_out(folder, serving, config, base)
             with (folder / BUSY).open("r+b") as file:
                 self._busy = mmap.mmap(file.fileno(), 1)
             threads = str(config.learner_threads)
@@ -299,21 +314,28 @@ class _Worker:
         self._reader.join()
 
 
-def _lay_out(folder: Path, serving: ServingDraft, config: OnlineConfig):
-    """What the process needs to begin."""
-    from safetensors.torch import save_model
+def _lay_out(folder: Path, serving: ServingDraft, config: OnlineConfig, base: int = 0):
+    """What the process needs to begin: the draft that serves, or the one without its adapter, and the adapter's weights."""
+    from safetensors.torch import save_file, save_model
 
-    draft = serving.lease()
+    leased = serving.lease()
     try:
+        draft, weights = serving.begin()
         draft.config.save_pretrained(folder / DRAFT)
         save_model(draft, str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
     finally:
-        serving.release(draft)
+        serving.release(leased)
+    adapter = None
+    if serving.adapter is not None:
+        adapter = {"rank": serving.adapter.rank, "modules": serving.adapter.modules}
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / ADAPTER)
     begin = {
         "class": type(draft).__name__,
         "dtype": str(draft.dtype).removeprefix("torch."),
         "device": config.learner_device or str(draft.device),
         "trainable": sorted(serving.trainable),
+        "adapter": adapter,
+        "base": base,
         "config": config.to_dict(),
     }
     (folder / BEGIN).write_text(json.dumps(begin), encoding="utf-8")

@@ -35,12 +35,12 @@ class SavableAssistant(ResumableAssistant):
         processing_class: PreTrainedTokenizerBase | None = None,
         card: dict | None = None,
         custom_generate: bool = False,
-        merge: bool = False,
+        merge: bool | None = None,
     ):
         """Write the serving draft as a transformers checkpoint, with `osd_config.json` and a model card beside it.
 
-        Of a draft with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it. With
-        `merge` it is a plain checkpoint, which serving engines read.
+        Of a draft that came with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it.
+        Of one that learns in an adapter of hf_osd's own (`adapter="lora"`) it is a plain checkpoint, which serving engines read.
 
         Args:
             directory: where to. Files of the same names are replaced, whole; those of an older checkpoint that this one lacks are removed; others
@@ -48,7 +48,8 @@ class SavableAssistant(ResumableAssistant):
             processing_class: the tokenizer, to be saved with it.
             card (`dict`, *optional*): facts for the model card, see [`hf_osd.model_card.model_card`].
             custom_generate: also write the generation strategy, see [`hf_osd.custom_generate.write_custom_generate`].
-            merge: put an adapter into the weights.
+            merge: put an adapter into the weights, or, with `False`, write it as an adapter, which `from_pretrained` goes on learning in. By where it came
+                from if left out.
 
         Raises:
             OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
@@ -63,12 +64,14 @@ class SavableAssistant(ResumableAssistant):
         card: dict | None,
         custom_generate: bool,
         repo_id: str | None = None,
-        merge: bool = False,
+        merge: bool | None = None,
     ):
         self._needs_draft("save")
-        draft = self.serving.active
+        draft, adapter = self.serving.active, self.adapter
+        if adapter is not None and merge is False:
+            draft = adapter.with_weights(dict(self.serving.weights()))
         with staged(directory) as staging:
-            save_draft(draft, staging, repo_id, merge)
+            save_draft(draft, staging, repo_id, bool(merge))
             self.osd_config.save_pretrained(staging)
             facts = {
                 "lookahead": self.lookahead,
@@ -124,6 +127,7 @@ class SavableAssistant(ResumableAssistant):
         processing_class: PreTrainedTokenizerBase | None = None,
         card: dict | None = None,
         custom_generate: bool = False,
+        merge: bool | None = None,
     ) -> str:
         """Push what `save_pretrained` writes, in one commit: weights, config and figures, no feedback. Returns the commit's address, whose last part is
         a `revision` for `from_pretrained`.
@@ -136,7 +140,7 @@ class SavableAssistant(ResumableAssistant):
             private: whether the repository is to be private.
             token: of the Hub; the one you are logged in with if left out.
             commit_message: says how much was learnt from if left out.
-            processing_class, card, custom_generate: as in `save_pretrained`. The licence, if `card` has none, is that of its `target` on the Hub.
+            processing_class, card, custom_generate, merge: as in `save_pretrained`. The licence, if `card` has none, is that of its `target` on the Hub.
 
         Raises:
             OSError: if the Hub refuses or cannot be reached: huggingface_hub's `HfHubHTTPError`, or a `ConnectionError`; the message says how to mend it.
@@ -164,5 +168,5 @@ class SavableAssistant(ResumableAssistant):
             card |= license_of(api, card["target"])
         message = commit_message or f"Draft after {stats.updates} updates on {stats.total.requests} requests"
         with tempfile.TemporaryDirectory() as directory:
-            self._save(directory, processing_class, card, custom_generate, repo_id)
+            self._save(directory, processing_class, card, custom_generate, repo_id, merge)
             return push_folder(api, repo_id, Path(directory), message, CHECKPOINT_FILES)

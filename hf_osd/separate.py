@@ -206,7 +206,7 @@ class SeparateLearner:
     def figures(self) -> dict:
         return dict(self._figures)
 
-    def take(self, weights: Mapping[str, Tensor]):
+    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """Refused: another rank's next weights would undo it.
 
         Raises:
@@ -334,6 +334,8 @@ class LearningRank:
 
 
 def _inline(assistant: OnlineAssistant) -> Learner:
+    if assistant.learner is None and assistant.osd_config.learns:
+        raise ValueError(f"The assistant does not learn, so it cannot on another rank. {assistant.learning_choice}")
     if not isinstance(assistant.learner, Learner):
         raise ValueError(
             f"The assistant has learn={assistant.osd_config.learn!r}; make it with learn='inline' to learn on another rank."

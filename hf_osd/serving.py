@@ -10,10 +10,14 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from hf_osd.lora import Adapter
 
 
 def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
@@ -55,25 +59,40 @@ def check_weights(weights: Mapping[str, Tensor], served: Mapping[str, Tensor]):
                 f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(old.shape)} in the draft; "
                 "refresh from a model of the draft's own architecture."
             )
-        if not torch.isfinite(weights[name].to(old.dtype)).all():  # as served: float16 ends at 65504
-            raise ValueError(
-                f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
-            )
+        check_finite(name, weights[name].to(old.dtype))  # as served: float16 ends at 65504
+
+
+def check_finite(name: str, weight: Tensor):
+    """See that a weight that is to serve is finite.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
+        )
 
 
 class ServingDraft:
     """Two serving copies of a draft.
 
+    What has not been written is shared: a draft that has learnt nothing yet is one base, whatever serves and learns of it.
+
     Args:
-        model (`PreTrainedModel`): the draft; it is copied, and left as it is.
-        trainable (`set[str]`): names of the parameters that refreshes will write. All others are shared with `model`.
+        model (`PreTrainedModel`): the draft. It is never written here, and is not to be written elsewhere: until a refresh the copies share its weights.
+        trainable (`set[str]`): names of the parameters that refreshes will write. All others are shared with `model` for good.
+        adapter ([`hf_osd.lora.Adapter`], *optional*): what learns in place of `trainable`. Refreshes then bring its weights, and the copies, which are plain,
+            have them in theirs.
     """
 
-    def __init__(self, model: nn.Module, trainable: set[str]):
-        self.trainable = trainable
+    def __init__(self, model: nn.Module, trainable: set[str], adapter: Adapter | None = None):
+        self.adapter = adapter
+        self.trainable = trainable if adapter is None else adapter.trainable
         self.version = 0  # refreshes so far
-        frozen = {name for name, _ in model.named_parameters()} - trainable
-        self._copies = [self._prepare(copy_draft(model, frozen)) for _ in range(2)]
+        self._copies = [self._sharing(model) for _ in range(2)]
+        self._owned: list[set[str]] = [set(), set()]  # what of each copy is in storage of its own
+        self._learnt = None if adapter is None else adapter.weights()  # what the active copy has in its weights
         self._leases: dict[int, int] = {}  # id of a copy -> calls that hold it
         self._active = 0
         self._lock = threading.Lock()  # of leases and the active index
@@ -98,8 +117,17 @@ class ServingDraft:
                 self._leases[id(model)] = left
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The active copy's trainable weights by name."""
+        """What has been learnt and serves, by name: the active copy's trainable weights, or the adapter's."""
+        if self._learnt is not None:
+            return iter(self._learnt.items())
         return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
+
+    def begin(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A draft of plain weights that a learner elsewhere can begin with, and the adapter's weights on it, if there is one. To read, not to write."""
+        with self._refreshing:
+            if self.adapter is None:
+                return self.active, {}
+            return self._sharing(self.adapter.base), dict(self._learnt)
 
     def refresh(self, weights: Mapping[str, Tensor]):
         """Write `weights` (any dtype and device) into the idle copy and make it the active one.
@@ -110,25 +138,51 @@ class ServingDraft:
         """
         check_weights(weights, dict(self.weights()))
         with self._refreshing:
-            idle = self._copies[1 - self._active]  # nobody can lease it before the flip
+            at = 1 - self._active
             with self._lock:
-                leased = id(idle) in self._leases
+                leased = id(self._copies[at]) in self._leases  # else nobody can lease it before the flip
             if leased:  # by a call older than the last refresh: it keeps that copy, we go on with a fresh one
-                frozen = {name for name, _ in idle.named_parameters()} - self.trainable
-                self._copies[1 - self._active] = idle = self._prepare(copy_draft(idle, frozen))
+                self._copies[at], self._owned[at] = self._sharing(self._copies[at]), set()
+            parameters = dict(self._copies[at].named_parameters())
             with torch.inference_mode(False), torch.no_grad():
-                for name, parameter in idle.named_parameters():
-                    if name in self.trainable:
-                        parameter.copy_(weights[name])
+                for name, tensor in self._plain(weights):
+                    if name in self._owned[at]:
+                        parameters[name].copy_(tensor)
+                    else:
+                        old = parameters[name]
+                        old.data = tensor.detach().to(old.device, old.dtype, copy=True)
+                        self._owned[at].add(name)
+            learnt = None if self.adapter is None else _copies({name: weights[name] for name in self.trainable})
             with self._lock:
-                self._active = 1 - self._active
+                self._active, self._learnt = at, learnt
                 self.version += 1
 
+    def rebase(self, base: Mapping[str, Tensor]):
+        """Serve other weights of the plain draft, by name, with an adapter that begins anew. Calls that run keep the old ones."""
+        with self._refreshing:
+            self.adapter.rebase(base)
+            copies = [self._sharing(self.adapter.base) for _ in range(2)]
+            with self._lock:
+                self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
+                self.version += 1
+
+    def _plain(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What is to be written of `weights`, by the names that the copies have."""
+        if self.adapter is not None:
+            return self.adapter.merged(weights)
+        return ((name, weights[name]) for name in self.trainable)
+
     @staticmethod
-    def _prepare(model: nn.Module) -> nn.Module:
+    def _sharing(model: nn.Module) -> nn.Module:
+        """A copy to serve, in the same storage."""
+        model = copy_draft(model, {name for name, _ in model.named_parameters()})
         model.requires_grad_(False)
-        model.eval()
-        return model
+        return model.eval()
+
+
+def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
 
 
 class NoDraft:

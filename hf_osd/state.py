@@ -46,6 +46,8 @@ class ResumableAssistant:
         with self._lock:
             stats = self._stats.state()
         values = {"version": _VERSION, "learner": values, "stats": stats, "progress": progress}
+        if self.adapter is not None:
+            values["adapter"] = {"lora": self.adapter.rank, "base": self.adapter.print_of_base()}
         # An older state with prompts, which nobody asks to keep any more, does not stay beside this one.
         asked = any((folder / _BUFFER).exists() for folder in states(directory))
         with new_state(directory, keep=1 if asked and not with_buffer else 2) as folder:
@@ -61,7 +63,7 @@ class ResumableAssistant:
 
         Raises:
             OSError: if there is no state in `directory`.
-            ValueError: if none is whole, or it is that of another draft or version.
+            ValueError: if none is whole, or it is that of another draft, adapter or version.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -72,6 +74,7 @@ class ResumableAssistant:
             )
         folder = newest_state(directory)
         values = _values(folder)
+        self._check_adapter(values.get("adapter"), folder)
         try:
             stats = Stats.of_state(values["stats"])
             self.learner.load_state(load_file(folder / _LEARNER), values["learner"])
@@ -86,6 +89,29 @@ class ResumableAssistant:
         with self._lock:
             self._stats = stats
         return values["progress"]
+
+    def _check_adapter(self, saved: dict | None, folder: Path):
+        """See that what learns here is what learnt there: all weights, or an adapter of the same rank over the same weights."""
+        here = self.adapter
+        then, now = (saved or {}).get("lora"), here.rank if here is not None else None
+        if then != now:
+            raise ValueError(
+                f"The learner's state in {folder} is that of another draft: there {_what_learns(then)} learnt, and here {_what_learns(now)} does. Make the "
+                f"assistant with {_as_asked(then)} to go on from it."
+            )
+        if here is not None and saved["base"] != here.print_of_base():
+            raise ValueError(
+                f"The learner's state in {folder} is that of another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
+                "with the draft that it began with, or was refreshed to; a checkpoint of save_pretrained has the adapter in its weights already."
+            )
+
+
+def _what_learns(lora: int | None) -> str:
+    return "all weights" if lora is None else f"a LoRA adapter of rank {lora}"
+
+
+def _as_asked(lora: int | None) -> str:
+    return "adapter='off'" if lora is None else f"adapter='lora', lora={lora}"
 
 
 def saved_progress(directory: str | os.PathLike) -> Any:

@@ -24,7 +24,6 @@ class Arm:
     label: str
     config: OnlineConfig
     name: str  # of the draft, as `--draft` has it
-    lora: int | None = None  # rank
 
     def draft(self, target: PreTrainedModel, size: int | None = None) -> PreTrainedModel:
         """The draft to begin with: of its own for each run.
@@ -40,25 +39,16 @@ class Arm:
             raise ValueError(
                 f"The traces are in the tokens of a draft that has {size}, and {self.name} has {own}; give --draft the one that record.py had."
             )
-        if self.lora is None:
-            return draft
-        from peft import LoraConfig, get_peft_model
-
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed or 0)
-            config = LoraConfig(
-                r=self.lora, lora_alpha=2 * self.lora, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-            return get_peft_model(draft, config)
+        return draft
 
     def facts(self) -> dict:
-        return {"config": {**self.config.to_dict(), "seed": None}, "draft": self.name, "lora": self.lora}
+        return {"config": {**self.config.to_dict(), "seed": None}, "draft": self.name}
 
 
 def read_arm(arm: str, base: OnlineConfig, draft: str) -> Arm:
     """`"batch_size=2,replay=3.0"` over `base`; `"base"` is that itself.
 
-    Beside the fields of `OnlineConfig`: `draft=…`, as `--draft` has it, but with '+' between layers; `lora=8`, adapters of that rank on all linear layers;
+    Beside the fields of `OnlineConfig`: `draft=…`, as `--draft` has it, but with '+' between layers; `lora=8` alone means `adapter=lora` too;
     `preset=paper`, `OnlineConfig.paper()` in place of the base.
 
     Raises:
@@ -74,13 +64,15 @@ def read_arm(arm: str, base: OnlineConfig, draft: str) -> Arm:
             changes[key.strip()] = json.loads(value)
         except json.JSONDecodeError:  # a word, such as forward_kl
             changes[key.strip()] = value
-    draft, lora = changes.pop("draft", draft), changes.pop("lora", None)
+    draft = changes.pop("draft", draft)
+    if "lora" in changes:
+        changes.setdefault("adapter", "lora")
     preset = changes.pop("preset", None)
     if preset not in (None, "paper"):
         raise ValueError(f"`arms` has preset={preset!r}; the preset is 'paper'.")
     if preset == "paper":
-        return Arm(label, OnlineConfig.paper(**changes), draft, lora)
-    return Arm(label, OnlineConfig.from_dict({**base.to_dict(), **changes}), draft, lora)
+        return Arm(label, OnlineConfig.paper(**changes), draft)
+    return Arm(label, OnlineConfig.from_dict({**base.to_dict(), **changes}), draft)
 
 
 @dataclass(frozen=True)

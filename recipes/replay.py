@@ -158,7 +158,7 @@ class Experiment:
         draft = arm.draft(self.target, self.draft_size)
         tokenizers = draft_tokenizers(arm.name, draft, self.target, self.tokenizer)
         assistant = OnlineAssistant(draft, config)
-        kind = (arm.name, arm.lora, config.learner_dtype)
+        kind = (arm.name, config.learner_dtype)
         if kind not in self._first:
             self._first[kind] = self._score(assistant)
         points = {0: self._first[kind]}

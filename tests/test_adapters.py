@@ -230,3 +230,19 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(target, tmp_path):
     save_file({name: w for name, w in weights.items() if "layers.0" in name}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks .*layers\.1"):
         load_draft(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [wrapped, native])
+def test_an_adapter_that_came_with_the_draft_stays_whatever_the_config_says(target, kind, tmp_path):
+    assistant = OnlineAssistant(kind(grow_draft(target)), adapter="lora", lora=2)
+    assert assistant.adapter is None
+    assert all(p.shape[0] == 4 for name, p in assistant.serving.weights() if "lora_A" in name), "of its own rank"
+    assistant.save_pretrained(tmp_path)
+    assert names(tmp_path) >= ADAPTER
+    assistant.save_pretrained(tmp_path, merge=True)
+    assert not names(tmp_path) & ADAPTER
+
+
+def test_an_adapter_of_its_own_is_not_lost_on_the_way_to_a_process(target):
+    with pytest.raises(ValueError, match=r"adapter that is not in its weights.*learn='background'"):
+        OnlineAssistant(native(grow_draft(target)), learn="process")

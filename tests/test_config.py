@@ -64,6 +64,11 @@ NUMBERS = [
         ("held_back_share", 0.6),
         ("held_back_share", -0.1),
         ("held_back_share", None),
+        ("adapter", "qlora"),
+        ("lora", 0),
+        ("lora", 2.5),
+        ("memory_budget", 0),
+        ("memory_budget", -1),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_field_and_value(field, value):
@@ -173,3 +178,9 @@ def test_a_damaged_file_is_a_value_error(tmp_path, text):
 def test_a_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         OnlineConfig.from_json(tmp_path / CONFIG_NAME)
+
+
+@pytest.mark.parametrize(("written", "means"), [(True, "lora"), (False, "off"), ("False", "off"), ("auto", "auto")])
+def test_an_adapter_is_read_as_yaml_has_it(written, means):
+    """Where `off` is False."""
+    assert OnlineConfig(adapter=written).adapter == means

@@ -61,3 +61,55 @@ def test_an_unreadable_draft_is_named(draft, tmp_path):
 def test_the_model_card_names_no_local_path(target, draft):
     card = model_card(OnlineAssistant(draft).stats, target="/some/where")
     assert "/some/where" not in card
+
+
+@pytest.fixture
+def lora(target, draft):
+    """An assistant that has learnt in an adapter of hf_osd's own."""
+    assistant = OnlineAssistant(draft, adapter="lora", lora=4, update_interval=10**6, held_back_share=0.0, seed=0)
+    serve(target, assistant, PROMPTS[:6])
+    assert assistant.flush()
+    return assistant
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=PROMPTS[0]).logits
+
+
+@pytest.mark.parametrize("merge", [None, True])
+def test_what_was_learnt_in_an_adapter_is_saved_as_a_plain_checkpoint(draft, lora, tmp_path, merge):
+    lora.save_pretrained(tmp_path, merge=merge)
+    assert not list(tmp_path.glob("adapter*"))
+    card = (tmp_path / "README.md").read_text()
+    assert "a plain transformers checkpoint" in card
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(plain), logits(lora.serving.active))
+    assert not torch.equal(logits(plain), logits(draft))
+    again = OnlineAssistant.from_pretrained(tmp_path)
+    assert again.osd_config == lora.osd_config
+    assert again.adapter.rank == 4
+    assert torch.equal(logits(again.serving.active), logits(plain))
+
+
+def test_asked_not_to_merge_it_is_saved_as_an_adapter_that_goes_on_learning(target, lora, tmp_path):
+    lora.save_pretrained(tmp_path, merge=False)
+    assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    card = (tmp_path / "README.md").read_text()
+    assert "an adapter, with its base in this repository" in card
+    for path in tmp_path.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    again = OnlineAssistant.from_pretrained(tmp_path)
+    assert again.adapter is None, "it has come with the draft"
+    torch.testing.assert_close(logits(again.serving.active), logits(lora.serving.active), atol=1e-5, rtol=1e-5)
+    saved = dict(again.serving.weights())
+    for name, w in lora.serving.weights():
+        assert torch.equal(w, saved[name]), name
+    before = logits(again.serving.active)
+    serve(target, again, PROMPTS[6:])
+    assert again.flush()
+    assert not torch.equal(logits(again.serving.active), before)
+    lora.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*")), "and the other way round nothing of it stays"

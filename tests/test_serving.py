@@ -121,12 +121,45 @@ def test_frozen_weights_share_the_drafts_storage_and_trainable_ones_do_not(servi
     trainable = trainable_of(draft)
     older = serving.lease()
     serving.refresh(moved(serving, 0.1))
+    younger = serving.active
     serving.refresh(moved(serving, 0.1))  # makes a third copy: the first is leased
-    copies = [older, serving.active]
-    for copy in copies:
+    for copy in (younger, serving.active):
         for name, parameter in copy.named_parameters():
             shared = parameter.data_ptr() == given[name].data_ptr()
             assert shared == (name not in trainable), name
+    serving.release(older)
+
+
+def test_two_copies_of_a_draft_that_has_learnt_nothing_are_one(serving, draft):
+    given = {name: p.data_ptr() for name, p in draft.named_parameters()}
+    for copy in serving._copies:
+        assert {name: p.data_ptr() for name, p in copy.named_parameters()} == given
+    trainable = trainable_of(draft)
+    serving.refresh(moved(serving, 0.1))
+    older, active = serving._copies[1 - serving._active], serving.active
+    assert {name: p.data_ptr() for name, p in older.named_parameters()} == given
+    assert {name for name, p in active.named_parameters() if p.data_ptr() != given[name]} == trainable
+
+
+def test_a_copy_that_broke_off_half_written_is_written_whole_by_the_next_refresh(serving, monkeypatch):
+    """A device that is full in the middle of it, say."""
+    before = snapshot(serving.active)
+    weights = moved(serving, 0.25)
+
+    def breaks_off(given):
+        for i, (name, tensor) in enumerate(given.items()):
+            if i == 2:
+                raise RuntimeError("out of memory")
+            yield name, tensor + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "_plain", breaks_off)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            serving.refresh(weights)
+    assert same(serving.active, before)
+    assert serving.version == 0
+    serving.refresh(weights)
+    assert all(torch.equal(p, weights[name]) for name, p in serving.weights())
 
 
 def lacking(weights):

@@ -51,6 +51,55 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_p
     torch.testing.assert_close(weights(straight), weights(resumed), atol=1e-6, rtol=1e-5)
 
 
+LORA = {"adapter": "lora", "lora": 4, "update_interval": 10**6, "seed": 3, "replay": 0.0, "draft_cost": 0.2}
+
+
+def test_a_learner_of_an_adapter_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
+    straight, stopped = OnlineAssistant(draft, **LORA), OnlineAssistant(draft, **LORA)
+    for assistant in (straight, stopped):
+        serve(target, assistant, PROMPTS[:4])
+        assistant.flush()
+    stopped.save_state(tmp_path)
+    resumed = OnlineAssistant(draft, **LORA)
+    resumed.load_state(tmp_path)
+    assert torch.equal(weights(stopped), weights(resumed))
+    served = dict(stopped.serving.active.named_parameters())
+    assert all(torch.equal(p, served[name]) for name, p in resumed.serving.active.named_parameters())
+    for assistant in (straight, resumed):
+        serve(target, assistant, PROMPTS[4:8])
+        assistant.flush()
+    assert not torch.equal(weights(stopped), weights(resumed))
+    torch.testing.assert_close(weights(straight), weights(resumed), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "mend"),
+    [
+        ({"lora": 4}, {"lora": 2}, r"rank 4 learnt, and here a LoRA adapter of rank 2.*adapter='lora', lora=4"),
+        ({"lora": 4}, {"adapter": "off"}, r"here all weights does.*adapter='lora', lora=4"),
+        ({"adapter": "off"}, {"lora": 4}, r"there all weights learnt.*adapter='off'"),
+    ],
+)
+def test_a_state_of_another_adapter_is_refused_by_its_rank(draft, tmp_path, there, here, mend):
+    OnlineAssistant(draft, **LORA | there).save_state(tmp_path)
+    other = OnlineAssistant(draft, **LORA | here)
+    before = weights(other)
+    with pytest.raises(ValueError, match=rf"another draft: .*{mend}"):
+        other.load_state(tmp_path)
+    assert torch.equal(weights(other), before)
+
+
+def test_a_state_is_not_put_upon_a_draft_that_has_its_adapter_in_its_weights(target, draft, tmp_path):
+    assistant = OnlineAssistant(draft, **LORA)
+    serve(target, assistant, PROMPTS[:4])
+    assistant.flush()
+    assistant.save_pretrained(tmp_path / "draft")
+    assistant.save_state(tmp_path / "state")
+    again = OnlineAssistant.from_pretrained(tmp_path / "draft")
+    with pytest.raises(ValueError, match=r"another draft: .*\(lora=4\) was learnt over other weights"):
+        again.load_state(tmp_path / "state")
+
+
 def test_statistics_go_on(target, draft, learnt, tmp_path):
     serve(target, learnt, [PROMPTS[i % 12] for i in range(55)])  # more than the rolling window
     was = copy.deepcopy(learnt.stats)

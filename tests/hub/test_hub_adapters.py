@@ -83,3 +83,15 @@ def test_of_an_adapter_no_pickle_is_fetched(hub, target):
     with pytest.raises(OSError, match="safetensors"):
         OnlineAssistant.from_pretrained("me/lora")
     assert hub.count("GET", r"\.bin$") == 0
+
+
+@pytest.mark.parametrize(
+    ("merge", "files"), [(None, {"model.safetensors"}), (False, {"model.safetensors", "adapter_model.safetensors"})]
+)
+def test_an_adapter_of_hf_osds_own_is_pushed_in_the_weights_or_as_asked(hub, target, merge, files):
+    assistant = OnlineAssistant(grow_draft(target), adapter="lora", lora=2)
+    assistant.push_to_hub("me/draft", merge=merge)
+    assert {name for name in hub.files("me/draft") if name.endswith(".safetensors")} == files
+    again = OnlineAssistant.from_pretrained("me/draft")
+    assert (again.adapter is None) == (merge is False)
+    assert torch.equal(logits(again.serving.active), logits(assistant.serving.active))

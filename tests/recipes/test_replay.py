@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hf_osd import OnlineConfig
+from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.trace import read_trace, write_trace
 
 
@@ -203,19 +203,22 @@ def test_arms_are_fields_over_the_base():
     assert arm.config.ensemble == [1, 2, 4]
     assert arm.config.replay == 5.0
     assert arm.config.divergence == "jsd"
-    assert (arm.name, arm.lora) == ("grow:0,2", 4)
+    assert (arm.name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
+    assert read_arm("adapter=off,lora=4", base, "").config.adapter == "off", "what is said goes before what is meant"
     assert read_arm("preset=paper,learning_rate=3e-3", base, "").config == OnlineConfig.paper(learning_rate=3e-3)
+    assert read_arm("preset=paper,lora=2", base, "").config == OnlineConfig.paper(adapter="lora", lora=2)
 
 
-def test_a_lora_arm_trains_adapters_alone(target_dir):
+def test_a_lora_arm_learns_in_an_adapter_alone(target_dir):
     from arms import read_arm
     from models import load_target
 
     target, _ = load_target(str(target_dir), "float32")
-    draft = read_arm("lora=2", OnlineConfig(seed=0), "grow:0,1").draft(target)
-    trained = [name for name, p in draft.named_parameters() if p.requires_grad]
-    assert trained
-    assert all("lora_" in name for name in trained)
+    arm = read_arm("lora=2", OnlineConfig(seed=0), "grow:0,1")
+    assistant = OnlineAssistant(arm.draft(target), arm.config)
+    assert assistant.adapter.rank == 2
+    assert all("lora_" in name for name in assistant.serving.trainable)
+    assert arm.facts()["config"]["lora"] == 2
 
 
 def test_intervals_are_paired():

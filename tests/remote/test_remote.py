@@ -12,10 +12,11 @@ import threading
 import pytest
 import torch
 
-from hf_osd import OnlineConfig
+from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd import remote as remote_module
 from hf_osd.buffer import FeedbackBuffer
-from hf_osd.learner_process import BEGIN, BUSY, DRAFT
+from hf_osd.learner_process import ADAPTER, BEGIN, BUSY, DRAFT
+from hf_osd.lora import Adapter
 from hf_osd.remote import RemoteLearner
 from hf_osd.serving import ServingDraft
 
@@ -183,6 +184,107 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
     assert not made.update(wait=True)
     with pytest.raises(ChildProcessError):
         os.waitpid(worker.pid, 0)
+
+
+# With an adapter.
+
+
+@pytest.fixture
+def lora_serving(tiny_llama):
+    draft = tiny_llama(layers=1)
+    return ServingDraft(draft, set(), Adapter(draft, 4))
+
+
+@pytest.fixture
+def lora_remote(remote, lora_serving):
+    """As `remote`, over a draft that learns in an adapter."""
+
+    def make(behaviour=None, **fields):
+        made = remote(behaviour, **fields)
+        made._serving = lora_serving
+        return made
+
+    return make
+
+
+def test_weights_that_come_and_go_are_the_adapters(lora_remote, lora_serving, make_feedback):
+    made = lora_remote(obedient(lora_serving))
+    offer(made, make_feedback())
+    [process] = made.processes
+    assert process.laid_out == sorted([ADAPTER, BEGIN, BUSY, DRAFT])
+    before = {name: p.clone() for name, p in lora_serving.active.named_parameters()}
+    assert made.update(wait=True)
+    assert all("lora_" in name for name, _ in lora_serving.weights())
+    changed = {n for n, p in lora_serving.active.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {f"{name}.weight" for name in lora_serving.adapter.modules}
+
+
+def test_an_adapter_over_weights_that_are_gone_does_not_serve(lora_remote, lora_serving, make_feedback):
+    """It is on its way when the weights under it are replaced."""
+    read, gone = threading.Event(), threading.Event()
+
+    def behave(process):
+        while (frame := process.read()) is not None:
+            if frame[0] == "take":
+                read.set()
+                assert gone.wait(LONG)
+                stale = {name: p + 1 for name, p in lora_serving.weights()}
+                process.frames.write("weights", stale, {"figures": FIGURES, "base": frame[2]["base"] - 1})
+            elif frame[0] == "flush":
+                process.frames.write("answer", {}, {"refreshed": False, "asked": frame[2]["asked"]})
+
+    made = lora_remote(behave)
+    offer(made, make_feedback())
+    base = {"model.norm.weight": torch.full((32,), 2.0)}
+    made.take(lora_serving.adapter.weights(), base)
+    assert read.wait(LONG)
+    lora_serving.rebase(base)
+    version = lora_serving.version
+    gone.set()
+    assert not made.update(wait=True)
+    assert lora_serving.version == version
+    assert lora_serving.active.model.norm.weight.eq(2).all()
+
+
+def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(tiny_llama, make_feedback):
+    settings = {"learn": "process", "adapter": "lora", "lora": 4, "update_interval": INTERVAL, "held_back_share": 0.0}
+    with OnlineAssistant(tiny_llama(layers=1), **settings, warmup_steps=0, replay=1.0) as assistant:
+        serving, learner = assistant.serving, assistant.learner
+        base = {name: p.clone() for name, p in serving.active.named_parameters()}
+        begun = weights_of(serving)
+        offer(learner, make_feedback(seed=1))
+        assert learner.update(wait=True)
+        learnt = weights_of(serving)
+        assert learnt.keys() == begun.keys() == assistant.adapter.trainable
+        assert not same(learnt, begun)
+        tensors, state = learner.state()
+        assert {n.removeprefix("0.weights.") for n in tensors if n.startswith("0.weights.")} == learnt.keys()
+        with pytest.raises(ValueError, match="that of another draft"):
+            learner.load_state({}, state)
+
+        trained = tiny_llama(layers=1)
+        with torch.no_grad():
+            trained.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        assistant.refresh(trained)
+        assert same(weights_of(serving), begun)
+        offer(learner, make_feedback(seed=2))
+        assert learner.update(wait=True)
+        assert not same(weights_of(serving), begun)
+        expected = dict(assistant.adapter.merged(dict(serving.weights())))
+        up = "model.layers.0.mlp.up_proj.weight"
+        served = serving.active.get_parameter(up)
+        assert torch.equal(served, expected[up])
+        assert (served - trained.get_parameter(up)).abs().max() < (served - base[up]).abs().max(), "over the new base"
+
+        # One that is started anew begins with what was learnt.
+        learnt = weights_of(serving)
+        os.kill(learner._worker.pid, signal.SIGKILL)
+        wait_for_death(learner)
+        learner._deaths = 0
+        offer(learner, make_feedback(seed=3))
+        tensors, _ = learner.state()
+        begun_anew = {n.removeprefix("0.weights."): w for n, w in tensors.items() if n.startswith("0.weights.")}
+        assert same(begun_anew, learnt)
 
 
 PARENT = """

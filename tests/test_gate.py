@@ -1,0 +1,323 @@
+"""`Gate`, on scores made up for it: what it lets through, drops and replaces, and when the static draft serves."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_osd import gate as gate_module
+from hf_osd.distributed import Ranks
+from hf_osd.evidence import Evidence
+from hf_osd.gate import ODDS, PATIENCE, WINDOW, Gate, Looks, Verdict
+
+N = 45  # positions of a request
+NAN = math.nan
+
+
+def of(right: int, count: int = 1) -> list[torch.Tensor]:
+    """Requests on which a draft has so many of 45 positions right, evenly spread."""
+    places = torch.arange(N + 1) * right // N
+    return [places.diff().float()] * count
+
+
+def until_decided(gate: Gate, static: int, accepted: int, candidate: int, most: int = 64) -> tuple[Verdict, int]:
+    """One request at a time, without patience's end: the verdict and how many requests it took."""
+    gate.patience = most + 1
+    for count in range(1, most + 1):
+        verdict = gate.observe(of(static), of(accepted), of(candidate))
+        if verdict is not Verdict.WAIT:
+            return verdict, count
+    return Verdict.WAIT, most
+
+
+def undecided(gate: Gate, looks: int) -> list[Verdict]:
+    """Requests on which the candidate is far better and far worse by turns."""
+    return [gate.observe(of(20), of(20), of((40, 0)[i % 2])) for i in range(looks)]
+
+
+def accept_one(gate: Gate, static: int = 20, right: int = 25, requests: int = 24):
+    """A candidate is judged on so many requests, and accepted."""
+    gate.patience = 99
+    for _ in range(requests):
+        verdict = gate.observe(of(static), of(static), of(right))
+    assert verdict is Verdict.ACCEPT
+    gate.accept()
+
+
+class Twice(Ranks):
+    """Two ranks that see the same."""
+
+    def __init__(self):
+        super().__init__(size=2)
+
+    def sum(self, *numbers):
+        return [2 * number for number in numbers]
+
+    def any(self, flag):
+        return flag
+
+
+@pytest.fixture
+def gate():
+    return Gate(0.01)
+
+
+@pytest.mark.parametrize(("right", "gained"), [(20, False), (25, True)])
+def test_what_is_no_worse_is_accepted_and_what_is_better_is_a_gain(gate, right, gained):
+    verdict, count = until_decided(gate, 20, 20, right)
+    assert verdict is Verdict.ACCEPT
+    assert 4 <= count <= 16
+    assert gate.accept() is gained
+
+
+def test_what_is_worse_is_dropped(gate):
+    verdict, count = until_decided(gate, 20, 20, 16)
+    assert verdict is Verdict.DROP
+    assert count <= 24
+
+
+def test_what_is_worse_than_the_accepted_draft_is_dropped_though_it_is_better_than_the_static_one(gate):
+    assert until_decided(gate, 10, 30, 24)[0] is Verdict.DROP
+
+
+def test_what_is_worse_than_the_static_draft_is_not_accepted_though_it_is_better_than_the_accepted_one(gate):
+    assert until_decided(gate, 20, 12, 17)[0] is Verdict.WAIT
+    gate.begin()
+    assert until_decided(gate, 20, 12, 25)[0] is Verdict.ACCEPT
+
+
+def test_what_may_be_lost_is_the_tolerance():
+    """A token in 45: .022, more than .01 and less than .1. Which one it is changes, so that chance could have it."""
+    found = []
+    for tolerance in (0.01, 0.1):
+        gate = Gate(tolerance)
+        gate.patience = 99
+        for i in range(12):
+            one = of(20)[0]
+            less = one.clone()
+            less[one.nonzero()[i]] = 0.0
+            verdict = gate.observe([one], [one], [less])
+            if verdict is not Verdict.WAIT:
+                break
+        found.append(verdict)
+    assert found == [Verdict.DROP if found[0] is Verdict.DROP else Verdict.WAIT, Verdict.ACCEPT]
+
+
+@pytest.mark.parametrize("right", [16, 20, 25])
+def test_the_best_of_several_takes_so_many_times_the_odds(right):
+    """Of a gate that decides at 20 to 1, one for the best of nine decides at 180 to 1, and so later."""
+    counts = []
+    for choices in (1, 9):
+        gate = Gate(0.01)
+        gate.begin(choices)
+        verdict, count = until_decided(gate, 20, 20, right)
+        seen = Evidence.of(of(right, count), of(20, count))
+        before = Evidence.of(of(right, count - 1), of(20, count - 1))
+        odds = Evidence.worse if verdict is Verdict.DROP else lambda one: one.better(-0.01)
+        assert odds(before) < ODDS * choices <= odds(seen)
+        counts.append(count)
+    assert counts[0] < counts[1]
+
+
+def test_the_next_candidate_takes_the_usual_odds_again(gate):
+    gate.begin(choices=10**6)
+    assert until_decided(gate, 20, 20, 20, most=16)[0] is Verdict.WAIT
+    gate.begin()
+    assert until_decided(gate, 20, 20, 20, most=16)[0] is Verdict.ACCEPT
+
+
+def test_after_some_looks_a_newer_one_takes_its_place_and_the_next_has_twice_as_many(gate):
+    for patience in (PATIENCE, 2 * PATIENCE, 4 * PATIENCE):
+        assert undecided(gate, patience) == [Verdict.WAIT] * (patience - 1) + [Verdict.REPLACE]
+        gate.begin()
+
+
+def test_patience_begins_anew_with_what_is_accepted(gate):
+    undecided(gate, PATIENCE)
+    gate.begin()
+    accept_one(gate)
+    assert undecided(gate, PATIENCE)[-1] is Verdict.REPLACE
+
+
+def test_a_new_candidate_is_judged_by_what_comes_after_it(gate):
+    for _ in range(3):
+        gate.observe(of(20, 2), of(20, 2), of(5, 2))
+    gate.begin()
+    assert until_decided(gate, 20, 20, 25)[0] is Verdict.ACCEPT
+
+
+def test_a_candidate_that_diverged_is_dropped(gate):
+    gate.patience = 99
+    verdicts = [gate.observe(of(20), of(20), [torch.full((N,), NAN)]) for _ in range(4)]
+    assert Verdict.DROP in verdicts
+
+
+@pytest.mark.parametrize("none", [[], [torch.zeros(0)], [torch.full((N,), NAN)] * 3])
+def test_where_nothing_could_be_judged_everything_waits(gate, none):
+    """However often that comes; it is no look, and costs no patience."""
+    state = gate.state()
+    assert {gate.observe(none, none, none) for _ in range(3 * PATIENCE)} == {Verdict.WAIT}
+    assert {gate.observe(none, none, None) for _ in range(3)} == {Verdict.WAIT}
+    assert gate.state() == state
+    assert undecided(gate, PATIENCE)[-1] is Verdict.REPLACE
+
+
+def test_without_a_candidate_there_is_nothing_to_decide(gate):
+    assert {gate.observe(of(20, 2), of(25, 2), None) for _ in range(3 * PATIENCE)} == {Verdict.WAIT}
+
+
+def test_the_static_draft_serves_soon_after_traffic_has_changed_and_no_longer_than_it_is_better(gate):
+    """After a long good record, which counts for nothing on what comes now."""
+    accept_one(gate)
+    for _ in range(200):
+        gate.observe(of(20), of(25), None)
+    assert not gate.serves_static
+    fell = 0
+    while not gate.serves_static and fell < WINDOW:
+        gate.observe(of(20), of(12), None)
+        fell += 1
+    assert gate.serves_static
+    assert fell <= WINDOW
+    rose = 0
+    while gate.serves_static and rose < 4 * WINDOW:
+        gate.observe(of(20), of(25), None)
+        rose += 1
+    assert not gate.serves_static
+    assert rose > 3, "that takes more than a request or two"
+
+
+def test_a_slow_loss_that_no_window_shows_brings_the_static_draft_back_too(gate):
+    """A token in two requests, at changing places: .011."""
+    accept_one(gate, right=20, requests=16)
+    gate._since_accepted = Looks()
+    random = torch.Generator().manual_seed(0)
+    shown = []
+    for i in range(400):
+        one = (torch.rand(N, generator=random) < 0.5).float()
+        worse = one.clone()
+        hit, miss = one.nonzero().flatten(), (one == 0).nonzero().flatten()
+        worse[hit[torch.randint(len(hit), (2 + i % 2,), generator=random)]] = 0.0
+        worse[miss[torch.randint(len(miss), (2,), generator=random)]] = 1.0
+        gate.observe([one], [worse], None)
+        shown.append(gate._since_accepted.recent().worse())
+        if gate.serves_static:
+            break
+    assert gate.serves_static
+    assert max(shown) < gate_module.BACK
+
+
+def test_a_draft_that_is_as_good_as_the_static_one_serves(gate):
+    accept_one(gate, right=20)
+    for _ in range(100):
+        gate.observe(of(20), of(20), None)
+        assert not gate.serves_static
+
+
+def test_what_a_candidate_was_judged_by_speaks_for_it_once_it_is_accepted(gate):
+    """The static draft serves until something is accepted that was seen to be better than it."""
+    accept_one(gate)
+    for _ in range(WINDOW):
+        gate.observe(of(20), of(12), None)
+    assert gate.serves_static
+    for _ in range(16):
+        verdict = gate.observe(of(20), of(12), of(25))
+    assert (verdict, gate.serves_static) == (Verdict.ACCEPT, True)
+    assert gate.accept()
+    assert not gate.serves_static
+
+
+def test_reset_begins_with_another_static_draft(gate):
+    accept_one(gate)
+    for _ in range(WINDOW):
+        gate.observe(of(20), of(12), of(12))
+    gate.reset()
+    assert gate.state() == Gate(0.01).state()
+    assert until_decided(gate, 20, 20, 20)[0] is Verdict.ACCEPT
+
+
+def test_what_unlearnt_the_oldest_requests_breaks_however_much_was_gained_on_newer_ones(gate):
+    old, new = of(30, 8), of(10, 24)
+    assert gate.breaks([*old, *new], [*of(10, 8), *of(40, 24)])
+    assert not gate.breaks([*old, *new], [*old, *of(40, 24)])
+
+
+def test_what_was_lost_on_newer_requests_may_be_paid_for_by_older_ones(gate):
+    assert not gate.breaks([*of(10, 24), *of(30, 8)], [*of(30, 24), *of(20, 8)])
+
+
+def test_a_little_lost_on_requests_of_before_breaks_nothing(gate):
+    """A token in 45, which is .02: chance, or near it. Four are .09."""
+    assert not gate.breaks(of(30, 32), of(29, 32))
+    assert gate.breaks(of(30, 32), of(26, 32))
+    assert not gate.breaks([], [])
+    assert not gate.breaks(of(30), of(26)), "one request says little"
+
+
+def test_ranks_decide_by_what_all_have_seen():
+    alone, two = Gate(0.01), Gate(0.01, Twice())
+    (verdict, count), (same, fewer) = (until_decided(gate, 20, 20, 20) for gate in (alone, two))
+    assert (verdict, same) == (Verdict.ACCEPT, Verdict.ACCEPT)
+    assert fewer == math.ceil(count / 2)
+    # The last 16 requests are 8 looks of two ranks.
+    for _ in range(WINDOW):
+        two.observe(of(20), of(20), None)
+    assert two._since_accepted.recent().positions == WINDOW * N
+
+
+def test_one_rank_on_which_much_was_unlearnt_is_enough_but_takes_as_many_times_the_odds():
+    """Each of several has a chance to err."""
+    alone, two = Gate(0.01), Gate(0.01, Twice())
+    found = [(alone.breaks(of(30, n), of(25, n)), two.breaks(of(30, n), of(25, n))) for n in range(1, 33)]
+    assert found[-1] == (True, True)
+    assert (True, False) in found
+    assert (False, True) not in found
+
+
+@given(before=st.integers(0, 40), after=st.integers(1, 30), seed=st.integers(0, 30))
+def test_a_restored_gate_goes_on_as_the_first_would(before, after, seed):
+    """A candidate that was waiting is begun anew in both."""
+    random = torch.Generator().manual_seed(seed)
+    gate = Gate(0.01)
+
+    def looks(count):
+        for _ in range(count):
+            numbers = torch.randint(8, 38, (3,), generator=random).tolist()
+            yield [of(number, 1 + numbers[0] % 5) for number in numbers]
+
+    def go_on(one, look):
+        verdict = one.observe(*look)
+        if verdict is Verdict.ACCEPT:
+            one.accept()
+        elif verdict is not Verdict.WAIT:
+            one.begin()
+        return verdict, one.serves_static
+
+    for look in looks(before):
+        go_on(gate, look)
+    saved = json.loads(json.dumps(gate.state(), allow_nan=False))
+    gate.begin()
+    restored = Gate(0.01)
+    restored.load_state(saved)
+    for look in looks(after):
+        assert go_on(restored, look) == go_on(gate, look)
+    assert restored.state() == gate.state()
+
+
+@given(sizes=st.lists(st.integers(0, 40), max_size=30))
+def test_the_recent_looks_are_as_few_as_cover_the_window(sizes):
+    looks = Looks()
+    for i, size in enumerate(sizes):
+        looks.add(size, Evidence(size, float(i)))
+    count = looks.recent().positions
+    assert (looks.total.positions, looks.count) == (sum(sizes), len(sizes))
+    assert count == min(sum(sizes), count)
+    if sum(sizes) >= WINDOW:
+        assert count >= WINDOW
+        fewest = next(sum(sizes[i:]) for i in reversed(range(len(sizes))) if sum(sizes[i:]) >= WINDOW)
+        assert count == fewest, "whole looks, and one less would be too few"
+    else:
+        assert count == sum(sizes)
+    assert Looks.of_state(json.loads(json.dumps(looks.state()))).recent() == looks.recent()
