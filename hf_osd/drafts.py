@@ -55,8 +55,8 @@ def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
 
 def load_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` of AutoModelForSeq2SeqLM if the config says that it is an encoder-decoder, of AutoModelForCausalLM if not: that one would make a decoder
-    without an encoder of a BART, and refuse a T5."""
+    """`from_pretrained` of AutoModelForSeq2SeqLM if the config says that it is an encoder-decoder, of AutoModelForCausalLM if not: that one would make
+    a decoder without an encoder of a BART, and refuse a T5."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = kwargs.get("config")
