@@ -1,6 +1,7 @@
 """`RemoteLearner`: a process that learns, what it is sent and sends back, and its end; once the real one."""
 
 import gc
+import io
 import os
 import queue
 import select
@@ -15,10 +16,11 @@ import torch
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd import remote as remote_module
 from hf_osd.buffer import FeedbackBuffer
-from hf_osd.learner_process import ADAPTER, BEGIN, BUSY, DRAFT
+from hf_osd.learner_process import ADAPTER, BEGIN, BUSY, DRAFT, LearnerProcess
 from hf_osd.lora import Adapter
 from hf_osd.remote import RemoteLearner
 from hf_osd.serving import ServingDraft
+from hf_osd.wire import FrameWriter, read_frame
 
 from .processes import FIGURES, INTERVAL, LONG, obedient, offer, reads_on, same, wait_for_death, weights_of
 
@@ -244,6 +246,30 @@ def test_an_adapter_over_weights_that_are_gone_does_not_serve(lora_remote, lora_
     assert not made.update(wait=True)
     assert lora_serving.version == version
     assert lora_serving.active.model.norm.weight.eq(2).all()
+
+
+def test_the_process_takes_another_base_under_its_adapter(lora_serving, tmp_path):
+    adapter = lora_serving.adapter
+    lora_serving.refresh({name: torch.full_like(w, 0.5) for name, w in adapter.weights().items()})
+    remote_module._lay_out(tmp_path, lora_serving, OnlineConfig(learn="process"), base=2)
+    written = io.BytesIO()
+    process = LearnerProcess(tmp_path, FrameWriter(written))
+    member = process.learner.ensemble.members[0]
+    assert all(w.eq(0.5).all() for w in member.weights().values()), "as it has been learnt so far"
+    base = {f"{name}.weight": torch.full_like(p.base_layer.weight, 0.25) for name, p in layers_of(adapter)}
+    sent = {f"base.{name}": w for name, w in base.items()} | adapter.weights()
+    process._take(sent, {"base": 3})
+    assert all(p.base_layer.weight.eq(0.25).all() for _, p in layers_of(adapter, member.module))
+    assert all(torch.equal(w, adapter.weights()[name]) for name, w in member.weights().items())
+    process._serve(adapter.weights())
+    written.seek(0)
+    kind, tensors, values = read_frame(written)
+    assert (kind, tensors.keys(), values["base"]) == ("weights", adapter.trainable, 3)
+    process.learner.close()
+
+
+def layers_of(adapter, model=None):
+    return [(name, (model or adapter.draft).get_submodule(name)) for name in adapter.modules]
 
 
 def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(tiny_llama, make_feedback):
