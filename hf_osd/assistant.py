@@ -423,7 +423,7 @@ class OnlineAssistant(SavableAssistant):
     def report(self) -> str:
         """Whether drafting pays, by how much, and what to do about it: c, v, α, the best γ, the α from which it pays, and the speed-up that is
         expected and the one observed."""
-        return report(self.stats, self.lookahead)
+        return report(self.stats, self.lookahead, self.learning_choice)
 
     def score(self, feedback: list[Feedback]) -> list[Tensor]:
         """Expected acceptance of the draft at each position of `feedback`, `(N,)` a request, teacher-forced; α is the mean.

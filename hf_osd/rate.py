@@ -55,15 +55,18 @@ class Rate:
         self._best: Trial | None = None
 
     def prefers(self, trial: Trial, static: Tensor) -> bool:
-        """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Fast ones come first: of those that chance
-        does not tell apart, a draft that knows little goes on with the fastest, and one that knows much with that which did best."""
+        """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Of those that chance does not tell apart, a
+        draft that knows little goes on with the fastest and the most passes, and one that knows much with that which did best. Fast ones are to come first, and
+        few passes before many."""
         best = self._best
-        needed = 0.0
-        if best is not None and _mean(static) < _COLD:
-            blocks = [block.sum() for block in (trial.shared - best.shared).split(BLOCK)]
-            needed = float(sum(block**2 for block in blocks)) ** 0.5 / len(static)
-        if best is not None and _mean(trial.shared) - _mean(best.shared) <= needed:
-            return False
+        if best is not None:
+            chance = 0.0
+            if _mean(static) < _COLD:
+                blocks = [block.sum() for block in (trial.shared - best.shared).split(BLOCK)]
+                chance = float(sum(block**2 for block in blocks)) ** 0.5 / len(static)
+            gain = _mean(trial.shared) - _mean(best.shared)
+            if gain <= (chance if trial.rate < best.rate else -chance):
+                return False
         self._best = trial
         return True
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from hf_osd.stats import CallStats, Stats
 
 
-def report(stats: Stats, lookahead: Lookahead) -> str:
-    """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, and what was gained."""
+def report(stats: Stats, lookahead: Lookahead, learning: str | None = None) -> str:
+    """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, what learns of it (`learning`), and what was gained."""
     rolling, costs = stats.rolling, lookahead.costs
     if not stats.total.rounds:
         return "Nothing was served yet: pass this assistant to generate(..., assistant_model=assistant)."
@@ -23,6 +23,7 @@ def report(stats: Stats, lookahead: Lookahead) -> str:
     else:
         lines += _of_costs(lookahead)
         lines += _of_draft(rolling, lookahead) if lookahead.has_draft else []
+    lines += [learning] if learning is not None and lookahead.has_draft else []
     lines += _of_learning(stats)
     lines += _of_sources(rolling)
     lines += _of_speed(rolling, lookahead)

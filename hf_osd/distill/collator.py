@@ -34,6 +34,10 @@ class FeedbackCollator:
     def __call__(self, batch: list[Feedback]) -> dict:
         has_source = batch[0].source is not None
         longest = max(feedback.tokens.shape[0] for feedback in batch)
+        if not has_source and (longest - 1) % 128 == 64:
+            # One column of padding more. With a mask and so many columns, cuDNN's attention has gradients that are NaN where a row sees nothing, as rows of
+            # padding do (torch 2.11 on Hopper, pytorch/pytorch#196678).
+            longest += 1
         prompts = [feedback.prompt_rows if self.prompts else None for feedback in batch]
         read = [0 if rows is None else len(rows) for rows in prompts]  # M of each
         keep = longest - 1 if has_source else max(len(feedback) + m for feedback, m in zip(batch, read, strict=True))
@@ -54,7 +58,7 @@ class FeedbackCollator:
             input_ids, attention_mask = _padded([feedback.source for feedback in batch], left=False)
             inputs = {"decoder_input_ids": _padded(texts, left=False)[0]}
         else:
-            input_ids, attention_mask = _padded(texts, left=True)
+            input_ids, attention_mask = _padded(texts, left=True, longest=longest - 1)
             inputs = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
         return {
             "input_ids": input_ids,
@@ -69,9 +73,9 @@ class FeedbackCollator:
         }
 
 
-def _padded(texts: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids padded with 0, and their mask, int64 `(B, longest)` each."""
-    longest = max(map(len, texts))
+def _padded(texts: list[Tensor], left: bool, longest: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids padded with 0, to the longest of them if not told otherwise, and their mask, int64 `(B, longest)` each."""
+    longest = max(map(len, texts)) if longest is None else longest
     ids = torch.zeros(len(texts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
