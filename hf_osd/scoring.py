@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_osd.distill.collator import FeedbackCollator
-from hf_osd.distill.losses import draft_buckets
 from hf_osd.draft_context import forward_parameters
 from hf_osd.feedback import Feedback
 
@@ -18,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.config import OnlineConfig
+
+
+# Bytes of float32 logits that judging makes at once, unless one request has more.
+_LOGITS = 256 * 2**20
 
 
 def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
@@ -60,7 +63,7 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
     Args:
         model (`PreTrainedModel`): any draft over the feedback's vocabulary; no gradient, no cache.
         feedback (`Sequence[Feedback]`): the requests.
-        batch_size (`int`): requests a forward.
+        batch_size (`int`): requests a forward, at most.
     """
     return [judged.overlap for judged in judge(model, feedback, batch_size)]
 
@@ -72,21 +75,19 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
     collate, training = FeedbackCollator("all", prompts=False), model.training
     model.eval()
     with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches([feedback[i] for i in order], order, batch_size, model):
             batch = collate([feedback[i] for i in chosen])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            logits = answer_logits(model, batch)  # (R, V)
-            logits = logits.float()
-            argmax = logits.argmax(-1).cpu()
-            sure = (logits.amax(-1) - logits.logsumexp(-1)).exp().cpu()  # (R,)
+            logits = answer_logits(model, batch).float()  # (R, V)
+            total, argmax = logits.logsumexp(-1), logits.argmax(-1).cpu()  # (R,)
+            sure = (logits.amax(-1) - total).exp().cpu()
+            kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
             taught = [feedback[i].teaches("all") for i in chosen]
             split = torch.arange(len(logits)).split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
                 overlap, confidence, shared = (torch.full((len(feedback[i]),), torch.nan) for _ in range(3))
                 confidence[mask] = sure[rows]
-                q = draft_buckets(logits[rows], batch["top_ids"][rows])[:, :-1].exp().cpu()
-                shared[mask] = torch.minimum(q, feedback[i].top_logps[mask].float().exp()).sum(-1)
+                shared[mask] = torch.minimum(kept[rows], feedback[i].top_logps[mask].float().exp()).sum(-1)
                 if feedback[i].sampled:
                     overlap[mask] = shared[mask]
                 else:
@@ -95,6 +96,21 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
                 judged[i] = Judged(overlap, confidence, shared)
     model.train(training)
     return judged
+
+
+def _batches(
+    feedback: Sequence[Feedback], at: Sequence[int], size: int, model: PreTrainedModel
+) -> Iterator[list[int]]:
+    """`at` in batches of up to `size`, of fewer where the logits of their requests would be too many."""
+    vocabulary, batch, rows = getattr(model.get_output_embeddings(), "out_features", 0), [], 0
+    for request, i in zip(feedback, at, strict=True):
+        if batch and (len(batch) == size or (rows + len(request)) * vocabulary * 4 > _LOGITS):
+            yield batch
+            batch, rows = [], 0
+        batch.append(i)
+        rows += len(request)
+    if batch:
+        yield batch
 
 
 def _spelled(feedback: Feedback) -> Tensor:
