@@ -134,6 +134,10 @@ class Contenders:
         """What has been learnt so far."""
         with torch.no_grad():
             weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self._ensemble.serving_weights().items()}
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ArithmeticError(
+                "What was learnt has weights that are not finite. Lower the learning rate if that comes again."
+            )
         return Point(weights, self._ensemble.snapshot())
 
     def judge(self, requests: Sequence[Feedback], point: Point) -> list[Judged]:
@@ -156,7 +160,8 @@ class Contenders:
         """Go on from `state()`. A candidate that was waiting is given up."""
         kept = self._ensemble.snapshot()
         self._ensemble.set_weights(weights)
-        self._accepted = Point(dict(weights), self._ensemble.snapshot())
+        same = all(torch.equal(weight, self.static.weights[name].to(weight)) for name, weight in weights.items())
+        self._accepted = self.static if same else Point(dict(weights), self._ensemble.snapshot())
         self._ensemble.go_back(kept)
         self._candidate = None
         self.shadow.load_state(values["shadow"])
@@ -171,7 +176,7 @@ class Contenders:
         self.shadow.observe(static, static if self.serves_static else accepted)
         verdict, gained = self.gate.observe(static, accepted, candidate), False
         if verdict is Verdict.ACCEPT and self._has_unlearnt():
-            verdict = Verdict.WAIT
+            verdict = self.gate.put_off()
         if verdict is Verdict.ACCEPT:
             gained = self.gate.accept()
             self._accepted = self._candidate

@@ -42,7 +42,7 @@ class Gate:
        one by more than `HARM`.
     2. It is dropped, with what was learnt since the accepted one, once they say at the same odds that it is worse than that.
     3. The accepted draft serves; but the static one does from when the requests since that was accepted, or the last `WINDOW` ones, say at odds of `BACK` to 1
-       that the static one is better, until they say at odds of `ODDS` to 1 that it is not.
+       that the static one is better, until those since then, or the last of them, say at odds of `ODDS` to 1 that it is not.
 
     The odds are those of [`hf_osd.evidence.Evidence`]: those of 1 and 2 stay valid however often one looks, which is at each update. The best of several
     candidates takes so many times the odds.
@@ -97,6 +97,13 @@ class Gate:
         self.begin()
         return gained
 
+    def put_off(self) -> Verdict:
+        """Nothing is decided on the candidate: whether it waits, or has done so for long enough for a newer one to take its place."""
+        if self._against_static.count < self.patience:
+            return Verdict.WAIT
+        self.patience *= 2
+        return Verdict.REPLACE
+
     def breaks(self, static: Sequence[Tensor], candidate: Sequence[Tensor]) -> bool:
         """Whether a candidate has unlearnt what the static draft knew of requests of before, of which these are the scores, oldest first."""
         worst, so_far = 0.0, Evidence()
@@ -127,18 +134,18 @@ class Gate:
             return Verdict.DROP
         if min(one.better(-self.tolerance) for one in both) >= odds:
             return Verdict.ACCEPT
-        if self._against_static.count >= self.patience:
-            self.patience *= 2
-            return Verdict.REPLACE
-        return Verdict.WAIT
+        return self.put_off()
 
     def _compare_with_static(self):
-        """Which of the two serves: of all requests since the accepted draft is that, and of the last ones."""
+        """Which of the two serves: by all requests since that one does or was accepted, and by the last of them. What was before speaks for neither."""
         looked = (self._since_accepted.total, self._since_accepted.recent())
-        if max(one.worse() for one in looked) >= BACK:
-            self.serves_static = True
-        elif max(one.better(-self.tolerance) for one in looked) >= ODDS:
-            self.serves_static = False
+        if self.serves_static:
+            changes = max(one.better(-self.tolerance) for one in looked) >= ODDS
+        else:
+            changes = max(one.worse() for one in looked) >= BACK
+        if changes:
+            self.serves_static = not self.serves_static
+            self._since_accepted = Looks()
 
 
 class Looks:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
+from hf_osd.scoring import score
 
 from .served import GREEDY, PROMPTS, serve
 
@@ -30,9 +31,18 @@ class EachRound(BaseStreamer):
         pass
 
 
+def same(one, other) -> bool:
+    return all(torch.equal(p, other[name]) for name, p in one.items())
+
+
+def at_once(draft, **config) -> OnlineAssistant:
+    """What is learnt serves from the next call on, and however long learning takes here, all is learnt."""
+    return OnlineAssistant(draft, **{"gate": False, "learning_rate": 1e-3, "learning_budget": 1.0, **config})
+
+
 def test_it_learns_what_it_serves_and_the_output_never_changes(target, draft):
     held_back = record_answers(target, [p[0] for p in PROMPTS], 16)
-    assistant = OnlineAssistant(draft, update_interval=4, learning_rate=5e-3, seed=0)
+    assistant = at_once(draft, update_interval=4, learning_rate=5e-3, seed=0)
     before = torch.cat(assistant.score(held_back)).mean()
     plain = [target.generate(p, **GREEDY) for p in PROMPTS]
     for _ in range(4):
@@ -48,7 +58,7 @@ def test_it_learns_what_it_serves_and_the_output_never_changes(target, draft):
 
 def test_the_draft_that_was_passed_is_never_written(target, draft):
     before = {name: p.clone() for name, p in draft.named_parameters()}
-    assistant = OnlineAssistant(draft, update_interval=2)
+    assistant = at_once(draft, update_interval=2)
     serve(target, assistant, PROMPTS[:6])
     assert assistant.stats.updates > 0
     assert all(torch.equal(p, before[name]) for name, p in draft.named_parameters())
@@ -76,7 +86,7 @@ def test_closed_it_goes_on_drafting_without_learning(target, draft):
 
 
 def test_the_last_call_is_learnt_by_flush(target, draft):
-    assistant = OnlineAssistant(draft, update_interval=10**6)
+    assistant = at_once(draft, update_interval=10**6)
     serve(target, assistant, PROMPTS[:1])
     assert assistant.flush()
     assert assistant.stats.updates == 1
@@ -147,7 +157,7 @@ def test_statistics_may_be_read_in_mid_call(target, draft):
 
 
 def test_threads_share_one_assistant(target, draft):
-    assistant = OnlineAssistant(draft, update_interval=4, seed=0)
+    assistant = at_once(draft, update_interval=4, seed=0)
     plain = [target.generate(p, **GREEDY) for p in PROMPTS]
     wrong, errors = [], []
 
@@ -175,12 +185,12 @@ def test_threads_share_one_assistant(target, draft):
 
 def test_a_seeded_run_repeats_exactly(target, draft):
     def run():
-        assistant = OnlineAssistant(draft, update_interval=2, seed=7, draft_cost=0.2, replay=2.0)
+        assistant = at_once(draft, update_interval=2, seed=7, draft_cost=0.2, replay=2.0)
         outputs = []
         for _ in range(2):
             torch.manual_seed(11)
             outputs += serve(target, assistant, PROMPTS[:5], do_sample=True, top_k=0)
-        assistant.flush()
+        assert assistant.flush() or assistant.stats.updates > 4
         return outputs, [p.clone() for _, p in assistant.serving.weights()], assistant.stats.total
 
     (one, weights_one, stats_one), (two, weights_two, stats_two) = run(), run()
@@ -195,7 +205,7 @@ def test_learning_leaves_the_users_random_state_alone(target, draft):
 
     import numpy as np
 
-    assistant = OnlineAssistant(draft, update_interval=10**6)
+    assistant = at_once(draft, update_interval=10**6)
     serve(target, assistant, PROMPTS[:2])
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
@@ -249,7 +259,7 @@ def test_error_positions_are_learnt_alone_under_the_papers_preset(target, draft)
 
 def test_grad_mode_of_the_caller_does_not_matter(target, draft):
     with torch.inference_mode():
-        assistant = OnlineAssistant(draft, update_interval=2)
+        assistant = at_once(draft, update_interval=2)
         serve(target, assistant, PROMPTS[:5])
         stats = assistant.stats
     assert (stats.updates, stats.failed_updates) == (2, 0)
@@ -259,7 +269,7 @@ def test_a_bfloat16_draft_learns_in_float32_masters(tiny_llama):
     target = tiny_llama(layers=3).to(torch.bfloat16)
     for learner_dtype in ("float32", "bfloat16"):
         draft = grow_draft(target, (0, -1))
-        assistant = OnlineAssistant(draft, learner_dtype=learner_dtype, update_interval=2, learning_rate=1e-5)
+        assistant = at_once(draft, learner_dtype=learner_dtype, update_interval=2, learning_rate=1e-5)
         serve(target, assistant, PROMPTS[:5])
         assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
         assert {p.dtype for p in assistant.learner.ensemble.members[0].weights().values()} == {torch.float32}
@@ -289,7 +299,7 @@ def test_other_architectures_serve_and_learn(name):
         )
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(config).eval()
-    assistant = OnlineAssistant(grow_draft(target, (0, -1)), update_interval=3, lookahead="constant", seed=0)
+    assistant = at_once(grow_draft(target, (0, -1)), update_interval=3, lookahead="constant", seed=0)
     for prompt in PROMPTS[:7]:
         kwargs = {**GREEDY, "pad_token_id": 0}
         assert torch.equal(
@@ -315,7 +325,7 @@ def test_past_the_drafts_window_the_target_goes_on_alone():
         return GPT2LMHeadModel(GPT2Config(n_positions=positions, **sizes)).eval()
 
     target, draft = gpt2(64, 3), gpt2(16, 1)
-    assistant = OnlineAssistant(draft, lookahead="constant", update_interval=1)
+    assistant = at_once(draft, lookahead="constant", update_interval=1)
     for prompt in (
         PROMPTS[0],
         torch.cat([PROMPTS[1]] * 4, dim=-1),
@@ -329,23 +339,35 @@ def test_past_the_drafts_window_the_target_goes_on_alone():
     assert assistant.stats.failed_updates == 0
 
 
-def test_what_is_held_back_says_how_the_draft_does(target, draft):
-    """Of requests that nobody learnt from: what serves now, as figures and in words."""
-    assistant = OnlineAssistant(draft, update_interval=4, held_back_share=0.25, learning_rate=5e-3, seed=0)
+def test_requests_say_how_the_draft_does_before_they_are_learnt(target, draft):
+    """And let through what was learnt; as figures and in words."""
+    config = {"learning_rate": 5e-3, "learning_budget": 1.0, "warmup_steps": 0, "seed": 0}
+    assistant = OnlineAssistant(draft, update_interval=4, **config)
     serve(target, assistant, PROMPTS[:4])
-    assert "alpha_held_back" not in assistant.stats.to_dict()
-    for _ in range(4):  # eleven prompts over and over, each fourth request held back: all are learnt sooner or later
-        serve(target, assistant, PROMPTS[:11])
+    assistant.take_in()
+    assert "alpha_prequential" not in assistant.stats.to_dict()
+    for _ in range(5):  # the same over and over: all are learnt sooner or later
+        serve(target, assistant)
     assistant.flush()
-    held, figures = assistant.learner.held.requests(), json.loads(json.dumps(assistant.stats.to_dict()))
-    assert figures["held_back"] == len(held) == 12
-    assert len(assistant.buffer) == 36
-    estimate = assistant.stats.estimate
-    assert figures["alpha_held_back"] == estimate.alpha > estimate.since.before + 0.2
-    assert figures["alpha_held_back_low"] <= estimate.alpha <= figures["alpha_held_back_high"]
-    assert f"held back: 12 requests, alpha {estimate.alpha:.3f}" in str(assistant.stats)
-    assert f"On {estimate.requests} requests that it did not learn from" in assistant.report()
-    assert f"α = {estimate.alpha:.2f} (" in assistant.report()
+    stats, figures = assistant.stats, json.loads(json.dumps(assistant.stats.to_dict()))
+    assert len(assistant.buffer) == 64
+    estimate = stats.estimate
+    assert estimate.requests == 64
+    assert figures["alpha_prequential"] == estimate.alpha
+    assert figures["alpha_static"] == estimate.gain.before
+    assert figures["alpha_prequential_low"] <= estimate.alpha <= figures["alpha_prequential_high"]
+    assert estimate.gain.low > 0.0
+    assert figures["accepted_updates"] == stats.draft_version > 0
+    assert figures["regret_vs_static"] < 0
+    assert f"before it was learnt: alpha {estimate.alpha:.3f}" in str(stats)
+    assert (
+        f"On the last 64 requests, each before it was learnt, the draft had α = {estimate.alpha:.2f} ("
+        in assistant.report()
+    )
+    # What it says of its draft is of the one that serves.
+    [first] = record_answers(target, PROMPTS[0], 16)
+    assert torch.equal(assistant.score([first])[0], score(assistant.serving.active, [first])[0])
+    assert not same(assistant.learner.ensemble.serving_weights(), dict(assistant.serving.weights()))
 
 
 # What bad input gets.
@@ -365,9 +387,9 @@ def test_unknown_overrides_are_named(draft):
 
 
 def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, monkeypatch, caplog):
-    assistant = OnlineAssistant(draft, update_interval=10**6)
+    assistant = at_once(draft, update_interval=10**6)
     serve(target, assistant, PROMPTS[:2])
-    assistant.flush()
+    assert assistant.flush()
     served = [p.clone() for _, p in assistant.serving.weights()]
     masters = {name: p.clone() for name, p in assistant.learner.ensemble.members[0].weights().items()}
     serve(target, assistant, PROMPTS[:2])
@@ -386,6 +408,8 @@ def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, mon
     assert all(torch.equal(a, b) for (_, a), b in zip(assistant.serving.weights(), served, strict=True))
     assert all(torch.equal(p, masters[name]) for name, p in assistant.learner.ensemble.members[0].weights().items())
     monkeypatch.undo()
+    serve(target, assistant, PROMPTS[:2])
+    assert not assistant.flush()  # it rests a turn
     serve(target, assistant, PROMPTS[:2])
     assert assistant.flush()  # and learning goes on
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 1)
@@ -421,7 +445,7 @@ def test_lora_drafts_serve_learn_and_share_their_base(target, draft):
     lora = get_peft_model(
         grow_draft(target, (0, -1)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     )
-    assistant = OnlineAssistant(lora, update_interval=3, learning_rate=1e-2)
+    assistant = at_once(lora, update_interval=3, learning_rate=1e-2)
     plain = [target.generate(p, **GREEDY) for p in PROMPTS[:7]]
     assert all(torch.equal(a, b) for a, b in zip(serve(target, assistant, PROMPTS[:7]), plain, strict=True))
     assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -61,9 +62,11 @@ NUMBERS = [
         ("ensemble_sharpness", -1),
         ("tail_samples", 0),
         ("tail_samples", 100.0),
-        ("held_back_share", 0.6),
-        ("held_back_share", -0.1),
-        ("held_back_share", None),
+        ("gate_tolerance", -0.1),
+        ("gate_tolerance", None),
+        ("learning_rate", "fast"),
+        ("learning_rate", math.inf),
+        ("learning_rate", None),
         ("adapter", "qlora"),
         ("lora", 0),
         ("lora", 2.5),
@@ -110,12 +113,22 @@ def test_text_in_place_of_a_number_is_refused_by_field(field):
         ("ensemble_sharpness", 0),
         ("tail_samples", None),
         ("tail_samples", 1),
-        ("held_back_share", 0),
-        ("held_back_share", 0.5),
+        ("gate_tolerance", 0),
+        ("gate", False),
+        ("learning_rate", "auto"),
+        ("learning_rate", 1e-5),
+        ("learning_budget", None),
+        ("learning_budget", 1),
     ],
 )
 def test_the_edge_of_each_range_is_accepted(field, value):
     assert getattr(OnlineConfig(**{field: value}), field) == value
+
+
+def test_a_learning_rate_that_came_as_text_is_a_number():
+    """Flags know one type, and it may also be a word."""
+    assert OnlineConfig(learning_rate="5e-3").learning_rate == 5e-3
+    assert OnlineConfig().learning_rate == OnlineConfig(learning_rate="auto").learning_rate == "auto"
 
 
 def test_a_cleared_buffer_cannot_be_replayed():
@@ -134,7 +147,8 @@ def test_the_paper_preset_is_algorithm_1():
 
 def test_the_paper_preset_has_nothing_that_came_later():
     config = OnlineConfig.paper()
-    assert (config.replay, config.averaging, config.optimism, config.held_back_share) == (0, 0, 0, 0)
+    assert (config.replay, config.averaging, config.optimism, config.gate) == (0, 0, 0, False)
+    assert config.learning_rate == 1e-4
     assert (config.ensemble, config.decay_steps, config.tail_samples) == (None, None, None)
 
 

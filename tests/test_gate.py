@@ -1,5 +1,6 @@
 """`Gate`, on scores made up for it: what it lets through, drops and replaces, and when the static draft serves."""
 
+import itertools
 import json
 import math
 
@@ -8,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd import gate as gate_module
 from hf_osd.distributed import Ranks
 from hf_osd.evidence import Evidence
-from hf_osd.gate import ODDS, PATIENCE, WINDOW, Gate, Looks, Verdict
+from hf_osd.gate import BACK, ODDS, PATIENCE, WINDOW, Gate, Looks, Verdict
 
 N = 45  # positions of a request
 NAN = math.nan
@@ -69,7 +69,7 @@ def gate():
 def test_what_is_no_worse_is_accepted_and_what_is_better_is_a_gain(gate, right, gained):
     verdict, count = until_decided(gate, 20, 20, right)
     assert verdict is Verdict.ACCEPT
-    assert 4 <= count <= 16
+    assert 4 <= count <= 24
     assert gate.accept() is gained
 
 
@@ -89,21 +89,24 @@ def test_what_is_worse_than_the_static_draft_is_not_accepted_though_it_is_better
     assert until_decided(gate, 20, 12, 25)[0] is Verdict.ACCEPT
 
 
-def test_what_may_be_lost_is_the_tolerance():
-    """A token in 45: .022, more than .01 and less than .1. Which one it is changes, so that chance could have it."""
-    found = []
-    for tolerance in (0.01, 0.1):
-        gate = Gate(tolerance)
-        gate.patience = 99
-        for i in range(12):
-            one = of(20)[0]
-            less = one.clone()
-            less[one.nonzero()[i]] = 0.0
-            verdict = gate.observe([one], [one], [less])
-            if verdict is not Verdict.WAIT:
-                break
-        found.append(verdict)
-    assert found == [Verdict.DROP if found[0] is Verdict.DROP else Verdict.WAIT, Verdict.ACCEPT]
+def test_to_be_far_better_than_the_static_draft_is_no_sign_of_being_as_good_as_the_accepted_one():
+    found = [until_decided(Gate(0.01), static, 20, 20) for static in (20, 5)]
+    assert found[0] == found[1]
+    assert found[0][1] > until_decided(Gate(0.01), 5, 5, 20)[1]
+
+
+@pytest.mark.parametrize(("tolerance", "expected"), [(0.01, Verdict.DROP), (0.1, Verdict.ACCEPT)])
+def test_what_may_be_lost_is_the_tolerance(tolerance, expected):
+    """A token in 45, one after another: .022."""
+    gate = Gate(tolerance)
+    gate.patience = 99
+    for lost in of(20)[0].nonzero():
+        less = of(20)[0]
+        less[lost] = 0.0
+        verdict = gate.observe(of(20), of(20), [less])
+        if verdict is not Verdict.WAIT:
+            break
+    assert verdict is expected
 
 
 @pytest.mark.parametrize("right", [16, 20, 25])
@@ -124,9 +127,9 @@ def test_the_best_of_several_takes_so_many_times_the_odds(right):
 
 def test_the_next_candidate_takes_the_usual_odds_again(gate):
     gate.begin(choices=10**6)
-    assert until_decided(gate, 20, 20, 20, most=16)[0] is Verdict.WAIT
+    assert until_decided(gate, 20, 20, 20, most=24)[0] is Verdict.WAIT
     gate.begin()
-    assert until_decided(gate, 20, 20, 20, most=16)[0] is Verdict.ACCEPT
+    assert until_decided(gate, 20, 20, 20, most=24)[0] is Verdict.ACCEPT
 
 
 def test_after_some_looks_a_newer_one_takes_its_place_and_the_next_has_twice_as_many(gate):
@@ -189,9 +192,51 @@ def test_the_static_draft_serves_soon_after_traffic_has_changed_and_no_longer_th
     assert rose > 3, "that takes more than a request or two"
 
 
+def test_the_static_draft_serves_at_lesser_odds_than_the_accepted_one_comes_back_at():
+    def looks_until(gate, accepted: int, serves_static: bool) -> int:
+        for count in range(1, WINDOW):
+            gate.observe(of(20), of(accepted), None)
+            if gate.serves_static is serves_static:
+                return count
+        raise AssertionError("nothing was decided")
+
+    def looks_needed(accepted: int, odds: float, e_value) -> int:
+        pairs = ((n, Evidence.of(of(accepted, n), of(20, n))) for n in range(1, WINDOW))
+        return next(n for n, evidence in pairs if e_value(evidence) >= odds)
+
+    assert looks_until(Gate(0.01), 17, True) == looks_needed(17, BACK, Evidence.worse)
+    gate = Gate(0.01)
+    gate.serves_static = True
+    assert looks_until(gate, 22, False) == looks_needed(22, ODDS, lambda evidence: evidence.better(-0.01))
+
+
+def test_it_returns_within_the_window_however_long_the_static_draft_was_better(gate):
+    accept_one(gate)
+    for _ in range(200):
+        gate.observe(of(20), of(12), None)
+    assert gate.serves_static
+    for _ in range(WINDOW):
+        gate.observe(of(20), of(25), None)
+    assert not gate.serves_static
+
+
+def test_what_was_good_before_traffic_changed_does_not_bring_the_accepted_draft_back(gate):
+    """It is slightly worse on what comes now, in 3% of the positions better and in 5% worse."""
+    accept_one(gate)
+    for _ in range(200):
+        gate.observe(of(20), of(25), None)
+    random, served = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        draws = torch.rand(N, generator=random)
+        gate.observe([torch.ones(N)], [1.0 + (draws < 0.03).float() - (draws > 0.95).float()], None)
+        served.append(gate.serves_static)
+    assert served[-1]
+    assert sum(one is not other for one, other in itertools.pairwise(served)) <= 3
+
+
 def test_a_slow_loss_that_no_window_shows_brings_the_static_draft_back_too(gate):
     """A token in two requests, at changing places: .011."""
-    accept_one(gate, right=20, requests=16)
+    accept_one(gate, right=20, requests=24)
     gate._since_accepted = Looks()
     random = torch.Generator().manual_seed(0)
     shown = []
@@ -206,7 +251,7 @@ def test_a_slow_loss_that_no_window_shows_brings_the_static_draft_back_too(gate)
         if gate.serves_static:
             break
     assert gate.serves_static
-    assert max(shown) < gate_module.BACK
+    assert max(shown) < BACK
 
 
 def test_a_draft_that_is_as_good_as_the_static_one_serves(gate):
@@ -270,7 +315,7 @@ def test_ranks_decide_by_what_all_have_seen():
 def test_one_rank_on_which_much_was_unlearnt_is_enough_but_takes_as_many_times_the_odds():
     """Each of several has a chance to err."""
     alone, two = Gate(0.01), Gate(0.01, Twice())
-    found = [(alone.breaks(of(30, n), of(25, n)), two.breaks(of(30, n), of(25, n))) for n in range(1, 33)]
+    found = [(alone.breaks(of(30, n), of(26, n)), two.breaks(of(30, n), of(26, n))) for n in range(1, 33)]
     assert found[-1] == (True, True)
     assert (True, False) in found
     assert (False, True) not in found

@@ -1,5 +1,6 @@
-"""The learner: when an update is due, whom it waits for, what it holds back to judge by, and the random state it gives back."""
+"""The learner: when an update is due, whom it waits for, what may serve of it, and the random state it gives back."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -13,20 +14,25 @@ import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, feedback
 from hf_osd import ensemble as ensemble_module
-from hf_osd.held_back import JUDGED_SHARE
 from hf_osd.learner import Learner
 from hf_osd.random_state import isolated_random_state
+from hf_osd.scoring import score
+
+
+def cloned(weights) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 @pytest.fixture
 def learner(tiny_llama):
-    """`learner(**config) -> Learner` with an empty buffer, whose refreshes are kept in `learner.refreshed`."""
+    """`learner(**config) -> Learner` with an empty buffer and no gate, whose refreshes are kept in `learner.refreshed`."""
 
     def make(**config):
         draft = tiny_llama(layers=1)
         refreshed = []
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
-        made = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**{"seed": 0, **config}), refreshed.append)
+        config = OnlineConfig(**{"seed": 0, "gate": False, "learning_rate": 1e-3, **config})
+        made = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: refreshed.append(cloned(weights)))
         made.refreshed = refreshed
         return made
 
@@ -58,6 +64,20 @@ def test_or_once_the_oldest_has_waited_long_enough(learner, make_feedback, monke
     assert made.due()
 
 
+def test_to_find_a_rate_takes_twice_as_many(learner, make_feedback):
+    """Some to try rates on, and as many to judge them by; after that an update is due as ever."""
+    made = learner(update_interval=2, learning_rate="auto")
+    for i in range(4):
+        assert not made.due()
+        made.buffer.add(make_feedback(seed=i))
+    assert made.due()
+    assert made.update()
+    for i in range(2):
+        assert not made.due()
+        made.buffer.add(make_feedback(seed=i))
+    assert made.due()
+
+
 def test_an_update_learns_new_and_replayed_requests_once_and_refreshes(learner, make_feedback):
     made = learner(replay=2.0, positions="all")
     made.buffer.add(make_feedback(n=10))
@@ -75,11 +95,10 @@ def test_while_another_thread_learns_nobody_need_wait(learner, make_feedback):
     made.buffer.add(make_feedback())
     outcomes = []
     with made._lock:
-        for call in (lambda: made.update(wait=False), lambda: made.judge(made.buffer.new(), wait=False)):
-            thread = threading.Thread(target=lambda call=call: outcomes.append(call()))
-            thread.start()
-            thread.join(timeout=60)
-    assert outcomes == [False, None]
+        thread = threading.Thread(target=lambda: outcomes.append(made.update(wait=False)))
+        thread.start()
+        thread.join(timeout=60)
+    assert outcomes == [False]
     assert len(made.buffer.new()) == 1  # left to the one that learns
 
 
@@ -143,7 +162,10 @@ def test_nor_does_one_that_takes_up_a_state(learner, make_feedback):
     assert torch.rand(1) == expected
 
 
-# What is held back.
+# The rate.
+
+
+PLAIN = {"replay": 3.0, "warmup_steps": 0, "tail_samples": None}
 
 
 def offer(learner, *requests):
@@ -152,136 +174,195 @@ def offer(learner, *requests):
 
 
 def same(one, other) -> bool:
-    return torch.equal(one.tokens, other.tokens)
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_every_sixteenth_request_is_held_back_and_not_learnt(learner, make_feedback, monkeypatch):
-    made, learnt = learner(update_interval=10**6, replay=3.0), []
-    requests = [make_feedback(n=2, seed=i) for i in range(48)]
-    offer(made, *requests)
-    held = made.held.requests()
-    assert len(held) == 3
-    assert all(map(same, held, (requests[7], requests[23], requests[39])))
-    monkeypatch.setattr(made.ensemble.members[0], "learn", lambda batch: learnt.extend(batch))
+def heart(tiny_llama, answer_of, count=3) -> list:
+    """Answers of a target that the learner's draft is far off."""
+    target = tiny_llama(seed=7)
+    return [answer_of(target, torch.arange(2, 8) + i, 8) for i in range(count)]
+
+
+def test_one_request_finds_no_rate_and_stays_new(learner, make_feedback):
+    made = learner(learning_rate="auto", **PLAIN)
+    offer(made, make_feedback())
+    assert not made.update()
+    assert (made.updates, made.failed, len(made.buffer.new()), made.rate.found) == (0, 0, 1, False)
+    offer(made, make_feedback(seed=1))
     assert made.update()
-    assert len(learnt) == 45 * 4, "three replayed for each new one"
-    assert not any(same(one, kept) for one in learnt for kept in held)
+    assert (made.updates, made.failed, made.buffer.new(), made.rate.found) == (1, 0, [], True)
 
 
-def test_the_share_held_back_is_the_configs(learner, make_feedback):
-    none, half = learner(gate=False), learner(held_back_share=0.5)
-    for made in (none, half):
-        offer(made, *(make_feedback(n=2, seed=i) for i in range(10)))
-    assert (len(none.held), len(none.buffer)) == (0, 10)
-    assert (len(half.held), len(half.buffer)) == (5, 5)
+def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves(learner, make_feedback, monkeypatch):
+    made, learnt, judged = learner(learning_rate="auto", **PLAIN), [], []
+    requests = [make_feedback(n=4, seed=i) for i in range(6)]
+    member, contenders = made.ensemble.members[0], made.contenders
+    learn, judge = member.learn, contenders.judge
+
+    def learning(batch):
+        assert made.refreshed == []
+        learnt.append((member.learning_rate, batch))
+        learn(batch)
+
+    monkeypatch.setattr(member, "learn", learning)
+    monkeypatch.setattr(contenders, "judge", lambda batch, point: (judged.append(batch), judge(batch, point))[1])
+    offer(made, *requests)
+    assert made.update()
+    *trials, (rate, last) = learnt
+    assert {id(one) for _, batch in trials for one in batch} == set(map(id, requests[:3]))
+    assert all([one.tokens.tolist() for one in batch] == [r.tokens.tolist() for r in requests[3:]] for batch in judged)
+    assert {tried for tried, _ in trials} == set(made.rate.ladder)
+    assert rate == made.rate.value in made.rate.ladder
+    assert set(map(id, requests)) <= set(map(id, last)), "then all of it is learnt"
+    assert len(made.refreshed) == 1
 
 
-def test_a_request_is_held_with_what_the_draft_says_as_it_comes(learner, make_feedback):
-    """By the same judging as later: serving had other rows to go by, and drafted for some positions alone."""
-    made = learner(held_back_share=0.5)
+def test_a_rate_at_which_the_loss_is_not_finite_is_passed_over(learner, make_feedback, monkeypatch):
+    made = learner(learning_rate="auto", **PLAIN)
+    member = made.ensemble.members[0]
+    learn, fastest = member.learn, made.rate.ladder[0]
+
+    def learning(batch):
+        if member.learning_rate == fastest:
+            raise ArithmeticError("The loss of this update is nan.")
+        learn(batch)
+
+    monkeypatch.setattr(member, "learn", learning)
     offer(made, *(make_feedback(seed=i) for i in range(4)))
     assert made.update()
-    request = make_feedback(n=20, seed=9)
-    [(expected, _)] = made.judge([request])
-    assert not torch.equal(expected.nan_to_num(-1), request.overlap.nan_to_num(-1))
-    judged = made.held.judged_rows
-    offer(made, request)
-    assert torch.equal(made.held.requests()[-1].overlap, expected)
-    assert made.held.judged_rows == judged + 20
+    assert (made.updates, made.failed) == (1, 0)
+    assert made.rate.value in made.rate.ladder[1:]
 
 
-def held_with_a_busy_learner(made, request):
-    with made._lock:
-        thread = threading.Thread(target=offer, args=(made, request))
-        thread.start()
-        thread.join(timeout=60)
+# What serves.
 
 
-def held_with_a_broken_judge(made, request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ensemble_module, "judge", breaks)
+def test_an_update_serves_only_when_requests_that_came_since_have_said_so(learner, tiny_llama, answer_of):
+    """And what serves then is what they were asked about, not what has been learnt from them meanwhile."""
+    made = learner(gate=True, **PLAIN | {"learning_rate": 1e-2})
+    texts, learnt = heart(tiny_llama, answer_of), []
+    for i in range(40):
+        offer(made, replace(texts[i % 3]))
+        served = made.update()
+        assert served == bool(made.refreshed)
+        if served:
+            break
+        learnt.append(cloned(made.ensemble.serving_weights()))
+    assert i > 0, "nothing has come since the first"
+    [weights] = made.refreshed
+    assert any(same(weights, then) for then in learnt)
+    assert not same(weights, made.ensemble.serving_weights())
+    figures = made.figures()
+    assert (figures["accepted_updates"], figures["rejected_updates"]) == (1, 0)
+    assert figures["updates"] == i + 1
+
+
+def test_what_has_become_worse_is_dropped_with_what_was_learnt_and_never_serves(
+    learner, tiny_llama, answer_of, monkeypatch, caplog
+):
+    made = learner(gate=True, replay=0.0, warmup_steps=0, averaging=0.0, tail_samples=None)
+    own = copy.deepcopy(made.ensemble.members[0].module)  # a target that the draft agrees with
+    texts = [answer_of(own, torch.arange(2, 8) + i, 24) for i in range(8)]
+    static = cloned(made.ensemble.serving_weights())
+    member = made.ensemble.members[0]
+    learn = member.learn
+
+    def badly(batch):
+        learn(batch)
+        with torch.no_grad():
+            for weight in member.weights().values():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+
+    offer(made, replace(texts[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(member, "learn", badly)
+        assert not made.update()
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        offer(made, *map(replace, texts))
+        assert not made.update()
+    assert made.figures()["rejected_updates"] == 1
+    assert made.refreshed == []
+    assert "made the draft worse on requests that it had not learnt yet, and is dropped" in caplog.text
+    # What it goes on from is the static draft, and what it has learnt of the requests that said so.
+    change = max(float((w - static[n]).abs().max()) for n, w in made.ensemble.serving_weights().items())
+    assert change < 0.1, "of the noise, of deviation 1, nothing is left"
+
+
+@pytest.mark.parametrize("fields", [{}, {"averaging": 0.9, "optimism": 0.5, "ensemble": [1, 3]}])
+def test_the_estimate_is_of_what_served_before_each_request_was_learnt(learner, tiny_llama, answer_of, fields):
+    made = learner(gate=True, **PLAIN | {"learning_rate": 1e-2} | fields)
+    texts, static = heart(tiny_llama, answer_of), tiny_llama(layers=1)
+    serving, expected, before = copy.deepcopy(static), [], []
+    for i in range(30):
+        request = replace(texts[i % 3])
         offer(made, request)
+        expected += score(serving, [request])
+        before += score(static, [request])
+        made.update()
+        if made.refreshed:
+            serving.load_state_dict(made.refreshed[-1], strict=False)
+    estimate = made.figures()["estimate"]
+    assert estimate.requests == 30
+    assert estimate.alpha == pytest.approx(torch.cat(expected).mean().item(), abs=1e-5)
+    assert estimate.gain.before == pytest.approx(torch.cat(before).mean().item(), abs=1e-5)
+    assert estimate.gain.low > 0.0
+    assert made.figures()["regret_vs_static"] < 0
+
+
+def test_without_a_gate_nothing_is_judged_and_there_is_no_estimate(learner, make_feedback, monkeypatch):
+    made = learner(**PLAIN)
+    monkeypatch.setattr(ensemble_module, "judge", breaks)
+    for i in range(12):
+        offer(made, make_feedback(seed=i))
+        assert made.update()
+    assert made.figures()["estimate"] is None
+    assert made.failed == 0
 
 
 def breaks(*args):
     raise RuntimeError("out of memory")
 
 
-@pytest.mark.parametrize("hold", [held_with_a_busy_learner, held_with_a_broken_judge])
-def test_where_nobody_can_judge_it_is_held_as_it_was_served(learner, make_feedback, hold):
-    """To wait, or to raise, would be in the middle of somebody's call."""
-    made, request = learner(held_back_share=0.5), make_feedback()
-    hold(made, request)
-    assert made.held.requests() == [request]
-    assert made.held.judged_rows == 0
-
-
-PLAIN = {"replay": 3.0, "warmup_steps": 0, "tail_samples": None}
-
-
-@pytest.mark.parametrize("fields", [{}, {"averaging": 0.9, "optimism": 0.5, "ensemble": [1, 3]}])
-def test_an_estimate_comes_when_learning_has_paid_for_it_and_never_before(learner, tiny_llama, answer_of, fields):
-    made, target = learner(held_back_share=0.25, learning_rate=1e-2, **PLAIN, **fields), tiny_llama(seed=7)
-    texts = [
-        answer_of(target, torch.arange(2, 8) + i, 8) for i in range(3)
-    ]  # learnt by heart: what serves is far off it
-    learned = estimates = 0
-    for i in range(30):
-        last, judged = made.estimate, made.held.judged_rows
-        offer(made, replace(texts[i % 3]))
-        if not made.buffer.new():
-            assert made.held.judged_rows == judged + 8  # as it came
-            continue
-        assert made.update()
-        learned += 32  # and three replayed
-        held = made.held.requests()
-        assert (made.estimate is not last) == (0 < 8 * len(held) <= JUDGED_SHARE * learned - judged)
-        if made.estimate is last:
-            continue
-        estimates += 1
-        assert made.held.judged_rows >= judged + 8 * len(held)
-        scores = torch.cat([overlap for overlap, _ in made.judge(held)])
-        assert made.estimate.alpha == pytest.approx(scores.mean().item())
-        assert made.estimate.requests == len(held)
-        assert made.estimate.since.before == pytest.approx(torch.cat([one.overlap for one in held]).mean().item())
-    assert estimates >= 2
-
-
-def test_without_anything_held_back_there_is_no_estimate(learner, make_feedback):
-    made = learner(gate=False, **PLAIN)
-    for i in range(12):
-        offer(made, make_feedback(seed=i))
-        assert made.update()
-    assert made.estimate is None
-
-
-def test_a_draft_that_cannot_be_judged_does_not_serve(learner, make_feedback, monkeypatch, caplog):
-    made = learner(held_back_share=0.25, **PLAIN)
-    offer(made, *(make_feedback(n=8, seed=i) for i in range(8)))
+def test_a_draft_that_cannot_be_judged_does_not_serve(learner, tiny_llama, answer_of, monkeypatch, caplog):
+    made, texts = learner(gate=True, **PLAIN | {"learning_rate": 1e-2}), heart(tiny_llama, answer_of)
+    offer(made, *map(replace, texts))
     monkeypatch.setattr(ensemble_module, "judge", breaks)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert not made.update()
     assert "out of memory" in caplog.text
-    assert (made.updates, made.failed, made.estimate, made.refreshed) == (0, 1, None, [])
+    assert (made.updates, made.failed, made.figures()["estimate"], made.refreshed) == (0, 1, None, [])
     monkeypatch.undo()
     for i in range(24):
-        offer(made, make_feedback(n=8, seed=9 + i))
+        offer(made, replace(texts[i % 3]))
         made.update()
-    assert made.estimate is not None
+    assert made.figures()["estimate"] is not None
+    assert made.refreshed
 
 
-def test_a_restart_goes_on_thinning_where_it_was_and_owes_what_it_owed(learner, make_feedback):
-    requests = [make_feedback(n=2, seed=i) for i in range(30)]
-    straight, resumed = learner(**PLAIN), learner(**PLAIN)
-    offer(straight, *requests[:20])
-    assert straight.update()
+def test_a_restart_goes_on_from_what_was_accepted_and_what_was_learnt_since(learner, tiny_llama, answer_of):
+    settings = {"gate": True, **PLAIN, "learning_rate": "auto"}
+    texts, straight, resumed = heart(tiny_llama, answer_of), learner(**settings), learner(**settings)
+    for i in range(40):
+        offer(straight, *(replace(text) for text in texts))
+        if straight.update() and i:
+            break
     tensors, values = straight.state()
-    resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
-    assert resumed.held.judged_rows == straight.held.judged_rows > 0
-    assert len(resumed.held) == 0, "traffic is not in the state"
-    offer(resumed, *requests[20:])
-    [kept] = resumed.held.requests()
-    assert same(kept, requests[23])
+    resumed.load_state(cloned(tensors), json.loads(json.dumps(values)))
+    resumed.serve()
+    assert same(resumed.refreshed[-1], straight.refreshed[-1]), "what was let through serves"
+    learnt = cloned(straight.ensemble.serving_weights())
+    assert same(resumed.ensemble.serving_weights(), learnt), "and learning goes on from all that was learnt"
+    assert not same(resumed.refreshed[-1], learnt)
+    now, then = resumed.figures(), straight.figures()
+    of_this_process = {"estimate", "longest_update", "too_slow"}
+    assert {n: v for n, v in now.items() if n not in of_this_process} == {
+        n: v for n, v in then.items() if n not in of_this_process
+    }
+    assert (resumed.rate.found, resumed.rate.passes) == (True, straight.rate.passes)
+    assert len(resumed.contenders.remembered) == 0, "traffic is not in the state"
+    again = resumed.state()[0]
+    assert any("optimizer" in name for name in tensors)
+    assert same(again, tensors), "its optimizer's moments too"
 
 
 def test_where_errors_alone_teach_requests_without_one_are_no_failure(learner, make_feedback):

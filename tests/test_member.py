@@ -18,7 +18,7 @@ from hf_osd.scoring import judge
 
 # One request a step, and no draws: a run can be repeated by hand, or resumed.
 PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay": 0.0, "averaging": 0.0}
-PLAIN |= {"tail_samples": None, "seed": 0}
+PLAIN |= {"tail_samples": None, "gate": False, "seed": 0}
 
 
 def trainable_of(draft) -> set[str]:
@@ -148,10 +148,14 @@ def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, r
     with torch.no_grad():
         for name, p in made.ensemble.serving_weights().items():
             served.get_parameter(name).copy_(p)
-    for now, expected in zip(made.judge(requests), judge(served, requests), strict=True):
-        assert torch.equal(now[0], expected[0])
-        assert torch.equal(now[1], expected[1])
-    assert any(not torch.equal(a[1], b[1]) for a, b in zip(made.judge(requests), master, strict=True))
+    judging = made.ensemble.judge
+    for now, expected in zip(judging(requests), judge(served, requests), strict=True):
+        assert all(map(torch.equal, now, expected))
+    assert any(not torch.equal(a.confidence, b.confidence) for a, b in zip(judging(requests), master, strict=True))
+    given = {name: p.detach() for name, p in tiny_llama(layers=1, seed=1).named_parameters() if name in made.trainable}
+    served.load_state_dict(given, strict=False)
+    for now, expected in zip(judging(requests, given), judge(served, requests), strict=True):
+        assert all(map(torch.equal, now, expected))
     assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
 
     def breaks(*args):
@@ -159,7 +163,7 @@ def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, r
 
     monkeypatch.setattr(ensemble_module, "judge", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        made.judge(requests)
+        made.ensemble.judge(requests)
     assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
 
 
@@ -242,7 +246,7 @@ def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny
         for i, member in enumerate(made.ensemble.members):
             would = tiny_llama(layers=1)
             would.load_state_dict(member.serving_weights(), strict=False)
-            overlap = torch.cat([overlap for overlap, _ in judge(would, new)])
+            overlap = torch.cat([judged.overlap for judged in judge(would, new)])
             expected[i] += 1 - overlap.mean().item()
         assert learn(made, new)
         assert made.ensemble.losses == pytest.approx(expected)
@@ -288,12 +292,14 @@ def test_what_fails_in_one_member_is_taken_back_in_all(learner, requests, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(made.ensemble.members[1], "learn", diverge)
-        patch.setattr(made, "_serve", lambda weights: None)
+        patch.setattr(made.contenders, "serve", lambda: None)
         assert not learn(made, requests[3:6])
     assert (made.updates, made.failed) == (1, 1)
     assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, weights, strict=True))
     assert same(made.ensemble.serving_weights(), served)
     assert (made.ensemble.losses, [member.steps for member in made.ensemble.members]) == (losses, steps)
+    assert len(made.refreshed) == 1
+    assert not learn(made, requests[9:])  # learning rests a turn
     assert learn(made, requests[6:9])
     assert not same(made.ensemble.serving_weights(), served)
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 from hf_osd import OnlineConfig
-from hf_osd.held_back import Comparison, Estimate
+from hf_osd.intervals import Comparison, Estimate
 from hf_osd.lookahead import Lookahead
 from hf_osd.model_card import machine_facts, model_card
 from hf_osd.report import observed_speedup
@@ -49,22 +49,23 @@ def test_the_card_has_the_figures_and_the_counts_behind_them():
     assert "| tokens a round (last 2 requests) | 5.000 | 10 tokens, 2 rounds |" in card
 
 
-def test_it_has_alpha_before_and_after_on_what_was_held_back():
+def test_it_has_alpha_with_and_without_learning_on_the_last_requests():
     stats = served()
     stats.estimate = judged()
     card = model_card(stats)
-    assert "| alpha_held_back when they came (9 of them) | 0.420 | 9 requests that it did not learn from |" in card
-    assert "| alpha_held_back | 0.610 (0.500 to 0.700) | 9 requests |" in card
+    of = "the last 9 requests, each before it was learnt"
+    assert f"| alpha_static (without any learning) | 0.420 | {of} |" in card
+    assert f"| alpha_prequential | 0.610 (0.500 to 0.700) | {of} |" in card
     [result] = ModelCard(card).data.eval_results
-    assert (result.metric_type, result.metric_value) == ("alpha_held_back", 0.61)
+    assert (result.metric_type, result.metric_value) == ("alpha_prequential", 0.61)
     assert result.metric_args == {"requests": 9, "low": 0.5, "high": 0.7}
 
 
-def test_one_held_back_request_says_nothing():
+def test_one_request_says_nothing():
     stats = served()
     stats.estimate = Estimate(0.61, 0.0, 1.0, 1, Comparison(1, 0.4, 0.6, 0.2, -math.inf, math.inf))
     card = model_card(stats)
-    assert "held_back" not in card
+    assert "prequential" not in card
     assert "inf" not in card
 
 

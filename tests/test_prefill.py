@@ -36,6 +36,8 @@ def assistant_of(target, **config) -> OnlineAssistant:
     settings = {
         "update_interval": 10**6,
         "gate": False,
+        "learning_rate": 1e-3,
+        "learning_budget": 1.0,
         "top_k": 64,
         "feedback_dtype": "float32",
         "lookahead": "constant",
@@ -127,15 +129,6 @@ def test_a_follow_up_teaches_what_is_new_in_it(target):
     check_rows(target, first, len(PROMPT) - 1)
     check_rows(target, second, len(OTHER))
     assert again.prompt_rows is None
-
-
-def test_what_is_held_back_is_not_learnt_as_part_of_the_next_prompt(target):
-    assistant = assistant_of(target, held_back_share=0.5)  # the first of two
-    said = serve(target, assistant, PROMPT)
-    serve(target, assistant, torch.cat([said, OTHER]))
-    [second] = taught(assistant)
-    assert len(assistant.learner.held) == 1
-    check_rows(target, second, len(OTHER))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

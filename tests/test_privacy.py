@@ -1,6 +1,8 @@
 """`assistant.private()`: a call that leaves nothing behind but its counts; and what an assistant keeps of the others, where."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -13,16 +15,16 @@ GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_t
 
 @pytest.fixture
 def assistant(target):
-    """It keeps all that there is to keep: feedback, requests held back, cached text, and which tokens traffic uses."""
+    """It keeps all that there is to keep: feedback, requests to judge by, cached text, and which tokens traffic uses."""
     config = {"lookahead": "constant", "num_assistant_tokens": 3, "draft_head": "traffic", "draft_head_rows": 32}
-    config |= {"held_back_share": 0.5, "update_interval": 10**6, "seed": 0}
+    config |= {"gate": True, "learning_rate": 1e-3, "update_interval": 10**6, "seed": 0}
     return OnlineAssistant(grow_draft(target, (0, -1)), **config)
 
 
 def kept(assistant) -> dict[str, int]:
     assistant.take_in()
-    held, texts = assistant.learner.held, assistant.texts
-    return {"buffer": len(assistant.buffer), "held back": len(held), "offered": held.seen, "text": texts.nbytes}
+    remembered, texts = assistant.learner.contenders.remembered, assistant.texts
+    return {"buffer": len(assistant.buffer), "remembered": len(remembered), "text": texts.nbytes}
 
 
 @pytest.fixture
@@ -40,9 +42,12 @@ def test_a_private_call_leaves_nothing_behind_but_its_counts(target, assistant, 
         output = target.generate(p, assistant_model=view(assistant), **GREEDY)
         assert torch.equal(output, target.generate(p, **GREEDY))
     assert kept(assistant) == empty
-    assert empty["buffer"] == empty["held back"] == empty["offered"] == 0
+    assert empty["buffer"] == 0
     assert not observed
-    assert not assistant.flush(), "there is nothing to learn from"
+    assistant.flush()
+    assert kept(assistant) == empty
+    assert assistant.stats.updates == 0, "there is nothing to learn from"
+    assert assistant.stats.estimate is None, "nor to judge by"
     total = assistant.stats.total
     assert total.requests == 4
     assert total.new_tokens > 0
@@ -52,20 +57,20 @@ def test_a_private_call_leaves_nothing_behind_but_its_counts(target, assistant, 
 def test_what_a_private_call_does_not_leave_another_one_would(target, assistant, observed):
     for p in PROMPTS[:4]:
         target.generate(p, assistant_model=assistant, **GREEDY)
+    assistant.flush()
     left = kept(assistant)
-    assert left["offered"] == 4
-    assert left["buffer"] == left["held back"] == 2
+    assert left["buffer"] == left["remembered"] == 4
     assert left["text"] > 0
     assert len(observed) == 4
+    assert (assistant.stats.updates, assistant.stats.estimate.requests) == (1, 4)
 
 
 def test_calls_before_and_after_a_private_one_are_learnt_from(target, assistant):
     target.generate(PROMPTS[0], assistant_model=assistant, **GREEDY)
     target.generate(PROMPTS[1], assistant_model=assistant.private(), **GREEDY)
     target.generate(PROMPTS[2], assistant_model=assistant, **GREEDY)
-    assert kept(assistant)["offered"] == 2
-    held = [*assistant.buffer.new(), *assistant.learner.held.requests()]
-    assert sorted(f.tokens[:6].tolist() for f in held) == sorted(PROMPTS[i][0].tolist() for i in (0, 2))
+    assert kept(assistant)["buffer"] == 2
+    assert [f.tokens[:6].tolist() for f in assistant.buffer.new()] == [PROMPTS[i][0].tolist() for i in (0, 2)]
 
 
 def test_the_text_of_a_private_call_is_never_drafted_later(target):
@@ -91,8 +96,14 @@ def test_no_token_is_logged(target, assistant, caplog):
 def test_a_closed_assistant_keeps_nothing(target, assistant):
     for p in PROMPTS[:4]:
         target.generate(p, assistant_model=assistant, **GREEDY)
+    assistant.flush()
     learner = assistant.learner
+    assert len(learner.contenders.remembered) == 4
+    gone = [weakref.ref(feedback) for feedback in assistant.buffer.requests()]
     assistant.close()
-    assert len(assistant.buffer) == len(learner.held) == 0
+    assert len(assistant.buffer) == len(learner.contenders.remembered) == 0
+    del learner
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
     assert assistant.texts is None
     assert not any(assistant.known_texts.shared(p[0]) for p in PROMPTS[:4])

@@ -231,9 +231,7 @@ def test_long_prompts_come_in_batches_of_their_own(tiny_llama, prompts, monkeypa
 def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
     """In batches, beside calls of one prompt with a draft of the same kind: tokens and distributions are what such a call keeps."""
     target, draft = (encoder_decoder(family, seed) for seed in (0, 1))
-    assistant = OnlineAssistant(
-        draft, update_interval=10**6, held_back_share=0.0, top_k=8, feedback_dtype="float32", lookahead="constant"
-    )
+    assistant = OnlineAssistant(draft, update_interval=10**6, top_k=8, feedback_dtype="float32", lookahead="constant")
     recorded = record_answers(target, prompts, 9, batch_size=3, top_k=8, dtype=torch.float32, prompt_positions=4)
     for one, prompt in zip(recorded, prompts, strict=True):
         ids = prompt[None]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant
+from hf_osd.intervals import Comparison, Estimate
 from hf_osd.lookahead import Lookahead
 from hf_osd.report import report
 from hf_osd.stats import CallStats, Stats
@@ -68,12 +69,47 @@ def test_a_head_that_costs_acceptance_is_named():
     assert "cost 0.100 of α: try more draft_head_rows" in report(stats, lookahead)
 
 
-def test_updates_that_do_not_serve_are_told():
+def test_what_becomes_of_updates_is_told():
     lookahead = Lookahead("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
-    assert "do not serve" not in report(stats, lookahead)
-    stats.updates, stats.rejected_updates, stats.failed_updates = 5, 2, 1
-    assert "Of 8 updates 3 do not serve: 2 made the draft worse" in report(stats, lookahead)
+    assert "updates" not in report(stats, lookahead)
+    stats.updates, stats.rejected_updates, stats.failed_updates, stats.accepted_updates = 5, 2, 1, 3
+    stats.longest_update = 1.25
+    text = report(stats, lookahead)
+    assert "5 updates, 1 more failed; what they learnt was let through to serve 3 times and dropped 2 times" in text
+    assert "The longest took 1.2 s" in text
+    assert "draft as it was before any learning serves" not in text
+    stats.serves_static = True
+    assert "The draft as it was before any learning serves: on what comes now it is better." in report(
+        stats, lookahead
+    )
+
+
+def test_what_learning_has_gained_is_told_with_the_rate_and_how_sure_that_is():
+    lookahead = Lookahead("cost", 3)
+    stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
+    assert "without learning" not in report(stats, lookahead)
+    stats.estimate = Estimate(0.61, 0.5, 0.7, 9, Comparison(9, 0.42, 0.61, 0.19, 0.1, 0.3))
+    stats.regret_vs_static = -0.25
+    stats.learning_rate, stats.learning_rate_reason = 2e-4, "the best of 9 tried"
+    text = report(stats, lookahead)
+    assert "On the last 9 requests, each before it was learnt, the draft had α = 0.61 (0.50 to 0.70)" in text
+    assert "without learning it would have had 0.42: +0.19 (+0.10 to +0.30)" in text
+    assert "learning has gained 25.0% of the tokens accepted (regret_vs_static -0.2500)" in text
+    assert "Learning rate 2.0e-04: the best of 9 tried." in text
+    stats.regret_vs_static = 0.125
+    assert "learning has cost 12.5% of the tokens accepted" in report(stats, lookahead)
+
+
+def test_a_machine_that_is_too_slow_to_learn_is_told_what_to_do():
+    lookahead = Lookahead("cost", 3)
+    stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
+    assert "too slow" not in report(stats, lookahead)
+    stats.too_slow = "learning takes 9 ms a token here"
+    text = report(stats, lookahead)
+    assert "too slow to learn this draft, and serves it as it is: learning takes 9 ms a token here" in text
+    assert "learning_budget" in text
+    assert "learn='background'" in text
 
 
 @pytest.mark.parametrize("draft", [True, False])
@@ -86,4 +122,4 @@ def test_of_an_assistant_that_served(tiny_llama, noised_copy, draft):
     text = assistant.report()
     assert ("A draft step" in text) == draft
     assert "The suffix cache drafted" in text
-    assert text.count("\n") < 8, "a few lines"
+    assert text.count("\n") < 9, "a few lines"

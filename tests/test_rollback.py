@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import time
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hf_osd import FeedbackBuffer, OnlineConfig
 from hf_osd import ensemble as ensemble_module
 from hf_osd.distill import trainer as trainer_module
-from hf_osd.gate import Gate, Rejected
+from hf_osd.gate import Verdict
 from hf_osd.learner import Learner
 from hf_osd.serving import ServingDraft
 
@@ -24,6 +25,7 @@ def learner(tiny_llama):
         draft = tiny_llama(layers=1)
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
         settings = {"seed": 0, "warmup_steps": 0, "replay": 0.0, "tail_samples": None, "update_interval": 2}
+        settings |= {"learning_rate": 1e-3}
         serving = ServingDraft(draft, trainable)
         made = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**settings | fields), serving.refresh)
         made.serving = serving
@@ -58,125 +60,186 @@ def same(one, other) -> bool:
     return one == other
 
 
-def reject(since_check):
-    def check(learned_rows, update_rows):
-        raise Rejected("it is worse", since_check)
+@contextlib.contextmanager
+def a_gate_that_says(learner, verdict: Verdict):
+    """Of a candidate, where there is one; and which draft serves stays as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            learner.contenders.gate,
+            "observe",
+            lambda static, accepted, candidate: Verdict.WAIT if candidate is None else verdict,
+        )
+        yield
 
-    return check
+
+def let_one_through(learner, *requests):
+    """What has been learnt from `requests` serves, and has been accepted. Returns what it was."""
+    with a_gate_that_says(learner, Verdict.ACCEPT):
+        assert not learn(learner, *requests)
+        members = everything(learner)[1]
+        learner.schedule._rest = 1  # judged by, and not learnt
+        assert learn(learner, requests[0])
+    return members
 
 
 @pytest.mark.parametrize("fields", [{}, {"averaging": 0.0}, {"ensemble": [1, 3], "optimism": 0.5}])
-def test_a_rejected_update_leaves_no_trace_but_its_count(learner, make_feedback, monkeypatch, caplog, fields):
+def test_a_dropped_candidate_leaves_no_trace_but_its_count(learner, make_feedback, caplog, fields):
     made = learner(**fields)
-    assert learn(made, make_feedback(seed=1), make_feedback(seed=2))
-    before, losses = everything(made), list(made.ensemble.losses)
-    monkeypatch.setattr(made.gate, "check", reject(since_check=False))
-    new = [make_feedback(seed=3), make_feedback(seed=4)]
-    with caplog.at_level(logging.WARNING, logger="hf_osd"):
-        assert not learn(made, *new)
-    assert same(everything(made), before)
-    assert (made.updates, made.rejected, made.failed, made.misses) == (1, 1, 0, 1)
-    assert made.ensemble.losses == losses
-    assert len(made.buffer) == 2, "what it learnt from is forgotten"
+    accepted = let_one_through(made, make_feedback(seed=1), make_feedback(seed=2))
+    served, rate = everything(made)[0], made.rate.value
+    with a_gate_that_says(made, Verdict.WAIT):
+        for seed in (3, 4):
+            assert not learn(made, make_feedback(seed=seed))
+    assert not same(everything(made)[1], accepted)
+    made.schedule._rest = 1
+    with a_gate_that_says(made, Verdict.DROP), caplog.at_level(logging.WARNING, logger="hf_osd"):
+        assert not learn(made, make_feedback(seed=5))
+    assert same(everything(made), (served, accepted))
+    assert made.serving.version == 1
+    figures = made.figures()
+    assert (figures["accepted_updates"], figures["rejected_updates"], figures["failed_updates"]) == (1, 1, 0)
+    assert made.rate.value == rate, "one that was given is obeyed"
     assert all(member._trainer.optimizer is None for member in made.ensemble.members)
-    assert "it is worse" in caplog.text
-    monkeypatch.undo()
-    assert learn(made, make_feedback(seed=5))
+    assert "is dropped" in caplog.text
+    assert not learn(made, make_feedback(seed=6))
+    assert not same(everything(made)[1], accepted), "and learning goes on from it"
 
 
-def test_a_failed_check_goes_back_to_the_last_one_and_a_second_to_the_static_draft(
-    learner, make_feedback, monkeypatch, caplog
-):
-    made, seeds = learner(), iter(range(100))
+def test_a_second_drop_in_a_row_forgets_what_was_learnt_for_it(learner, make_feedback):
+    """The first may be a matter of the rate, and what was learnt is replayed. The second says that it may be what is wrong."""
+    made = learner()
+    let_one_through(made, make_feedback(seed=1))
+    one, two, three, four = (make_feedback(seed=i) for i in range(2, 6))
+    with a_gate_that_says(made, Verdict.DROP):
+        learn(made, one)
+        assert made.contenders.dropped == 0, "there was no candidate but the one that was let through"
+        learn(made, two)
+        assert made.contenders.dropped == 1
+        assert one in made.buffer.requests()
+        learn(made, three)
+        assert made.contenders.dropped == 2
+        assert two not in made.buffer.requests()
+        assert one in made.buffer.requests(), "it was learnt before the first"
+        learn(made, four)
+        assert three not in made.buffer.requests()
+        assert four in made.buffer.requests(), "it has been judged by, and was not learnt yet"
 
-    def go_on(check):
-        monkeypatch.setattr(made.gate, "check", check)
-        return learn(made, make_feedback(seed=next(seeds)))
 
+def test_a_rate_that_was_found_falls_with_a_drop_and_does_not_come_back_to_it(learner, make_feedback):
+    made = learner(learning_rate="auto")
+    with a_gate_that_says(made, Verdict.WAIT):
+        learn(made, *(make_feedback(seed=i) for i in range(4)))
+    found = made.rate.value
+    assert [member.learning_rate for member in made.ensemble.members] == [found]
+    made.contenders.propose()
+    with a_gate_that_says(made, Verdict.DROP):
+        learn(made, make_feedback(seed=5))
+    assert made.rate.value < found
+    assert made.ensemble.members[0].learning_rate == made.figures()["learning_rate"] == made.rate.value
+    trainer = made.ensemble.members[0].trainer
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(made.rate.value)
+
+
+def test_the_static_draft_serves_while_the_gate_says_so_and_learning_goes_on(learner, make_feedback, caplog):
+    made = learner()
     static = everything(made)[0]
-    assert go_on(lambda *rows: "an estimate")
-    checked = everything(made)
-    assert go_on(lambda *rows: None)
-    assert not same(everything(made), checked)
-    version = made.serving.version
-    with caplog.at_level(logging.WARNING, logger="hf_osd"):
-        assert not go_on(reject(since_check=True))
-    assert same(everything(made), checked)
-    assert made.serving.version == version + 1
-    assert len(made.buffer) == 1, "what was learnt since the check is forgotten"
-    assert "the draft of the last check serves again" in caplog.text
-    assert go_on(lambda *rows: None)
-    with caplog.at_level(logging.WARNING, logger="hf_osd"):
-        assert not go_on(reject(since_check=True))
-    assert same(everything(made)[0], static)
-    assert "the static draft serves again" in caplog.text
-    assert made.rejected == 2
-    assert go_on(lambda *rows: "an estimate")  # from there
-    assert not go_on(reject(since_check=True))
-    assert not same(everything(made)[0], static), "a check that was passed counts for the first failure after it"
+    let_one_through(made, make_feedback(seed=1))
+    accepted = everything(made)[0]
+    assert not same(static, accepted)
+    updates = made.updates
+    with a_gate_that_says(made, Verdict.WAIT), caplog.at_level(logging.WARNING, logger="hf_osd"):
+        made.contenders.gate.serves_static = True
+        assert learn(made, make_feedback(seed=2))
+        assert same(everything(made)[0], static)
+        assert made.figures()["serves_static"]
+        assert "worse than the draft before any learning" in caplog.text
+        made.contenders.gate.serves_static = False
+        assert learn(made, make_feedback(seed=3))
+    assert same(everything(made)[0], accepted)
+    assert made.updates == updates + 2
 
 
-def test_a_static_draft_that_is_worse_on_the_whole_is_nothing_to_go_back_to(
-    learner, make_feedback, monkeypatch, caplog
-):
-    """A domain that was forgotten comes again: the static draft knows more of it, and of all that was learnt since, nothing."""
-    made, seeds = learner(), iter(range(100))
-
-    def go_on(check):
-        monkeypatch.setattr(made.gate, "check", check)
-        return learn(made, make_feedback(seed=next(seeds)))
-
-    assert go_on(lambda *rows: "an estimate")
-    checked, made.gate.static_is_worse = everything(made), True
-    for _ in range(3):
-        assert go_on(lambda *rows: None)
-        assert not go_on(reject(since_check=True))
-        assert same(everything(made), checked)
-    assert "the static draft serves again" not in caplog.text
+def test_an_accepted_draft_that_cannot_serve_is_none(learner, make_feedback, monkeypatch, caplog):
+    made = learner()
+    let_one_through(made, make_feedback(seed=1))
+    served, version = everything(made)[0], made.serving.version
+    with a_gate_that_says(made, Verdict.ACCEPT):
+        learn(made, make_feedback(seed=2))
+        made.contenders._candidate.weights[next(iter(served))].view(-1)[0] = torch.nan
+        with caplog.at_level(logging.ERROR, logger="hf_osd"):
+            assert not learn(made, make_feedback(seed=3))
+    assert "not finite" in caplog.text
+    assert (same(everything(made)[0], served), made.serving.version, made.failed) == (True, version, 1)
+    assert made.contenders.serving.weights is made.contenders._out.weights
+    made.schedule._rest = 0
+    assert not learn(made, make_feedback(seed=4))
+    assert made.failed == 1, "and learning goes on"
 
 
-def test_the_wait_doubles_with_each_miss_and_a_good_update_ends_it(learner, make_feedback, monkeypatch):
-    made, check = learner(), Gate.check
-    monkeypatch.setattr(Gate, "check", lambda *args: reject(since_check=False)(0, 0))
+def test_the_rest_doubles_with_each_failure_and_a_good_update_ends_it(learner, make_feedback):
+    """In its turns requests are judged by, and not learnt."""
+    made, seeds = learner(), iter(range(1000))
 
-    def add(count):
-        for i in range(count):
-            made.buffer.add(make_feedback(n=2, seed=i))
+    def fail():
+        failed = made.failed
+        with a_loss(torch.nan):
+            assert not learn(made, make_feedback(n=2, seed=next(seeds)))
+        assert made.failed == failed + 1
 
-    for waits in (2, 4, 8):
-        add(waits - 1)
-        assert not made.due()
-        add(1)
-        assert made.due()
-        assert not made.update()
-    made.misses = 50
-    add(127)
-    assert not made.due()
-    add(1)
-    assert made.due(), "64 times as many is the most"
-    monkeypatch.setattr(Gate, "check", check)
-    assert made.update()
-    assert made.misses == 0
-    add(1)
-    assert not made.due()
-    add(1)
-    assert made.due()
+    for turns in (1, 3, 7):
+        fail()
+        judged = made.contenders.shadow.requests
+        for i in range(turns):
+            assert not learn(made, make_feedback(n=2, seed=next(seeds)))
+            assert made.contenders.shadow.requests == judged + i + 1
+        assert (made.updates, made.buffer.new()) == (0, [])
+    made.schedule.misses = 50
+    fail()
+    for _ in range(63):
+        learn(made, make_feedback(n=2, seed=next(seeds)))
+    assert made.updates == 0, "that is the most"
+    learn(made, make_feedback(n=2, seed=next(seeds)))
+    assert (made.updates, made.schedule.misses) == (1, 0)
+    learn(made, make_feedback(n=2, seed=next(seeds)))
+    assert made.updates == 2
 
 
-def test_after_a_miss_nothing_is_replayed(learner, make_feedback, monkeypatch):
+@pytest.mark.parametrize("gate", [False, True])
+def test_after_a_failure_nothing_is_replayed(learner, make_feedback, monkeypatch, gate):
     """What broke the update may be among it."""
-    made, learnt = learner(replay=3.0), []
-    assert learn(made, make_feedback(seed=1))
+    made, learnt = learner(replay=3.0, gate=gate), []
+    learn(made, make_feedback(seed=1))
+    assert made.updates == 1
     learn_ = made.ensemble.members[0].learn
     monkeypatch.setattr(
         made.ensemble.members[0], "learn", lambda requests: (learnt.append(len(requests)), learn_(requests))
     )
-    with monkeypatch.context() as patch:
-        patch.setattr(made.gate, "check", reject(since_check=False))
+    with a_loss(torch.nan):
         assert not learn(made, make_feedback(seed=2))
-    assert learn(made, make_feedback(seed=3))
-    assert learn(made, make_feedback(seed=4))
+    for seed in (3, 4, 5):  # the first of them is let pass
+        learn(made, make_feedback(seed=seed))
     assert learnt == [4, 1, 4]
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("rate", ["auto", 1e-3])
+def test_an_interrupt_passes_through_and_nothing_is_learnt_by_halves(learner, make_feedback, gate, rate):
+    """What is saved after it is what was there before, also while rates are tried."""
+    made, steps = learner(gate=gate, learning_rate=rate, batch_size=1), []
+    member = made.ensemble.members[0]
+    before = everything(made)
+
+    def interrupt():
+        steps.append(None)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    member._after_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        learn(made, *(make_feedback(seed=i) for i in range(8)))
+    assert len(steps) == 3
+    assert same(everything(made), before)
+    assert (made.updates, made.failed) == (0, 0)
 
 
 # Faults, by name: each has an update fail.
@@ -220,7 +283,6 @@ def a_judge_that_raises(made):
     def raising(*args):
         raise RuntimeError("cannot be judged")
 
-    made.gate._sample = dict.fromkeys(made.held.requests(), torch.zeros(12))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ensemble_module, "judge", raising)
         yield
@@ -229,7 +291,6 @@ def a_judge_that_raises(made):
 FAULTS = {
     "a loss that is NaN": (lambda made: a_loss(torch.nan), "loss of this update is nan"),
     "an infinite loss": (lambda made: a_loss(torch.inf), "loss of this update is"),
-    "an exploding loss": (lambda made: a_loss(50.0), "over 4 times the largest"),
     "no memory on the device": (lambda made: an_error(torch.OutOfMemoryError("CUDA out of memory")), "CUDA out of"),
     "no memory": (lambda made: an_error(MemoryError("no memory")), "no memory"),
     "any other error": (lambda made: an_error(AssertionError("a bug")), "a bug"),
@@ -238,54 +299,67 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_feedback, caplog, fault):
-    made = learner(averaging=0.0, held_back_share=0.25)
-    for i in range(6):
+@pytest.mark.parametrize(
+    ("fault", "gate"),
+    [(fault, gate) for fault in FAULTS for gate in (True, False) if gate or fault != "a judge that raises"],
+)
+def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_feedback, caplog, fault, gate):
+    made = learner(averaging=0.0, gate=gate)
+    if gate:
+        let_one_through(made, make_feedback(seed=10))
+    for i in range(3):
         made.offer(make_feedback(seed=i))
         made.update()
     assert made.updates >= 3
     before, version = everything(made), made.serving.version
+    assert version >= 1
     make, words = FAULTS[fault]
     with make(made), caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert not learn(made, make_feedback(seed=7), make_feedback(seed=8))
     assert same(everything(made), before)
-    assert (made.serving.version, made.failed, made.rejected) == (version, 1, 0)
+    assert (made.serving.version, made.failed, made.contenders.dropped) == (version, 1, 0)
     assert made.figures()["failed_updates"] == 1
     assert "An update failed; the serving draft is as it was" in caplog.text
     assert words in caplog.text
-    made.gate._sample = {}
-    assert learn(made, make_feedback(seed=9)), "and learning goes on"
-    assert made.serving.version == version + 1
-
-
-def test_a_loss_explodes_against_the_largest_of_the_last_ones(learner, make_feedback):
-    made = learner(gate=False, learning_rate=1e-6)
-    request = make_feedback(seed=1)
-    with a_loss(4.5):  # there is nothing yet that it could be large against
-        assert learn(made, request)
-    for _ in range(7):
-        assert learn(made, make_feedback(seed=1))
-    with a_loss(4.4):
-        assert learn(made, make_feedback(seed=1)), "one of the last eight was as large"
-    for _ in range(8):
-        assert learn(made, make_feedback(seed=1))
-    with a_loss(4.4):
-        assert not learn(made, make_feedback(seed=1))
+    learn(made, make_feedback(seed=9))
+    updates = made.updates
+    served = learn(made, make_feedback(seed=11))
+    assert made.updates == updates + 1, "and learning goes on, a turn later"
+    assert served == (not gate)
+    assert made.serving.version == version + (not gate)
     assert made.failed == 1
 
 
-@pytest.mark.parametrize("share", [0.0, 0.0625])
-def test_requests_that_left_the_buffer_are_let_go_of(learner, make_feedback, share):
-    """Where nothing is held back no check will come that forgets them."""
-    made = learner(held_back_share=share)
-    request = make_feedback(seed=1)
+@pytest.mark.parametrize("gate", [False, True])
+def test_requests_that_left_the_buffer_are_let_go_of(learner, make_feedback, gate):
+    """But for those that are kept to see that they are not unlearnt: a few, and until they are as old as the buffer allows."""
+    made = learner(gate=gate, buffer_age=1000.0 if gate else None)
+    request = make_feedback(seed=1, created=time.monotonic() - 999.0)
     gone = weakref.ref(request)
-    assert learn(made, request)
+    made.buffer.add(request)
+    made.update()
+    assert made.updates == 1
+    assert (request in made.contenders.remembered.requests()) == gate
     made.buffer.clear()
     del request
-    assert learn(made, make_feedback(seed=2))
-    if share:
-        made._trust()
+    if gate:
+        gone().__dict__["created"] -= 10.0  # as if time had passed
+    learn(made, make_feedback(seed=2))
+    assert made.updates == 2
     gc.collect()
     assert gone() is None
+
+
+def test_a_closed_learner_keeps_no_request_of_before(learner, make_feedback):
+    """But those of its last update, which its trainer has until it is gone."""
+    made = learner()
+    gone = []
+    for i in range(3):
+        request = make_feedback(seed=i)
+        gone.append(weakref.ref(request))
+        learn(made, request)
+    made.close()
+    made.buffer.clear()
+    del request
+    gc.collect()
+    assert [reference() for reference in gone[:-1]] == [None] * 2

@@ -16,6 +16,9 @@ from hf_osd.state import saved_progress
 
 from .served import GREEDY, PROMPTS, serve
 
+# What is learnt serves at once, and however long learning takes, all is learnt.
+AT_ONCE = {"gate": False, "learning_rate": 1e-3, "learning_budget": 1.0}
+
 
 def weights(assistant):
     return torch.cat([p.flatten() for _, p in assistant.serving.weights()])
@@ -24,7 +27,7 @@ def weights(assistant):
 @pytest.fixture
 def learnt(target, draft):
     """An assistant that has served five requests and learnt from four."""
-    assistant = OnlineAssistant(draft, update_interval=2, seed=0)
+    assistant = OnlineAssistant(draft, update_interval=2, seed=0, **AT_ONCE)
     serve(target, assistant, PROMPTS[:5])
     assistant.take_in()
     return assistant
@@ -32,7 +35,7 @@ def learnt(target, draft):
 
 def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
     def fresh():
-        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, draft_cost=0.2)
+        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, draft_cost=0.2, **AT_ONCE)
 
     straight, stopped = fresh(), fresh()
     for assistant in (straight, stopped):
@@ -51,7 +54,40 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_p
     torch.testing.assert_close(weights(straight), weights(resumed), atol=1e-6, rtol=1e-5)
 
 
+def test_what_was_let_through_serves_again_and_learning_goes_on_from_what_was_not(target, draft, tmp_path):
+    config = {"update_interval": 4, "seed": 0, "draft_cost": 0.2, "warmup_steps": 0} | AT_ONCE | {"gate": True}
+    assistant, resumed = (OnlineAssistant(draft, **config) for _ in range(2))
+    static = weights(resumed)
+    for _ in range(8):
+        serve(target, assistant)
+    assistant.flush()
+    assert assistant.stats.accepted_updates > 0
+    assistant.save_state(tmp_path)
+    resumed.load_state(tmp_path)
+    assert torch.equal(weights(resumed), weights(assistant))
+    assert not torch.equal(weights(resumed), static)
+    for name, learnt in assistant.learner.ensemble.serving_weights().items():
+        assert torch.equal(learnt, resumed.learner.ensemble.serving_weights()[name])
+    then, now = assistant.stats.to_dict(), resumed.stats.to_dict()
+    for name in (
+        "updates",
+        "accepted_updates",
+        "rejected_updates",
+        "regret_vs_static",
+        "learning_rate",
+        "serves_static",
+    ):
+        assert now[name] == then[name]
+    assert now["regret_vs_static"] < 0
+    served = weights(resumed)
+    serve(target, resumed, PROMPTS[:4])
+    resumed.take_in()
+    assert resumed.flush() or torch.equal(weights(resumed), served)
+    assert resumed.stats.failed_updates == 0
+
+
 LORA = {"adapter": "lora", "lora": 4, "update_interval": 10**6, "seed": 3, "replay": 0.0, "draft_cost": 0.2}
+LORA |= AT_ONCE | {"learning_rate": 1e-4}
 
 
 def test_a_learner_of_an_adapter_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
@@ -167,7 +203,7 @@ def test_a_truncated_state_is_refused_and_the_one_before_it_taken(draft, learnt,
 
 
 @pytest.mark.parametrize(
-    "values", ["{}", '{"version": 1}', '{"version": 2}', '{"version": 2, "stats": {"total": {"x": 1}}}']
+    "values", ["{}", *(f'{{"version": {n}}}' for n in (1, 2, 3)), '{"version": 3, "stats": {"total": {"x": 1}}}']
 )
 def test_a_state_of_another_version_is_refused(draft, learnt, tmp_path, values):
     learnt.save_state(tmp_path)
@@ -217,8 +253,7 @@ def test_feedback_is_written_only_when_asked_and_for_its_owner_alone(draft, lear
     learnt.save_state(tmp_path / "asked", with_buffer=True)
     folder = newest_state(tmp_path / "asked")
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
-    for name in ("buffer.safetensors", "held_back.safetensors"):
-        assert stat.S_IMODE(os.stat(folder / name).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(folder / "buffer.safetensors").st_mode) == 0o600
     restored = OnlineAssistant(draft)
     restored.load_state(tmp_path / "asked")
     assert [f.tokens.tolist() for f in restored.buffer.sample(9)] != []
@@ -237,32 +272,9 @@ def test_a_state_without_prompts_takes_those_of_older_ones_off_the_disk(learnt, 
     assert len(states(tmp_path)) == 2
 
 
-def test_what_is_held_back_survives_a_restart_where_asked(target, draft, tmp_path):
-    def fresh():
-        return OnlineAssistant(draft, update_interval=10**6, held_back_share=0.25, seed=0)
-
-    assistant = fresh()
-    serve(target, assistant, PROMPTS[:9])
-    assistant.save_state(tmp_path / "state")
-    assistant.save_state(tmp_path / "asked", with_buffer=True)
-    restored, without = fresh(), fresh()
-    restored.load_state(tmp_path / "asked")
-    without.load_state(tmp_path / "state")
-    assert (restored.stats.held_back, without.stats.held_back) == (2, 0)
-    for was, now in zip(assistant.learner.held.requests(), restored.learner.held.requests(), strict=True):
-        assert torch.equal(was.tokens, now.tokens)
-        assert torch.equal(was.overlap.nan_to_num(-1), now.overlap.nan_to_num(-1))
-    for other in (assistant, restored, without):
-        serve(target, other, PROMPTS[:2])  # the tenth is the next to be held back
-        other.update()
-        assert torch.equal(other.learner.held.requests()[-1].tokens[:6].long(), PROMPTS[0][0])
-        assert other.learner.held.judged_rows == assistant.learner.held.judged_rows > 0
-    assert [len(other.learner.held) for other in (assistant, restored, without)] == [3, 3, 1]
-
-
 def test_what_prompts_have_taught_is_known_after_a_restart_where_asked(target, draft, tmp_path):
     def fresh():
-        return OnlineAssistant(draft, update_interval=10**6, held_back_share=0.25, seed=0)
+        return OnlineAssistant(draft, update_interval=10**6, seed=0)
 
     assistant, restored, without = fresh(), fresh(), fresh()
     serve(target, assistant, PROMPTS[:9])
@@ -270,7 +282,7 @@ def test_what_prompts_have_taught_is_known_after_a_restart_where_asked(target, d
     assistant.save_state(tmp_path / "asked", with_buffer=True)
     restored.load_state(tmp_path / "asked")
     without.load_state(tmp_path / "state")
-    for p in PROMPTS[:9]:  # two of them were held back
+    for p in PROMPTS[:9]:
         assert assistant.known_texts.shared(p[0]) == restored.known_texts.shared(p[0]) == len(p[0])
         assert without.known_texts.shared(p[0]) == 0
 
@@ -279,4 +291,4 @@ def test_a_state_is_plain_values_and_safetensors(learnt, tmp_path):
     learnt.save_state(tmp_path, with_buffer=True)
     folder = newest_state(tmp_path)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
-    assert json.loads((folder / "state.json").read_text())["version"] == 2
+    assert json.loads((folder / "state.json").read_text())["version"] == 3

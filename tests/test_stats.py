@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from hf_osd.intervals import Comparison, Estimate
 from hf_osd.stats import ROLLING, CallStats, Stats
 
 
@@ -71,6 +72,10 @@ def test_the_last_call_is_the_last():
     assert stats.recent[0].alpha == pytest.approx(0.1), "summing up leaves each call as it was"
 
 
+def estimate() -> Estimate:
+    return Estimate(0.61, 0.5, 0.7, 9, Comparison(9, 0.42, 0.61, 0.19, 0.1, 0.3))
+
+
 def test_to_dict_holds_counts_and_the_three_views():
     stats = Stats(updates=3, buffer_bytes=10)
     stats.observe_call(call(alpha=0.5))
@@ -80,6 +85,11 @@ def test_to_dict_holds_counts_and_the_three_views():
         assert values[view]["alpha"] == pytest.approx(0.5)
         assert values[view]["accepted"] == 4
     assert "recent" not in values
+    assert not any("alpha" in name for name in values)
+    stats.estimate = estimate()
+    values = stats.to_dict()
+    assert (values["alpha_prequential"], values["alpha_static"]) == (0.61, 0.42)
+    assert (values["alpha_prequential_low"], values["alpha_prequential_high"]) == (0.5, 0.7)
 
 
 def test_printing_shows_the_figures():
@@ -87,6 +97,8 @@ def test_printing_shows_the_figures():
         updates=4,
         failed_updates=1,
         rejected_updates=2,
+        accepted_updates=3,
+        regret_vs_static=-0.0321,
         learned_tokens=321,
         buffer_requests=7,
         buffer_capacity=64 * 2**20,
@@ -97,7 +109,10 @@ def test_printing_shows_the_figures():
     assert lines["alpha"][1:] == ["0.900", "0.500", "0.500"]
     assert lines["alpha_live"][1:] == ["0.800"] * 3
     assert lines["tokens a round"][3:] == ["3.000"] * 3
-    assert "4 updates (1 failed, 2 rejected), 321 tokens" in str(stats)
+    assert "4 updates (1 failed), candidates 3 accepted and 2 dropped, 321 tokens" in str(stats)
+    assert "before it was learnt: -; regret_vs_static -0.0321" in str(stats)
+    stats.estimate = estimate()
+    assert "before it was learnt: alpha 0.610 (0.500 to 0.700) on the last 9; 0.420 without learning" in str(stats)
     assert "7 requests, 0.0 of 64 MiB" in str(stats)
 
 

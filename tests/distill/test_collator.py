@@ -75,3 +75,20 @@ def test_half_precision_feedback_becomes_float32(make_feedback, dtype):
     batch = FeedbackCollator()([make_feedback(dtype=dtype)])
     assert batch["top_logps"].dtype == batch["tail_logp"].dtype == torch.float32
     assert batch["top_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("longest", "columns"), [(65, 65), (64, 63), (66, 65), (193, 193)])
+def test_sixty_four_columns_become_one_more(make_feedback, longest, columns):
+    """With a mask cuDNN's attention has NaN for gradients there. What is taught, and where, is the same."""
+    requests = [make_feedback(n=12, prompt=longest - 12, seed=0), make_feedback(n=8, prompt=20, seed=1)]
+    batch = FeedbackCollator()(requests)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, columns)
+    assert batch["attention_mask"].sum(-1).tolist() == [longest - 1, 27]
+    assert batch["labels"][batch["labels"] != -100].tolist() == [
+        *requests[0].answer.tolist(),
+        *requests[1].answer.tolist(),
+    ]
+    read = batch["rows"] % batch["keep"] + columns - batch["keep"]  # the column of each row
+    ids = batch["input_ids"][(batch["rows"] >= batch["keep"]).long(), read].tolist()
+    before = [request.tokens[request.prompt_length - 1 : -1].tolist() for request in requests]
+    assert ids == before[0] + before[1]

@@ -174,7 +174,7 @@ def test_the_base_of_a_lora_draft_gets_one_and_learns_by_it(tiny_llama, make_fee
 
     draft = get_peft_model(tiny_llama(vocab=VOCAB), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
-    config = OnlineConfig(tail_samples=32, warmup_steps=0, seed=0)
+    config = OnlineConfig(tail_samples=32, warmup_steps=0, gate=False, learning_rate=1e-3, seed=0)
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     assert type(draft.get_output_embeddings()) is nn.Linear, "the draft that was passed is not the learner's"
     head = learner.ensemble.members[0].module.base_model.model.lm_head
@@ -263,7 +263,9 @@ def test_a_head_that_trains_gets_gradients_where_it_was_computed(tiny_llama, bat
 def test_a_learner_trains_the_head_if_asked(tiny_llama, make_feedback):
     draft = tiny_llama(layers=1, vocab=VOCAB)
     trainable = {name for name, _ in draft.named_parameters()}
-    config = OnlineConfig(tail_samples=32, warmup_steps=0, freeze_embeddings=False, seed=0)
+    config = OnlineConfig(
+        tail_samples=32, warmup_steps=0, freeze_embeddings=False, gate=False, learning_rate=1e-3, seed=0
+    )
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     learner.buffer.add(make_feedback(vocab=VOCAB, k=4))
     assert learner.update()

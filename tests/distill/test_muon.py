@@ -137,7 +137,9 @@ def test_its_state_goes_on_in_another(tiny_llama):
 def learner_of(draft, frozen=(), **fields) -> Learner:
     trainable = {name for name, _ in draft.named_parameters() if not any(part in name for part in frozen)}
     config = OnlineConfig(
-        **{"optim": "muon", "warmup_steps": 0, "batch_size": None, "replay": 0.0, "seed": 0} | fields
+        **{"optim": "muon", "warmup_steps": 0, "batch_size": None, "replay": 0.0, "seed": 0}
+        | {"gate": False, "learning_rate": 1e-3}
+        | fields
     )
     return Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
 

@@ -17,6 +17,7 @@ from hf_osd.separate import LearningRank, Roles, serve_separately
 from hf_osd.wire import to_bytes
 
 CONFIG = {"update_interval": 4, "draft_cost": 0.1, "gate": False, "warmup_steps": 0, "seed": 0}
+CONFIG |= {"learning_rate": 1e-3}
 
 
 class Mortal(LearningRank):

@@ -1,5 +1,6 @@
 """What the ranks of a job do together, one scene after the other. Not a test: test_ranks.py runs it in two processes."""
 
+import functools
 import itertools
 import json
 import logging
@@ -18,8 +19,10 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
+from hf_osd.contenders import Contenders, Point
 from hf_osd.distributed import Ranks, update_together
 from hf_osd.learner import Learner
+from hf_osd.scoring import Judged
 from hf_osd.trace import read_trace
 
 # One step over all requests, by plain gradients: nothing that could hide a factor.
@@ -42,7 +45,6 @@ FULL = {
     "averaging": 0.9,
     "optimism": 0.5,
     "ensemble": [1, 2],
-    "held_back_share": 0.25,
     "tail_samples": 32,
     "learning_rate": 1e-3,
     "seed": 0,
@@ -96,6 +98,7 @@ class Job:
             mine = self.requests[:first] if self.ranks.rank == 0 else self.requests[first : first + second]
             self.keep(name, one_step(self.draft, mine))
         self.learning()
+        self.finding()
         self.failing()
         self.beginning()
         self.serving()
@@ -124,17 +127,16 @@ class Job:
         self.facts["agreeing"] = facts
 
     def learning(self):
-        """Rank 1 has fewer requests, at times none; and at last what it holds back speaks against the update, which what rank 0 holds does not."""
+        """Rank 1 has fewer requests, at times none; and once they speak against the candidate, which those of rank 0 do not."""
         rank, (learner, served) = self.ranks.rank, make(self.draft, FULL)
         requests = (replace(request) for request in itertools.cycle(self.requests))  # each one of its own
         counts = []
         for i in range(6):
-            learner.gate._judge = lambda held, i=i: [torch.full((len(one),), self.alpha(i)) for one in held]
-            learner.gate._judge_static = lambda held: [torch.full((len(one),), 0.1) for one in held]
+            learner.contenders.judge = functools.partial(self.says, learner.contenders, i)
             for _ in range(16 if rank == 0 or i % 2 == 0 else 0):
                 learner.offer(next(requests))
             learner.update_together(force=True)
-            counts.append([learner.updates, learner.rejected, learner.failed])
+            counts.append([learner.updates, learner.contenders.dropped, learner.failed])
             self.keep(f"learning.{i}", served)
         self.facts["learning"] = {
             "counts": counts,
@@ -143,8 +145,28 @@ class Job:
         }
         self.facts["estimate"] = learner.figures()["estimate"].to_dict()
 
-    def alpha(self, i: int) -> float:
-        return 0.0 if self.ranks.rank == 1 and i == 4 else 0.9
+    def says(self, contenders: Contenders, i: int, requests: list, point: Point) -> list[Judged]:
+        alpha = 0.5
+        if point is contenders.static:
+            alpha = 0.1
+        elif point is contenders._candidate:
+            alpha = 0.9 if i != 4 else 0.5 if self.ranks.rank == 0 else 0.0
+        return [Judged(*(torch.full((len(one),), value) for value in (alpha, 0.5, alpha))) for one in requests]
+
+    def finding(self):
+        """A rate, of requests that lie on rank 0 alone; and nothing where no rank has enough of them."""
+        (learner, _), facts = make(self.draft, {**FULL, "learning_rate": "auto", "ensemble": None}), []
+        for count in ((1, 1), (6, 0), (0, 6)):
+            for request in self.requests[: count[self.ranks.rank]]:
+                learner.offer(replace(request))
+            learner.update_together(force=True)
+            # Those of the first round stay new, and are learnt with the others.
+            facts.append(
+                [learner.updates, learner.failed, learner.rate.value, learner.rate.passes, learner.rate.reason]
+            )
+        self.facts["finding"] = facts
+        self.facts["found by"] = learner.contenders.shadow.requests
+        self.keep("finding", learner.ensemble.serving_weights())
 
     def failing(self):
         rank, (learner, served) = self.ranks.rank, make(self.draft, {**PLAIN, "batch_size": 2, "optim": "adamw_torch"})
@@ -163,9 +185,10 @@ class Job:
             learner.buffer.add(request)
         outcomes = [learner.update()]
         undone = all(torch.equal(tensor, before[name]) for name, tensor in learner.ensemble.serving_weights().items())
-        for request in self.requests[6:12]:
-            learner.buffer.add(request)
-        outcomes.append(learner.update())
+        for start in (6, 12):
+            for request in self.requests[start : start + 6]:
+                learner.buffer.add(request)
+            outcomes.append(learner.update())
         self.keep("failing", served)
         self.facts["failing"] = {"outcomes": outcomes, "failed": learner.failed, "undone": undone}
 

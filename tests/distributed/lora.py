@@ -23,7 +23,7 @@ def main(folder: Path):
     lora.available = lambda device: [64 * GIB, given["least"]][rank]
     torch.manual_seed(rank)  # whatever else is random differs
     assistant = OnlineAssistant(
-        given["draft"], adapter="lora", lora=8, update_interval=2, warmup_steps=0, held_back_share=0.0
+        given["draft"], adapter="lora", lora=8, update_interval=2, warmup_steps=0, gate=False, learning_rate=1e-3
     )
     begun = {name: w.clone() for name, w in assistant.serving.weights()}
     for request in given["requests"][rank]:

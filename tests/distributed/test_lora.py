@@ -9,7 +9,7 @@ from hf_osd.memory import LearningFacts, learning_bytes
 
 def test_ranks_learn_the_same_adapter_by_the_memory_of_the_poorest(run_job, tmp_path, tiny_llama, make_feedback):
     draft = tiny_llama(layers=1)
-    config = OnlineConfig(adapter="lora", held_back_share=0.0)
+    config = OnlineConfig(adapter="lora")
     trainable = {name for name, _ in draft.named_parameters() if "layers" in name or "norm" in name}
     facts = LearningFacts.of(draft, trainable, adaptable(draft), config)
     requests = [[make_feedback(seed=i + 10 * rank) for i in range(3)] for rank in range(2)]

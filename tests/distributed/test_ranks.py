@@ -74,20 +74,31 @@ def test_gradients_are_those_of_one_process_on_the_union(job, script, split):
 
 
 def test_every_rank_ends_with_the_same_bytes(job):
-    """With replay, sampled columns, averages and an ensemble, each rank drawing its own; also after an update that the gate turned away."""
+    """With replay, sampled columns, averages and an ensemble, each rank drawing its own; also after what was learnt has been dropped."""
     counts = [facts["learning"]["counts"] for facts in job.facts]
     assert counts[0] == counts[1]
-    assert counts[0][-1] == [5, 1, 0]
+    assert counts[0][-1] == [6, 1, 0]
     seen = [job.tensors(f"learning.{i}") for i in range(6)]
     for one, other in seen:
         assert identical(one, other)
     assert not identical(seen[2][0], seen[3][0])
+    assert identical(seen[3][0], seen[4][0]), "what was dropped had not served"
     assert not identical(seen[4][0], seen[5][0])
 
 
-def test_what_one_rank_holds_back_turns_an_update_away_on_all(job):
-    rejected = [[rejected for _, rejected, _ in facts["learning"]["counts"]] for facts in job.facts]
-    assert rejected[0] == rejected[1] == [0, 0, 0, 0, 1, 1]
+def test_what_the_requests_of_one_rank_say_against_a_candidate_drops_it_on_all(job):
+    dropped = [[dropped for _, dropped, _ in facts["learning"]["counts"]] for facts in job.facts]
+    assert dropped[0] == dropped[1] == [0, 0, 0, 0, 1, 1]
+
+
+def test_ranks_find_one_rate_though_one_of_them_has_no_requests(job):
+    one, other = (facts["finding"] for facts in job.facts)
+    assert one == other
+    assert [updates for updates, *_ in one] == [0, 1, 2]
+    assert {failed for _, failed, *_ in one} == {0}
+    assert one[1][4].startswith("the best of")
+    assert job.facts[0]["found by"] == job.facts[1]["found by"] > 0
+    assert identical(*job.tensors("finding"))
 
 
 def test_figures_are_of_all_ranks(job):
@@ -99,7 +110,7 @@ def test_figures_are_of_all_ranks(job):
 
 def test_what_fails_on_one_rank_is_undone_on_all(job):
     for facts in job.facts:
-        assert facts["failing"] == {"outcomes": [False, True], "failed": 1, "undone": True}
+        assert facts["failing"] == {"outcomes": [False, False, True], "failed": 1, "undone": True}
     assert identical(*job.tensors("failing"))
 
 
@@ -141,7 +152,7 @@ def test_one_process_agrees_with_itself_and_learns_when_it_is_due(tiny_llama, ma
     assert (ranks.most(3), ranks.any(True), ranks.any(False), ranks.same({})) == (3, True, False, True)
     with pytest.raises(KeyError), ranks.together():
         raise KeyError
-    assistant = OnlineAssistant(tiny_llama(), update_interval=2, gate=False, seed=0)
+    assistant = OnlineAssistant(tiny_llama(), update_interval=2, gate=False, learning_rate=1e-3, seed=0)
     assistant.buffer.add(make_feedback())
     assert not update_together(assistant)
     assert update_together(assistant, force=True)

@@ -40,6 +40,9 @@ def make(target, **config):
     """An assistant that drafts whether or not it pays; making it opens the seam, which is then closed."""
     settings = {
         "update_interval": 2,
+        "gate": False,
+        "learning_rate": 1e-3,
+        "learning_budget": 1.0,
         "seed": 0,
         "lookahead": "constant",
         "num_assistant_tokens": 3,

@@ -15,6 +15,7 @@ DRAFT = ["README.md", "config.json", "generation_config.json", "model.safetensor
 
 
 def make(target, **config):
+    config = {"gate": False, "learning_rate": 1e-3, "learning_budget": 1.0} | config
     return OnlineAssistant(grow_draft(target), update_interval=10**6, seed=0, **config)
 
 

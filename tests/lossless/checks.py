@@ -34,10 +34,14 @@ class Served:
     top_k: int
 
 
+# What an update has learnt serves from the next call on, however long learning takes here.
+SERVES_AT_ONCE = {"gate": False, "learning_budget": 1.0}
+
+
 def assistant_of(draft: PreTrainedModel, **config) -> OnlineAssistant:
     """An assistant that drafts a constant γ with its draft alone, keeps its distributions whole and learns only when told to."""
     settings = {"lookahead": "constant", "update_interval": 10**6, "top_k": 64, "feedback_dtype": "float32"}
-    settings["suffix_cache"] = False
+    settings |= {"suffix_cache": False, "learning_rate": 1e-3, **SERVES_AT_ONCE}
     return OnlineAssistant(draft, **settings | config)
 
 

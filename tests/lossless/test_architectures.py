@@ -11,7 +11,7 @@ from hf_osd import grow_draft
 DECODERS = ["Llama", "Qwen2", "Qwen3", "Gemma3", "Mistral", "GPT2", "GPTNeoX", "Phi", "OPT", "Mixtral", "Qwen2Moe"]
 SEQ2SEQ = ["T5", "Bart"]
 PROMPTS = torch.randint(3, 60, (6, 1, 6), generator=torch.Generator().manual_seed(0))
-LEARNS = {"update_interval": 2, "learning_rate": 5e-3, "gate": False}
+LEARNS = {"update_interval": 2, "learning_rate": 5e-3}
 # Sums in another order (cached and uncached attention): tiny models show about 1e-5.
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

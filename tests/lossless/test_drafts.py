@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from hf_osd import OnlineAssistant, compare_outputs
 from hf_osd.drafts import load_draft
 
+from .checks import SERVES_AT_ONCE
+
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(3))
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-LEARNS = {"update_interval": 2, "learning_rate": 5e-3}
+LEARNS = {"update_interval": 2, "learning_rate": 5e-3, **SERVES_AT_ONCE}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
@@ -105,7 +107,7 @@ def test_adapters_learn_and_their_base_does_not(target, noised_copy, serve_as_pl
 def test_a_draft_in_another_dtype(tiny_model, noised_copy, of_target, of_draft):
     target = tiny_model("Llama").to(getattr(torch, of_target))
     draft = noised_copy(tiny_model("Llama"), 0.1).to(getattr(torch, of_draft))
-    assistant = OnlineAssistant(draft, lookahead="constant", seed=0, update_interval=2, learning_rate=1e-3)
+    assistant = OnlineAssistant(draft, lookahead="constant", seed=0, **LEARNS | {"learning_rate": 1e-3})
     for prompt in PROMPTS:
         plain = target.generate(prompt, **GREEDY)
         output = target.generate(prompt, assistant_model=assistant, **GREEDY)
@@ -121,7 +123,7 @@ def test_a_checkpoint_learns_in_the_dtype_it_was_saved_in(tiny_model, noised_cop
     target, dtype = tiny_model("Llama"), getattr(torch, saved)
     noised_copy(target, 0.1).to(dtype).save_pretrained(tmp_path / "brought")
     assistant = OnlineAssistant(
-        load_draft(tmp_path / "brought"), lookahead="constant", seed=0, update_interval=2, learning_rate=1e-3
+        load_draft(tmp_path / "brought"), lookahead="constant", seed=0, **LEARNS | {"learning_rate": 1e-3}
     )
     before = {name: weight.clone() for name, weight in assistant.serving.weights()}
     for prompt in PROMPTS:

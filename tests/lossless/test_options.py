@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from hf_osd import OnlineAssistant, compare_outputs
 from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
 
+from .checks import SERVES_AT_ONCE
+
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(0))
 LENGTH = PROMPTS.shape[-1]
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
@@ -31,7 +33,17 @@ def draft(target, noised_copy):
 
 
 def assist(draft, **config):
-    return OnlineAssistant(draft, **{"lookahead": "constant", "update_interval": 10**6, "seed": 0, **config})
+    return OnlineAssistant(
+        draft,
+        **{
+            "lookahead": "constant",
+            "update_interval": 10**6,
+            "learning_rate": 1e-3,
+            "seed": 0,
+            **SERVES_AT_ONCE,
+            **config,
+        },
+    )
 
 
 def same(target, assistant, prompts=PROMPTS[:3], **kwargs):

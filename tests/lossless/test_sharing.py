@@ -13,6 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 import hf_osd
 from hf_osd import OnlineAssistant
 
+from .checks import SERVES_AT_ONCE
+
 PROMPTS = torch.randint(2, 64, (4, 1, 6), generator=torch.Generator().manual_seed(7))
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -23,7 +25,17 @@ def other(tiny_model):
 
 
 def assist(draft, **config):
-    return OnlineAssistant(draft, **{"lookahead": "constant", "update_interval": 3, "seed": 0, **config})
+    return OnlineAssistant(
+        draft,
+        **{
+            "lookahead": "constant",
+            "update_interval": 3,
+            "learning_rate": 1e-3,
+            "seed": 0,
+            **SERVES_AT_ONCE,
+            **config,
+        },
+    )
 
 
 def answers(model, **kwargs):

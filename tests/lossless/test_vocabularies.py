@@ -12,9 +12,16 @@ from hf_osd import OnlineAssistant, record_answers
 from hf_osd.feedback import UNTESTED
 from hf_osd.translation import Translation
 
+from .checks import SERVES_AT_ONCE
+
 PROMPTS = [torch.randint(2, 60, (1, 7), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
-CONSTANT = {"lookahead": "constant", "num_assistant_tokens": 3, "top_k": 1000, "feedback_dtype": "float32"}
+CONSTANT = {
+    "lookahead": "constant",
+    "num_assistant_tokens": 3,
+    "top_k": 1000,
+    "feedback_dtype": "float32",
+} | SERVES_AT_ONCE
 
 
 def tokenizer_of(words, split=None):
@@ -70,7 +77,7 @@ def made(kind, target, tiny_llama):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_output_is_the_targets_own_while_the_draft_learns(kind, target, tiny_llama, noised_copy):
     target, draft, tokenizers = made(kind, target, tiny_llama)
-    assistant = OnlineAssistant(noised_copy(draft, 0.1), update_interval=2, **CONSTANT)
+    assistant = OnlineAssistant(noised_copy(draft, 0.1), update_interval=2, learning_rate=1e-3, **CONSTANT)
     for prompt in PROMPTS:
         plain = target.generate(prompt, **GREEDY)
         assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY))
@@ -151,7 +158,7 @@ def test_the_draft_stays_whole_and_can_be_saved(kind, sampled, target, tiny_llam
     """Stock sampled universal decoding prunes the draft's head and wraps its embeddings for good."""
     target, draft, tokenizers = made(kind, target, tiny_llama)
     draft.generation_config.repetition_penalty = 1.0
-    assistant = OnlineAssistant(draft, update_interval=2, **CONSTANT)
+    assistant = OnlineAssistant(draft, update_interval=2, learning_rate=1e-3, **CONSTANT)
     torch.manual_seed(0)
     for prompt in PROMPTS[:4]:
         target.generate(
@@ -226,7 +233,7 @@ def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
     else:
         (target, draft, tokenizers), words = made(kind, target, tiny_llama), WORDS
     prompts = [p[:, : 3 + i].clamp_max(len(words) - 1) for i, p in enumerate(PROMPTS[:4])]
-    assistant = OnlineAssistant(draft, update_interval=10**6, held_back_share=0.0, prompt_positions=4, **CONSTANT)
+    assistant = OnlineAssistant(draft, update_interval=10**6, prompt_positions=4, **CONSTANT)
     for prompt in prompts:
         target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY)
     assistant.take_in()

@@ -75,6 +75,7 @@ class Event:
         if self.name == "swap":
             assistant.refresh(retrained(self._draft, 0.3, seed=self.count))
         else:
+            assistant.learner.schedule._rest = 0  # as after turns that learning rested for
             # Learnt from already, and new again; an update that fails forgets its requests.
             self._requests = self._requests or assistant.buffer.sample(1, torch.Generator())
             for feedback in self._requests:
@@ -145,12 +146,32 @@ def test_a_call_after_an_update_drafts_with_what_was_learnt(target, draft, assis
     check_greedy(target, learnt, PROMPTS[0], 24, assistant=assistant)
 
 
+def test_while_rates_are_tried_and_candidates_judged(target, draft, plain):
+    """As it comes: the rate is found, and what was learnt serves once later requests have said so."""
+    assistant = assistant_of(draft, gate=True, learning_rate="auto", update_interval=3, warmup_steps=0, seed=0)
+    versions = set()
+    for _ in range(12):
+        for prompt, own in zip(PROMPTS, plain, strict=True):
+            output = target.generate(prompt, assistant_model=assistant, pad_token_id=0, **GREEDY)
+            assert torch.equal(output, own)
+            versions.add(assistant.stats.draft_version)
+    stats = assistant.stats
+    assert stats.accepted_updates > 0
+    assert stats.failed_updates == 0
+    assert len(versions) > 1
+    active = copy.deepcopy(assistant.serving.active)
+    assert not same(weights_of(assistant), weights_of(assistant_of(draft)))
+    check_greedy(target, active, PROMPTS[0], 24, assistant=assistant)
+
+
 def test_a_call_after_a_rollback_drafts_as_before(target, draft, assistant, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(OnlineGKDTrainer, "compute_loss", diverging)
         assert not assistant.flush()
     check_greedy(target, draft, PROMPTS[0], 24, assistant=assistant)
-    assert assistant.flush()  # of that call: learning goes on, from weights that are finite
+    assert not assistant.flush()  # of that call: learning rests a turn
+    check_greedy(target, draft, PROMPTS[1], 24, assistant=assistant)
+    assert assistant.flush()  # of that one: it goes on, from weights that are finite
     check_greedy(target, copy.deepcopy(assistant.serving.active), PROMPTS[0], 24, assistant=assistant)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_osd import metrics
 from hf_osd.feedback import ACCEPTED, REJECTED
-from hf_osd.held_back import interval
+from hf_osd.intervals import interval
 from hf_osd.stats import CallStats
 
 

@@ -110,8 +110,12 @@ def run(target_dir, prompts, words, tmp_path, monkeypatch, caplog, capfd):
         settings += [
             "--update_interval",
             "2",
-            "--held_back_share",
-            "0.2",
+            "--gate",
+            "true",
+            "--learning_rate",
+            "1e-3",
+            "--learning_budget",
+            "1",
             "--checkpoint_every",
             "3",
             "--log_every",
@@ -138,16 +142,16 @@ def test_no_artefact_of_a_run_holds_a_prompt(run, prompts, words):
     expected = {"metrics.jsonl", "summary.json", "curves.png", "model.safetensors", "README.md", "osd_config.json"}
     expected |= {"learner.safetensors", "state.json", "manifest.json", "tracker.txt", "log.txt", "printed.txt"}
     assert written >= expected
-    assert not {"buffer.safetensors", "held_back.safetensors"} & written
+    assert "buffer.safetensors" not in written
     assert found(prompts, words, *folders) == set()
 
 
 def test_a_buffer_that_is_asked_for_is_the_only_one_that_does_and_its_owners_alone(run, prompts, words):
     """And the search finds what there is to find."""
     hits = found(prompts, words, *run("--save_buffer", "true"))
-    assert {name for name, _ in hits} == {"buffer.safetensors", "held_back.safetensors"}
-    files = [path for name in ("buffer", "held_back") for path in run.out.rglob(f"{name}.safetensors")]
-    assert len(files) == 4, "of the last two checkpoints"
+    assert {name for name, _ in hits} == {"buffer.safetensors"}
+    files = list(run.out.rglob("buffer.safetensors"))
+    assert len(files) == 2, "of the last two checkpoints"
     assert {stat.S_IMODE(os.stat(path).st_mode) for path in files} == {0o600}
 
 

@@ -87,6 +87,7 @@ def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
     names = ",".join(methods.METHODS)
     # A draft of all layers is the target: it drafts whatever the clock says, and is always right.
     more = ["--draft", "grow:0,1,2", "--gammas", "2,3", "--lookups", 3, "--draft_head_rows", 16, "--seed", 1]
+    more += ["--before", "grow:0"]
     figures = run("--methods", names, "--requests", 3, "--repeats", 2, "--lookahead", "constant", *more)
     found = figures["methods"]
     assert list(found) == list(methods.METHODS)
@@ -120,6 +121,7 @@ def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
 
 def test_a_learning_draft_learns_between_requests(run):
     more = ["--learn", "inline", "--update_interval", 2, "--seed", 0, "--methods", "plain,online"]
+    more += ["--learning_rate", "1e-3", "--learning_budget", 1]
     figures = run("--requests", 4, "--repeats", 1, *more)["methods"]
     assert figures["online"]["updates"] == 2
     assert figures["online"]["mismatches"] == 0

@@ -23,7 +23,7 @@ def run(target_dir, words, tmp_path):
         stream = stream or f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"
         settings = ["--target", target_dir, "--draft", "grow:0,-1", "--stream", stream, "--requests", "8"]
         settings += ["--held_back", "4", "--parity", "3", "--max_new_tokens", "8", "--update_interval", "3"]
-        settings += ["--gate", "false", "--threads", "1"]
+        settings += ["--gate", "false", "--learning_rate", "1e-3", "--learning_budget", "1", "--threads", "1"]
         settings += ["--output_dir", tmp_path / "out", "--checkpoint_every", "4", "--log_every", "4", "--seed", "0"]
         return distill.main([str(flag) for flag in (*settings, *flags)])
 

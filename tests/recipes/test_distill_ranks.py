@@ -32,7 +32,7 @@ def launch(target_dir, words, tmp_path):
         settings = ["--target", target_dir, "--draft", "grow:0,-1", "--requests", REQUESTS, "--held_back", "3"]
         settings += ["--stream", f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}", "--parity", "2"]
         settings += ["--max_new_tokens", "6", "--update_interval", "2", "--output_dir", tmp_path / "out"]
-        settings += ["--threads", "1", "--seed", "0", "--warm_up", "1"]
+        settings += ["--threads", "1", "--seed", "0", "--warm_up", "1", "--learning_rate", "1e-3"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [str(part) for part in (*launcher, RECIPE, *settings, *flags)]
         job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

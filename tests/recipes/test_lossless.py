@@ -19,6 +19,7 @@ def run(target_dir, words, tmp_path):
     def call(*flags):
         settings = ["--target", target_dir, "--stream", f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"]
         settings += ["--requests", "9", "--max_new_tokens", "8", "--update_interval", "2", "--threads", "1"]
+        settings += ["--gate", "false", "--learning_rate", "1e-3", "--learning_budget", "1"]
         settings += ["--output_dir", tmp_path / "out", "--checkpoint_every", "4", "--log_every", "4"]
         return lossless.main([str(flag) for flag in (*settings, *flags)])
 

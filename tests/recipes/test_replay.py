@@ -244,6 +244,7 @@ def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_p
 
     log = tmp_path / "runs.jsonl"
     given = f"--target {target_dir} --trace {traces / 'left'} --requests 8 --held_back 5 --threads 1 --update_interval 4 --log {log}"
+    given += " --gate false --learning_rate 1e-3 --learning_budget 1"
     assert on_policy.main(given.split()) == 0
     rows = {row["arm"]: row for row in map(json.loads, log.read_text().splitlines())}
     assert list(rows) == ["teacher", "drafted", "student", "mixed"]

@@ -21,7 +21,7 @@ class Assistant:
 
     def save_state(self, directory, with_buffer=False, progress=None):
         with new_state(directory) as folder:
-            (folder / "state.json").write_text(json.dumps({"version": 2, "progress": progress}))
+            (folder / "state.json").write_text(json.dumps({"version": 3, "progress": progress}))
 
 
 def served(log: RunLog, count: int):
@@ -161,6 +161,7 @@ def run(target_dir, words, tmp_path):
             "false",
         ]
         settings += ["--gate", "false", "--replay", "0", "--checkpoint_every", "3", "--threads", "1"]
+        settings += ["--learning_rate", "1e-3", "--learning_budget", "1"]
         return distill.main([str(flag) for flag in (*settings, "--output_dir", call.out, *flags)])
 
     call.out = tmp_path / "out"

@@ -74,10 +74,16 @@ FIGURES = {
     "updates": 1,
     "failed_updates": 0,
     "rejected_updates": 0,
+    "accepted_updates": 1,
     "learned_tokens": 40,
     "learning_seconds": 0.5,
     "learner_restarts": 0,
-    "held_back": 2,
+    "longest_update": 0.25,
+    "learning_rate": 1e-3,
+    "learning_rate_reason": "as given",
+    "too_slow": None,
+    "serves_static": False,
+    "regret_vs_static": -0.1,
     "estimate": None,
 }
 

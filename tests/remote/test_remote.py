@@ -40,7 +40,7 @@ def test_requests_are_sent_and_weights_that_come_back_serve(remote, serving, mak
 
 def test_nothing_is_started_before_there_is_something_to_learn(remote, serving):
     made = remote(obedient(serving))
-    assert (made.due(), made.update(wait=False), made.judge([]), made.processes) == (False, False, None, [])
+    assert (made.due(), made.update(wait=False), made.processes) == (False, False, [])
 
 
 def test_its_state_is_asked_for_and_given_back(remote, serving):
@@ -160,7 +160,7 @@ def test_garbage_collection_does_not_wait_for_it(remote, make_feedback):
 
 def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(remote, serving, make_feedback):
     """In the middle of an update that at this pace would take a day: the byte says that somebody is served."""
-    made = remote(learning_budget=1e-7, gate=False, warmup_steps=0, replay=1.0)
+    made = remote(learning_budget=1e-7, gate=False, learning_rate=1e-3, warmup_steps=0, replay=1.0)
     before = weights_of(serving)
     offer(made, make_feedback(seed=1))
     assert made.update(wait=True)
@@ -273,7 +273,8 @@ def layers_of(adapter, model=None):
 
 
 def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(tiny_llama, make_feedback):
-    settings = {"learn": "process", "adapter": "lora", "lora": 4, "update_interval": INTERVAL, "held_back_share": 0.0}
+    settings = {"learn": "process", "adapter": "lora", "lora": 4, "update_interval": INTERVAL, "gate": False}
+    settings |= {"learning_rate": 1e-3}
     with OnlineAssistant(tiny_llama(layers=1), **settings, warmup_steps=0, replay=1.0) as assistant:
         serving, learner = assistant.serving, assistant.learner
         base = {name: p.clone() for name, p in serving.active.named_parameters()}

@@ -1,0 +1,215 @@
+"""`Schedule`: when an update is due, what fits the time that it may take, and what happens after failures."""
+
+import math
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_osd.config import OnlineConfig
+from hf_osd.schedule import Schedule
+
+PROMPT = 5
+
+
+@pytest.fixture(scope="module")
+def request_of(make_feedback):
+    """A request of so many tokens, its prompt included, that came so many seconds ago."""
+
+    def make(tokens: int = 10, age: float = 0.0):
+        return make_feedback(n=tokens - PROMPT, prompt=PROMPT, k=2, created=time.monotonic() - age)
+
+    return make
+
+
+def schedule(bounded: bool = True, **config) -> Schedule:
+    """That learning may take a fifth of the time: a quarter of what calls take."""
+    return Schedule(OnlineConfig(**{"learning_budget": 0.2, **config}), bounded)
+
+
+def measured(served: float = 40.0, spent: float = 0.0, seconds: float = 0.1, **config) -> Schedule:
+    """Where calls have taken `served` seconds, updates since `spent`, and a token takes `seconds`."""
+    made = schedule(**config)
+    made.note_served(served)
+    made.note_update(spent)
+    made.note_learned(10, 10 * seconds, first=True)
+    return made
+
+
+def test_an_update_is_due_after_so_many_requests(request_of):
+    made = schedule(update_interval=3)
+    assert [made.due([request_of()] * count) for count in range(5)] == [False, False, False, True, True]
+    assert [made.due([request_of()] * count, times=2) for count in (3, 5, 6)] == [False, False, True]
+
+
+def test_or_so_many_new_tokens_of_answers(request_of):
+    made = schedule(update_interval=100, update_tokens=12)
+    assert not made.due([request_of(10)] * 2)
+    assert made.due([request_of(10), request_of(12)])
+    assert not made.due([request_of(10), request_of(12)], times=2)
+    assert made.due([request_of(10), request_of(12)] * 2, times=2)
+
+
+def test_or_once_the_oldest_has_waited_long_enough(request_of):
+    made = schedule(update_interval=100, update_age=60.0)
+    assert made.due([request_of(age=61.0), request_of()])
+    assert not made.due([request_of(age=59.0), request_of()])
+    assert made.due([request_of(age=61.0)], times=2)
+    assert not schedule(update_interval=100).due([request_of(age=1e6)])
+
+
+def test_without_anything_new_nothing_is_due():
+    assert not schedule(update_interval=1, update_tokens=1, update_age=1e-9).due([])
+
+
+def test_there_is_room_for_as_many_tokens_as_the_share_of_the_time_pays_for():
+    """A fifth of all the time: after 40 seconds of calls 10 of learning, which are 100 tokens."""
+    assert measured().room() == pytest.approx(100)
+    assert measured(spent=4.0).room() == pytest.approx(60)
+    assert measured(spent=11.0).room() == 0.0
+    made = measured(spent=11.0)
+    made.note_served(8.0)
+    assert made.room() == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [schedule(), measured(bounded=False), measured(learning_budget=1.0)],
+    ids=["nothing known", "another sees to it", "all the time"],
+)
+def test_room_is_without_bounds_where_nothing_bounds_it(made):
+    assert made.room() == math.inf
+
+
+def test_while_the_speed_or_the_calls_time_is_unknown_there_is_no_bound():
+    made = schedule()
+    made.note_learned(10, 1.0, first=True)
+    assert made.room() == math.inf
+    other = schedule()
+    other.note_served(40.0)
+    assert other.room() == math.inf
+
+
+def test_what_was_learnt_before_the_first_call_is_not_held_against_those_after_it():
+    made = schedule()
+    made.note_learned(10, 1.0, first=True)
+    made.note_update(1000.0)
+    made.note_served(40.0)
+    assert made.room() == pytest.approx(100)
+    made.note_update(4.0)
+    made.note_served(40.0)
+    assert made.room() == pytest.approx(160)
+    assert (made.spent, made.longest) == (1004.0, 1000.0)
+
+
+def test_judging_says_what_learning_will_take_until_it_was_measured():
+    """A forward, and a backward of twice that."""
+    made = schedule()
+    made.note_served(40.0)
+    made.note_judged(0, 1.0)
+    assert made.seconds is None
+    made.note_judged(100, 2.0)
+    assert made.seconds == pytest.approx(0.06)
+    made.note_judged(100, 50.0)
+    assert made.seconds == pytest.approx(0.06), "the first says enough"
+    made.note_learned(10, 5.0, first=True)
+    assert made.seconds == pytest.approx(0.5), "and what is measured says more"
+    made.note_judged(100, 2.0)
+    assert made.seconds == pytest.approx(0.5)
+
+
+@given(speeds=st.lists(st.floats(1e-4, 10), min_size=1, max_size=20))
+def test_a_speed_lies_between_those_measured_and_nears_the_last_ones(speeds):
+    made = schedule()
+    for i, speed in enumerate(speeds):
+        made.note_learned(7, 7 * speed, first=not i)
+        made.note_learned(0, 1e6, first=False)
+    assert min(speeds) * (1 - 1e-9) <= made.seconds <= max(speeds) * (1 + 1e-9)
+    for _ in range(40):
+        made.note_learned(7, 7 * 0.5, first=False)
+    assert made.seconds == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_is_new_is_learnt_before_what_is_not_and_of_that_the_last(request_of):
+    new, replayed = [request_of(30) for _ in range(4)], [request_of(20) for _ in range(3)]
+    everything = [*reversed(new), *replayed]
+    for seconds, count in ((0.05, 7), (0.06, 6), (0.1, 3), (0.2, 1), (1.0, 0)):
+        chosen = measured(seconds=seconds).fitting(new, replayed, bounded=True)
+        assert len(chosen) == count
+        assert all(one is other for one, other in zip(chosen, everything, strict=False))
+    assert len(measured(seconds=1.0).fitting(new, replayed, bounded=False)) == 7
+
+
+@given(new=st.lists(st.integers(6, 40), max_size=8), replayed=st.lists(st.integers(6, 40), max_size=8))
+def test_what_is_chosen_fits_and_one_more_would_not(request_of, new, replayed):
+    made = measured()
+    requests = [[request_of(tokens) for tokens in lengths] for lengths in (new, replayed)]
+    chosen = made.fitting(*requests, bounded=True)
+    tokens = [*reversed(new), *replayed]
+    assert [len(one.tokens) for one in chosen] == tokens[: len(chosen)]
+    assert sum(tokens[: len(chosen)]) <= 100 + 1e-6
+    assert len(chosen) == len(tokens) or sum(tokens[: len(chosen) + 1]) > 100 - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("most", "tokens", "passes"), [(7, 10, 7), (7, 14, 7), (7, 15, 6), (7, 40, 2), (7, 101, 1), (1, 10, 1), (7, 0, 7)]
+)
+def test_as_many_passes_as_fit_and_one_at_least(most, tokens, passes):
+    assert measured().passes(most, tokens, bounded=True) == passes
+    assert measured().passes(most, tokens, bounded=False) == most
+    assert schedule().passes(most, tokens, bounded=True) == most
+
+
+def test_one_pass_is_made_though_there_is_no_time():
+    assert measured(spent=1000.0).passes(7, 5, bounded=True) == 1
+
+
+def test_a_machine_that_has_no_time_for_a_sixteenth_of_what_comes_says_so(request_of):
+    made = measured(seconds=1.0)
+    assert made.too_slow is None, "nothing has come"
+    made.fitting([request_of(40)] * 4, [], bounded=True)
+    assert made.too_slow is not None
+    for part in ("1000.0 ms a token", "20%", "0 of the 160"):
+        assert part in made.too_slow
+
+
+def test_a_machine_that_learns_enough_is_not_too_slow(request_of):
+    """Replay counts: it is learning too."""
+    enough = measured(seconds=1.0)
+    enough.fitting([request_of(10)] * 16, [], bounded=True)
+    assert enough.too_slow is None, "10 tokens of 160"
+    less = measured(seconds=1.0)
+    less.fitting([request_of(10)] * 17, [], bounded=True)
+    assert less.too_slow is not None
+    unbounded = measured(seconds=1.0, bounded=False)
+    unbounded.fitting([request_of(40)] * 4, [], bounded=True)
+    assert unbounded.too_slow is None
+
+
+def rested(made: Schedule) -> int:
+    """Turns that pass without learning, until one does not."""
+    turns = 0
+    while made.rests():
+        turns += 1
+    return turns
+
+
+def test_after_failures_in_a_row_it_rests_twice_as_long_each_time_up_to_64_turns():
+    made, said, found = schedule(), [], []
+    for _ in range(9):
+        said.append(made.failed())
+        found.append(rested(made))
+    assert found == said == [1, 3, 7, 15, 31, 63, 63, 63, 63]
+    assert made.misses == 9
+    made.succeeded()
+    assert made.misses == 0
+    made.failed()
+    assert rested(made) == 1
+
+
+def test_without_failures_it_does_not_rest():
+    made = schedule()
+    assert not made.rests()
+    made.succeeded()
+    assert not made.rests()
