@@ -139,6 +139,8 @@ class BackgroundLearner:
             except Exception:  # in the middle of somebody's call, maybe
                 self.learner.failed += 1
                 self.learner.schedule.failed()
+                # Else an update stays due, and this is tried again at the next call.
+                self.learner.buffer.mark_seen(self.learner.buffer.new())
                 logger.exception(
                     "The trainer could not be made; the serving draft is as it was, and it is tried again after more requests."
                 )

@@ -199,6 +199,9 @@ class OnlineConfig:
     def __post_init__(self):
         # As flags, YAML and users write it.
         self.learn = {"true": "inline", "false": "off"}.get(str(self.learn).lower(), self.learn)
+        if isinstance(self.gate, str):
+            self.gate = {"true": True, "false": False}.get(self.gate.lower(), self.gate)
+        self._choice("gate", (True, False))
         self._choice("learn", LEARNS)
         self.adapter = {"true": "lora", "false": "off"}.get(str(self.adapter).lower(), self.adapter)
         self._choice("adapter", ADAPTERS)

@@ -83,6 +83,10 @@ class Contenders:
         """Serve what may serve; without a gate what has been learnt."""
         self._put_out(self._ensemble.serving_weights() if self.gate is None else self.serving.weights)
 
+    def serve_again(self):
+        """Put out once more what serves already: it may not have come to serve on all ranks."""
+        self._serve(self._ensemble.serving_weights() if self.gate is None else self.serving.weights)
+
     def decide(self, new: Sequence[Feedback]) -> tuple[Verdict, bool]:
         """Judge all three on requests that none of them has learnt, and do what the gate says.
 
@@ -149,7 +153,8 @@ class Contenders:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: the accepted draft's weights, and plain values."""
-        return {name: weight.clone() for name, weight in self._accepted.weights.items()}, {
+        accepted = self._accepted if self.gate is not None else self.point()  # what serves, to one that has a gate
+        return {name: weight.clone() for name, weight in accepted.weights.items()}, {
             "gate": None if self.gate is None else self.gate.state(),
             "shadow": self.shadow.state(),
             "accepted": self.accepted,
@@ -158,11 +163,8 @@ class Contenders:
 
     def load_state(self, weights: Mapping[str, Tensor], values: dict):
         """Go on from `state()`. A candidate that was waiting is given up."""
-        kept = self._ensemble.snapshot()
-        self._ensemble.set_weights(weights)
         same = all(torch.equal(weight, self.static.weights[name].to(weight)) for name, weight in weights.items())
-        self._accepted = self.static if same else Point(dict(weights), self._ensemble.snapshot())
-        self._ensemble.go_back(kept)
+        self._accepted = self.static if same else Point(dict(weights), self._ensemble.snapshot_of(weights))
         self._candidate = None
         self.shadow.load_state(values["shadow"])
         self.accepted, self.dropped = values["accepted"], values["dropped"]

@@ -133,6 +133,10 @@ class Ensemble:
         """What `go_back` needs; without the losses, which are what requests said."""
         return [member.snapshot() for member in self.members]
 
+    def snapshot_of(self, weights: Mapping[str, Tensor]) -> list[tuple]:
+        """What `go_back` needs to go on from these weights, with nothing known of how they came about."""
+        return [(dict(weights), None, None, 0) for _ in self.members]
+
     def go_back(self, snapshot: list[tuple]):
         """Be as at `snapshot`, with new optimizers."""
         for member, own in zip(self.members, snapshot, strict=True):

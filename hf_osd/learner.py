@@ -18,6 +18,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,9 @@ class Learner:
         # In the dtype they came in, which holds them exactly.
         static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
         self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step)
-        self._since_accepted: list[Feedback] = []  # new requests learnt since
+        # New requests learnt since, for as long as the buffer holds them; and what is to be learnt, and not judged by.
+        self._since_accepted: weakref.WeakSet[Feedback] = weakref.WeakSet()
+        self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._drops = 0  # in a row
         self._trying = False  # rates, of which nothing serves
         self._update_rows = 0  # of the update that runs
@@ -109,8 +112,12 @@ class Learner:
         return self.ranks.size == 1 and self._due()
 
     def _due(self) -> bool:
+        new = self.buffer.new()
+        if self.rate.found:
+            return self.schedule.due(new)
         # To find a rate takes requests to try it on, and others to judge it by.
-        return self.schedule.due(self.buffer.new(), times=1 if self.rate.found else 2)
+        served = [one for one in new if one not in self._rehearsed]
+        return len(served) > 1 and self.schedule.due(served, times=2)
 
     def update(self, wait: bool = True, most: int | None = None) -> bool:
         """One update on what is new and its replay. `True` if other weights serve than before.
@@ -153,6 +160,11 @@ class Learner:
         """Put a request into the buffer, to be judged by and then learnt."""
         self.buffer.add(feedback)
 
+    def rehearse(self, answer: Feedback):
+        """Put into the buffer what is to be learnt, and not judged by: its prompt has been learnt already."""
+        self._rehearsed.add(answer)
+        self.buffer.add(answer)
+
     def note_served(self, seconds: float):
         """A call took so long: what learning may take follows from that."""
         self.schedule.note_served(seconds)
@@ -185,6 +197,9 @@ class Learner:
             next((member.failure for member in self.ensemble.members if member.failure is not None), None)
         )
         self._check_losses()
+        # All ranks have the same; a gate would judge them only when the next requests have come.
+        if not all(weight.isfinite().all() for weight in self.ensemble.serving_weights().values()):
+            raise ArithmeticError("What was learnt is not finite. Lower the learning rate if that comes again.")
         if self.contenders.gate is None and not self._trying:
             with self.ranks.together():
                 self.contenders.serve()
@@ -197,7 +212,7 @@ class Learner:
         """Go on learning from weights that were trained elsewhere. They serve already, and are what later ones are compared with."""
         with self._lock:
             self.contenders.reset(weights)
-            self._since_accepted, self._drops = [], 0
+            self._since_accepted, self._drops = weakref.WeakSet(), 0
             self._begun_together = False
 
     def close(self):
@@ -235,7 +250,7 @@ class Learner:
             self.rate.load_state(values["rate"])
             self.ensemble.set_rate(self.rate.value)
             self.contenders.load_state(accepted, values["contenders"])
-            self._since_accepted, self._drops = [], 0
+            self._since_accepted, self._drops = weakref.WeakSet(), 0
             self._begun_together = False
 
     def _parted(self, error: RanksParted) -> bool:
@@ -246,30 +261,35 @@ class Learner:
 
     def _update(self, new: list[Feedback], most: int | None, bounded: bool):
         """Steps 2 to 5 of an update, see above."""
-        if not self.rate.found and len(new) < 2:
-            return  # nothing to judge a rate by; it stays new
+        self._check_beginning()
+        served = [one for one in new if one not in self._rehearsed]
+        if not self.rate.found and not self._may_find_rate(served):
+            return  # nothing to try a rate on, or to judge it by; it stays new
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
         if most is not None:
-            new = new[-most:]
+            new, served = new[-most:], served[-most:]
         before = self.ensemble.snapshot()
         try:
             with self._apart():
-                self._check_beginning()
                 if self.rate.found:
-                    self._see_through(*self.contenders.decide(new))
+                    self._see_through(*self.contenders.decide(served))
                 else:
-                    self._find_rate(new, bounded)
+                    self._find_rate(served, bounded)
         except Exception as error:
             self._undo(error, new, before)
             return
-        self.contenders.remember(new)
+        except BaseException:  # an interrupt: of the rates that were tried nothing is left
+            self.ensemble.go_back(before)
+            self.ensemble.set_rate(self.rate.value)
+            raise
+        self.contenders.remember(served)
         if not self.schedule.rests():
             self._learn(new, most, bounded)
 
     def _see_through(self, verdict: Verdict, gained: bool):
         """What becomes of the rate, and of what was learnt, with a candidate."""
         if verdict is Verdict.ACCEPT:
-            self._since_accepted, self._drops = [], 0
+            self._since_accepted, self._drops = weakref.WeakSet(), 0
             if gained:
                 self.rate.higher()
         elif verdict is Verdict.DROP:
@@ -280,8 +300,8 @@ class Learner:
                 self.rate.value,
             )
             if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
-                self.buffer.discard(self._since_accepted)
-            self._since_accepted = []
+                self.buffer.discard(list(self._since_accepted))
+            self._since_accepted = weakref.WeakSet()
         self.ensemble.set_rate(self.rate.value)
 
     def _find_rate(self, new: list[Feedback], bounded: bool):
@@ -307,9 +327,9 @@ class Learner:
                 for passes in sorted({min(n, most) for n in PASSES}):
                     try:
                         self._train(taught * (passes - done))
+                        done, point = passes, self.contenders.point()
                     except ArithmeticError:  # too fast by far
                         break
-                    done, point = passes, self.contenders.point()
                     with self.ranks.together():
                         said = self.contenders.judge(judged, point)
                     trials.append(Trial(rate, passes, self._gathered(said)))
@@ -323,8 +343,13 @@ class Learner:
         logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
         self.ensemble.set_rate(self.rate.value)
         self.ensemble.go_back(best[0].snapshot)
-        self._since_accepted = list(taught)
+        self._since_accepted = weakref.WeakSet(taught)
         self._see_through(*self.contenders.choose(best[0], len(trials), static, best[1]))
+
+    def _may_find_rate(self, new: list[Feedback]) -> bool:
+        """Whether there is something to try rates on, and to judge them by, which all ranks answer alike."""
+        taught, judged = self.ranks.sum(len(new) // 2, len(new) - len(new) // 2)
+        return min(taught, judged) > 0
 
     def _gathered(self, said: list[Judged]) -> Tensor:
         """Σ min(p, q) at all positions of all ranks that have a target, request by request: `(N,)`."""
@@ -351,6 +376,7 @@ class Learner:
             with self._apart():
                 self.ensemble.count_losses(new)
                 self._train(requests)
+                self.contenders.propose()
         except Exception as error:
             self.ensemble.losses = losses
             self._undo(error, new, before)
@@ -363,8 +389,7 @@ class Learner:
         self.schedule.succeeded()
         self.updates += 1
         self.learned_tokens += self._update_rows
-        self._since_accepted += new
-        self.contenders.propose()
+        self._since_accepted.update(new)
         if config.clear_after_update:
             self.buffer.clear()
 
@@ -382,7 +407,7 @@ class Learner:
         self.contenders.remembered.discard(new)
         self.ensemble.go_back(before)
         if self.ranks.size > 1:
-            self.contenders.serve()  # it may have been another rank that could not take the new weights
+            self.contenders.serve_again()  # it may have been another rank that could not take the new weights
         logger.error(
             "An update failed; the serving draft is as it was, and learning goes on from it. %s",
             f"The next {rest} updates are left out." if rest else "The next one comes as usual.",

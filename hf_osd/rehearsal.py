@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Rehearsal:
     """Answers the target samples to prompts that an assistant has in its buffer, put there to be learnt.
 
-    Nothing of it is counted as traffic, or judged by. Not rehearsed are requests that are held back, those of private calls, those whose prompt was more than
+    Nothing of it is counted as traffic, or judged by. Not rehearsed are requests of private calls, those whose prompt was more than
     tokens (images, say) or of another tokenizer than the draft's, and those of before a restart. The weights that serve change as by any update, behind
     the gate. hf_osd's own; what it gains is in docs/experiments.md.
 
@@ -35,7 +35,7 @@ class Rehearsal:
         batch_size (`int`, defaults to 8): prompts the target answers at once.
 
     Raises:
-        ValueError: if the assistant does not learn, or learns in another process, where requests are held back unseen; or if target and draft do not have
+        ValueError: if the assistant does not learn, or learns in another process, which is sent what was served and nothing else; or if target and draft do not have
             the same tokens, or are encoder-decoders; for a temperature of 0 or `times` below 1.
     """
 
@@ -106,6 +106,6 @@ class Rehearsal:
             for request, answer in zip(chosen, answers, strict=True):
                 self._answered[request] = self._answered.get(request, 0) + 1
                 if len(answer.tokens) <= window:  # of the end of a longer one the draft has no positions to learn at
-                    assistant.buffer.add(answer)
+                    assistant.learner.rehearse(answer)
             assistant.update()
         return len(chosen)

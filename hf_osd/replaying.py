@@ -37,13 +37,18 @@ def replay(
             They are learnt beside the request, and never judged by.
 
     Raises:
-        ValueError: if the assistant does not learn, a request was sampled, or `again` is not of as many requests.
+        ValueError: if the assistant does not learn, or in another process where there is `again`; if a request was sampled, or `again` is not of as many requests.
     """
     if again is not None and len(again) != len(requests):
         raise ValueError(f"`again` is of {len(again)} requests and there are {len(requests)}; give an item for each.")
     if assistant.learner is None:
         raise ValueError(
             "This assistant does not learn (no draft, `learn=False`, or closed), so a trace is of no use to it."
+        )
+    if again is not None and not hasattr(assistant.learner, "rehearse"):
+        raise ValueError(
+            "This assistant learns in another process, which is sent what was served and nothing else; make it with learn='inline' or 'background' to learn "
+            "other answers."
         )
     config, known, at = assistant.osd_config, KnownTexts(), 0
     while at < len(requests):
@@ -61,7 +66,7 @@ def replay(
             assistant.learner.offer(served)
             if again is not None:
                 for other in again[at]:
-                    assistant.buffer.add(other.sparser(config.top_k))
+                    assistant.learner.rehearse(other.sparser(config.top_k))
             assistant.update()
             at += 1
             yield served

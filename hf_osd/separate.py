@@ -254,13 +254,13 @@ def serve_separately(assistant: OnlineAssistant, roles: Roles):
 
 
 class LearningRank:
-    """The process that learns, from the feedback of all that serve: it has the one buffer, the requests held back, and the gate.
+    """The process that learns, from the feedback of all that serve: it has the one buffer, and the gate.
 
     Args:
         assistant (`OnlineAssistant`): with the same draft and config as on the serving ranks; its intervals are here of all requests together. It is
             given no calls, and needs no target.
         roles (`Roles`): of the job.
-        weights_every (`int`): updates after which the weights go out. What takes an update back goes out at once.
+        weights_every (`int`): times that other weights are to serve after which they go out. The static draft, where it is better, goes out at once.
 
     Raises:
         ValueError: if the assistant does not learn inline, or not at all.
@@ -315,9 +315,10 @@ class LearningRank:
             logger.error("Rank %d sent a frame of kind %r: all ranks must run one version of hf_osd.", rank, kind)
 
     def _learn(self, most: int | None) -> bool:
-        rejected = self.learner.rejected
+        was_static = self.learner.contenders.serves_static
         refreshed = self.learner.update(most=most)
-        if self._serving.version - self._sent >= self._every or self.learner.rejected > rejected:
+        goes_back = self.learner.contenders.serves_static and not was_static
+        if self._serving.version - self._sent >= self._every or goes_back:
             self._send_weights()
         return refreshed
 

@@ -47,6 +47,7 @@ CONFIG = {
     "replay": 0.0,
     "gate": False,
     "learning_rate": 1e-3,
+    "learning_budget": 1.0,
     "seed": 0,
 }
 SAVING, SAVED = b"s", b"e"  # what a child tells of its saves

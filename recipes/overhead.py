@@ -16,6 +16,7 @@ from hf_osd import OnlineAssistant, OnlineConfig, record_answers
 from hf_osd.draft_context import DraftContext
 from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
+from hf_osd.rate import WEIGHTS
 from hf_osd.vocabulary import LowRankHead
 
 HEADS = ("full", "traffic", "low_rank")
@@ -33,6 +34,8 @@ class Overhead:
         self.args, self.interval = args, config.update_interval
         # A constant γ: the same work in every repeat, whatever the clock says. No update falls due by itself.
         fixed = {"lookahead": "constant", "update_interval": 10**9, "seed": config.seed or 0, "learn": True}
+        if config.learning_rate == "auto":  # to try rates is no part of an update
+            fixed["learning_rate"] = WEIGHTS[0]
         self.config = OnlineConfig.from_dict({**config.to_dict(), **fixed})
         self.work = Workload(args, config.seed, least=max(self.interval, 2))
         self.target, self.draft = self.work.target, self.work.draft

@@ -193,6 +193,16 @@ def test_one_request_finds_no_rate_and_stays_new(learner, make_feedback):
     assert (made.updates, made.failed, made.buffer.new(), made.rate.found) == (1, 0, [], True)
 
 
+def test_nor_is_an_update_due_for_one_however_long_it_waits(learner, make_feedback, monkeypatch):
+    """A thread that learns would try again and again."""
+    made = learner(learning_rate="auto", update_interval=100, update_age=30.0)
+    monkeypatch.setattr("time.monotonic", lambda: 1030.0)
+    made.buffer.add(make_feedback(created=1000.0))
+    assert not made.due()
+    made.buffer.add(make_feedback(created=1001.0, seed=1))
+    assert made.due()
+
+
 def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves(learner, make_feedback, monkeypatch):
     made, learnt, judged = learner(learning_rate="auto", **PLAIN), [], []
     requests = [make_feedback(n=4, seed=i) for i in range(6)]

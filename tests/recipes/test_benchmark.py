@@ -26,6 +26,7 @@ ONLINE_FIGURES = {
     "round_ms",
     "learn_s",
     "updates",
+    "regret_vs_static",
 }
 FIGURES = ONLINE_FIGURES | {
     "tokens_per_second",
@@ -107,6 +108,7 @@ def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
         assert set(found[name]["v"]) == {str(n) for n in range(1, 9)}
         assert set(found[name]["round_ms"]) == {"draft", "target", "lookup", "capture", "python"}
         assert found[name]["updates"] == 0  # drafts are served as they are, unless told otherwise
+        assert found[name]["regret_vs_static"] == 0
     assert found["online-full-head"]["alpha"] == 1
     assert found["online-full-head"]["head_coverage"] is None
     assert found["online"]["draft_forwards"] > 0
