@@ -22,6 +22,7 @@ from arms import Arm, intervals, read_arm
 from command import check_numbers, run_command
 from models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
 from record import again_part
+from workload import peak_rss_mb
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.replaying import replay
@@ -161,7 +162,7 @@ class Experiment:
         kind = (arm.name, config.learner_dtype)
         if kind not in self._first:
             self._first[kind] = self._score(assistant)
-        points = {0: self._first[kind]}
+        points, peak = {0: self._first[kind]}, peak_rss_mb()
         served, prequential = 0, []
         for requests, again, limit in self._turns(seed):
             for request in replay(assistant, requests, limit, again):
@@ -186,6 +187,7 @@ class Experiment:
             },
             "prequential": prequential,
             **learning_of(assistant, began),
+            "peak_rss_mb": [round(peak), round(peak_rss_mb())],
             "shares": [round(share, 4) for share in assistant.learner.ensemble.shares],
             "losses": [round(loss, 4) for loss in assistant.learner.ensemble.losses],
         }
