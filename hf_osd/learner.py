@@ -371,6 +371,8 @@ class Learner:
         if not self._update_rows:
             return  # nothing but accepted drafts, where errors alone teach; or no time
         before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
+        for member in self.ensemble.members:
+            member.trainer  # noqa: B018 (made when first asked for, which takes seconds)
         first, start = not self.updates, time.perf_counter()
         try:
             with self._apart():

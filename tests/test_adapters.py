@@ -74,7 +74,9 @@ def test_a_round_trip_is_exact_and_the_adapter_goes_on_training(target, kind, dt
 
 @pytest.mark.parametrize("kind", [wrapped, native])
 def test_what_learning_made_of_it_is_what_is_saved(target, kind, tmp_path):
-    assistant = OnlineAssistant(kind(grow_draft(target)), update_interval=10**6, seed=0)
+    assistant = OnlineAssistant(
+        kind(grow_draft(target)), update_interval=10**6, gate=False, learning_rate=1e-3, seed=0
+    )
     before = logits(assistant.serving.active)
     for start in range(2, 8):
         prompt = torch.arange(start, start + 6)[None]

@@ -25,7 +25,7 @@ from hf_osd.serving import ServingDraft, embedding_names
 
 from .served import GREEDY, PROMPTS, serve
 
-LORA = {"adapter": "lora", "lora": 4, "held_back_share": 0.0, "seed": 0, "learning_rate": 1e-2}
+LORA = {"learning_budget": 1.0, "adapter": "lora", "lora": 4, "gate": False, "seed": 0, "learning_rate": 1e-2}
 
 
 def learning(draft, **fields):
@@ -376,7 +376,7 @@ def test_an_adapter_on_a_quantised_head_is_refused_and_serves_frozen(target, noi
 
 def warnings_of(caplog):
     return [
-        record for record in caplog.records if record.levelno >= logging.WARNING and record.name == "hf_osd.assistant"
+        record for record in caplog.records if record.levelno >= logging.WARNING and record.name == "hf_osd.teachable"
     ]
 
 

@@ -66,7 +66,7 @@ def test_the_model_card_names_no_local_path(target, draft):
 @pytest.fixture
 def lora(target, draft):
     """An assistant that has learnt in an adapter of hf_osd's own."""
-    assistant = OnlineAssistant(draft, adapter="lora", lora=4, update_interval=10**6, held_back_share=0.0, seed=0)
+    assistant = OnlineAssistant(draft, adapter="lora", lora=4, update_interval=10**6, gate=False, seed=0)
     serve(target, assistant, PROMPTS[:6])
     assert assistant.flush()
     return assistant
