@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distributed import Ranks
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
-from hf_osd.gate import Gate, Verdict
+from hf_osd.gate import HARM, Gate, Verdict
 from hf_osd.scoring import Judged
 from hf_osd.shadow import Reservoir, Shadow
 
@@ -67,6 +68,9 @@ class Contenders:
         self.shadow, self.remembered = Shadow(ranks), Reservoir(_REMEMBERED, config.seed)
         self.static = self._accepted = self._out = Point(static, ensemble.snapshot())
         self._candidate: Point | None = None
+        self._known: weakref.WeakKeyDictionary[Feedback, Tensor] = (
+            weakref.WeakKeyDictionary()
+        )  # the static draft's scores on these
         self.changes = self.accepted = self.dropped = 0
 
     @property
@@ -102,10 +106,9 @@ class Contenders:
         return self._see_through(static, accepted, candidate)
 
     def propose(self):
-        """What has been learnt is the candidate, if there is none."""
-        if self.gate is not None and self._candidate is None:
+        """What has been learnt is the candidate."""
+        if self.gate is not None:
             self._candidate = self.point()
-            self.gate.begin()
 
     def choose(
         self, candidate: Point, of: int, static: Sequence[Judged], said: Sequence[Judged]
@@ -131,6 +134,7 @@ class Contenders:
         self._ensemble.set_weights(weights)
         self.static = self._accepted = self._out = self.point()
         self._candidate = None
+        self._known.clear()
         if self.gate is not None:
             self.gate.reset()
 
@@ -178,17 +182,17 @@ class Contenders:
         self.shadow.observe(static, static if self.serves_static else accepted)
         verdict, gained = self.gate.observe(static, accepted, candidate), False
         if verdict is Verdict.ACCEPT and self._has_unlearnt():
-            verdict = self.gate.put_off()
-        if verdict is Verdict.ACCEPT:
+            verdict = Verdict.WAIT
+            self.gate.begin()
+        elif verdict is Verdict.ACCEPT:
             gained = self.gate.accept()
-            self._accepted = self._candidate
+            self._accepted, self._candidate = self._candidate, None
             self.accepted += 1
         elif verdict is Verdict.DROP:
             self._ensemble.go_back(self._accepted.snapshot)
-            self.dropped += 1
-        if verdict is not Verdict.WAIT:
             self._candidate = None
             self.gate.begin()
+            self.dropped += 1
         if self.serving is not self._out:
             self._swap()
         return verdict, gained
@@ -208,10 +212,18 @@ class Contenders:
             )
 
     def _has_unlearnt(self) -> bool:
-        """Whether the candidate is worse than the static draft on requests of before."""
+        """Whether the candidate is worse than the static draft on requests of before. Where that one knew next to nothing there is nothing to unlearn."""
         requests = self.remembered.requests()
+        new = [request for request in requests if request not in self._known]
         with self._ranks.together():
-            static, candidate = (self._scores(requests, point) for point in (self.static, self._candidate))
+            for request, score in zip(new, self._scores(new, self.static), strict=True):
+                self._known[request] = score
+        static = [self._known[request] for request in requests]
+        best = max((float(score.nanmean()) for score in static if not score.isnan().all()), default=0.0)
+        if not self._ranks.any(best > HARM):
+            return False
+        with self._ranks.together():
+            candidate = self._scores(requests, self._candidate)
         return self.gate.breaks(static, candidate)
 
     def _scores(self, requests: Sequence[Feedback], point: Point) -> list[Tensor]:

@@ -20,8 +20,6 @@ WINDOW = 16
 # By how much a candidate may be worse than the static draft on requests of before; and the step, in requests, in which they are looked at from the oldest on,
 # for what traffic has become since cannot pay for what it was.
 HARM, PART = 0.05, 8
-# Looks at a candidate before a newer one takes its place; twice as many after each that nothing was decided on.
-PATIENCE = 4
 
 
 class Verdict(Enum):
@@ -30,22 +28,21 @@ class Verdict(Enum):
     WAIT = "wait"
     ACCEPT = "accept"
     DROP = "drop"
-    REPLACE = "replace"
 
 
 class Gate:
     """Compares three drafts on every request, before it is learnt: the *static* one, as it was before any learning; the *accepted* one, the last that was let
-    through; and the *candidate*, which has learnt more. At first the accepted one is the static one.
+    through; and the *candidate*, what had been learnt when the request came. At first the accepted one is the static one.
 
-    1. A candidate is accepted once requests that came since say, at odds of `ODDS` to 1 against chance, that it is worse by less than the tolerance than the
-       accepted draft, and than the static one; unless the oldest of the requests of before say, at odds of `BACK` to 1, that it is worse there than the static
-       one by more than `HARM`.
-    2. It is dropped, with what was learnt since the accepted one, once they say at the same odds that it is worse than that.
+    1. The candidate is accepted once the requests since the last one was say, at odds of `ODDS` to 1 against chance, that what had been learnt by then was worse
+       by less than the tolerance than the accepted draft, and than the static one; unless the last of them, which judged this very candidate, say at odds of
+       `BACK` to 1 that it is worse, or the oldest of the requests of before that it is worse there than the static one by more than `HARM`.
+    2. It is dropped, with what was learnt since the accepted one, once they say at odds of `ODDS` to 1 that it was worse than that.
     3. The accepted draft serves; but the static one does from when the requests since that was accepted, or the last `WINDOW` ones, say at odds of `BACK` to 1
        that the static one is better, until those since then, or the last of them, say at odds of `ODDS` to 1 that it is not.
 
-    The odds are those of [`hf_osd.evidence.Evidence`]: those of 1 and 2 stay valid however often one looks, which is at each update. The best of several
-    candidates takes so many times the odds.
+    The odds are those of [`hf_osd.evidence.Evidence`]: those of `ODDS` in 1 and 2 stay valid however often one looks, which is at each update, and though what
+    has been learnt is another each time, for no request has been learnt by what it judges. The best of several candidates takes so many times the odds.
 
     Args:
         tolerance (`float`): by how much α may be lower.
@@ -59,15 +56,14 @@ class Gate:
     def reset(self):
         """Another draft is the static one, and accepted; there is no candidate."""
         self.serves_static = False
-        self.patience = PATIENCE
         self._since_accepted = Looks()  # at the accepted against the static draft
         self.begin()
 
     def begin(self, choices: int = 1):
-        """There is another candidate, or none. If it is the best of several on the first requests that it will be judged by, `choices` says of how many."""
+        """Nothing is known of what will be learnt from now on. If a candidate is the best of several on the first requests that it will be judged by, `choices`
+        says of how many."""
         self._choices = choices
-        self._against_accepted = Evidence()
-        self._against_static = Looks()
+        self._against_accepted, self._against_static = Looks(), Looks()
 
     def observe(
         self, static: Sequence[Tensor], accepted: Sequence[Tensor], candidate: Sequence[Tensor] | None
@@ -89,20 +85,14 @@ class Gate:
         return self._judge(requests, *found) if found else Verdict.WAIT
 
     def accept(self) -> bool:
-        """The candidate has become the accepted draft. Whether it is better than that was, beyond chance."""
-        gained = self._against_accepted.better() >= ODDS
-        self._since_accepted = self._against_static
-        self.patience = PATIENCE
-        self._compare_with_static()
+        """The candidate has become the accepted draft. Whether what had been learnt was better than that was, beyond chance."""
+        gained = self._against_accepted.total.better() >= ODDS
+        requests, evidence = self._against_static.newest()
+        self._since_accepted = Looks()
+        self._since_accepted.add(requests, evidence)
+        self.serves_static = False  # what it took to be accepted says that it is no better
         self.begin()
         return gained
-
-    def put_off(self) -> Verdict:
-        """Nothing is decided on the candidate: whether it waits, or has done so for long enough for a newer one to take its place."""
-        if self._against_static.count < self.patience:
-            return Verdict.WAIT
-        self.patience *= 2
-        return Verdict.REPLACE
 
     def breaks(self, static: Sequence[Tensor], candidate: Sequence[Tensor]) -> bool:
         """Whether a candidate has unlearnt what the static draft knew of requests of before, of which these are the scores, oldest first."""
@@ -116,25 +106,25 @@ class Gate:
         """What a restart needs, as JSON has it; without the candidate, which is begun anew."""
         return {
             "serves_static": self.serves_static,
-            "patience": self.patience,
             "since_accepted": self._since_accepted.state(),
         }
 
     def load_state(self, values: dict):
         """Go on from `state()`."""
-        self.serves_static, self.patience = values["serves_static"], values["patience"]
+        self.serves_static = values["serves_static"]
         self._since_accepted = Looks.of_state(values["since_accepted"])
         self.begin()
 
     def _judge(self, requests: int, against_accepted: Evidence, against_static: Evidence) -> Verdict:
-        self._against_accepted += against_accepted
+        self._against_accepted.add(requests, against_accepted)
         self._against_static.add(requests, against_static)
-        odds, both = ODDS * self._choices, (self._against_accepted, self._against_static.total)
-        if self._against_accepted.worse() >= odds:
+        odds, both = ODDS * self._choices, (self._against_accepted, self._against_static)
+        if self._against_accepted.total.worse() >= odds:
             return Verdict.DROP
-        if min(one.better(-self.tolerance) for one in both) >= odds:
+        known = min(looks.total.better(-self.tolerance) for looks in both) >= odds
+        if known and max(one.worse() for looks in both for one in (looks.newest()[1], looks.recent())) < BACK:
             return Verdict.ACCEPT
-        return self.put_off()
+        return Verdict.WAIT
 
     def _compare_with_static(self):
         """Which of the two serves: by all requests since that one does or was accepted, and by the last of them. What was before speaks for neither."""
@@ -149,17 +139,21 @@ class Gate:
 
 
 class Looks:
-    """Evidence of one pair of drafts, look by look: the `total`, the `count` of looks, and the last of them."""
+    """Evidence of one pair of drafts, look by look: the `total`, and the last of them."""
 
     def __init__(self):
-        self.total, self.count = Evidence(), 0
+        self.total = Evidence()
         self._last: deque[tuple[int, Evidence]] = deque()  # requests and evidence; as many as hold `WINDOW` requests
 
     def add(self, requests: int, evidence: Evidence):
-        self.total, self.count = self.total + evidence, self.count + 1
+        self.total += evidence
         self._last.append((requests, evidence))
         while sum(count for count, _ in self._last) - self._last[0][0] >= WINDOW:
             self._last.popleft()
+
+    def newest(self) -> tuple[int, Evidence]:
+        """Requests and evidence of the last look."""
+        return self._last[-1]
 
     def recent(self) -> Evidence:
         """Of the last `WINDOW` requests, in whole looks."""
@@ -167,11 +161,11 @@ class Looks:
 
     def state(self) -> dict:
         last = [[requests, *one.values()] for requests, one in self._last]
-        return {"total": self.total.values(), "count": self.count, "last": last}
+        return {"total": self.total.values(), "last": last}
 
     @classmethod
     def of_state(cls, values: dict) -> Looks:
         looks = cls()
-        looks.total, looks.count = Evidence(*values["total"]), values["count"]
+        looks.total = Evidence(*values["total"])
         looks._last.extend((requests, Evidence(*sums)) for requests, *sums in values["last"])
         return looks

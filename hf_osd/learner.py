@@ -7,7 +7,7 @@ An update (Algorithm 1 of arXiv 2310.07177, section 4.2, with what stands betwee
 2. the static draft, the accepted one and the candidate are judged on it, teacher-forced;
 3. the gate says whether the candidate becomes the accepted draft, waits, or is dropped, and which of accepted and static serves ([`Contenders.decide`]);
 4. the student learns from the new requests and replayed ones, as many as fit the time (`_learn`);
-5. where there is no candidate, what has been learnt becomes it.
+5. what has been learnt by then is the candidate.
 """
 
 from __future__ import annotations

@@ -13,11 +13,12 @@ from hf_osd import contenders as contenders_module
 from hf_osd.config import OnlineConfig
 from hf_osd.contenders import Contenders
 from hf_osd.distributed import Ranks
-from hf_osd.gate import PATIENCE, WINDOW, Verdict
+from hf_osd.gate import WINDOW, Verdict
 from hf_osd.scoring import Judged
 
 N = 45  # positions of a request
 STATIC = 0.5
+LOOKS = 4  # at a candidate, that decide what is clear
 
 
 def weights_of(number: float) -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ class Made:
 
     def accept(self, number: float):
         self.learn(number)
-        for _ in range(PATIENCE):
+        for _ in range(LOOKS):
             verdict, gained = self.decide()
             if verdict is not Verdict.WAIT:
                 break
@@ -114,8 +115,8 @@ def test_nothing_serves_before_it_was_judged_on_requests_that_came_since(made):
 def test_what_is_accepted_goes_out_once_as_it_was_judged_and_not_as_it_is_by_then(made):
     one = made()
     one.learn(0.7)
-    one.learn(0.9)  # nobody has judged that
-    for _ in range(PATIENCE):
+    one.ensemble.number = 0.9  # nobody has judged that
+    for _ in range(LOOKS):
         verdict, gained = one.decide()
         if verdict is not Verdict.WAIT:
             break
@@ -141,7 +142,7 @@ def test_what_is_dropped_is_unlearnt_back_to_the_accepted_draft_and_nothing_goes
     out, accepted = list(one.out), before or STATIC
     one.learn(0.3)
     one.ensemble.number = 0.25  # and further down
-    for _ in range(PATIENCE):
+    for _ in range(LOOKS):
         verdict, _ = one.decide()
         if verdict is not Verdict.WAIT:
             break
@@ -151,8 +152,8 @@ def test_what_is_dropped_is_unlearnt_back_to_the_accepted_draft_and_nothing_goes
     assert one.accept(accepted + 0.1) is True
 
 
-def test_a_candidate_on_which_nothing_was_decided_makes_room_for_what_has_been_learnt_since(made):
-    """It is far better and far worse by turns."""
+def test_what_is_learnt_while_nothing_is_decided_is_the_candidate(made):
+    """It is far better and far worse by turns, and then good."""
     one, turn = made(), [0]
 
     def alpha(request, number):
@@ -161,11 +162,9 @@ def test_a_candidate_on_which_nothing_was_decided_makes_room_for_what_has_been_l
 
     one.ensemble.alpha = alpha
     one.learn(0.7)
-    one.ensemble.number = 0.9
-    assert [one.decide(2)[0] for _ in range(PATIENCE)] == [Verdict.WAIT] * (PATIENCE - 1) + [Verdict.REPLACE]
-    assert (one.ensemble.number, one.ensemble.went_back, one.out) == (0.9, [], [])
-    one.contenders.propose()
-    for _ in range(PATIENCE):
+    assert {one.decide(2)[0] for _ in range(4)} == {Verdict.WAIT}
+    one.learn(0.9)
+    for _ in range(LOOKS):
         one.decide()
     assert one.out == [0.9]
 
@@ -273,7 +272,7 @@ def test_a_judge_that_fails_changes_nothing(made):
             one.decide()
     assert (one.out, one.contenders.shadow.requests) == ([], 0)
     one.ensemble.alpha = alpha
-    for _ in range(PATIENCE):
+    for _ in range(LOOKS):
         one.decide()
     assert one.out == [0.8]
 
@@ -285,10 +284,11 @@ def test_what_unlearnt_requests_of_before_does_not_serve_though_it_is_better_on_
     of_before = set(map(id, old))
     one.ensemble.alpha = lambda request, number: 0.1 if id(request) in of_before and number == 0.8 else number
     one.learn(0.8)
-    assert {one.decide()[0] for _ in range(PATIENCE - 1)} == {Verdict.WAIT}
+    assert {one.decide()[0] for _ in range(LOOKS - 1)} == {Verdict.WAIT}
     assert one.out == []
     one.contenders.remembered.clear()
-    one.decide()
+    for _ in range(LOOKS):
+        one.decide()
     assert one.out == [0.8], "it was that alone"
 
 
@@ -299,10 +299,9 @@ def test_nor_does_it_keep_what_is_learnt_after_it_from_being_judged(made):
     of_before = set(map(id, old))
     one.ensemble.alpha = lambda request, number: 0.1 if id(request) in of_before and number == 0.8 else number
     one.learn(0.8)
-    one.ensemble.number = 0.9
-    assert [one.decide()[0] for _ in range(PATIENCE)] == [Verdict.WAIT] * (PATIENCE - 1) + [Verdict.REPLACE]
-    one.contenders.propose()
-    for _ in range(PATIENCE):
+    assert {one.decide()[0] for _ in range(LOOKS)} == {Verdict.WAIT}
+    one.learn(0.9)
+    for _ in range(LOOKS):
         one.decide()
     assert one.out == [0.9]
 
@@ -337,7 +336,7 @@ def test_weights_trained_elsewhere_are_what_all_is_compared_with_from_then_on(ma
     assert one.decide() == (Verdict.WAIT, False)
     assert one.ensemble.judged == [0.9], "nothing but them is left to judge"
     one.learn(0.8)  # better than all before
-    for _ in range(PATIENCE):
+    for _ in range(LOOKS):
         if one.decide()[0] is not Verdict.WAIT:
             break
     assert (one.contenders.dropped, one.out) == (1, [0.7])
@@ -356,7 +355,7 @@ def test_the_best_of_several_serves_if_what_chose_it_and_what_comes_say_so(made)
         assert one.out == ([0.6] if of == 1 else [])
         assert one.contenders.shadow.requests == 8
     assert chances == {1: (Verdict.ACCEPT, True), 10**6: (Verdict.WAIT, False)}
-    for _ in range(PATIENCE):
+    for _ in range(LOOKS):
         one.decide()
     assert one.out == [0.6]
 
@@ -438,3 +437,25 @@ def test_what_state_says_is_not_touched_by_what_is_learnt_later(made):
     assert (weights["w"].item(), json.dumps(values)) == (pytest.approx(0.8), text)
     one.contenders.state()[0]["w"].fill_(0.1)
     assert one.serving == 0.9
+
+
+@pytest.mark.parametrize(("static", "judged"), [(0.04, 0), (STATIC, 1)])
+def test_where_the_static_draft_knew_next_to_nothing_there_is_nothing_to_unlearn(made, static, judged):
+    """A cold draft is spared the judging of requests of before at each candidate; a better one is judged there once."""
+    one, of_before = made(), []
+    one.contenders.remember(one.requests(16))
+    one.ensemble.alpha = lambda request, number: static if number == STATIC else number
+    judge = one.ensemble.judge
+
+    def judge_and_tell(requests, weights):
+        of_before.extend([weights["w"].item()] * (len(requests) == 16))
+        return judge(requests, weights)
+
+    one.ensemble.judge = judge_and_tell
+    for number in (0.8, 0.9):
+        one.learn(number)
+        for _ in range(LOOKS):
+            one.decide()
+    assert one.contenders.accepted == 2
+    assert of_before.count(STATIC) == 1
+    assert len(of_before) - 1 == judged * 2
