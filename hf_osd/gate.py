@@ -13,7 +13,7 @@ from hf_osd.evidence import Evidence, gathered
 
 # The evidence that a decision takes, as an e-value: it errs at most once in so many, however often it was looked for.
 ODDS = 20.0
-# What it takes to stay with what was: harm is to end sooner than a gain is believed in, and nothing is lost by that but time.
+# What it takes where an error costs little and is mended soon: between two drafts that were both learnt, and to go back to the static one.
 BACK = 4.0
 # Requests, the last ones, on which the static draft is compared with the accepted one also by themselves: traffic that has changed shows there first.
 WINDOW = 16
@@ -35,8 +35,9 @@ class Gate:
     through; and the *candidate*, what had been learnt when the request came. At first the accepted one is the static one.
 
     1. The candidate is accepted once the requests since the last one was say, at odds of `ODDS` to 1 against chance, that what had been learnt by then was worse
-       by less than the tolerance than the accepted draft, and than the static one; unless the last of them, which judged this very candidate, say at odds of
-       `BACK` to 1 that it is worse, or the oldest of the requests of before that it is worse there than the static one by more than `HARM`.
+       by less than the tolerance than the static draft, and at odds of `BACK` to 1 the same of the accepted one; unless the last of them, which judged this very
+       candidate, say at odds of `BACK` to 1 that it is worse, or the oldest of the requests of before that it is worse there than the static one by more than
+       `HARM`.
     2. It is dropped, with what was learnt since the accepted one, once they say at odds of `ODDS` to 1 that it was worse than that.
     3. The accepted draft serves; but the static one does from when the requests since that was accepted, or the last `WINDOW` ones, say at odds of `BACK` to 1
        that the static one is better, until those since then, or the last of them, say at odds of `ODDS` to 1 that it is not.
@@ -118,11 +119,14 @@ class Gate:
     def _judge(self, requests: int, against_accepted: Evidence, against_static: Evidence) -> Verdict:
         self._against_accepted.add(requests, against_accepted)
         self._against_static.add(requests, against_static)
-        odds, both = ODDS * self._choices, (self._against_accepted, self._against_static)
-        if self._against_accepted.total.worse() >= odds:
+        both = (self._against_static, self._against_accepted)
+        if self._against_accepted.total.worse() >= ODDS * self._choices:
             return Verdict.DROP
-        known = min(looks.total.better(-self.tolerance) for looks in both) >= odds
-        if known and max(one.worse() for looks in both for one in (looks.newest()[1], looks.recent())) < BACK:
+        known = [
+            looks.total.better(-self.tolerance) >= odds * self._choices
+            for looks, odds in zip(both, (ODDS, BACK), strict=True)
+        ]
+        if all(known) and max(one.worse() for looks in both for one in (looks.newest()[1], looks.recent())) < BACK:
             return Verdict.ACCEPT
         return Verdict.WAIT
 
