@@ -156,8 +156,8 @@ class Looks:
             self._last.popleft()
 
     def newest(self) -> tuple[int, Evidence]:
-        """Requests and evidence of the last look."""
-        return self._last[-1]
+        """Requests and evidence of the last look; none if there was none."""
+        return self._last[-1] if self._last else (0, Evidence())
 
     def recent(self) -> Evidence:
         """Of the last `WINDOW` requests, in whole looks."""

@@ -371,11 +371,12 @@ class Learner:
         if not self._update_rows:
             return  # nothing but accepted drafts, where errors alone teach; or no time
         before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
-        for member in self.ensemble.members:
-            member.trainer  # noqa: B018 (made when first asked for, which takes seconds)
-        first, start = not self.updates, time.perf_counter()
+        first = not self.updates
         try:
             with self._apart():
+                for member in self.ensemble.members:
+                    member.trainer  # noqa: B018 (made when first asked for, which takes seconds)
+                start = time.perf_counter()
                 self.ensemble.count_losses(new)
                 self._train(requests)
                 self.contenders.propose()
