@@ -96,7 +96,9 @@ def test_what_was_loaded_is_saved_again_with_its_base(target, merge, tmp_path):
     draft = wrapped(grow_draft(target))
     OnlineAssistant(draft).save_pretrained(tmp_path / "first")
     OnlineAssistant.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again", merge=merge)
-    torch.testing.assert_close(logits(load_draft(tmp_path / "again")), logits(draft))
+    # What is merged is computed in another order.
+    near = {"atol": 1e-4, "rtol": 1e-4} if merge else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(logits(load_draft(tmp_path / "again")), logits(draft), **near)
 
 
 def test_transformers_alone_loads_an_adapter_with_its_base(target, tmp_path):

@@ -271,7 +271,8 @@ class Hearing(BaseStreamer):
 
 @pytest.mark.parametrize("how", ["inference_mode", "streamer", "dict"])
 def test_usual_ways_of_calling_generate(target, noised_copy, how):
-    assistant = OnlineAssistant(noised_copy(target, 0.1), lookahead="constant", update_interval=1, seed=0)
+    settings = {"lookahead": "constant", "update_interval": 1, "learning_rate": 1e-3, "learning_budget": 1.0}
+    assistant = OnlineAssistant(noised_copy(target, 0.1), seed=0, **settings)
     plain = target.generate(PROMPT, max_new_tokens=12, do_sample=False)
     kwargs = {"max_new_tokens": 12, "do_sample": False, "assistant_model": assistant}
     for _ in range(3):  # learns in between, also of tensors made under inference_mode
