@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # Bytes of float32 logits that judging makes at once, unless one request has more.
-_LOGITS = 256 * 2**20
+_LOGITS = 64 * 2**20
 
 
 def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:

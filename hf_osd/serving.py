@@ -156,6 +156,10 @@ class ServingDraft:
             with self._lock:
                 self._active, self._learnt = at, learnt
                 self.version += 1
+                idle = 1 - at
+                if self.adapter is not None and id(self._copies[idle]) not in self._leases:
+                    # Merged weights are most of a draft: those that serve no more give their memory back.
+                    self._copies[idle], self._owned[idle] = self._sharing(self.adapter.base), set()
 
     def rebase(self, base: Mapping[str, Tensor]):
         """Serve other weights of the plain draft, by name, with an adapter that begins anew. Calls that run keep the old ones."""

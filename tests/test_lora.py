@@ -245,15 +245,23 @@ def test_a_leased_copy_is_never_written(draft):
         serving.release(model)
 
 
-def test_a_copy_is_written_in_place_once_it_has_storage_of_its_own(draft):
+def test_of_the_two_copies_the_one_that_serves_alone_has_merged_weights(draft):
+    """They are most of a draft. A call that is still at it keeps those it began with."""
     adapter = Adapter(draft, 4)
     serving = ServingDraft(draft, set(), adapter)
-    for seed in (1, 2):
+    base = storage(adapter.base)
+    for seed in (1, 2, 3):
         serving.refresh(drawn(adapter, seed=seed))
-    before = [storage(model) for model in serving._copies]
-    for seed in (3, 4):
+        idle = next(model for model in serving._copies if model is not serving.active)
+        assert storage(idle) == base
+        assert storage(serving.active) != base
+    leased = serving.lease()
+    kept, said = storage(leased), logits(leased)
+    for seed in (4, 5):
         serving.refresh(drawn(adapter, seed=seed))
-    assert [storage(model) for model in serving._copies] == before
+        assert storage(leased) == kept
+    assert torch.equal(logits(leased), said)
+    serving.release(leased)
 
 
 # What is refused.
