@@ -150,16 +150,13 @@ class ServingDraft:
                         parameters[name].copy_(tensor)
                     else:
                         old = parameters[name]
-                        old.data = tensor.detach().to(old.device, old.dtype, copy=True)
+                        # What was merged is nobody else's.
+                        old.data = tensor.detach().to(old.device, old.dtype, copy=self.adapter is None)
                         self._owned[at].add(name)
             learnt = None if self.adapter is None else _copies({name: weights[name] for name in self.trainable})
             with self._lock:
                 self._active, self._learnt = at, learnt
                 self.version += 1
-                idle = 1 - at
-                if self.adapter is not None and id(self._copies[idle]) not in self._leases:
-                    # Merged weights are most of a draft: those that serve no more give their memory back.
-                    self._copies[idle], self._owned[idle] = self._sharing(self.adapter.base), set()
 
     def rebase(self, base: Mapping[str, Tensor]):
         """Serve other weights of the plain draft, by name, with an adapter that begins anew. Calls that run keep the old ones."""
