@@ -335,6 +335,8 @@ class Learner:
                     trials.append(Trial(rate, passes, self._gathered(said)))
                     if self.rate.prefers(trials[-1], before):
                         best = point, said
+                if self.rate.is_enough(before):
+                    break
         finally:
             self._trying = False
         if best is None:

@@ -60,15 +60,19 @@ class Rate:
         few passes before many."""
         best = self._best
         if best is not None:
-            chance = 0.0
-            if _mean(static) < _COLD:
-                blocks = [block.sum() for block in (trial.shared - best.shared).split(BLOCK)]
-                chance = float(sum(block**2 for block in blocks)) ** 0.5 / len(static)
+            chance = _chance(trial.shared, best.shared) if _mean(static) < _COLD else 0.0
             gain = _mean(trial.shared) - _mean(best.shared)
             if gain <= (chance if trial.rate < best.rate else -chance):
                 return False
         self._best = trial
         return True
+
+    def is_enough(self, static: Tensor) -> bool:
+        """Whether slower rates need not be tried: the fastest has not spoilt a draft that knows little."""
+        best = self._best
+        if best is None or _mean(static) >= _COLD:
+            return False
+        return _mean(best.shared) - _mean(static) >= -_chance(best.shared, static)
 
     def settle(self, trials: int, static: Tensor):
         """Go on with the best of so many trials."""
@@ -98,6 +102,11 @@ class Rate:
         """Go on from `state()`; a rate that was given is obeyed, whatever that says."""
         if self.is_auto:
             vars(self).update(values)
+
+
+def _chance(one: Tensor, other: Tensor) -> float:
+    """The standard error of the difference of two means, position by position, `(N,)` each; by blocks of positions."""
+    return float(sum(block.sum() ** 2 for block in (one - other).split(BLOCK))) ** 0.5 / len(one)
 
 
 def _mean(shared: Tensor) -> float:

@@ -76,8 +76,9 @@ def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(ma
     assert "0 of the 204 tokens" in said
 
 
-def test_rates_are_tried_with_no_more_passes_than_fit(made, make_feedback):
+def test_rates_are_tried_with_no_more_passes_than_fit(made, make_feedback, monkeypatch):
     """Of four requests two teach and two judge; three rates take three passes over two requests at least."""
+    monkeypatch.setattr("hf_osd.rate._COLD", 0.0)  # or the fastest would be enough
     learner = made(learning_rate="auto", replay=6.0)
     learner.schedule.seconds = 0.01 / 17
     serve(learner, make_feedback, 4, 0.04)

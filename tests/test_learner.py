@@ -203,7 +203,12 @@ def test_nor_is_an_update_due_for_one_however_long_it_waits(learner, make_feedba
     assert made.due()
 
 
-def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves(learner, make_feedback, monkeypatch):
+@pytest.mark.parametrize(("cold", "tried"), [(0.0, 3), (2.0, 1)])
+def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves(
+    learner, make_feedback, monkeypatch, cold, tried
+):
+    """Of a draft that knows much each rate is tried; of one that knows little the fastest is enough."""
+    monkeypatch.setattr("hf_osd.rate._COLD", cold)
     made, learnt, judged = learner(learning_rate="auto", **PLAIN), [], []
     requests = [make_feedback(n=4, seed=i) for i in range(6)]
     member, contenders = made.ensemble.members[0], made.contenders
@@ -221,7 +226,7 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
     *trials, (rate, last) = learnt
     assert {id(one) for _, batch in trials for one in batch} == set(map(id, requests[:3]))
     assert all([one.tokens.tolist() for one in batch] == [r.tokens.tolist() for r in requests[3:]] for batch in judged)
-    assert {tried for tried, _ in trials} == set(made.rate.ladder)
+    assert {rate for rate, _ in trials} == set(made.rate.ladder[:tried])
     assert rate == made.rate.value in made.rate.ladder
     assert set(map(id, requests)) <= set(map(id, last)), "then all of it is learnt"
     assert len(made.refreshed) == 1

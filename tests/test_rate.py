@@ -170,3 +170,13 @@ def test_what_was_still_to_be_found_is_so_after_a_restart():
     other.load_state(json.loads(json.dumps(Rate("auto", adapter=False).state())))
     assert not other.found
     assert other.prefers(trial(1e-3, 0.6), torch.full((N,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("static", "fastest", "enough"), [(0.1, 0.2, True), (0.1, 0.1, True), (0.25, 0.1, False), (0.8, 0.9, False)]
+)
+def test_of_a_draft_that_knows_little_the_fastest_rate_is_enough_where_it_does_no_harm(static, fastest, enough):
+    rate, before = Rate("auto", adapter=False), torch.full((64,), static)
+    assert not rate.is_enough(before)
+    assert rate.prefers(Trial(1e-3, 1, torch.full((64,), fastest)), before)
+    assert rate.is_enough(before) is enough
