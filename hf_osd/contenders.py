@@ -68,9 +68,8 @@ class Contenders:
         self.shadow, self.remembered = Shadow(ranks), Reservoir(_REMEMBERED, config.seed)
         self.static = self._accepted = self._out = Point(static, ensemble.snapshot())
         self._candidate: Point | None = None
-        self._known: weakref.WeakKeyDictionary[Feedback, Tensor] = (
-            weakref.WeakKeyDictionary()
-        )  # the static draft's scores on these
+        # The static draft's scores on what is remembered.
+        self._known: weakref.WeakKeyDictionary[Feedback, Tensor] = weakref.WeakKeyDictionary()
         self.changes = self.accepted = self.dropped = 0
 
     @property
@@ -85,7 +84,8 @@ class Contenders:
 
     def serve(self):
         """Serve what may serve; without a gate what has been learnt."""
-        self._put_out(self._ensemble.serving_weights() if self.gate is None else self.serving.weights)
+        self.serve_again()
+        self.changes += 1
 
     def serve_again(self):
         """Put out once more what serves already: it may not have come to serve on all ranks."""
@@ -200,7 +200,7 @@ class Contenders:
     def _swap(self):
         try:
             with self._ranks.together():
-                self._put_out(self.serving.weights)
+                self.serve()
         except Exception:  # they cannot serve: what does is the accepted draft again
             self._accepted, self._candidate = self._out, None
             self.gate.reset()
@@ -228,7 +228,3 @@ class Contenders:
 
     def _scores(self, requests: Sequence[Feedback], point: Point) -> list[Tensor]:
         return [judged.overlap for judged in self.judge(requests, point)]
-
-    def _put_out(self, weights: Mapping[str, Tensor]):
-        self._serve(weights)
-        self.changes += 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class Evidence:
 
     def values(self) -> tuple[float, ...]:
         """The sums, in the order of the fields."""
-        return tuple(asdict(self).values())
+        return astuple(self)
 
 
 def _e_value(total: float, squares: float) -> float:

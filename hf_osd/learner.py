@@ -99,7 +99,6 @@ class Learner:
         self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._drops = 0  # in a row
         self._trying = False  # rates, of which nothing serves
-        self._update_rows = 0  # of the update that runs
         self._generator = torch.Generator()
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
@@ -369,8 +368,8 @@ class Learner:
         replayed = self.buffer.sample(count, self._generator, config.replay_by)
         requests = self.schedule.fitting(new, replayed, bounded)
         rows = sum(request.lessons(config.positions) for request in requests)
-        self._update_rows = int(self.ranks.sum(rows)[0])
-        if not self._update_rows:
+        rows = int(self.ranks.sum(rows)[0])
+        if not rows:
             return  # nothing but accepted drafts, where errors alone teach; or no time
         before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
         first = not self.updates
@@ -393,7 +392,7 @@ class Learner:
         self.schedule.note_learned(_tokens(requests), time.perf_counter() - start, first)
         self.schedule.succeeded()
         self.updates += 1
-        self.learned_tokens += self._update_rows
+        self.learned_tokens += rows
         self._since_accepted.update(new)
         if config.clear_after_update:
             self.buffer.clear()

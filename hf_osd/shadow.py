@@ -32,6 +32,7 @@ class Shadow:
         self.requests = self.positions = 0
         self.static = self.served = 0.0
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
+        self._estimate: Estimate | None = None  # of these, once asked for: statistics are asked for at each request
 
     def observe(self, static: Sequence[Tensor], served: Sequence[Tensor]):
         """Scores of both on new requests, float `(N,)` each, NaN without a target."""
@@ -47,6 +48,7 @@ class Shadow:
         self.static, self.served = self.static + before, self.served + after
         pairs = zip(self._ranks.gather(static), self._ranks.gather(served), strict=True)
         self._recent.extend(pair for pair in pairs if not pair[0].isnan().all())
+        self._estimate = None
 
     @property
     def regret(self) -> float:
@@ -56,7 +58,9 @@ class Shadow:
 
     def estimate(self) -> Estimate | None:
         """α of the last requests; `None` before there are two."""
-        return Estimate.of(*zip(*self._recent, strict=True)) if len(self._recent) > 1 else None
+        if self._estimate is None and len(self._recent) > 1:
+            self._estimate = Estimate.of(*zip(*self._recent, strict=True))
+        return self._estimate
 
     def state(self) -> dict:
         """What a restart needs, as JSON has it: the sums."""
@@ -67,6 +71,7 @@ class Shadow:
         for name in _SUMS:
             setattr(self, name, values[name])
         self._recent.clear()
+        self._estimate = None
 
 
 class Reservoir:

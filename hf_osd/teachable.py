@@ -50,10 +50,8 @@ class TeachableAssistant(SavableAssistant):
 
     def _make_learner(
         self, draft: PreTrainedModel, trainable: set[str]
-    ) -> Learner | BackgroundLearner | RemoteLearner | None:
+    ) -> Learner | BackgroundLearner | RemoteLearner:
         config = self.osd_config
-        if not config.learns:
-            return None
         if config.learn == "process":
             learner = RemoteLearner(self.serving, self.buffer, config)
             self._calls = OpenCalls(learner.note_busy)
@@ -85,9 +83,8 @@ class TeachableAssistant(SavableAssistant):
         """
         self._needs_draft("refresh")
         adapter = self.adapter
-        if adapter is not None and hasattr(
-            model, "get_base_model"
-        ):  # a PeftModel: the adapter's names are those of what it wraps
+        # Of a PeftModel the adapter's names are those of what it wraps.
+        if adapter is not None and hasattr(model, "get_base_model"):
             model = model.get_base_model()
         weights = {name: p.detach() for name, p in model.named_parameters()}
         if adapter is not None and not adapter.trainable & weights.keys():
