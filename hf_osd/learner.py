@@ -33,7 +33,7 @@ from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
 from hf_osd.gate import Verdict
 from hf_osd.random_state import isolated_random_state
-from hf_osd.rate import PASSES, Rate, Trial
+from hf_osd.rate import Rate, Trial
 from hf_osd.schedule import Schedule
 from hf_osd.scoring import Judged, learners_autocast
 
@@ -323,7 +323,7 @@ class Learner:
                 self.ensemble.go_back(start)
                 self.ensemble.set_rate(rate)
                 done = 0
-                for passes in sorted({min(n, most) for n in PASSES}):
+                for passes in sorted({min(n, most) for n in self.rate.tried_passes}):
                     try:
                         self._train(taught * (passes - done))
                         done, point = passes, self.contenders.point()
@@ -359,7 +359,7 @@ class Learner:
 
     def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
         config = self.config
-        passes = self.rate.passes or config.passes
+        passes = min(self.rate.passes or config.passes, config.passes)
         count = round((passes - 1) * len(new))
         if most is not None:
             count = min(count, most - len(new))

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from hf_osd.evidence import BLOCK
 
-# What is tried on the first requests of a draft that learns all its weights, and of one that learns in an adapter; and after how many passes over them.
+# What is tried on the first requests of a draft that learns all its weights, and of one that learns in an adapter; and after how many passes over them: of one that is
+# too large to learn whole each pass takes long.
 WEIGHTS, ADAPTER = (1e-3, 2e-4, 4e-5), (4e-4, 1e-4, 2.5e-5)
-PASSES = (1, 3, 7)
-# A draft with less in common with the target than this knows little that a fast rate could spoil.
-_COLD = 0.3
+PASSES, ADAPTER_PASSES = (1, 3, 7), (3,)
+# A draft with less in common with the target than this has more to gain by a fast rate than to lose.
+_COLD = 0.5
 # What a candidate that was dropped makes of the rate, what one that was better does, and how far below the largest it may fall.
 _LOWER, _HIGHER, _LEAST = 0.5, 1.25, 1e-3
 # And what of a rate at which something was dropped is the most to come back to.
@@ -39,6 +40,7 @@ class Rate:
         adapter (`bool`): whether the draft learns in an adapter.
 
     Attributes:
+        ladder (`tuple[float, ...]`), tried_passes (`tuple[int, ...]`): what is to be tried, each rate with each number of passes.
         value (`float`): of the next update.
         passes (`int`, *optional*): over new requests in it, replay included, where that was found too.
         found (`bool`): whether it is known.
@@ -47,7 +49,7 @@ class Rate:
 
     def __init__(self, value: float | str, adapter: bool):
         self.is_auto = value == "auto"
-        self.ladder = ADAPTER if adapter else WEIGHTS
+        self.ladder, self.tried_passes = (ADAPTER, ADAPTER_PASSES) if adapter else (WEIGHTS, PASSES)
         self.value = self._most = self.ladder[0] if self.is_auto else float(value)
         self.passes: int | None = None
         self.found = not self.is_auto
@@ -55,14 +57,14 @@ class Rate:
         self._best: Trial | None = None
 
     def prefers(self, trial: Trial, static: Tensor) -> bool:
-        """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Of those that chance does not tell apart, a
-        draft that knows little goes on with the fastest and the most passes, and one that knows much with that which did best. Fast ones are to come first, and
-        few passes before many."""
+        """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Of those that chance does not tell apart it
+        is the one of the most passes, which later updates make over more requests than these few; and for a draft that knows little the fastest, for one that
+        knows much the slowest, at which there is least to lose. Fast ones are to come first, and few passes before many."""
         best = self._best
         if best is not None:
-            chance = _chance(trial.shared, best.shared) if _mean(static) < _COLD else 0.0
-            gain = _mean(trial.shared) - _mean(best.shared)
-            if gain <= (chance if trial.rate < best.rate else -chance):
+            chance = _chance(trial.shared, best.shared)
+            is_slower_for_nothing = trial.rate < best.rate and _mean(static) < _COLD
+            if _mean(trial.shared) - _mean(best.shared) <= (chance if is_slower_for_nothing else -chance):
                 return False
         self._best = trial
         return True
@@ -89,7 +91,9 @@ class Rate:
             self.reason = f"lowered, for what was learnt at {dropped:.1e} was worse"
 
     def higher(self):
-        """A candidate was accepted that is better beyond chance."""
+        """A candidate was accepted that is better beyond chance. Where few passes did best over the first requests, more of them may over these and those."""
+        if self.passes is not None:
+            self.passes = min(2 * self.passes, max(PASSES))
         if self.is_auto and self.value < self._most:
             self.value = min(self.value * _HIGHER, self._most)
             self.reason = "raised, for what was learnt was better"

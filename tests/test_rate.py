@@ -43,19 +43,30 @@ def test_adapters_learn_at_slower_rates_from_those_that_there_are_to_try():
 
 @pytest.mark.parametrize(
     ("shared", "best"),
-    [((0.5, 0.52, 0.51), 2e-4), ((0.53, 0.52, 0.51), 1e-3), ((0.4, 0.41, 0.42), 4e-5), ((0.1, 0.05, 0.0), 1e-3)],
+    [((0.7, 0.8, 0.75), 2e-4), ((0.8, 0.7, 0.75), 1e-3), ((0.7, 0.75, 0.8), 4e-5), ((0.1, 0.05, 0.0), 1e-3)],
 )
-def test_a_good_draft_goes_on_with_what_did_best_by_however_little(shared, best):
-    rate = chosen(0.5, *(trial(r, s) for r, s in zip(WEIGHTS, shared, strict=True)))
+def test_a_good_draft_goes_on_with_what_did_best(shared, best):
+    rate = chosen(0.7, *(trial(r, s, noise=0.02) for r, s in zip(WEIGHTS, shared, strict=True)))
     assert (rate.value, rate.passes, rate.found) == (best, 1, True)
 
 
-def test_a_cold_draft_goes_on_with_the_fastest_of_those_that_chance_does_not_tell_apart():
-    """The slower one is .01 better on average; which of the two is, changes from block to block by more."""
+@pytest.mark.parametrize(("static", "best"), [(0.05, 1e-3), (0.45, 1e-3), (0.55, 2e-4), (0.90, 2e-4)])
+@pytest.mark.parametrize("better", [0.01, -0.01])
+def test_of_those_that_chance_does_not_tell_apart_a_cold_draft_goes_on_with_the_fastest_and_a_good_one_with_the_slowest(
+    static, best, better
+):
+    """The slower one is .01 better or worse on average; which of the two is, changes from block to block by more."""
     fast = trial(1e-3, 0.2)
-    slow = Trial(2e-4, 1, fast.shared + 0.01 + torch.tensor([0.05, -0.05] * 5).repeat_interleave(BLOCK))
-    assert chosen(0.05, fast, slow).value == 1e-3
-    assert chosen(0.50, fast, slow).value == 2e-4
+    slow = Trial(2e-4, 1, fast.shared + better + torch.tensor([0.05, -0.05] * 5).repeat_interleave(BLOCK))
+    assert chosen(static, fast, slow).value == best
+
+
+@pytest.mark.parametrize("static", [0.05, 0.9])
+def test_of_passes_that_chance_does_not_tell_apart_it_is_the_most_and_else_the_best(static):
+    once = trial(1e-3, 0.2)
+    shift = torch.tensor([0.05, -0.05] * 5).repeat_interleave(BLOCK)
+    assert chosen(static, once, Trial(1e-3, 7, once.shared - 0.01 + shift)).passes == 7
+    assert chosen(static, once, Trial(1e-3, 7, once.shared - 0.10 + shift)).passes == 1
 
 
 def test_a_cold_draft_goes_on_with_a_slower_rate_that_is_better_beyond_chance():
@@ -66,7 +77,7 @@ def test_a_cold_draft_goes_on_with_a_slower_rate_that_is_better_beyond_chance():
 def test_what_is_preferred_is_said_one_by_one():
     rate, before = Rate("auto", adapter=False), torch.full((N,), 0.5)
     found = [
-        rate.prefers(trial(1e-3, shared, passes), before) for passes, shared in enumerate((0.4, 0.5, 0.5, 0.45, 0.6))
+        rate.prefers(trial(1e-3, shared, passes), before) for passes, shared in enumerate((0.4, 0.5, 0.48, 0.45, 0.6))
     ]
     assert found == [True, True, False, False, True]
     assert not rate.found
@@ -89,6 +100,18 @@ def test_the_reason_says_what_was_tried_and_from_where():
     for part in ("best of 2", "1e-03 and 3 passes", "0.500", "from 0.250"):
         assert part in reason
     assert str(trial(2e-4, 0.4)) == "2e-04 and 1 pass: 0.400"
+
+
+def test_passes_double_with_each_gain_up_to_the_most_that_are_tried():
+    rate = chosen(0.5, trial(1e-3, 0.6))
+    passes = []
+    for _ in range(4):
+        rate.higher()
+        passes.append(rate.passes)
+    assert passes == [2, 4, 7, 7]
+    given = Rate(3e-4, adapter=False)
+    given.higher()
+    assert given.passes is None
 
 
 def test_what_was_dropped_halves_the_rate_and_what_was_better_raises_it_again_but_not_to_where_it_was_dropped():
@@ -158,11 +181,11 @@ def test_a_restored_rate_goes_on_as_the_first_would(steps):
         getattr(rate, step)()
     other = Rate("auto", adapter=False)
     other.load_state(json.loads(json.dumps(rate.state())))
-    assert (other.value, other.passes, other.found, other.reason) == (rate.value, 3, True, rate.reason)
+    assert (other.value, other.passes, other.found, other.reason) == (rate.value, rate.passes, True, rate.reason)
     for step in ("higher",) * 5 + ("lower", "higher"):
         getattr(rate, step)()
         getattr(other, step)()
-        assert other.value == rate.value
+        assert (other.value, other.passes) == (rate.value, rate.passes)
 
 
 def test_what_was_still_to_be_found_is_so_after_a_restart():
