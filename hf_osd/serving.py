@@ -2,7 +2,8 @@
 generation or learning.
 
 A generate call leases the active copy for as long as it lasts; new weights go into the idle copy, and then a reference is
-flipped. A leased copy is never written, so weights never change under a call's KV cache.
+flipped. A leased copy is never written, so weights never change under a call's KV cache. Of a draft that learns in an adapter,
+which is large, there is an idle copy only while it is written.
 """
 
 from __future__ import annotations
@@ -139,24 +140,17 @@ class ServingDraft:
         check_weights(weights, dict(self.weights()))
         with self._refreshing:
             at = 1 - self._active
-            with self._lock:
-                leased = id(self._copies[at]) in self._leases  # else nobody can lease it before the flip
-            if leased:  # by a call older than the last refresh: it keeps that copy, we go on with a fresh one
-                self._copies[at], self._owned[at] = self._sharing(self._copies[at]), set()
-            parameters = dict(self._copies[at].named_parameters())
-            with torch.inference_mode(False), torch.no_grad():
-                for name, tensor in self._plain(weights):
-                    if name in self._owned[at]:
-                        parameters[name].copy_(tensor)
-                    else:
-                        old = parameters[name]
-                        # What was merged is nobody else's.
-                        old.data = tensor.detach().to(old.device, old.dtype, copy=self.adapter is None)
-                        self._owned[at].add(name)
-            learnt = None if self.adapter is None else _copies({name: weights[name] for name in self.trainable})
+            if self.adapter is None:
+                self._write(at, weights)
+                learnt = None
+            else:
+                self._copies[at] = self._merged(weights)
+                learnt = _copies({name: weights[name] for name in self.trainable})
             with self._lock:
                 self._active, self._learnt = at, learnt
                 self.version += 1
+                if self.adapter is not None:  # the old one is gone with the last call that holds it
+                    self._copies[1 - at] = self._copies[at]
 
     def rebase(self, base: Mapping[str, Tensor]):
         """Serve other weights of the plain draft, by name, with an adapter that begins anew. Calls that run keep the old ones."""
@@ -167,11 +161,37 @@ class ServingDraft:
                 self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
                 self.version += 1
 
-    def _plain(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What is to be written of `weights`, by the names that the copies have."""
-        if self.adapter is not None:
-            return self.adapter.merged(weights)
-        return ((name, weights[name]) for name in self.trainable)
+    def _write(self, at: int, weights: Mapping[str, Tensor]):
+        """Put `weights` into the idle copy, number `at`."""
+        with self._lock:
+            leased = id(self._copies[at]) in self._leases  # else nobody can lease it before the flip
+        if leased:  # by a call older than the last refresh: it keeps that copy, we go on with a fresh one
+            self._copies[at], self._owned[at] = self._sharing(self._copies[at]), set()
+        parameters = dict(self._copies[at].named_parameters())
+        with torch.inference_mode(False), torch.no_grad():
+            for name in self.trainable:
+                old, tensor = parameters[name], weights[name]
+                if name in self._owned[at]:
+                    old.copy_(tensor)
+                else:
+                    old.data = tensor.detach().to(old.device, old.dtype, copy=True)
+                    self._owned[at].add(name)
+
+    def _merged(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A copy with the adapter `weights` in its own. These lie in one piece, which goes back to the machine as soon as nobody serves it: as many small
+        ones, made anew at each refresh, leave gaps that add up to another copy."""
+        model = self._sharing(self.adapter.base)
+        changed = [model.get_parameter(f"{module}.weight") for module in self.adapter.modules]
+        with torch.inference_mode(False), torch.no_grad():
+            whole = {
+                key: torch.empty(sum(p.numel() for p in changed if _kind(p) == key), device=key[0], dtype=key[1])
+                for key in set(map(_kind, changed))
+            }
+            for name, tensor in self.adapter.merged(weights):
+                old = model.get_parameter(name)
+                piece, rest = whole[_kind(old)].tensor_split([old.numel()])
+                old.data, whole[_kind(old)] = piece.view_as(old).copy_(tensor), rest
+        return model
 
     @staticmethod
     def _sharing(model: nn.Module) -> nn.Module:
@@ -179,6 +199,10 @@ class ServingDraft:
         model = copy_draft(model, {name for name, _ in model.named_parameters()})
         model.requires_grad_(False)
         return model.eval()
+
+
+def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:
+    return weight.device, weight.dtype
 
 
 def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """Drafts that learn in a LoRA adapter of hf_osd's own, over weights that stay, which the serving copies have in theirs."""
 
 import copy
+import gc
+import itertools
 import logging
+import weakref
 
 import pytest
 import torch
@@ -225,9 +228,10 @@ def test_serving_copies_learner_and_draft_are_one_base_until_something_is_learnt
     assert {p.data_ptr() for name, p in learner.named_parameters() if "lora_" not in name} == set(one.values())
     serve(target, assistant, PROMPTS[:3])
     assistant.flush()
-    one, two = map(storage, assistant.serving._copies)
-    different = {name for name in one if one[name] != two[name]}
-    assert different == {f"{name}.weight" for name in assistant.adapter.modules}
+    served = storage(assistant.serving.active)
+    assert {name for name in one if one[name] != served[name]} == {
+        f"{name}.weight" for name in assistant.adapter.modules
+    }
 
 
 def test_a_leased_copy_is_never_written(draft):
@@ -245,15 +249,36 @@ def test_a_leased_copy_is_never_written(draft):
         serving.release(model)
 
 
-def test_a_copy_is_written_in_place_once_it_has_storage_of_its_own(draft):
+def test_merged_weights_lie_in_one_piece_and_are_gone_with_the_last_call_that_held_them(draft):
     adapter = Adapter(draft, 4)
     serving = ServingDraft(draft, set(), adapter)
-    for seed in (1, 2):
-        serving.refresh(drawn(adapter, seed=seed))
-    before = [storage(model) for model in serving._copies]
-    for seed in (3, 4):
-        serving.refresh(drawn(adapter, seed=seed))
-    assert [storage(model) for model in serving._copies] == before
+    serving.refresh(drawn(adapter, seed=1))
+    merged = [serving.active.get_parameter(f"{module}.weight") for module in adapter.modules]
+    pieces = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in merged}
+    assert list(pieces.values()) == [sum(p.numel() * p.element_size() for p in merged)]
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in merged)
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
+    del merged
+    leased, free = serving.lease(), weakref.ref(serving.active)
+    serving.refresh(drawn(adapter, seed=2))
+    serving.release(leased)
+    assert free() is leased
+    del leased
+    gc.collect()
+    assert free() is None
+
+
+def test_a_draft_of_two_dtypes_has_a_piece_of_each(draft):
+    draft = copy.deepcopy(draft)
+    draft.model.layers[0].to(torch.bfloat16)
+    adapter = Adapter(draft, 4)
+    serving = ServingDraft(draft, set(), adapter)
+    serving.refresh(drawn(adapter, seed=1))
+    for name, tensor in adapter.merged(drawn(adapter, seed=1)):
+        served = serving.active.get_parameter(name)
+        assert served.dtype == draft.get_parameter(name).dtype
+        assert torch.equal(served, tensor)
+        assert not torch.equal(served, draft.get_parameter(name))
 
 
 # What is refused.
