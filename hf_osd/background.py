@@ -153,9 +153,9 @@ class BackgroundLearner:
             return self.learner.update(wait=True)
         return False
 
-    def take(self, weights: Mapping[str, Tensor]):
+    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         with self._hurried():
-            self.learner.take(weights)
+            self.learner.take(weights, base)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         with self._hurried():

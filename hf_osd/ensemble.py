@@ -14,6 +14,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import Ranks
 from hf_osd.feedback import Feedback
+from hf_osd.lora import set_base
 from hf_osd.member import Member, swap_weights
 from hf_osd.scoring import Judged, judge, learners_autocast, learners_dtype
 
@@ -123,6 +124,11 @@ class Ensemble:
         """Go on from other weights, all members from the same."""
         for member in self.members:
             member.set_weights(weights)
+
+    def set_base(self, base: Mapping[str, Tensor]):
+        """Go on over other weights of the plain draft, by its names."""
+        for member in self.members:
+            set_base(member.module, base)
 
     def forget_optimizers(self):
         """Go on with new optimizers."""

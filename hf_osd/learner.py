@@ -196,9 +196,6 @@ class Learner:
             next((member.failure for member in self.ensemble.members if member.failure is not None), None)
         )
         self._check_losses()
-        # All ranks have the same; a gate would judge them only when the next requests have come.
-        if not all(weight.isfinite().all() for weight in self.ensemble.serving_weights().values()):
-            raise ArithmeticError("What was learnt is not finite. Lower the learning rate if that comes again.")
         if self.contenders.gate is None and not self._trying:
             with self.ranks.together():
                 self.contenders.serve()
@@ -207,9 +204,12 @@ class Learner:
         """Serve what may serve; without a gate what has been learnt."""
         self.contenders.serve()
 
-    def take(self, weights: Mapping[str, Tensor]):
-        """Go on learning from weights that were trained elsewhere. They serve already, and are what later ones are compared with."""
+    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+        """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names. They serve
+        already, and are what later ones are compared with. An update that runs is waited for."""
         with self._lock:
+            if base is not None:
+                self.ensemble.set_base(base)
             self.contenders.reset(weights)
             self._since_accepted, self._drops = weakref.WeakSet(), 0
             self._begun_together = False

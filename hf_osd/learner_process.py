@@ -23,7 +23,7 @@ from hf_osd.background import BackgroundLearner
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.intervals import figures_to_json
-from hf_osd.lora import Adapter, set_base
+from hf_osd.lora import Adapter
 from hf_osd.serving import check_weights
 from hf_osd.trace import unpack
 from hf_osd.wire import FrameWriter, read_frame
@@ -55,9 +55,9 @@ class LearnerProcess:
             folder / DRAFT, dtype=getattr(torch, begin["dtype"]), local_files_only=True
         )
         draft.to(begin["device"])
-        self._adapter, self._base = None, begin["base"]
+        self._base = begin["base"]
         if begin["adapter"] is not None:
-            self._adapter, draft = _with_adapter(draft, folder / ADAPTER, **begin["adapter"])
+            draft = _with_adapter(draft, folder / ADAPTER, **begin["adapter"])
         with (folder / BUSY).open("r+b") as file:
             self._busy = mmap.mmap(file.fileno(), 1)
         self._frames = frames
@@ -97,9 +97,7 @@ class LearnerProcess:
 
     def _take(self, tensors: dict[str, Tensor], values: dict):
         base = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
-        if base:
-            set_base(self.learner, self._adapter, base)
-        self.learner.take(tensors)
+        self.learner.take(tensors, base or None)
         self._base = values["base"]
 
     def _flush(self, tensors: dict[str, Tensor], values: dict) -> tuple[dict, dict]:
@@ -126,14 +124,11 @@ class LearnerProcess:
         self._frames.write(kind, tensors, {**(values or {}), "figures": figures, "base": self._base})
 
 
-def _with_adapter(
-    draft: PreTrainedModel, weights: Path, rank: int, modules: list[str]
-) -> tuple[Adapter, PreTrainedModel]:
-    """The adapter that whoever serves has on this draft, and the draft with it, as it has been learnt so far."""
+def _with_adapter(draft: PreTrainedModel, weights: Path, rank: int, modules: list[str]) -> PreTrainedModel:
+    """The draft with the adapter that whoever serves has on it, as it has been learnt so far."""
     from safetensors.torch import load_file
 
-    adapter = Adapter(draft, rank, trainable={f"{module}.weight" for module in modules})
-    return adapter, adapter.with_weights(load_file(weights))
+    return Adapter(draft, rank, trainable={f"{module}.weight" for module in modules}).with_weights(load_file(weights))
 
 
 def main(argv: list[str]) -> int:

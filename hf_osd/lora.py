@@ -3,7 +3,6 @@ weights and their names; how they learn is the learner's."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import warnings
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.config import OnlineConfig
-    from hf_osd.learner import Learner
 
 # Without a seed of the user's: the ranks of a job, and a process that learns, must all begin with the same adapter, and it adds nothing to the draft yet.
 _SEED = 0
@@ -122,12 +120,7 @@ class Adapter:
             plain, adapted = dict(self.base.named_parameters()), dict(self.draft.named_parameters())
             for name, tensor in base.items():
                 new = tensor.detach().to(plain[name].device, plain[name].dtype, copy=True)
-                plain[name].data = adapted[self.name_in_draft(name)].data = new
-
-    def name_in_draft(self, name: str) -> str:
-        """The name that a parameter of the plain draft has under the adapter."""
-        module, _, leaf = name.rpartition(".")
-        return f"{module}.base_layer.{leaf}" if module in self._transposed else name
+                plain[name].data = adapted[name if name in adapted else _under_adapter(name)].data = new
 
     def print_of_base(self) -> str:
         """What tells this base from another one of the same shapes: a digest of some of the weights that are adapted."""
@@ -188,16 +181,20 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
     return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)
 
 
-def set_base(learner: Learner, adapter: Adapter, base: Mapping[str, Tensor]):
-    """Have a learner go on over other weights of the draft, by the plain draft's names. An update that runs is waited for."""
-    hurried = getattr(learner, "_hurried", contextlib.nullcontext)  # in the background an update takes its time
-    with hurried(), learner._lock, torch.inference_mode(False), torch.no_grad():
-        for member in learner.ensemble.members:
-            parameters = dict(member.module.named_parameters())
-            for name, tensor in base.items():
-                parameter = parameters[adapter.name_in_draft(name)]
-                # Never in place: what serves may share it.
-                parameter.data = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+def set_base(model: nn.Module, base: Mapping[str, Tensor]):
+    """Put other weights of the plain draft, by its names, under a model's adapter."""
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in base.items():
+            parameter = parameters[name if name in parameters else _under_adapter(name)]
+            # Never in place: what serves may share it.
+            parameter.data = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+
+
+def _under_adapter(name: str) -> str:
+    """The name that the weight of an adapted module has, see [`peft.tuners.tuners_utils.BaseTunerLayer`]."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}"
 
 
 def _check_head(draft: PreTrainedModel):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_osd.background import BackgroundLearner
 from hf_osd.learner import Learner
-from hf_osd.lora import Adapter, choose_learning, set_base
+from hf_osd.lora import Adapter, choose_learning
 from hf_osd.open_calls import OpenCalls
 from hf_osd.remote import RemoteLearner
 from hf_osd.saving import SavableAssistant
@@ -109,10 +109,7 @@ class TeachableAssistant(SavableAssistant):
         self._check_fixed(weights, adapter.base, self._base)
         base = {name: weights[name] for name in base}
         # Learning first: what it learns meanwhile over the new weights, the old ones serve with for a moment.
-        if hasattr(self.learner, "ensemble"):
-            set_base(self.learner, adapter, base)
-            self.learner.take(adapter.weights())
-        elif self.learner is not None:
+        if self.learner is not None:
             self.learner.take(adapter.weights(), base)
         self.serving.rebase(base)
 
