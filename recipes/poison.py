@@ -56,10 +56,11 @@ def measure(args: PoisonArguments, config: OnlineConfig):
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype, args.device)
     traced = load_trace(Path(args.trace), config.top_k, args.held_back)
-    good = traced.stream[: args.poisoned]
+    # Apart: whoever has learnt answers under other prompts knows something of them under their own.
+    source, good = traced.stream[: args.poisoned], traced.stream[args.poisoned : 2 * args.poisoned]
     if len(good) < args.poisoned:
         raise ValueError(
-            f"{traced.name} has {len(traced.stream)} requests and `poisoned` is {args.poisoned}; lower it."
+            f"{traced.name} has {len(traced.stream)} requests and `poisoned` is {args.poisoned}, which takes twice as many; lower it."
         )
     size = target.config.get_text_config().vocab_size
     print(
@@ -68,7 +69,7 @@ def measure(args: PoisonArguments, config: OnlineConfig):
     print("|---|---|---|---|---|---|")
     for name in filter(None, args.poisons.split(",")) if args.poisons else POISONS:
         poison = POISONS[name]
-        poisoned = [poison(good, i, size) for i in range(len(good))]
+        poisoned = [poison(source, i, size) for i in range(len(source))]
         streams = {
             "first": [*((one, True) for one in poisoned), *((one, False) for one in good)],
             "mixed": list(
