@@ -18,11 +18,11 @@ def trace(tiny_llama, target_dir, tmp_path_factory):
 
     folder, random = tmp_path_factory.mktemp("trace"), torch.Generator().manual_seed(0)
     target = AutoModelForCausalLM.from_pretrained(target_dir)
-    prompts = [torch.randint(2, 64, (6,), generator=random) for _ in range(34)]
-    answers = record_answers(target, prompts, TOKENS, batch_size=34, top_k=16)
+    prompts = [torch.randint(2, 64, (6,), generator=random) for _ in range(58)]
+    answers = record_answers(target, prompts, TOKENS, batch_size=58, top_k=16)
     facts = {"target": "tiny", "max_new_tokens": str(TOKENS), "dtype": "float32"}
-    write_trace(folder / "stream-00000.safetensors", answers[:24], facts)
-    write_trace(folder / "held_back-00000.safetensors", answers[24:], facts)
+    write_trace(folder / "stream-00000.safetensors", answers[:48], facts)
+    write_trace(folder / "held_back-00000.safetensors", answers[48:], facts)
     return folder
 
 
@@ -74,7 +74,7 @@ def test_poison_is_what_its_name_says(make_feedback):
     ("more", "says"),
     [
         (["--poisons", "arsenic"], "arsenic"),
-        (["--poisoned", "25"], "24 requests"),
+        (["--poisoned", "25"], "48 requests"),
         (["--trace", ""], "`trace` is empty"),
     ],
 )
