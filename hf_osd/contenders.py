@@ -16,7 +16,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distributed import Ranks
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
-from hf_osd.gate import HARM, Gate, Verdict
+from hf_osd.gate import Gate, Verdict
 from hf_osd.scoring import Judged
 from hf_osd.shadow import Reservoir, Shadow
 
@@ -219,8 +219,7 @@ class Contenders:
             for request, score in zip(new, self._scores(new, self.static), strict=True):
                 self._known[request] = score
         static = [self._known[request] for request in requests]
-        best = max((float(score.nanmean()) for score in static if not score.isnan().all()), default=0.0)
-        if not self._ranks.any(best > HARM):
+        if not self.gate.may_break(static):
             return False
         with self._ranks.together():
             candidate = self._scores(requests, self._candidate)

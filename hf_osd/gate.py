@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from hf_osd.distributed import Ranks
@@ -94,6 +95,15 @@ class Gate:
         self.serves_static = False  # what it took to be accepted says that it is no better
         self.begin()
         return gained
+
+    def may_break(self, static: Sequence[Tensor]) -> bool:
+        """Whether the static draft knew so much of requests of before, of which these are its scores, oldest first, that a candidate could have unlearnt it."""
+        so_far, most = Evidence(), 0.0
+        for i in range(0, len(static), PART):
+            part = static[i : i + PART]
+            so_far += Evidence.of(part, [torch.where(one.isnan(), one, 0.0) for one in part])
+            most = max(most, so_far.mean)
+        return self._ranks.any(most > 2 * HARM)
 
     def breaks(self, static: Sequence[Tensor], candidate: Sequence[Tensor]) -> bool:
         """Whether a candidate has unlearnt what the static draft knew of requests of before, of which these are the scores, oldest first."""

@@ -439,7 +439,7 @@ def test_what_state_says_is_not_touched_by_what_is_learnt_later(made):
     assert one.serving == 0.9
 
 
-@pytest.mark.parametrize(("static", "judged"), [(0.04, 0), (STATIC, 1)])
+@pytest.mark.parametrize(("static", "judged"), [(0.04, 0), (0.09, 0), (STATIC, 1)])
 def test_where_the_static_draft_knew_next_to_nothing_there_is_nothing_to_unlearn(made, static, judged):
     """A cold draft is spared the judging of requests of before at each candidate; a better one is judged there once."""
     one, of_before = made(), []

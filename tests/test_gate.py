@@ -305,6 +305,15 @@ def test_what_unlearnt_the_oldest_requests_breaks_however_much_was_gained_on_new
     assert not gate.breaks([*old, *new], [*old, *of(40, 24)])
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "may"), [(3, 3, False), (4, 4, False), (30, 0, True), (0, 30, True), (0, 2, False), (9, 0, True)]
+)
+def test_what_was_hardly_known_in_any_run_of_the_oldest_requests_cannot_be_unlearnt(gate, old, new, may):
+    """Tokens in 45: 4 are .09, 9 are .2."""
+    assert gate.may_break([*of(old, 8), *of(new, 24)]) is may
+    assert not gate.may_break([])
+
+
 def test_what_was_lost_on_newer_requests_may_be_paid_for_by_older_ones(gate):
     assert not gate.breaks([*of(10, 24), *of(30, 8)], [*of(30, 24), *of(20, 8)])
 
