@@ -118,7 +118,7 @@ def test_ctrl_c_saves_what_was_compared_and_more_requests_may_follow(run, monkey
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(run, refused):
     assert run("--requests", "2") == 0
-    refused(run, "--resume", "--lookahead", "heuristic", says="config")
+    refused(run, "--resume", "--lookahead", "heuristic", says="another lookahead")
 
 
 def test_a_wrong_token_is_a_mismatch_and_the_exit_status_says_so(run, monkeypatch):
@@ -177,7 +177,7 @@ def test_the_draft_drafts_unless_a_flag_says_otherwise(run):
     _, summary = read(run.out)
     config = summary["run"]["config"]
     assert (config["lookahead"], config["num_assistant_tokens"]) == ("constant", 3)
-    assert run("--requests", "2", "--lookahead", "heuristic", "--num_assistant_tokens", "2") == 0
+    assert run("--requests", "2", "--lookahead", "heuristic", "--num_assistant_tokens", "2", "--overwrite") == 0
     _, summary = read(run.out)
     config = summary["run"]["config"]
     assert (config["lookahead"], config["num_assistant_tokens"]) == ("heuristic", 2)
