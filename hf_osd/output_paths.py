@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def check_apart(outputs: Mapping[str, str | os.PathLike], inputs: Mapping[str, str | os.PathLike]):
+def check_apart(
+    outputs: Mapping[str, str | os.PathLike], inputs: Mapping[str, str | os.PathLike], around: bool = False
+):
     """See that no output is an input, by whatever path either is given: links, relative paths, another name of the same file.
 
     Args:
         outputs, inputs: paths by what to call them, a flag's name say. Inputs that are not on this machine (a Hub id), or empty, are passed over.
+        around (`bool`): an output may be a folder that holds an input: what is written into it has other names.
 
     Raises:
         ValueError: if one is the other, or a folder of one lies within the other.
     """
     for out_name, out in outputs.items():
         for name, given in inputs.items():
-            if given and (how := _meets(Path(out), Path(given))) is not None:
+            how = _meets(Path(out), Path(given)) if given else None
+            if how is not None and not (around and how == "holds"):
                 raise ValueError(
                     f"{out_name} {out} {how} {name} {given}, which would be written over; choose another place for {out_name}."
                 )

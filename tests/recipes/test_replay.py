@@ -170,7 +170,11 @@ def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, trace
         str(tmp_path),
     )
     assert replay.main([*given, "--requests", "4,8", "--also", ""]) == 0
-    assert replay.main([*given, "--requests", "4,8", "--also", "", "--mixed", "true"]) == 0
+    saved = (tmp_path / "0-0" / "model.safetensors").read_bytes()
+    mix = [*given, "--requests", "4,8", "--also", "", "--mixed", "true"]
+    assert replay.main(mix) == 2, "a draft of another run is there"
+    assert (tmp_path / "0-0" / "model.safetensors").read_bytes() == saved
+    assert replay.main([*mix, "--overwrite"]) == 0
     turn, mixed = (json.loads(line) for line in log.read_text().splitlines())
     assert set(turn["scores"]) == set(mixed["scores"]) == {"left", "right"}
     assert len(turn["prequential"]) == len(mixed["prequential"]) == 12
