@@ -171,7 +171,7 @@ class Job:
 
         # The draft is the same everywhere: one rank says how it does.
         judged = domains if processes.first else []
-        held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in judged}
+        held_back = {d.name: self._answers(d.held_back, f"{shown(d.name)}: held back") for d in judged}
         if without := [name for name, feedback in held_back.items() if not feedback]:
             raise ValueError(
                 f"No held-back prompt of {', '.join(without)} fits the draft's window of {self.window} tokens with its answer; choose another draft, "
@@ -319,7 +319,7 @@ class Job:
         """Offline distillation on the target's own answers, before the first request: as requests that were served, judged before they are learnt."""
         if assistant.learner is None:
             return
-        answers = [f for d in domains for f in self._answers(d.warm_up, f"{d.name}: warm-up")]
+        answers = [f for d in domains for f in self._answers(d.warm_up, f"{shown(d.name)}: warm-up")]
         interval, known = self.config.update_interval, KnownTexts()
         most = self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
