@@ -55,8 +55,9 @@ def run_command(
     try:
         parser = TrlParser((arguments, OnlineConfig))
         parser.set_defaults_with_config(**(defaults or {}))
+        file = config_file(sys.argv[1:] if argv is None else argv)
         args, config = parser.parse_args_and_config(argv)
-        check_paths(args, _config_file(sys.argv[1:] if argv is None else argv))
+        check_paths(args, file)
         return run(args, config) or 0
     except (ValueError, OSError) as error:
         logger.error("%s", error)
@@ -92,14 +93,35 @@ def check_paths(args: Any, config_file: str | None = None):
             )
 
 
-def _config_file(argv: list[str]) -> str | None:
-    """What `--config` names, which the parser keeps to itself."""
-    for i, flag in enumerate(argv):
-        if flag == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if flag.startswith("--config="):
-            return flag.removeprefix("--config=")
-    return None
+def config_file(argv: list[str]) -> str | None:
+    """The file that `--config` names, seen to be YAML, which the parser takes for granted; `None` where there is no such flag.
+
+    Raises:
+        ValueError: if it is not, or none is named; the message says the line.
+        OSError: if it cannot be read.
+    """
+    import yaml
+
+    if "--config" not in argv:
+        return None
+    path = "".join(argv[argv.index("--config") + 1 :][:1])
+    if not path:
+        raise ValueError("`--config` is without a file; name one, such as --config recipes/configs/demo.yaml.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"--config {path}" if mark is None else f"--config {path}, line {mark.line + 1}"
+        raise ValueError(
+            f"{where}: {getattr(error, 'problem', None) or error}; mend it: a line is a key, a colon and a value."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path}: {error}; save it as UTF-8.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"--config {path} has no keys; write lines of a key, a colon and a value, such as requests: 100."
+        )
+    return path
 
 
 def check_kinds(args: Any):
@@ -169,13 +191,18 @@ def check_temperature(args: Any, name: str):
         raise ValueError(f"`{name}` is {value}; give a temperature above 0, such as 0.7, or leave it out.")
 
 
-def check_repository(name: str):
-    """The Hub could have a repository of that name.
+def check_repository(name: str, target: str):
+    """The Hub could have a repository of that name, and it is not the target's, whose weights a push would replace.
 
     Raises:
-        ValueError: if it could not.
+        ValueError: if it could not, or is.
     """
     from huggingface_hub.utils import validate_repo_id
+
+    if name.lower() == target.lower():
+        raise ValueError(
+            f"`push_to_hub` is {name!r}, which is the target, and would be written over; name another repository."
+        )
 
     try:
         validate_repo_id(name)

@@ -111,7 +111,7 @@ class DistillArguments(ModelArguments):
             self.report_to = "none"
         super().__post_init__()
         if self.push_to_hub is not None:
-            check_repository(self.push_to_hub)
+            check_repository(self.push_to_hub, self.target)
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
         least |= {"log_every": 1, "batch_answers": 1, "threads": 1, "sync_every": 1, "weights_every": 1}
         check_numbers(self, least)

@@ -54,7 +54,13 @@ def test_a_whole_number_is_a_number():
 @pytest.mark.parametrize("name", ["me/my draft", "a/b/c", "me/", "--x", "me/draft.git"])
 def test_a_name_that_no_repository_has_is_refused(name):
     with pytest.raises(ValueError, match=r"`push_to_hub` is .*no repository's name"):
-        check_repository(name)
+        check_repository(name, "org/target")
+
+
+def test_no_draft_is_pushed_over_its_target():
+    with pytest.raises(ValueError, match="is the target, and would be written over"):
+        check_repository("Org/Target", "org/target")
+    check_repository("me/target", "org/target")
 
 
 @pytest.mark.parametrize("values", ["", "1,x", "1,,2", "-1", "1.5"])
@@ -136,3 +142,30 @@ def test_a_config_file_says_false_and_means_it(tmp_path, refused):
     assert (seen[0].push_to_hub, seen[0].requests) == (None, 3)
     config.write_text(json.dumps({"requests": 2.5}))
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), flags, says="`requests` is")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("requests: 3\nflag: [1\n", "line 3: "),
+        ("requests: 3\n\tflag: true\n", "line 2: "),
+        ("- requests\n", "has no keys"),
+        ("", "has no keys"),
+        ("requests: \xff\n", "save it as UTF-8"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_named_by_its_line(tmp_path, refused, text, says):
+    config = tmp_path / "mine.yaml"
+    config.write_bytes(text.encode("latin-1"))
+    refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=says)
+    refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=str(config))
+
+
+def test_a_config_file_with_a_byte_order_mark_is_read_and_one_that_is_not_named_is_asked_for(tmp_path, refused):
+    config, seen = tmp_path / "mine.yaml", []
+    config.write_text(f"requests: 3\noutput_dir: {tmp_path / 'out'}\n", encoding="utf-8-sig")
+    assert run_command(Arguments, lambda args, config: seen.append(args), ["--config", str(config)]) == 0
+    assert seen[0].requests == 3
+    refused(
+        run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config"], says="`--config` is without a file"
+    )
