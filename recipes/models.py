@@ -51,8 +51,8 @@ SET_ASIDE = {
     "token_healing": (False,),
     "return_dict_in_generate": (False,),
 }
-# Of beams, and no word about them where those are set aside.
-WITH_BEAMS = ("early_stopping", "length_penalty")
+# Of no use without some of them, and refused by transformers where the draft is saved: set aside without a word.
+WITH_THEM = ("early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
 _PRINTED = 64  # values of each weight
 
 
@@ -128,9 +128,8 @@ def decode_alone(model: PreTrainedModel, what: str):
         if value is not None and value not in nothing:
             aside.append(f"{name}={value!r}")
             setattr(config, name, True if name == "use_cache" else None)
-    if config.num_beams in (None, 1):
-        for name in WITH_BEAMS:
-            setattr(config, name, None)
+    for name in WITH_THEM:
+        setattr(config, name, None)
     if aside:
         logger.warning(
             "%s has a generation config that asks for %s: set aside, for recipes decode one answer a prompt, token by token, as speculative decoding does.",

@@ -404,7 +404,7 @@ def test_a_picture_is_drawn_of_names_as_they_are(tmp_path, monkeypatch):
         {"num_beams": 4},
         {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
         {"num_beams": 3, "num_return_sequences": 2},
-        {"return_dict_in_generate": True},
+        {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"stop_strings": ["w5"]},
