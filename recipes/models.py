@@ -52,7 +52,14 @@ SET_ASIDE = {
     "return_dict_in_generate": (False,),
 }
 # Of no use without some of them, and refused by transformers where the draft is saved: set aside without a word.
-WITH_THEM = ("early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
+WITH_THEM = (
+    "early_stopping",
+    "length_penalty",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+)
 _PRINTED = 64  # values of each weight
 
 
