@@ -24,11 +24,14 @@ NEEDS_VENV = import sys; from importlib.util import find_spec; \
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:
 
+# The demo's own folder is the demo's to replace, and what ARGS says of folders stands.
+DEMO_AGAIN = $(if $(filter --output_dir% --output-dir% --resume% --overwrite%,$(ARGS)),,--overwrite)
+
 # accelerate launch gives a process one thread unless told otherwise; torch knows the machine's number (or OMP_NUM_THREADS).
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process "$$($(BIN)/python -c 'import torch; print(torch.get_num_threads())')" \
-		recipes/distill.py --config $(DEMO_CONFIG) $(ARGS)
+		recipes/distill.py --config $(DEMO_CONFIG) $(DEMO_AGAIN) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

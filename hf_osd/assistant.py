@@ -290,7 +290,7 @@ class OnlineAssistant(TeachableAssistant):
         self.take_in()
         if self.learner is not None:
             self.learner.close()
-        self.learner = self.texts = None
+        self.learner, self.texts, self.closed = None, None, True
         self.lookahead.most_cached = 0
         self.buffer.clear()
         self.known_texts.replace([])

@@ -18,9 +18,12 @@ def main(argv: list[str] | None = None) -> int:
     grow.add_argument("target", help="path or Hub id of a causal LM")
     grow.add_argument("output", help="folder for the draft")
     grow.add_argument("--layers", default="0,1", help="layers of the target, comma-separated; default 0,1")
+    grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the output folder")
     args = parser.parse_args(argv)
     try:
-        return check() if args.command == "check" else grow_to(args.target, args.output, args.layers)
+        if args.command == "check":
+            return check()
+        return grow_to(args.target, args.output, args.layers, args.overwrite)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"hf-osd: {error}", file=sys.stderr)
         return 2
@@ -39,22 +42,33 @@ def check() -> int:
     return 0
 
 
-def grow_to(target: str, output: str, layers: str) -> int:
-    """Save a draft grown from `target`, with its tokenizer."""
+def grow_to(target: str, output: str, layers: str, overwrite: bool = False) -> int:
+    """Save a draft grown from `target`, with its tokenizer, into a folder of its own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_osd.checkpoint import staged
-    from hf_osd.drafts import grow_draft
+    from hf_osd.drafts import drop_older, files_of_checkpoint, grow_draft
+    from hf_osd.output_paths import check_apart, check_writable
 
     try:
         picked = [int(i) for i in layers.split(",")]
     except ValueError as error:
         raise ValueError(f"`--layers` is {layers!r}; write numbers with commas between, such as 0,1.") from error
-    draft = grow_draft(AutoModelForCausalLM.from_pretrained(target, dtype="auto"), picked)
+    check_apart({"the output": output}, {"the target": target})
+    check_writable("The output", output, folder=True)
+    if (found := files_of_checkpoint(output)) and not overwrite:
+        raise ValueError(
+            f"The output {output} has a checkpoint already ({found[0].name}); choose another folder, or pass --overwrite to replace it."
+        )
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    check_apart({"the output": output}, {"the target's base": model.config._name_or_path})  # of an adapter
+    draft = grow_draft(model, picked)
     tokenizer = AutoTokenizer.from_pretrained(target)
     with staged(output) as staging:
         draft.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        written = {path.name for path in staging.iterdir()}
+    drop_older(output, written)
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     print(f"{output}: {draft.num_parameters():,} parameters, {trained:,} of them to train.")
     return 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
+
+from hf_osd.strict_json import dumps, loads
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 REPLAYS = ("uniform", "recency", "loss")
@@ -344,8 +345,7 @@ class OnlineConfig:
         """Write `osd_config.json` into `directory`."""
         os.makedirs(directory, exist_ok=True)
         with open(os.path.join(directory, CONFIG_NAME), "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2)
-            file.write("\n")
+            file.write(dumps(self.to_dict(), indent=2, exact=True) + "\n")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> OnlineConfig:
@@ -355,10 +355,10 @@ class OnlineConfig:
             OSError: if the file cannot be read.
             ValueError: if it is not JSON, or has a key or value that does not fit.
         """
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             try:
-                values = json.load(file)
-            except json.JSONDecodeError as error:
+                values = loads(file.read())
+            except ValueError as error:  # of the encoding or of the JSON
                 raise ValueError(f"{path} is not valid JSON ({error}); save the config again.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no JSON object; save the config again.")

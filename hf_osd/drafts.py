@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +30,20 @@ if TYPE_CHECKING:
 
 # The files of a draft's checkpoint: those of an older one that a newer one lacks would be read with it.
 CHECKPOINT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *BASE_FILES)
+
+
+def files_of_checkpoint(directory: str | os.PathLike) -> list[Path]:
+    """The files of a checkpoint that are in a folder; none if there is no folder."""
+    folder = Path(directory)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if any(fnmatch(path.name, pattern) for pattern in CHECKPOINT_FILES)]
+
+
+def drop_older(directory: str | os.PathLike, written: Collection[str]):
+    """Remove the files of an older checkpoint that the one just `written` lacks: they would be read with it."""
+    for path in files_of_checkpoint(directory):
+        if path.name not in written:
+            path.unlink()
 
 
 def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:

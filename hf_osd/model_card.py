@@ -78,7 +78,7 @@ def model_card(
     if unknown:
         logger.warning("The model card has no place for %s; left out.", ", ".join(sorted(unknown)))
     target = None if target is None or _is_local(target) else target
-    domains = {_public(name): figures for name, figures in (domains or {}).items()}
+    domains = _by_public_name(domains or {})
     base, whole = adapter or (None, True)
     results = _results(stats, domains)
     data = ModelCardData(
@@ -305,6 +305,17 @@ def _public(name: str) -> str:
     """A domain's name as a cell of a table; of a path its end."""
     name = re.split(r"[/\\]", name)[-1] if _is_local(name) else name
     return re.sub(r"\s+", " ", name).replace("|", "/")
+
+
+def _by_public_name(domains: dict[str, dict]) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for name, figures in domains.items():
+        shown, n = _public(name), 1
+        while shown in found:  # of two paths with one end, each keeps its row
+            n += 1
+            shown = f"{_public(name)} ({n})"
+        found[shown] = figures
+    return found
 
 
 def _is_figure(value) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from hf_osd.adapters import describe_adapter
 from hf_osd.checkpoint import staged
 from hf_osd.config import CONFIG_NAME, OnlineConfig
 from hf_osd.custom_generate import write_custom_generate
-from hf_osd.drafts import CHECKPOINT_FILES, load_draft, save_draft
+from hf_osd.drafts import CHECKPOINT_FILES, drop_older, load_draft, save_draft
 from hf_osd.hub import FROM_WHERE, find_file, from_hub, license_of, open_repository, push_folder
 from hf_osd.model_card import machine_facts, model_card
 from hf_osd.state import ResumableAssistant
@@ -73,23 +72,42 @@ class SavableAssistant(ResumableAssistant):
         with staged(directory) as staging:
             save_draft(draft, staging, repo_id, bool(merge))
             self.osd_config.save_pretrained(staging)
-            facts = {
-                "lookahead": self.lookahead,
-                "config": self.osd_config,
-                "machine": machine_facts(draft.device, draft.dtype),
-                "adapter": describe_adapter(staging),
-                "repo_id": repo_id,
-                "custom_generate": custom_generate,
-            }
-            (staging / "README.md").write_text(model_card(self.stats, **{**facts, **(card or {})}), encoding="utf-8")
+            self._write_card(staging, staging, card, repo_id=repo_id, custom_generate=custom_generate)
             if processing_class is not None:
                 processing_class.save_pretrained(staging)
             if custom_generate:
                 write_custom_generate(staging)
             written = {path.name for path in staging.iterdir()}
-        for path in Path(directory).iterdir():
-            if path.name not in written and any(fnmatch(path.name, pattern) for pattern in CHECKPOINT_FILES):
-                path.unlink()
+        drop_older(directory, written)
+
+    def write_card(self, directory: str | os.PathLike, card: dict | None = None):
+        """Write the model card anew beside a draft that `save_pretrained` has written: with figures that were not known then.
+
+        Args:
+            directory: where the draft is.
+            card (`dict`, *optional*): facts for it, see [`hf_osd.model_card.model_card`].
+
+        Raises:
+            OSError: if it cannot be written; the older card is then unchanged.
+        """
+        with staged(directory) as staging:
+            self._write_card(staging, Path(directory), card)
+
+    def _write_card(self, into: Path, draft_folder: Path, card: dict | None, **facts):
+        """The card is words: what cannot be said is a warning, and no reason to lose the weights."""
+        draft = self.serving.active
+        try:
+            facts |= {
+                "lookahead": self.lookahead,
+                "config": self.osd_config,
+                "adapter": describe_adapter(draft_folder),
+            }
+            facts["machine"] = machine_facts(draft.device, draft.dtype)
+            text = model_card(self.stats, **{**facts, **(card or {})})
+        except Exception as error:
+            logger.warning("The draft is saved without a new model card, which could not be made: %r.", error)
+            return
+        (into / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
     @classmethod
     def from_pretrained(

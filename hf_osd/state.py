@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_osd.checkpoint import new_state, newest_state, states
 from hf_osd.stats import Stats
+from hf_osd.strict_json import dumps, loads
 
 _LEARNER, _VALUES = "learner.safetensors", "state.json"
 _BUFFER = "buffer.safetensors"
@@ -18,12 +19,15 @@ _VERSION = 3  # 1 was files beside each other, without statistics; 2 had request
 class ResumableAssistant:
     """The part of [`OnlineAssistant`] that stops and goes on."""
 
+    closed = False
+
     def save_state(self, directory: str | os.PathLike, with_buffer: bool = False, progress: Any = None):
         """Write what a restart needs beyond the draft: the learner's float32 weights, their average and its optimizer, and the statistics.
 
         It becomes the newest state in `directory` at once, so that a process that is killed resumes from this one or from the one before, which
         stays beside it (see [`hf_osd.checkpoint.new_state`]). Left out, and begun anew by a restart: the suffix cache, what was measured to choose γ
-        by, and the rows of a draft head that follow traffic.
+        by, and the rows of a draft head that follow traffic. Of an assistant that does not learn (`learn="off"`, or no room to) it is statistics and
+        `progress`.
 
         Args:
             directory: where the states lie.
@@ -33,16 +37,13 @@ class ResumableAssistant:
 
         Raises:
             OSError: if it cannot be written; the older states are then unchanged.
-            ValueError: if the assistant does not learn.
+            ValueError: if the assistant is closed.
         """
         from safetensors.torch import save_file
 
-        if self.learner is None:
-            raise ValueError(
-                "This assistant does not learn (`learn=False`, or closed), so there is no learner's state to save."
-            )
+        self._needs_open("save")
         self.take_in()
-        tensors, values = self.learner.state()
+        tensors, values = self.learner.state() if self.learner is not None else ({}, None)
         with self._lock:
             stats = self._stats.state()
         values = {"version": _VERSION, "learner": values, "stats": stats, "progress": progress}
@@ -52,7 +53,7 @@ class ResumableAssistant:
         asked = any((folder / _BUFFER).exists() for folder in states(directory))
         with new_state(directory, keep=1 if asked and not with_buffer else 2) as folder:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _LEARNER)
-            (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
+            (folder / _VALUES).write_text(dumps(values, exact=True), encoding="utf-8")
             if with_buffer:
                 self.buffer.save(folder / _BUFFER)
 
@@ -63,22 +64,22 @@ class ResumableAssistant:
 
         Raises:
             OSError: if there is no state in `directory`.
-            ValueError: if none is whole, or it is that of another draft, adapter or version.
+            ValueError: if none is whole, or it is that of another draft, adapter or version, or of one that learnt where this one does not, or the other
+                way round.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if self.learner is None:
-            raise ValueError(
-                "This assistant does not learn (`learn=False`, or closed), so it cannot take a learner's state."
-            )
+        self._needs_open("load")
         folder = newest_state(directory)
         values = _values(folder)
+        self._check_learns(values, folder)
         self._check_adapter(values.get("adapter"), folder)
         try:
             stats = Stats.of_state(values["stats"])
-            self.learner.load_state(load_file(folder / _LEARNER), values["learner"])
-            self.learner.serve()
+            if self.learner is not None:
+                self.learner.load_state(load_file(folder / _LEARNER), values["learner"])
+                self.learner.serve()
             if (folder / _BUFFER).is_file():
                 self.buffer.restore(folder / _BUFFER)
                 self.known_texts.replace([request.tokens for request in self.buffer.requests()])
@@ -89,6 +90,22 @@ class ResumableAssistant:
         with self._lock:
             self._stats = stats
         return values["progress"]
+
+    def _needs_open(self, what: str):
+        if self.closed:
+            raise ValueError(f"This assistant is closed, so there is no state to {what}; do so before it is.")
+
+    def _check_learns(self, values: dict, folder: Path):
+        """See that both learn, or neither."""
+        learnt, learns = values.get("learner", values) is not None, self.learner is not None
+        if learnt and not learns:
+            raise ValueError(
+                f"The state in {folder} is that of an assistant that learns, and this one does not; make it so that it does (not with learn='off')."
+            )
+        if learns and not learnt:
+            raise ValueError(
+                f"The state in {folder} is that of an assistant that did not learn, and this one does; make it with learn='off', or start anew."
+            )
 
     def _check_adapter(self, saved: dict | None, folder: Path):
         """See that what learns here is what learnt there: all weights, or an adapter of the same rank over the same weights."""
@@ -124,7 +141,7 @@ def saved_progress(directory: str | os.PathLike) -> Any:
 
 
 def _values(folder: Path) -> dict:
-    values = json.loads((folder / _VALUES).read_text(encoding="utf-8")) if (folder / _VALUES).is_file() else {}
+    values = loads((folder / _VALUES).read_bytes()) if (folder / _VALUES).is_file() else {}
     if values.get("version") != _VERSION:
         raise ValueError(
             f"The state in {folder} is of another version of hf_osd ({values.get('version')} in place of {_VERSION}); delete {folder.parent} "

@@ -11,17 +11,15 @@ for γ would have made of recorded answers; `background` what learning in a thre
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from beside import Beside
-from command import check_numbers, run_command
-from methods import METHODS, Contest, names_of, numbers_of
+from command import check_numbers, numbers_of, run_command
+from methods import METHODS, Contest, names_of
 from models import ModelArguments
 from overhead import BareForwards, Overhead
 from workload import WARM_UP, Workload, peak_rss_mb
@@ -31,6 +29,7 @@ from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.draft_head import DraftHead
 from hf_osd.regret import Trace, regrets
 from hf_osd.scoring import answer_logits
+from hf_osd.strict_json import dumps, write_json
 
 # A benchmark serves a draft as it is, unless told otherwise.
 DEFAULTS = {"learn": "off"}
@@ -70,6 +69,7 @@ class BenchmarkArguments(ModelArguments):
     sample: bool = field(default=False, metadata={"help": "Sample, by the target's generation config."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
     json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
 
     def __post_init__(self):
         if self.what not in MEASURES:
@@ -97,11 +97,11 @@ def measure(args: BenchmarkArguments, config: OnlineConfig):
     figures = MEASURES[args.what](args, config)
     figures |= {"machine": machine(), "arguments": asdict(args) | {"config": config.to_dict()}}
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
     if args.what == "methods":
         print(table(figures["methods"]))
     else:
-        print(json.dumps(figures[args.what], indent=2))
+        print(dumps(figures[args.what], indent=2))
 
 
 def methods(args: BenchmarkArguments, config: OnlineConfig) -> dict:

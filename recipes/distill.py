@@ -11,26 +11,28 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from command import check_numbers, check_temperature, run_command
+from command import check_numbers, check_repository, check_temperature, run_command
+from domains import Domain, load_domains, prints_of
 from models import (
     EMBEDDED,
     EMBEDDED_FACTS,
     ModelArguments,
     answer,
     draft_tokenizers,
-    encode_rows,
     load_draft,
     load_target,
-    shuffled,
     use_threads,
 )
 from ranks import MODES, Processes
-from report import RunReport
-from run_log import RunLog, Tracking
+from report import RunReport, cell, shown
+from run_folder import DRAFT, RunFolder
+from run_log import RunLog, Tracking, or_none
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,9 +40,13 @@ from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_o
 from hf_osd.admission import check_vocabularies
 from hf_osd.distributed import update_together
 from hf_osd.draft_context import draft_window
+from hf_osd.output_paths import check_apart
 from hf_osd.prefill import KnownTexts
 from hf_osd.separate import LearningRank, serve_separately
 from hf_osd.translation import Translation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.distill")
 
@@ -71,6 +77,9 @@ class DistillArguments(ModelArguments):
     output_dir: str = field(default="runs/distill", metadata={"help": "Where metrics, summary, curves and draft go."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Push the draft to this repository, privately."})
     resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
+    )
     checkpoint_every: int = field(default=25, metadata={"help": "Requests between two checkpoints."})
     save_buffer: bool = field(
         default=False, metadata={"help": "Keep the feedback, which holds the prompts, in checkpoints."}
@@ -98,22 +107,15 @@ class DistillArguments(ModelArguments):
             raise ValueError(
                 "`stream` is empty; name at least one JSONL file with a field `prompt`, such as --stream my.jsonl."
             )
+        if str(self.report_to).lower() in ("none", "false", "no", "off"):  # as config files write it
+            self.report_to = "none"
         super().__post_init__()
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub, self.target)
         least = {"requests": 1, "held_back": 1, "max_new_tokens": 2, "warm_up": 0, "parity": 1, "checkpoint_every": 1}
         least |= {"log_every": 1, "batch_answers": 1, "threads": 1, "sync_every": 1, "weights_every": 1}
         check_numbers(self, least)
         check_temperature(self, "rehearse")
-
-
-@dataclass
-class Domain:
-    """One stream, tokenized and split."""
-
-    name: str
-    held_back: list[Tensor]
-    warm_up: list[Tensor]
-    requests: list[Tensor]
-    skipped: int  # prompts longer than the model's window
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,39 +139,52 @@ class Job:
         self.target_forwards = 0
 
     def run(self) -> int:
-        args, processes = self.args, self.processes
-        if processes.learns_alone:
+        if self.processes.learns_alone:
             return self._learn()
-        log = processes.open_log(args.output_dir, self._identity(), args.resume)
+        args = self.args
+        with self.processes.folder(args.output_dir, args.resume, args.overwrite) as folder:
+            return self._run(folder)
+
+    def _run(self, folder: RunFolder) -> int:
+        # 1. All that may be wrong is found before anything is done or touched.
+        args, processes = self.args, self.processes
         self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device, encoders=True)
-        domains = self._load_domains()
+        domains = load_domains(args, self.target, self.tokenizer, self.seed, processes.share)
         draft = load_draft(args.draft, self.target, any_vocabulary=True)
+        check_apart(
+            {"--output_dir": folder.path / DRAFT}, {"--draft's base": getattr(draft.config, "_name_or_path", "")}
+        )
         # For generate, and nothing where the draft's tokens are the target's.
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
         self.translation = Translation.of_models(self.target, draft, **self.tokenizers)
         check_vocabularies(self.target, self.translation)
         self.window = draft_window(draft)
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
+        log = processes.open_log(folder, self._identity(domains, draft), args.resume)
         assistant = OnlineAssistant(draft, self.config)
         if args.rehearse:
             Rehearsal(assistant, self.target, args.rehearse)  # what cannot be is said before any work
+        tracking = Tracking(args.report_to if processes.first else "none", args.output_dir, assistant.serving.active)
         if processes.roles is not None:
             serve_separately(assistant, processes.roles)
         self.target.register_forward_pre_hook(self._count_forward)
 
-        held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in domains if d.held_back}
+        # The draft is the same everywhere: one rank says how it does.
+        judged = domains if processes.first else []
+        held_back = {d.name: self._answers(d.held_back, f"{shown(d.name)}: held back") for d in judged}
         if without := [name for name, feedback in held_back.items() if not feedback]:
             raise ValueError(
                 f"No held-back prompt of {', '.join(without)} fits the draft's window of {self.window} tokens with its answer; choose another draft, "
                 "or lower --max_new_tokens."
             )
+        processes.begin(folder, log)
+
+        # 2. Serve.
         if log.served:
             assistant.load_state(log.checkpoint)
         else:
             self._warm_up(assistant, domains)
-            log.before = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
-
-        tracking = Tracking(args.report_to if processes.first else "none", args.output_dir, assistant.serving.active)
+            log.before = self._alphas(assistant, held_back)
         interrupted = False
         try:
             self._serve(assistant, domains, log, tracking)
@@ -182,13 +197,18 @@ class Job:
             log = processes.merge(log)
             processes.flush(assistant)
         same = None if interrupted else processes.same(dict(assistant.serving.weights()))
+
+        # 3. Save what cannot be had again, each whatever becomes of the others.
+        facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
+        unsaved: list[Exception] = []
         if not processes.several:
-            log.save(assistant, self.args.save_buffer)
+            _save(unsaved, log.save, assistant, args.save_buffer)
         if not processes.first:
             assistant.close()
             return 130 if interrupted else 0
+        _save(unsaved, assistant.save_pretrained, folder.path / DRAFT, self.draft_tokenizer, facts)
         if not interrupted:
-            log.after = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
+            log.after = self._alphas(assistant, held_back)
         overall = self._overall(assistant, log)
         if processes.several:
             overall |= {"ranks": processes.serving.size, "drafts_identical": same}
@@ -198,18 +218,27 @@ class Job:
             {d.name: d.skipped for d in domains},
             {d.name: len(held_back.get(d.name, ())) for d in domains},
         )
-        facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
         facts = {**facts, "domains": report.summary["domains"]}
-        assistant.save_pretrained(Path(args.output_dir) / "draft", self.draft_tokenizer, facts)
+        if not interrupted:
+            _save(unsaved, report.write, folder.path)
+
+        # 4. The rest is to look at, but for the push.
+        if not unsaved:
+            _try("the card's figures", assistant.write_card, folder.path / DRAFT, facts)
         if interrupted:
+            assistant.close()
             return 130
-        report.write(args.output_dir)
+        _try("curves.png", report.plot, folder.path)
         tracking.end()
-        if args.push_to_hub is not None:
-            assistant.push_to_hub(args.push_to_hub, processing_class=self.draft_tokenizer, card=facts)
-        print(report)
-        print(assistant.stats)
-        assistant.close()
+        _try("the table", print, report)
+        _try("the statistics", print, assistant.stats)
+        try:
+            if unsaved:
+                raise unsaved[0]
+            if args.push_to_hub is not None:
+                assistant.push_to_hub(args.push_to_hub, processing_class=self.draft_tokenizer, card=facts)
+        finally:
+            assistant.close()
         return 0
 
     def _learn(self) -> int:
@@ -259,15 +288,16 @@ class Job:
                 continue
             if log.served % self.args.log_every == 0:
                 figures = log.recent(self.args.log_every)
-                bar.write(
-                    f"{row['request']:>5} {domain.name:<14} alpha {figures['alpha']:.3f}  tokens a round "
-                    f"{figures['tokens_per_round']:.2f}  {figures['tokens_per_second']:.1f} tok/s  updates {row['updates']}"
+                alpha, tokens, speed = (
+                    cell(figures[name]) for name in ("alpha", "tokens_per_round", "tokens_per_second")
                 )
+                line = f"{row['request']:>5} {shown(domain.name):<14} alpha {alpha}  tokens a round {tokens}  {speed} tok/s  updates {row['updates']}"
+                _try("a line of figures", bar.write, line)
                 tracking.log(log.served, figures)
             if log.served % self.args.checkpoint_every == 0:
                 if self.processes.several:
                     try:
-                        assistant.save_pretrained(Path(self.args.output_dir) / "draft", self.draft_tokenizer)
+                        assistant.save_pretrained(Path(self.args.output_dir) / DRAFT, self.draft_tokenizer)
                     except OSError as error:
                         logger.error(
                             "%s. Serving goes on, and the draft is saved again at the next checkpoint.", error
@@ -289,7 +319,7 @@ class Job:
         """Offline distillation on the target's own answers, before the first request: as requests that were served, judged before they are learnt."""
         if assistant.learner is None:
             return
-        answers = [f for d in domains for f in self._answers(d.warm_up, f"{d.name}: warm-up")]
+        answers = [f for d in domains for f in self._answers(d.warm_up, f"{shown(d.name)}: warm-up")]
         interval, known = self.config.update_interval, KnownTexts()
         most = self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
@@ -319,37 +349,23 @@ class Job:
             logger.warning("%s: left out %d answers longer than the draft's window of %d.", what, longer, self.window)
         return fitting
 
-    def _load_domains(self) -> list[Domain]:
-        from prompts import load_streams, split_held_back
-
-        args, domains = self.args, []
-        for name, rows in load_streams(args.stream, self.seed):
-            encoded, skipped = encode_rows(
-                self.target, self.tokenizer, name, rows, args.max_new_tokens, args.chat_template
-            )
-            held_back, rest = split_held_back(encoded, args.held_back, self.seed, name)
-            rest = shuffled(rest, self.seed) if args.shuffle else rest
-            served = rest[args.warm_up :][: args.requests]
-            wanted = args.requests or 1
-            if len(served) < wanted:
-                raise ValueError(
-                    f"{name} has {len(encoded)} prompts: too few for --held_back {args.held_back}, --warm_up {args.warm_up} and "
-                    f"--requests {wanted}. Lower one of them."
-                )
-            # The draft is the same everywhere: one rank says how it does.
-            parts = (
-                held_back if self.processes.first else [],
-                *map(self.processes.share, (rest[: args.warm_up], served)),
-            )
-            parts = [[row["ids"] for row in part] for part in parts]
-            domains.append(Domain(name, *parts, skipped=skipped))
-        return domains
-
-    def _identity(self) -> dict:
+    def _identity(self, domains: list[Domain], draft: PreTrainedModel) -> dict:
         """What must be the same for a run to be resumed."""
-        names = ("target", "draft", "stream", "shuffle", "requests", "held_back", "warm_up", "rehearse")
-        names += ("max_new_tokens", "dtype")
-        return {name: getattr(self.args, name) for name in names} | {"config": self.config.to_dict()}
+        names = ("shuffle", "requests", "held_back", "warm_up", "rehearse", "max_new_tokens", "dtype")
+        settings = {name: getattr(self.args, name) for name in names}
+        settings |= prints_of(domains, self.target, draft, self.tokenizer, self.args.chat_template)
+        return settings | {"config": self.config.to_dict() | {"seed": self.seed}}
+
+    def _alphas(self, assistant: OnlineAssistant, held_back: dict[str, list[Feedback]]) -> dict[str, float | None]:
+        """α of each domain on prompts that nobody learns from; `None` where it cannot be had."""
+        found = {}
+        for name, feedback in held_back.items():
+            try:
+                found[name] = or_none(float(torch.cat(assistant.score(feedback)).nanmean()))
+            except Exception:  # out of memory, say: a figure less, and no reason to lose the others
+                logger.exception("%s: α on the held-back prompts could not be had.", name)
+                found[name] = None
+        return found
 
     def _overall(self, assistant: OnlineAssistant, log: RunLog) -> dict:
         stats = assistant.stats
@@ -377,9 +393,21 @@ class Job:
         self.target_forwards += 1
 
 
-def _alpha(assistant: OnlineAssistant, feedback: list) -> float:
-    """α on requests nobody learns from."""
-    return float(torch.cat(assistant.score(feedback)).nanmean())
+def _save(unsaved: list[Exception], save: Callable, *args):
+    """Call `save`; what it raises is noted for the end, for there is more to save."""
+    try:
+        save(*args)
+    except Exception as error:
+        logger.error("%s", error)
+        unsaved.append(error)
+
+
+def _try(what: str, show: Callable, *args):
+    """Call `show`, which is for those who look and for nothing else: what it raises is a warning."""
+    try:
+        show(*args)
+    except Exception as error:
+        logger.warning("Left out: %s (%r).", what, error)
 
 
 def _spread(count: int, sample: int) -> list[int]:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from command import check_numbers
+from command import check_kinds, check_numbers
+from run_folder import RunFolder
 from run_log import METRICS, RunLog
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
-from hf_osd.checkpoint import newest_state, staged, states
+from hf_osd.checkpoint import newest_state, states
+from hf_osd.strict_json import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +69,12 @@ class KillArguments:
         default=True, metadata={"help": "Serve the same requests unkilled too, and compare the rows."}
     )
     output_dir: str = field(default="runs/kill", metadata={"help": "Where rows, states and summary go."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
+    )
 
     def __post_init__(self):
+        check_kinds(self)
         check_numbers(self, {"kills": 1, "seed": 0, "longest": 0, "checkpoint_every": 1})
         if self.checkpoint_every % CONFIG["update_interval"]:
             raise ValueError(
@@ -87,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         [args] = HfArgumentParser(KillArguments).parse_args_into_dataclasses(argv)
-        return Killing(args).run()
+        with RunFolder(args.output_dir, overwrite=args.overwrite):
+            return Killing(args).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 2
@@ -100,7 +107,7 @@ class Killing:
         self.args, self.directory = args, Path(args.output_dir) / "service"
         self.random = random.Random(args.seed)
         self.save_seconds = 0.02  # of the last save that was not killed
-        RunLog(self.directory, identity(args))  # afresh
+        RunLog(self.directory, identity(args)).begin()  # afresh
 
     def run(self) -> int:
         kills, known, start = [], [], time.perf_counter()
@@ -117,9 +124,8 @@ class Killing:
         summary = self._summary(kills) | {"wall_s": time.perf_counter() - start}
         if self.args.compare:
             summary["differs_at"] = self._differs_at(known)
-        with staged(self.args.output_dir) as staging:
-            facts = {"summary": summary, "kills": kills, "config": CONFIG}
-            (staging / "kills.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        facts = {"summary": summary, "kills": kills, "config": CONFIG}
+        write_json(Path(self.args.output_dir) / "kills.json", facts)
         for name, value in summary.items():
             print(f"{name:<22} {value:.1f}" if isinstance(value, float) else f"{name:<22} {value}")
         failed = summary["corrupt"] or summary["most_lost"] > self.args.checkpoint_every
@@ -150,7 +156,7 @@ class Killing:
     def _differs_at(self, rows: list[dict]) -> int | None:
         """The first request at which a run that nobody killed has another row."""
         straight = Path(self.args.output_dir) / "straight"
-        RunLog(straight, identity(self.args))
+        RunLog(straight, identity(self.args)).begin()
         with forked(lambda tell: serve(self.args, straight, tell, requests=len(rows))) as (_, heard):
             heard.rest()
         whole = [json.loads(line) for line in (straight / METRICS).read_text().splitlines()]
@@ -171,7 +177,7 @@ class Killing:
 
 def serve(args: KillArguments, directory: Path, tell: Callable[[bytes], None], requests: int | None = None):
     """The child: go on from what is there, for ever or up to a number of requests."""
-    log = RunLog(directory, identity(args), resume=True)
+    log = RunLog(directory, identity(args), resume=True).begin()
     target, assistant = made()
     if states(log.checkpoint):
         assistant.load_state(log.checkpoint)

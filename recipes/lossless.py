@@ -7,22 +7,37 @@ The exit status is 1 if any output differs by more than a near-tie. What it writ
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import sys
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, zip_longest
+from typing import TYPE_CHECKING
 
 import torch
 from command import check_numbers, run_command
-from models import ModelArguments, answer, draft_tokenizers, encode_rows, load_draft, load_target, use_threads
+from domains import content_of, digest
+from models import (
+    ModelArguments,
+    answer,
+    draft_tokenizers,
+    encode_rows,
+    load_draft,
+    load_target,
+    print_of,
+    use_threads,
+)
+from report import shown
+from run_folder import RunFolder
 from run_log import RunLog, mean, or_none
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.checkpoint import staged
+from hf_osd.strict_json import dumps, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.lossless")
 
@@ -39,6 +54,9 @@ class LosslessArguments(ModelArguments):
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     output_dir: str = field(default="runs/lossless", metadata={"help": "Where rows, summary and checkpoint go."})
     resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
+    )
     checkpoint_every: int = field(default=10, metadata={"help": "Requests between two checkpoints."})
     log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
@@ -65,13 +83,21 @@ class Job:
 
     def run(self) -> int:
         args = self.args
-        log = RunLog(args.output_dir, self._identity(), resume=args.resume, name="lossless.jsonl")
+        with RunFolder(args.output_dir, args.resume, args.overwrite) as folder:
+            return self._run(folder)
+
+    def _run(self, folder: RunFolder) -> int:
+        args = self.args
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.target, self.tokenizer = load_target(args.target, args.dtype, device)
         requests, skipped = self._load_requests()
         draft = load_draft(args.draft, self.target, any_vocabulary=True)
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
+        identity = self._identity(draft)
         assistant = OnlineAssistant(draft, self.config)
+        log = RunLog(folder.path, identity, args.resume, name="lossless.jsonl")
+        folder.clear()
+        log.begin()
         if log.served:
             assistant.load_state(log.checkpoint)
         try:
@@ -80,10 +106,9 @@ class Job:
             log.save(assistant)
             logger.warning("Interrupted: saved what was learnt and compared. Go on with --resume.")
             return 130
-        log.save(assistant)
         summary = self._summary(assistant, log, skipped)
-        with staged(args.output_dir) as staging:
-            (staging / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(folder.path / "summary.json", summary)
+        log.save(assistant)
         for name, value in summary["overall"].items():
             print(f"{name:<25} {value:.4f}" if isinstance(value, float) else f"{name:<25} {value}")
         return 0 if summary["checks"]["no_mismatches"] else 1
@@ -106,11 +131,11 @@ class Job:
             row = log.add(request["domain"], assistant.stats, found)
             bar.update()
             if verdict == "mismatch":
-                bar.write(f"{row['request']:>5} {row['domain']:<14} MISMATCH  {json.dumps(found)}")
+                bar.write(f"{row['request']:>5} {shown(row['domain']):<14} MISMATCH  {dumps(found)}")
             if log.served % self.args.log_every == 0:
                 figures = figures_of(log.rows)
                 bar.write(
-                    f"{row['request']:>5} {row['domain']:<14} tokens {figures['tokens']}  identical {figures['identical']}  near-ties "
+                    f"{row['request']:>5} {shown(row['domain']):<14} tokens {figures['tokens']}  identical {figures['identical']}  near-ties "
                     f"{figures['near_ties']}  mismatches {figures['mismatches']}  updates {row['updates']}"
                 )
             if log.served % self.args.checkpoint_every == 0:
@@ -124,13 +149,15 @@ class Job:
         """The requests in serving order, and the prompts skipped a domain."""
         from prompts import load_streams
 
-        args, streams, skipped = self.args, [], {}
+        args, streams, skipped, contents = self.args, [], {}, []
         for name, rows in load_streams(args.stream, self.config.seed):
+            contents.append((name, content_of(rows)))
             random.Random(f"{self.config.seed or 0}:{name}").shuffle(rows)
             rows, skipped[name] = encode_rows(
                 self.target, self.tokenizer, name, rows, args.max_new_tokens, args.chat_template
             )
             streams.append(rows)
+        self.content = digest(contents)
         requests = in_turn(streams, args.requests)
         if len(requests) < args.requests:
             raise ValueError(
@@ -139,10 +166,12 @@ class Job:
             )
         return requests, skipped
 
-    def _identity(self) -> dict:
+    def _identity(self, draft: PreTrainedModel) -> dict:
         """What must be the same for a run to be resumed; `requests` may be raised."""
-        names = ("target", "draft", "stream", "max_new_tokens", "dtype", "chat_template")
-        return {name: getattr(self.args, name) for name in names} | {"config": self.config.to_dict()}
+        settings = {name: getattr(self.args, name) for name in ("max_new_tokens", "dtype")}
+        settings |= {"stream": self.content, "target": print_of(self.target), "draft": print_of(draft)}
+        template = self.tokenizer.chat_template if self.args.chat_template else None
+        return settings | {"chat_template": digest(template), "config": self.config.to_dict()}
 
     def _summary(self, assistant: OnlineAssistant, log: RunLog, skipped: dict[str, int]) -> dict:
         stats = assistant.stats

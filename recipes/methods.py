@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from command import numbers_of
 from models import load_draft
 from run_log import or_none
 from workload import Call, Workload, peak_rss_mb, spread
@@ -333,15 +334,3 @@ def names_of(methods: str) -> list[str]:
     if not names or not set(names) <= set(METHODS):
         raise ValueError(f"`methods` is {methods!r}; choose from {', '.join(METHODS)}.")
     return names
-
-
-def numbers_of(values: str, name: str) -> list[int]:
-    """The whole numbers of a flag, from 1 on.
-
-    Raises:
-        ValueError: if they cannot be read, or there is none.
-    """
-    parts = [value.strip() for value in values.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"`{name}` is {values!r}; write whole numbers from 1 on with ',' between, such as 1,3,5.")
-    return [int(part) for part in parts]

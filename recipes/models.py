@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from command import check_kinds
 from torch import Tensor
 
 from hf_osd import drafts
@@ -27,6 +29,38 @@ EMBEDDED_FACTS = {
 # Whichever of these is there, transformers makes a tokenizer of; of none of them, for some kinds of model, an empty one without a word.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 TOKENIZER_FILES += ("vocab.txt", "tekken.json")
+# What a generation config may ask for and recipes do not do, with the values that ask for nothing: they decode one answer a prompt, token by token, up to a
+# number of tokens, with a cache that can be cropped.
+SET_ASIDE = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "diversity_penalty": (0.0,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "assistant_ensemble_weight": (),
+    "use_mtp": (False,),
+    "use_cache": (True,),
+    "cache_implementation": ("dynamic", "dynamic_full"),
+    "guidance_scale": (1, 1.0),
+    "stop_strings": (),
+    "token_healing": (False,),
+    "return_dict_in_generate": (False,),
+}
+# Of no use without some of them, and refused by transformers where the draft is saved: set aside without a word.
+WITH_THEM = (
+    "early_stopping",
+    "length_penalty",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+)
+_PRINTED = 64  # values of each weight
 
 
 @dataclass
@@ -43,6 +77,7 @@ class TargetArguments:
     )
 
     def __post_init__(self):
+        check_kinds(self)
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
 
@@ -88,7 +123,36 @@ def load_target(
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     target.to(device).eval().requires_grad_(False)
+    decode_alone(target, f"The target {name}")
     return target, AutoTokenizer.from_pretrained(where)
+
+
+def decode_alone(model: PreTrainedModel, what: str):
+    """Set aside what the model's generation config asks for beyond one answer, token by token; a warning says what that was."""
+    config, aside = model.generation_config, []
+    for name, nothing in SET_ASIDE.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in nothing:
+            aside.append(f"{name}={value!r}")
+            setattr(config, name, True if name == "use_cache" else None)
+    for name in WITH_THEM:
+        setattr(config, name, None)
+    if aside:
+        logger.warning(
+            "%s has a generation config that asks for %s: set aside, for recipes decode one answer a prompt, token by token, as speculative decoding does.",
+            what,
+            ", ".join(aside),
+        )
+
+
+def print_of(model: PreTrainedModel) -> str:
+    """What tells a model from another of its kind: a digest of some values of each of its weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(len(flat) // _PRINTED, 1)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False) -> PreTrainedModel:
@@ -109,6 +173,7 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
             raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,1.") from error
         return drafts.grow_draft(target, layers)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
+    decode_alone(draft, f"The draft {name}")
     kinds = [one.config.is_encoder_decoder for one in (target, draft)]
     if kinds[0] != kinds[1]:
         words = [
@@ -121,8 +186,9 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
     tokens = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if tokens[0] != tokens[1] and not any_vocabulary:
         raise ValueError(
-            f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family, or "
-            "--draft grow:0,1. distill.py, lossless.py, benchmark.py --what methods and, on traces of record.py --draft, replay.py take such drafts."
+            f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family "
+            f"and padding (draft.resize_token_embeddings({tokens[0]}) where only the padding differs), or --draft grow:0,1. "
+            "distill.py, lossless.py, benchmark.py --what methods and, on traces of record.py --draft, replay.py take such drafts."
         )
     return draft
 
@@ -188,6 +254,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool 
     return encoded["input_ids"][0]
 
 
+def _encode_row(tokenizer: PreTrainedTokenizerBase, name: str, row: dict, chat_template: bool) -> Tensor:
+    """`encode`, with an error that says which row it was and does not tell its prompt."""
+    try:
+        ids = encode(tokenizer, row["prompt"], chat_template)
+    except Exception as error:  # a chat template raises whatever it likes
+        mend = ", or try --no_chat_template" if chat_template and tokenizer.chat_template is not None else ""
+        raise ValueError(
+            f"{name}: the target's tokenizer refuses the prompt with the id {row.get('id')} ({type(error).__name__}); leave it out{mend}."
+        ) from error
+    if not len(ids):
+        raise ValueError(
+            f"{name}: the prompt with the id {row.get('id')} has no tokens for the target's tokenizer; leave it out."
+        )
+    return ids
+
+
 def encode_rows(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -199,7 +281,7 @@ def encode_rows(
     """A stream's rows with their token ids as `ids`, without those that leave the window no room for an answer, and how many these are."""
     window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
     after = 0 if target.config.is_encoder_decoder else max_new_tokens  # an encoder reads the prompt alone
-    encoded = [{**row, "ids": encode(tokenizer, row["prompt"], chat_template)} for row in rows]
+    encoded = [{**row, "ids": _encode_row(tokenizer, name, row, chat_template)} for row in rows]
     fitting = [row for row in encoded if window is None or len(row["ids"]) + after <= window]
     if skipped := len(encoded) - len(fitting):
         logger.warning("%s: skipped %d prompts longer than the window of %d tokens.", name, skipped, window)

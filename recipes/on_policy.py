@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command import check_numbers, run_command
+from command import check_learns, check_numbers, numbers_of, run_command
 from models import ModelArguments, load_draft, load_target, shuffled, use_threads
-from replay import Traced, append_row, hits_of, learning_of, load_trace, table
+from replay import Traced, hits_of, learning_of, load_trace, table
+from row_log import RowLog
 from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: OnPolicyArguments, config: OnlineConfig):
     """Every run, and the table against the first arm."""
+    check_learns(config.learn, "recipes/on_policy.py")
+    seeds, log = numbers_of(args.seeds, "seeds", least=0), RowLog(args.log, ("arm", "seed", "scores"))
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype)
     traced = load_trace(Path(args.trace), config.top_k, args.held_back)
@@ -70,10 +73,10 @@ def measure(args: OnPolicyArguments, config: OnlineConfig):
     results = []
     for arm in args.arms.split(","):
         results.append([])
-        for seed in map(int, args.seeds.split(",")):
+        for seed in seeds:
             row = run(args, config, arm, seed, target, traced)
             results[-1].append(row)
-            append_row(args.log, row)
+            log.append(row)
             print(
                 f"{arm} seed {seed}: {row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all",
                 flush=True,

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from command import check_numbers, run_command
+from command import check_learns, check_numbers, run_command
 from models import ModelArguments, load_draft, load_target, use_threads
-from replay import append_row, load_trace
+from replay import load_trace
+from row_log import RowLog
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.replaying import replay
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: PoisonArguments, config: OnlineConfig):
     """A line a stream."""
+    check_learns(config.learn, "recipes/poison.py")
+    log = RowLog(args.log, ("poison", "stream", "longest"))
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype, args.device)
     traced = load_trace(Path(args.trace), config.top_k, args.held_back)
@@ -78,7 +81,7 @@ def measure(args: PoisonArguments, config: OnlineConfig):
         }
         for order, stream in streams.items():
             row = {"poison": name, "stream": order} | _serve(args, config, target, stream, traced.held_back)
-            append_row(args.log, row)
+            log.append(row)
             print(
                 f"| {name} | {order} | {row['static']:.3f} | {row['lowest']:.3f} | {row['longest']} | {row['updates']}, {row['dropped']} |",
                 flush=True,

@@ -5,12 +5,14 @@ Knows nothing of tokenizers or models; a row is a dict with `prompt`, `domain`, 
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import importlib
 import json
 import logging
 import os
 import random
+import re
 import sys
 import sysconfig
 import types
@@ -20,6 +22,13 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates
 WORDS = range(6, 81)  # how long a built-in prompt's text may be; 80 words are about 100 tokens
 
 
@@ -101,7 +110,7 @@ def read_stream(path: str | os.PathLike) -> list[dict]:
     """The rows of a JSONL file, in order: an object a line, with `prompt` and, if wanted, `domain`, `id` and `group`.
 
     `domain` is the file's stem and `id` the line's number where a row has none. Blank lines, and prompts seen before in the file,
-    are left out.
+    are left out. The file is UTF-8, or what its byte order mark says; marks are read over, wherever files were put together.
 
     Raises:
         ValueError: if a line is malformed (the message names file and line), or there is no prompt at all.
@@ -113,17 +122,34 @@ def read_stream(path: str | os.PathLike) -> list[dict]:
             f"No prompts at {path}: give a JSONL file with a field `prompt`, {', '.join(_BUILT_IN)}, or hub:owner/name."
         )
     rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_parse(line, f"{path}, line {number}", {"domain": path.stem, "id": str(number)}))
+    stem = path.stem.encode("utf-8", "replace").decode()  # a name that is no UTF-8 is half surrogates in Python
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            rows.append(_parse(line, f"{path}, line {number}", {"domain": stem, "id": str(number)}))
     return _distinct(rows, str(path))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a text file as UTF-8, of which each may still be malformed."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        # UTF-32's mark begins with that of UTF-16.
+        encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+        file.seek(0)
+        if encoding is None:
+            yield from (line.removeprefix(codecs.BOM_UTF8) for line in file)
+            return
+        try:
+            text = file.read().decode(encoding)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}, which its byte order mark says it is; save it as UTF-8.") from error
+    yield from (line.encode("utf-8", "surrogatepass") for line in text.split("\n"))
 
 
 def _parse(line: bytes, where: str, defaults: dict) -> dict:
     try:
         row = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # of the encoding or of the JSON
+    except (ValueError, RecursionError) as error:  # of the encoding or of the JSON
         raise ValueError(
             f'{where}: {error}. A line is one JSON object in UTF-8, such as {{"prompt": "…"}}.'
         ) from error
@@ -136,10 +162,25 @@ def _parse(line: bytes, where: str, defaults: dict) -> dict:
     if "id" in row:
         row["id"] = str(row["id"])
     row = defaults | row
+    for key, value in row.items():
+        check_text(value, f"{where}: `{key}`")
     for key in ("domain", "group"):
         if key in row and not (isinstance(row[key], str) and row[key]):
             raise ValueError(f"{where}: `{key}` is {row[key]!r}; it must be a text that is not empty, or left out.")
     return row
+
+
+def check_text(value: object, what: str):
+    """See that a text can be written down: half of a pair of surrogates cannot, and no tokenizer takes it. Others are not looked at.
+
+    Raises:
+        ValueError: if it has one; the text is not told.
+    """
+    if isinstance(value, str) and (half := _HALF.search(value)):
+        raise ValueError(
+            f"{what} has half a character, \\u{ord(half[0]):04x}, at its {half.start() + 1}. place, as where a text was cut within an emoji; "
+            "write the whole character, or leave it out."
+        )
 
 
 def read_hub(name: str, count: int) -> list[dict]:
@@ -169,6 +210,7 @@ def read_hub(name: str, count: int) -> list[dict]:
         prompt = row[field]
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{name}, row {i}: `{field}` is empty or no text; it must be a text that is not empty.")
+        check_text(prompt, f"{name}, row {i}: `{field}`")
         rows.setdefault(prompt, {"prompt": prompt, "domain": parts[1], "id": str(i)})
     if not rows:
         raise ValueError(f"{name}: no prompts in it; choose another split.")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from run_folder import DRAFT, RunFolder
 from run_log import METRICS, RunLog
 
 from hf_osd.checkpoint import staged
 from hf_osd.distributed import Ranks, RanksParted
 from hf_osd.separate import Roles
+from hf_osd.strict_json import dumps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,23 +60,36 @@ class Processes:
         """Those of `items` that are this rank's to serve."""
         return items[self.serving.rank :: self.serving.size]
 
-    def open_log(self, output_dir: str, identity: dict, resume: bool) -> RunLog:
-        """Of this rank: its rows are `metrics.jsonl` if it is alone.
+    @contextlib.contextmanager
+    def folder(self, output_dir: str, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+        """The job's output folder, which the first of those that serve owns.
 
         Raises:
-            ValueError: as `RunLog`; and if several are to be resumed.
+            ValueError, OSError: as `RunFolder`; and if several are to be resumed.
         """
-        if not self.several:
-            return RunLog(output_dir, identity, resume)
-        if resume:
+        if self.several and resume:
             raise ValueError(
                 "Several processes cannot be resumed: only the draft they have learnt so far is saved. Start anew with --draft and the path of "
-                f"{Path(output_dir) / 'draft'}, in another --output_dir."
+                f"{Path(output_dir) / DRAFT}, in another --output_dir."
             )
-        name = METRICS.replace(".jsonl", f".rank{self.serving.rank}.jsonl")
-        log = RunLog(output_dir, identity, name=name) if self.first else None
-        self.serving.sum(1)  # the folder is made once
-        return log or RunLog(output_dir, identity, name=name)
+        folder = RunFolder(output_dir, resume, overwrite)
+        self.serving.sum(1)  # all have looked before one writes
+        with folder if self.first else contextlib.nullcontext():
+            yield folder
+
+    def open_log(self, folder: RunFolder, identity: dict, resume: bool) -> RunLog:
+        """Of this rank: its rows are `metrics.jsonl` if it is alone. Nothing is touched yet. `ValueError` as `RunLog`."""
+        name = METRICS.replace(".jsonl", f".rank{self.serving.rank}.jsonl") if self.several else METRICS
+        return RunLog(folder.path, identity, resume, name)
+
+    def begin(self, folder: RunFolder, log: RunLog):
+        """Take the folder for this run; called by all."""
+        if self.first:
+            folder.clear()
+            log.begin()
+        self.serving.sum(1)  # the first has made and cleared it
+        if not self.first:
+            log.begin()
 
     def merge(self, log: RunLog) -> RunLog:
         """One log of all that serve, stream by stream; its rows have a `rank`, and go to `metrics.jsonl`. Called by all; only that of the first is whole.
@@ -103,7 +119,7 @@ class Processes:
         log.rows = [row | {"request": place} for place, row in enumerate(rows)]
         log.target_forwards = sum(one["target_forwards"] for one in logs)
         with staged(log.directory) as staging:
-            (staging / METRICS).write_text("".join(json.dumps(row) + "\n" for row in log.rows), encoding="utf-8")
+            (staging / METRICS).write_text("".join(dumps(row) + "\n" for row in log.rows), encoding="utf-8")
         return log
 
     def same(self, weights: dict[str, Tensor]) -> bool | None:

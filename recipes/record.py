@@ -7,9 +7,10 @@ A trace holds the prompts and answers as token ids. An interrupted recording goe
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import logging
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,10 +18,13 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, check_temperature, run_command
+from domains import digest
 from models import TargetArguments, draft_tokenizers, encode_rows, load_draft, load_target, shuffled, use_threads
+from run_folder import LOCK, folder_name, locked
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
+from hf_osd.output_paths import check_apart
 from hf_osd.trace import read_trace, write_trace
 from hf_osd.translation import Translation
 
@@ -28,6 +32,8 @@ logger = logging.getLogger("hf_osd.recipes.record")
 
 SHARD = 96  # requests a file: what an interruption may lose
 SEEDS_APART = 10**6  # of two answers to one request
+_NAME = re.compile(r"(held_back|stream|again\d+)-\d+\.safetensors")
+_SINCE = ("prompts", "top_k", "feedback_dtype", "prompt_positions")  # which older recordings do not say
 
 
 @dataclass
@@ -55,6 +61,7 @@ class RecordArguments(TargetArguments):
     )
     times: int = field(default=1, metadata={"help": "With --again, how many answers to each."})
     output_dir: str = field(default="runs/traces", metadata={"help": "A folder a domain is made in here."})
+    overwrite: bool = field(default=False, metadata={"help": "Record anew what is there of these domains."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,18 +97,84 @@ def record(args: RecordArguments, config: OnlineConfig):
         translation = Translation.of_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
         if not translation.is_identity:
             vocabulary = {"draft": args.draft, "draft_size": str(translation.draft_size)}
-    seed = config.seed or 0
+    seed, shards = config.seed or 0, []
     for name, rows in load_streams(args.stream, seed):
         rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
         if args.longest_prompt is not None:
             rows = [row for row in rows if len(row["ids"]) <= args.longest_prompt]
         held_back, rest = split_held_back(rows, args.held_back, seed, name)
-        folder, stream = Path(args.output_dir) / name, shuffled(rest, seed)[: args.requests]
-        part = functools.partial(_record_part, args, config, target, translation, vocabulary, folder)
-        part("held_back", held_back)
-        part("stream", stream)
-        for n in range(args.times if args.again else 0):
-            part(again_part(n), stream, args.again, n * SEEDS_APART)
+        folder, stream = Path(args.output_dir) / folder_name(name), shuffled(rest, seed)[: args.requests]
+        check_apart({"--output_dir": folder}, {"--target": args.target, "--draft": args.draft})
+        parts = [("held_back", held_back, 0.0, 0), ("stream", stream, 0.0, 0)]
+        parts += [(again_part(n), stream, args.again, n * SEEDS_APART) for n in range(args.times if args.again else 0)]
+        for part, rows, temperature, offset in parts:
+            for start in range(0, len(rows), SHARD):
+                path, some = folder / f"{part}-{start:05d}.safetensors", rows[start : start + SHARD]
+                facts = _facts(args, config, target, some, temperature) | vocabulary
+                shards.append(Shard(path, some, facts, temperature, (config.seed or 0) + offset + start))
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys(shard.path.parent for shard in shards):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, f"The trace {folder}"))
+        todo = [
+            shard for shard in shards if args.overwrite or not shard.is_there()
+        ]  # all are looked at before one is written
+        if args.overwrite:
+            _discard({shard.path.parent for shard in shards})
+        for shard in tqdm(todo, desc="recording", unit="shard"):
+            _record(args, config, target, translation, shard)
+
+
+@dataclass
+class Shard:
+    """One file of a trace, and what is to be in it."""
+
+    path: Path
+    rows: list[dict]
+    facts: dict[str, str]
+    temperature: float
+    seed: int  # of what is sampled
+
+    def is_there(self) -> bool:
+        """Whether it has been recorded already.
+
+        Raises:
+            ValueError: if that was of something else, or the file is damaged.
+        """
+        if not self.path.is_file():
+            return False
+        recorded = read_trace(self.path)[1]
+        names = [name for name in (*self.facts, "draft_size") if name in recorded or name not in _SINCE]
+        if changed := [name for name in names if recorded.get(name) != self.facts.get(name)]:
+            raise ValueError(
+                f"{self.path} was recorded with another {', '.join(changed)}; choose another --output_dir, or record it anew with --overwrite."
+            )
+        return True
+
+
+def _facts(
+    args: RecordArguments, config: OnlineConfig, target, rows: list[dict], temperature: float
+) -> dict[str, str]:
+    """What is to be known of a shard, by which one of something else is told from it."""
+    facts = {
+        "target": args.target,
+        "max_new_tokens": str(args.max_new_tokens),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "ids": json.dumps([row.get("id") for row in rows]),
+        # Their tokens: rows of the same numbers may have other texts by now, or another chat template.
+        "prompts": digest([row["ids"].tolist() for row in rows]),
+        "top_k": str(config.top_k),
+        "feedback_dtype": config.feedback_dtype,
+        "prompt_positions": str(0 if temperature else config.prompt_positions),
+    }
+    return facts | ({"temperature": str(temperature)} if temperature else {})
+
+
+def _discard(folders: set[Path]):
+    """Delete what is recorded in them."""
+    for path in [path for folder in folders for path in folder.glob("*-*.safetensors")]:
+        if _NAME.fullmatch(path.name):
+            path.unlink()
 
 
 def again_part(n: int) -> str:
@@ -109,55 +182,22 @@ def again_part(n: int) -> str:
     return f"again{n + 1}"
 
 
-def _record_part(
-    args: RecordArguments,
-    config: OnlineConfig,
-    target,
-    translation: Translation | None,
-    vocabulary: dict[str, str],  # facts of it, where it is another than the target's
-    folder: Path,
-    part: str,
-    rows: list[dict],
-    temperature: float = 0.0,
-    offset: int = 0,  # to the seed of what is sampled
-):
-    folder.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(rows), SHARD), desc=f"{folder.name}: {part}", unit="shard"):
-        shard = rows[start : start + SHARD]
-        path = folder / f"{part}-{start:05d}.safetensors"
-        facts = {
-            "target": args.target,
-            "max_new_tokens": str(args.max_new_tokens),
-            "dtype": str(target.dtype).removeprefix("torch."),
-            "ids": json.dumps([row.get("id") for row in shard]),
-            **vocabulary,
-        }
-        if temperature:
-            facts["temperature"] = str(temperature)
-        if path.is_file():
-            recorded = read_trace(path)[1]
-            changed = [name for name in (*facts, "draft_size") if recorded.get(name) != facts.get(name)]
-            if changed:
-                raise ValueError(
-                    f"{path} was recorded with another {', '.join(changed)}; choose another --output_dir, or delete it."
-                )
-            continue
-        if temperature:  # of the shard: wherever a recording goes on, it is the same
-            torch.manual_seed((config.seed or 0) + offset + start)
-        began = time.perf_counter()
-        answers = record_answers(
-            target,
-            [row["ids"] for row in shard],
-            args.max_new_tokens,
-            batch_size=args.batch_answers,
-            top_k=config.top_k,
-            dtype=getattr(torch, config.feedback_dtype),
-            prompt_positions=0 if temperature else config.prompt_positions,  # the request's own are known
-            temperature=temperature,
-            translation=translation,
-        )
-        facts["seconds"] = f"{time.perf_counter() - began:.1f}"
-        write_trace(path, answers, facts)
+def _record(args: RecordArguments, config: OnlineConfig, target, translation: Translation | None, shard: Shard):
+    if shard.temperature:  # of the shard: wherever a recording goes on, it is the same
+        torch.manual_seed(shard.seed)
+    began = time.perf_counter()
+    answers = record_answers(
+        target,
+        [row["ids"] for row in shard.rows],
+        args.max_new_tokens,
+        batch_size=args.batch_answers,
+        top_k=config.top_k,
+        dtype=getattr(torch, config.feedback_dtype),
+        prompt_positions=0 if shard.temperature else config.prompt_positions,  # the request's own are known
+        temperature=shard.temperature,
+        translation=translation,
+    )
+    write_trace(shard.path, answers, shard.facts | {"seconds": f"{time.perf_counter() - began:.1f}"})
 
 
 if __name__ == "__main__":

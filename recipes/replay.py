@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 from arms import Arm, intervals, read_arm
-from command import check_numbers, run_command
+from command import check_learns, check_numbers, numbers_of, run_command
 from models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
 from record import again_part
+from row_log import RowLog
 from workload import peak_rss_mb
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
+from hf_osd.drafts import files_of_checkpoint
+from hf_osd.output_paths import check_apart
 from hf_osd.replaying import replay
 from hf_osd.trace import read_trace
 
@@ -70,6 +73,7 @@ class ReplayArguments(ModelArguments):
         default=None,
         metadata={"help": "Append a row a run to this JSONL file; runs that it has already are not run again."},
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace drafts that are in --save_to already."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,21 +105,40 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: ReplayArguments, base: OnlineConfig):
     """Every run, and the table of all arms against the first."""
     arms = [read_arm(arm, base, args.draft) for arm in args.arms.split(";")]
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    seeds = numbers_of(args.seeds, "seeds", least=0)
+    for arm in arms:
+        check_learns(arm.config.learn, f"recipes/replay.py's arm {arm.label!r}")
+    log = RowLog(args.log, ("key", "arm", "seed", "scores"))
     experiment = Experiment(args, top_k=max(arm.config.top_k for arm in arms))
-    done = {row["key"]: row for row in _rows(args.log)}
+    done = {row["key"]: row for row in log.rows}
+    runs = [[(arm, seed, experiment.key(arm, seed), f"{i}-{seed}") for seed in seeds] for i, arm in enumerate(arms)]
+    to_save = (
+        [Path(args.save_to) / folder for some in runs for _, _, key, folder in some if key not in done]
+        if args.save_to
+        else []
+    )
+    for folder in to_save:
+        check_apart(
+            {"--save_to": folder},
+            {"--target": args.target, **{f"the draft of the arm {arm.label!r},": arm.name for arm in arms}},
+        )
+    if (found := [folder for folder in to_save if files_of_checkpoint(folder)]) and not args.overwrite:
+        raise ValueError(
+            f"--save_to has a draft already in {found[0]}; choose another folder, or pass --overwrite to replace what is there."
+        )
     results: list[list[dict]] = []
-    for number, arm in enumerate(arms):
+    for some in runs:
         results.append([])
-        for seed in seeds:
-            key = experiment.key(arm, seed)
+        for arm, seed, key, folder in some:
             row = done.get(key)
             if row is None:
-                row = {"key": key} | experiment.run(arm, seed, f"{number}-{seed}")
-                append_row(args.log, row)
+                row = {"key": key} | experiment.run(arm, seed, folder)
+                log.append(row)
             results[-1].append(row)
             print(_line(row), flush=True)
     print(table(results, args.at))
+    if experiment.unsaved is not None:
+        raise experiment.unsaved
 
 
 class Experiment:
@@ -139,7 +162,7 @@ class Experiment:
                 "The traces are in the tokens of several vocabularies; name those that were recorded with one --draft."
             )
         [self.draft_size] = sizes
-        counts = [int(count) for count in args.requests.split(",")]
+        counts = numbers_of(args.requests, "requests")
         self.counts = counts * len(self.traces) if len(counts) == 1 else counts
         if len(self.counts) != len(self.traces):
             raise ValueError(
@@ -150,6 +173,8 @@ class Experiment:
                 raise ValueError(
                     f"{traced.name} has {len(traced.stream)} recorded requests and `requests` asks for {count}; record more, or lower it."
                 )
+        _spans(args.at, [0, *range(args.score_every, sum(self.counts), args.score_every), sum(self.counts)])
+        self.unsaved: OSError | None = None  # why a draft could not be
         self._first: dict[tuple, dict] = {}  # what drafts score before they learn, by draft
 
     def run(self, arm: Arm, seed: int, folder: str) -> dict:
@@ -174,7 +199,11 @@ class Experiment:
                     logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
         if self.args.save_to is not None:
             tokenizer = tokenizers.get("assistant_tokenizer", self.tokenizer)
-            assistant.save_pretrained(Path(self.args.save_to) / folder, tokenizer)
+            try:
+                assistant.save_pretrained(Path(self.args.save_to) / folder, tokenizer)
+            except OSError as error:  # the figures of the run are worth their row
+                logger.error("%s", error)
+                self.unsaved = error
         return {
             "arm": arm.label,
             "seed": seed,
@@ -232,13 +261,6 @@ def learning_of(assistant: OnlineAssistant, began: float) -> dict:
         "seconds": round(time.perf_counter() - began, 1),
         "threads": torch.get_num_threads(),
     }
-
-
-def append_row(log: str | None, row: dict):
-    """Add a run to the JSONL file `log`, if there is to be one."""
-    if log is not None:
-        with Path(log).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[int]]:
@@ -302,12 +324,7 @@ def table(results: list[list[dict]], at: str = "") -> str:
     """
     lines = []
     for name, points in results[0][0]["scores"].items():
-        spans = [span.split("-") if "-" in span else ["0", span] for span in filter(None, at.split(","))]
-        for first, last in [*spans, ["0", max(points, key=int)]]:
-            if not {first, last} <= set(points):
-                raise ValueError(
-                    f"`at` is {at!r}, and α of {name} was measured after {', '.join(points)} requests; see --score_every."
-                )
+        for first, last in [*_spans(at, list(points)), ("0", max(points, key=int))]:
             lines += _table(results, name, first, last)
     if all("prequential" in row for rows in results for row in rows):
         lines += [
@@ -320,6 +337,15 @@ def table(results: list[list[dict]], at: str = "") -> str:
             for rows, mean in zip(results, means, strict=True)
         ]
     return "\n".join(lines)
+
+
+def _spans(at: str, points: list) -> list[tuple[str, str]]:
+    """From which requests to which the flag `at` asks for tables, all of them among the points at which α is measured."""
+    spans = [span.split("-") if "-" in span else ["0", span] for span in filter(None, map(str.strip, at.split(",")))]
+    known = [str(point) for point in points]
+    if any(len(span) != 2 or not set(span) <= set(known) for span in spans):
+        raise ValueError(f"`at` is {at!r}, and α is measured after {', '.join(known)} requests; see --score_every.")
+    return [(first, last) for first, last in spans]
 
 
 def _table(results: list[list[dict]], name: str, first: str, last: str) -> list[str]:
@@ -352,12 +378,6 @@ def _line(row: dict) -> str:
 
 def _mean(hits: list[list[int]]) -> float:
     return sum(hit for hit, _ in hits) / max(sum(n for _, n in hits), 1)
-
-
-def _rows(log: str | None) -> list[dict]:
-    if log is None or not Path(log).is_file():
-        return []
-    return [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

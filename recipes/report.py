@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
 
-from run_log import RunLog, mean
+from run_log import RunLog, mean, or_none, ratio
 
 from hf_osd.checkpoint import staged
+from hf_osd.strict_json import write_json
+
+_LONGEST = 40  # letters of a name in a picture or a table
 
 
 class RunReport:
@@ -29,9 +31,12 @@ class RunReport:
         self.summary = {"domains": domains, "overall": overall}
 
     def write(self, output_dir: str | os.PathLike):
-        """summary.json and curves.png, whole or not at all."""
+        """summary.json, whole or not at all; what is not known is null in it."""
+        write_json(Path(output_dir) / "summary.json", self.summary)
+
+    def plot(self, output_dir: str | os.PathLike):
+        """curves.png, likewise."""
         with staged(output_dir) as staging:
-            (staging / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
             self._plot(staging / "curves.png")
 
     def __str__(self) -> str:
@@ -41,7 +46,7 @@ class RunReport:
         names += ["near_ties", "mismatches", "speedup_decode", "speedup_end_to_end"]
         lines = [heads]
         for domain, figures in self.summary["domains"].items():
-            lines.append([domain, *(_cell(figures[name]) for name in names)])
+            lines.append([shown(domain), *(cell(figures[name]) for name in names)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
@@ -61,14 +66,14 @@ class RunReport:
             "requests": len(rows),
             "alpha_before": self.log.before.get(name),
             "alpha_after": self.log.after.get(name),
-            "alpha_first_fifth": mean(alphas[:fifth]) if rows else None,
-            "alpha_last_fifth": mean(alphas[-fifth:]) if rows else None,
+            "alpha_first_fifth": or_none(mean(alphas[:fifth])),
+            "alpha_last_fifth": or_none(mean(alphas[-fifth:])),
             "compared": len(pairs),
             "identical_share": verdicts.count("identical") / len(pairs) if pairs else None,
             "near_ties": verdicts.count("near_tie"),
             "mismatches": verdicts.count("mismatch"),
-            "speedup_decode": plain / decode if pairs else None,
-            "speedup_end_to_end": plain / (decode + learn) if pairs else None,
+            "speedup_decode": ratio(plain, decode),
+            "speedup_end_to_end": ratio(plain, decode + learn),
         }
 
     def _plot(self, path: Path):
@@ -94,11 +99,22 @@ class RunReport:
                 axis.axvline(shift - 0.5, color="black", linestyle="--", linewidth=0.8)
             axis.legend(loc="lower right")  # the upper edge names the domains
         for start in [0, *shifts] if rows else []:
+            name = shown(rows[start]["domain"])
+            # As it is: it may have a $, which matplotlib takes for mathematics.
+            plain = {"parse_math": False, "usetex": False}
             alpha.annotate(
-                rows[start]["domain"], (start, 0.98), va="top", ha="left", xytext=(4, 0), textcoords="offset points"
+                name, (start, 0.98), va="top", ha="left", xytext=(4, 0), textcoords="offset points", **plain
             )
         figure.savefig(path, dpi=110)
 
 
-def _cell(value: float | int | None) -> str:
+def shown(name: str) -> str:
+    """A name that data has, for a line of a table or a picture: on one line, without what no terminal shows, and not too long."""
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
+def cell(value: float | int | None) -> str:
+    """A figure in a table; a dash where it is not known."""
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -9,9 +9,12 @@ import os
 import time
 from pathlib import Path
 
+from run_folder import CHECKPOINT
+
 from hf_osd.checkpoint import discard_states, states
 from hf_osd.state import saved_progress
 from hf_osd.stats import Stats
+from hf_osd.strict_json import dumps
 
 logger = logging.getLogger("hf_osd.recipes.run_log")
 
@@ -22,11 +25,11 @@ class RunLog:
     """The rows of a run, its plain-decoding pairs, and its held-back α.
 
     Rows are appended to their file as they come, and a checkpoint notes how many of them it knows. A run that was killed goes on there: the rows
-    after it go, and their requests are served again.
+    after it go, and their requests are served again. Nothing is touched before `begin`.
 
     Args:
         output_dir: where the rows and checkpoint/ lie.
-        identity (`dict`): the settings that a resumed run must share.
+        identity (`dict`): what a resumed run must have begun with: settings, and digests of what they name.
         resume (`bool`): go on from the checkpoint; without one, start afresh.
         name (`str`): of the file of rows.
 
@@ -46,16 +49,21 @@ class RunLog:
         self.wall_before = 0.0  # seconds spent before the run was resumed
         self._started = time.perf_counter()
         self._written, self._bytes = 0, 0  # rows in the file, and how long it is with them
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if resume and states(self.checkpoint):
+        self.resumed = resume and bool(states(self.checkpoint))
+        if self.resumed:
             self._load()
-        else:
-            discard_states(self.checkpoint)  # of an older run, not to be taken for this one's
+
+    def begin(self) -> RunLog:
+        """From here on the folder's rows and checkpoints are this run's: what an older one left of them goes, or what came after the checkpoint."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.resumed:
+            discard_states(self.checkpoint)  # not to be taken for this one's
         self._write()
+        return self
 
     @property
     def checkpoint(self) -> Path:
-        return self.directory / "checkpoint"
+        return self.directory / CHECKPOINT
 
     @property
     def served(self) -> int:
@@ -94,15 +102,15 @@ class RunLog:
         pair = {"request": self.served - 1, "domain": domain, "verdict": verdict}
         self.pairs.append(pair | {"plain_seconds": plain_seconds, "decode_seconds": decode_seconds})
 
-    def recent(self, count: int) -> dict[str, float]:
-        """Figures over the last `count` requests."""
+    def recent(self, count: int) -> dict[str, float | None]:
+        """Figures over the last `count` requests; `None` where there is none: where nothing was drafted or no round was counted, say."""
         rows = self.rows[-count:]
         seconds = sum(row["decode_seconds"] for row in rows)
         tokens = sum(row["new_tokens"] for row in rows)
         return {
-            "alpha": mean([row["alpha"] for row in rows]),
-            "tokens_per_round": tokens / sum(row["rounds"] for row in rows),
-            "tokens_per_second": tokens / seconds,
+            "alpha": or_none(mean([row["alpha"] for row in rows])),
+            "tokens_per_round": ratio(tokens, sum(row["rounds"] for row in rows)),
+            "tokens_per_second": ratio(tokens, seconds),
         }
 
     def save(self, assistant, with_buffer: bool = False):
@@ -128,7 +136,7 @@ class RunLog:
 
     def _write(self, through: bool = False):
         """Append the rows that are not in the file yet, in place of whatever follows those that are: half a row, or rows of a run that was killed."""
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows[self._written :]).encode()
+        lines = "".join(dumps(row) + "\n" for row in self.rows[self._written :]).encode()
         with self._file.open("r+b" if self._file.exists() else "wb") as file:
             file.truncate(self._bytes)
             file.seek(self._bytes)
@@ -140,11 +148,15 @@ class RunLog:
 
     def _load(self):
         progress = saved_progress(self.checkpoint)
-        saved = progress["identity"]
-        if changed := [name for name, value in self.identity.items() if saved.get(name) != value]:
+        if changed := _changed(progress["identity"], self.identity):
+            held_back = (
+                " Prompts that have been learnt may now be held back to score on."
+                if "held_back_prompts" in changed
+                else ""
+            )
             raise ValueError(
-                f"The checkpoint in {self.checkpoint} was made with other settings of {', '.join(changed)}; resume with the "
-                "same ones, or choose another --output_dir."
+                f"The run in {self.directory} began with another {', '.join(changed)} than --resume finds now.{held_back} Go on with what it began with, "
+                "start anew in its place with --overwrite, or choose another --output_dir."
             )
         for name in ("pairs", "before", "target_forwards"):
             setattr(self, name, progress[name])
@@ -160,17 +172,33 @@ class RunLog:
         if reason is not None:
             raise ValueError(
                 f"{self._file} lacks rows of the {self._written} that the checkpoint in {self.checkpoint} knows ({reason}); put the file back "
-                "as it was, or start without --resume."
+                "as it was, or start anew with --overwrite."
             )
 
 
+def _changed(saved: dict, now: dict) -> list[str]:
+    """The names of what differs, those within `config` as flags have them."""
+    names = []
+    for name, value in now.items():
+        was = saved.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):
+            names += _changed(was, value)
+        elif was != value:
+            names.append(name)
+    return names
+
+
 class Tracking:
-    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures.
+    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures. One that fails while requests are served
+    is left out from then on, with a warning.
 
     Args:
         report_to (`str`): as in `TrainingArguments`, or `"none"`.
         output_dir: what the integrations take for the run's folder, and name it after.
         model: the draft, whose config they note.
+
+    Raises:
+        ValueError: if there is no such integration, or it cannot begin: not installed, not logged in.
     """
 
     def __init__(self, report_to: str, output_dir: str | os.PathLike, model):
@@ -188,19 +216,31 @@ class Tracking:
         )
         self._event = (args, TrainerState(is_world_process_zero=True), TrainerControl())
         self._model = model
-        self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]
-        for callback in self._callbacks:
-            callback.on_train_begin(*self._event, model=model)
+        try:
+            self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]
+            for callback in self._callbacks:
+                callback.on_train_begin(*self._event, model=model)
+        except Exception as error:  # each has errors of its own
+            raise ValueError(
+                f"`report_to` is {report_to!r}, which cannot begin: {error} Mend that, or leave it out."
+            ) from error
 
-    def log(self, served: int, figures: dict[str, float]):
-        """Figures at a number of requests served, the integrations' global step."""
-        for callback in self._callbacks:
+    def log(self, served: int, figures: dict[str, float | None]):
+        """Figures at a number of requests served, the integrations' global step; those that are known."""
+        if self._callbacks:
             self._event[1].global_step = served
-            callback.on_log(*self._event, model=self._model, logs=dict(figures))
+            self._tell("on_log", logs={name: value for name, value in figures.items() if value is not None})
 
     def end(self):
-        for callback in self._callbacks:
-            callback.on_train_end(*self._event, model=self._model)
+        self._tell("on_train_end")
+
+    def _tell(self, what: str, **kwargs):
+        for callback in list(self._callbacks):
+            try:
+                getattr(callback, what)(*self._event, model=self._model, **kwargs)
+            except Exception as error:
+                self._callbacks.remove(callback)
+                logger.warning("%s is told no more: %r.", type(callback).__name__, error)
 
 
 def mean(values: list[float | None]) -> float:
@@ -212,3 +252,8 @@ def mean(values: list[float | None]) -> float:
 def or_none(value: float) -> float | None:
     """What JSON can hold: nothing in place of NaN."""
     return None if math.isnan(value) else value
+
+
+def ratio(one: float, other: float) -> float | None:
+    """One over the other, where there is any of the other."""
+    return one / other if other else None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import statistics
 import sys
 import threading
@@ -20,17 +19,17 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from command import check_numbers, run_command
+from command import check_kinds, check_numbers, run_command
 from models import use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.serving import ServingDraft, embedding_names
+from hf_osd.strict_json import write_json
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -65,8 +64,10 @@ class SoakArguments:
     max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
     json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
 
     def __post_init__(self):
+        check_kinds(self)
         if self.what not in WHATS:
             raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, WHATS))}.")
         least = dict.fromkeys(("callers", "calls", "warm_up", "layers", "width", "refreshes", "threads"), 1)
@@ -85,7 +86,7 @@ def run(args: SoakArguments, config: OnlineConfig) -> int:
         if not isinstance(value, list):
             print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
     return 0 if fine else 1
 
 

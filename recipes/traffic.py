@@ -8,12 +8,10 @@ packed in frames as hf_osd.separate sends them. Frames are not sent anywhere: by
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -22,6 +20,7 @@ from models import ModelArguments, answer, encode_rows, load_draft, load_target,
 
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.separate import feedback_frame
+from hf_osd.strict_json import write_json
 from hf_osd.trace import unpack
 from hf_osd.wire import from_bytes, to_bytes
 
@@ -43,6 +42,7 @@ class TrafficArguments(ModelArguments):
     tokens_per_second: float = field(default=1000.0, metadata={"help": "Verified tokens a second of each."})
     weights_seconds: float = field(default=60.0, metadata={"help": "Seconds between two swaps."})
     json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,7 +85,7 @@ def measure(args: TrafficArguments, config: OnlineConfig):
     }
     figures["replicas"] = _replicas(figures, args)
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
     _print(figures, args)
 
 

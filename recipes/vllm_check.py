@@ -22,6 +22,7 @@ from models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, l
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.strict_json import write_json
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 
@@ -54,6 +55,7 @@ class VllmArguments(TargetArguments):
     )
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
     json: str | None = field(default=None, metadata={"help": "Also write the counts to this file."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,7 +131,7 @@ def check(args: VllmArguments, config: OnlineConfig):
     }
     if args.json:
         recorded = {**facts, "arguments": asdict(args), "rows": [asdict(row) for row in rows]}
-        Path(args.json).write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, recorded)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(table(rows))
 

@@ -30,3 +30,62 @@ def test_what_is_wrong_is_one_line_and_status_2(tiny_llama, tmp_path, capsys, la
     assert error.startswith("hf-osd: ")
     assert message in error
     assert not (tmp_path / "draft").exists()
+
+
+@pytest.fixture
+def model_dir(tiny_llama, tmp_path):
+    folder = tmp_path / "target"
+    tiny_llama(layers=3).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("output", ["target", "target/.", "link", "target/draft", ".", "./sub/../target"])
+def test_a_draft_is_not_grown_over_into_or_around_its_target(model_dir, monkeypatch, capsys, output):
+    monkeypatch.chdir(model_dir.parent)
+    (model_dir.parent / "link").symlink_to(model_dir)
+    (model_dir.parent / "sub").mkdir()
+    before = bytes_of(model_dir.parent)
+    assert main(["grow", str(model_dir), output]) == 2
+    assert "choose another place for the output" in capsys.readouterr().err
+    assert bytes_of(model_dir.parent) == before
+
+
+def test_nor_over_the_base_of_an_adapter(model_dir, capsys):
+    """Asked to replace what is there, too."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    get_peft_model(model, lora).save_pretrained(model_dir.parent / "adapter")
+    before = bytes_of(model_dir)
+    assert main(["grow", str(model_dir.parent / "adapter"), str(model_dir), "--overwrite"]) == 2
+    assert bytes_of(model_dir) == before
+    assert "the target's base" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_replaced_when_that_is_asked_for_and_whole(model_dir, tmp_path, capsys):
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    for name in ("config.json", "model.safetensors.index.json", "notes.txt"):
+        (draft / name).write_text("{}")
+    before = bytes_of(draft)
+    assert main(["grow", str(model_dir), str(draft)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert bytes_of(draft) == before
+    assert main(["grow", str(model_dir), str(draft), "--overwrite"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(draft).config.num_hidden_layers == 2
+    assert (draft / "notes.txt").read_text() == "{}"
+    assert not (draft / "model.safetensors.index.json").exists(), "it would be read with the new weights"
+
+
+def test_an_output_that_is_a_file_is_named_before_the_target_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["grow", "no/such/target", str(tmp_path / "file")]) == 2
+    assert "is a file; give the path of a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

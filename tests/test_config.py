@@ -182,6 +182,19 @@ def test_an_unknown_key_is_refused_by_name():
     assert "learning_rate" in str(error.value), "the message lists the keys there are"
 
 
+def test_a_config_without_a_bound_is_json_that_every_reader_takes(tmp_path):
+    config = OnlineConfig(max_grad_norm=math.inf)
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / CONFIG_NAME).read_text()
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert OnlineConfig.from_json(tmp_path / CONFIG_NAME) == config
+
+
+def test_a_config_that_an_editor_put_a_byte_order_mark_before_is_read(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"top_k": 7}), encoding="utf-8-sig")
+    assert OnlineConfig.from_json(tmp_path / CONFIG_NAME).top_k == 7
+
+
 @pytest.mark.parametrize("text", ["{", "", "[1, 2]", "3", json.dumps({"top_k": "64"})])
 def test_a_damaged_file_is_a_value_error(tmp_path, text):
     (tmp_path / CONFIG_NAME).write_text(text)

@@ -207,3 +207,9 @@ def test_it_says_how_to_load_the_draft_and_what_it_may_have_memorised():
     assert "OnlineAssistant.from_pretrained(" in card
     assert "memorised" in card
     assert 'from_pretrained("me/draft")' in model_card(Stats(), repo_id="me/draft")
+
+
+def test_two_domains_of_one_name_are_two_rows():
+    card = model_card(served(), domains={"/a/sql": SQL, "/b/sql": SQL})
+    assert "| sql |" in card
+    assert "| sql (2) |" in card

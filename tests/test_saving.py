@@ -113,3 +113,23 @@ def test_asked_not_to_merge_it_is_saved_as_an_adapter_that_goes_on_learning(targ
     assert not torch.equal(logits(again.serving.active), before)
     lora.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("adapter*")), "and the other way round nothing of it stays"
+
+
+def test_a_card_that_cannot_be_made_is_a_warning_and_the_draft_is_saved(draft, tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no words")
+
+    monkeypatch.setattr("hf_osd.saving.model_card", broken)
+    OnlineAssistant(draft).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
+    assert "no words" in caplog.text
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_card_is_written_anew_with_figures_that_came_later(draft, tmp_path):
+    assistant = OnlineAssistant(draft)
+    assistant.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assistant.write_card(tmp_path, {"domains": {"sql": {"requests": 7, "alpha_before": 0.25}}})
+    assert "| sql | 7 | 0.250 |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == weights

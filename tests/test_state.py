@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import os
 import resource
 import stat
@@ -164,13 +165,42 @@ def test_no_state_is_said(learnt, tmp_path):
             learnt.load_state(place)
 
 
-def test_an_assistant_that_does_not_learn_has_no_state(draft, learnt, tmp_path):
-    learnt.save_state(tmp_path)
+def test_an_assistant_that_does_not_learn_keeps_statistics_and_progress(target, draft, tmp_path):
     frozen = OnlineAssistant(draft, learn=False)
-    with pytest.raises(ValueError, match="no learner's state to save"):
-        frozen.save_state(tmp_path)
-    with pytest.raises(ValueError, match="cannot take a learner's state"):
-        frozen.load_state(tmp_path)
+    serve(target, frozen, PROMPTS[:3])
+    frozen.save_state(tmp_path, progress={"at": 3})
+    again = OnlineAssistant(draft, learn=False)
+    assert again.load_state(tmp_path) == {"at": 3}
+    assert (again.stats.total, again.stats.total.requests) == (frozen.stats.total, 3)
+
+
+def test_a_state_of_one_that_learns_is_not_one_of_one_that_does_not(draft, learnt, tmp_path):
+    learnt.save_state(tmp_path / "learnt")
+    frozen = OnlineAssistant(draft, learn=False)
+    frozen.save_state(tmp_path / "frozen")
+    with pytest.raises(ValueError, match="that learns, and this one does not"):
+        frozen.load_state(tmp_path / "learnt")
+    with pytest.raises(ValueError, match="did not learn, and this one does"):
+        learnt.load_state(tmp_path / "frozen")
+
+
+def test_a_closed_assistant_neither_saves_nor_loads_a_state(learnt, tmp_path):
+    """What it had learnt is gone: its state would push a whole one off the disk."""
+    learnt.save_state(tmp_path)
+    learnt.close()
+    for use in (learnt.save_state, learnt.load_state):
+        with pytest.raises(ValueError, match="is closed"):
+            use(tmp_path)
+    assert len(states(tmp_path)) == 1
+
+
+def test_numbers_that_json_has_not_come_back_from_json_that_it_has(learnt, tmp_path):
+    learnt.save_state(tmp_path, progress={"alpha": math.nan, "best": -math.inf})
+    text = (newest_state(tmp_path) / "state.json").read_text()
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    progress = saved_progress(tmp_path)
+    assert math.isnan(progress["alpha"])
+    assert progress["best"] == -math.inf
 
 
 def test_a_state_of_another_draft_is_refused(target, learnt, tmp_path):

@@ -58,7 +58,7 @@ def stream(words, tmp_path):
 def flags(target_dir, stream, tmp_path):
     """Flags that name a tiny target and the stream."""
     names = ["--target", target_dir, "--stream", stream, "--max_new_tokens", "8", "--threads", "1"]
-    return [str(name) for name in (*names, "--json", tmp_path / "out.json")]
+    return [str(name) for name in (*names, "--json", tmp_path / "out.json", "--overwrite")]
 
 
 @pytest.fixture

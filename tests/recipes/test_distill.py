@@ -99,10 +99,9 @@ def test_warm_up_learns_before_serving_begins(run):
 def test_rehearsal_teaches_more_of_the_same_requests(run):
     """Each is answered once more, and every interval an update is more than without."""
     figures = []
+    flags = ["--replay", "0", "--prompt_positions", "0", "--update_interval", "2", "--overwrite"]
     for temperature in ("0.0", "0.7"):
-        assert (
-            run("--rehearse", temperature, "--replay", "0", "--prompt_positions", "0", "--update_interval", "2") == 0
-        )
+        assert run("--rehearse", temperature, *flags) == 0
         summary = json.loads((run.out / "summary.json").read_text())
         assert all(domain["mismatches"] == 0 for domain in summary["domains"].values())
         assert all(domain["requests"] == 8 for domain in summary["domains"].values())
@@ -119,14 +118,14 @@ def test_a_stream_can_be_served_in_random_order(run, monkeypatch):
 
     assert run("--requests", "6") == 0
     in_turn = [row["alpha"] for row in read(run.out / "metrics.jsonl")]
-    monkeypatch.setattr("distill.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
+    monkeypatch.setattr("domains.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
     asked = []
     monkeypatch.setattr(
         "distill.answer", lambda *args, **kwargs: (asked.append(args[1].tolist()), models.answer(*args, **kwargs))[1]
     )
-    assert run("--requests", "6") == 0
+    assert run("--requests", "6", "--overwrite") == 0
     own, asked[:] = list(asked), []
-    assert run("--requests", "6", "--shuffle", "true") == 0
+    assert run("--requests", "6", "--shuffle", "true", "--overwrite") == 0
     assert len(in_turn) == 12
     assert asked != own
 
@@ -210,7 +209,7 @@ def test_another_tokenizer_of_the_same_size_is_refused_before_it_drafts_nonsense
 
 def test_a_draft_whose_requests_cannot_be_rehearsed_is_refused_before_any_work(run, refused, brought_draft):
     refused(run, "--draft", brought_draft("padded head"), "--rehearse", "0.7", says="vocabulary of 72")
-    assert not (run.out / "metrics.jsonl").read_text()
+    assert not (run.out / "metrics.jsonl").exists()
 
 
 def test_answers_longer_than_the_drafts_window_are_left_out(run, refused, tiny_llama, tmp_path, caplog):
@@ -218,7 +217,10 @@ def test_answers_longer_than_the_drafts_window_are_left_out(run, refused, tiny_l
     with caplog.at_level(logging.WARNING):
         assert run("--draft", tmp_path / "short", "--max_new_tokens", "8") == 0
     assert "longer than the draft's window of 14" in caplog.text
-    refused(run, "--draft", tmp_path / "short", "--max_new_tokens", "16", says="window of 14 tokens")
+    rows = (run.out / "metrics.jsonl").read_bytes()
+    flags = ["--draft", tmp_path / "short", "--max_new_tokens", "16", "--overwrite"]
+    refused(run, *flags, says="window of 14 tokens")
+    assert (run.out / "metrics.jsonl").read_bytes() == rows, "what is refused touches nothing"
 
 
 def test_a_draft_with_an_adapter_goes_on_learning_in_it(run, target_dir):
@@ -259,9 +261,10 @@ def test_an_encoder_decoder_has_a_draft_of_its_kind(run, refused, target_dir, tm
     assert (summary["overall"]["updates"] > 0, summary["overall"]["failed_updates"]) == (True, 0)
     again = ["--draft", run.out / "draft", "--requests", "1", "--output_dir", tmp_path / "again"]
     assert run(*pair, *again) == 0
-    refused(run, *pair, "--draft", target_dir, says="and the draft")
-    refused(run, "--draft", tmp_path / "draft", says="a draft of the target's kind")
-    refused(run, *pair, "--draft", "grow:0", says="decoder-only")
+    other = ["--output_dir", tmp_path / "other"]
+    refused(run, *pair, "--draft", target_dir, *other, says="and the draft")
+    refused(run, "--draft", tmp_path / "draft", *other, says="a draft of the target's kind")
+    refused(run, *pair, "--draft", "grow:0", *other, says="decoder-only")
 
 
 @pytest.mark.parametrize(

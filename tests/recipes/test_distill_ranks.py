@@ -73,8 +73,9 @@ def processes(monkeypatch) -> ranks.Processes:
 
 
 def test_several_processes_are_not_resumed(processes, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be resumed.*draft"):
-        processes.open_log(tmp_path / "out", {}, resume=True)
+    folder = processes.folder(tmp_path / "out", resume=True, overwrite=False)
+    with pytest.raises(ValueError, match=r"cannot be resumed.*draft"), folder:
+        pass
     assert not (tmp_path / "out").exists()
 
 

@@ -116,9 +116,21 @@ def test_ctrl_c_saves_what_was_compared_and_more_requests_may_follow(run, monkey
     assert summary["overall"]["updates"] == 4  # counted over all three
 
 
+def test_a_folder_with_a_comparison_in_it_is_left_as_it_is(run, refused, tmp_path):
+    assert run("--requests", "2") == 0
+    before = {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()}
+    refused(run, says="has a run in it already")
+    refused(run, "--overwrite", "--stream", "nowhere.jsonl", says="nowhere.jsonl")
+    (tmp_path / "two.jsonl").write_text(
+        (tmp_path / "two.jsonl").read_text() + json.dumps({"prompt": "w1 w2 w3"}) + "\n"
+    )
+    refused(run, "--resume", says="another stream")
+    assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == before
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed(run, refused):
     assert run("--requests", "2") == 0
-    refused(run, "--resume", "--lookahead", "heuristic", says="config")
+    refused(run, "--resume", "--lookahead", "heuristic", says="another lookahead")
 
 
 def test_a_wrong_token_is_a_mismatch_and_the_exit_status_says_so(run, monkeypatch):
@@ -177,7 +189,7 @@ def test_the_draft_drafts_unless_a_flag_says_otherwise(run):
     _, summary = read(run.out)
     config = summary["run"]["config"]
     assert (config["lookahead"], config["num_assistant_tokens"]) == ("constant", 3)
-    assert run("--requests", "2", "--lookahead", "heuristic", "--num_assistant_tokens", "2") == 0
+    assert run("--requests", "2", "--lookahead", "heuristic", "--num_assistant_tokens", "2", "--overwrite") == 0
     _, summary = read(run.out)
     config = summary["run"]["config"]
     assert (config["lookahead"], config["num_assistant_tokens"]) == ("heuristic", 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -161,6 +162,64 @@ def test_a_dataset_is_read_no_further_than_asked(hub):
 def test_what_is_wrong_with_a_dataset_is_said(hub, spec, message):
     with pytest.raises(ValueError, match=message):
         load_streams(spec)
+
+
+# Encodings
+
+ROWS = [{"prompt": "für α"}, {"prompt": "b"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_read_over_and_says_the_encoding(tmp_path, encoding, end):
+    path = tmp_path / "s.jsonl"
+    text = "".join(json.dumps(row, ensure_ascii=False) + end for row in ROWS)
+    mark = "\ufeff" if encoding.endswith("e") else ""  # of these two Python writes none
+    path.write_bytes((mark + text).encode(encoding))
+    assert [row["prompt"] for row in read_stream(path)] == ["für α", "b"]
+    assert [row["id"] for row in read_stream(path)] == ["1", "2"]
+
+
+def test_marks_within_files_that_were_put_together_are_read_over(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"".join((json.dumps(row) + "\n").encode("utf-8-sig") for row in ROWS))
+    assert [row["prompt"] for row in read_stream(path)] == ["für α", "b"]
+
+
+def test_what_is_not_in_the_encoding_of_its_mark_is_named(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes("{}".encode("utf-16") + b"x")
+    with pytest.raises(ValueError, match=rf"{path}: .*save it as UTF-8"):
+        read_stream(path)
+
+
+@pytest.mark.parametrize("field", ["prompt", "domain", "id", "group"])
+@pytest.mark.parametrize("half", [r"\ud83d", r"\ude00"])
+def test_half_a_character_is_named_by_its_line_and_place_and_not_told(write, field, half):
+    whole = json.dumps({"prompt": "secret words"} | {field: "secret"})
+    path = write("s.jsonl", {"prompt": "a"}, "", whole.replace('secret"', f'secret{half}"'))
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}, line 3: `{field}` has half a character, {half}, at its 7. place")
+    ) as error:
+        read_stream(path)
+    assert "secret" not in str(error.value)
+    str(error.value).encode()  # it can be printed
+
+
+def test_a_whole_pair_is_a_character(write):
+    assert read_stream(write("s.jsonl", '{"prompt": "\\ud83d\\ude00"}'))[0]["prompt"] == "\N{GRINNING FACE}"
+
+
+def test_a_file_whose_name_is_no_text_has_a_domain_that_is(tmp_path):
+    name = os.fsencode(str(tmp_path)) + b"/s\xff.jsonl"
+    with open(name, "w") as file:
+        file.write('{"prompt": "a"}')
+    assert read_stream(os.fsdecode(name))[0]["domain"] == "s?"
+
+
+def test_a_line_that_is_nested_too_deep_is_named(write):
+    with pytest.raises(ValueError, match="line 1"):
+        read_stream(write("s.jsonl", '{"prompt": ' + "[" * 100_000))
 
 
 # Held back

@@ -7,6 +7,7 @@ import pytest
 import record
 import torch
 from models import encode, load_target
+from run_folder import LOCK, locked
 
 from hf_osd import record_answers
 from hf_osd.trace import read_trace
@@ -50,7 +51,7 @@ def files(folder):
     return {
         str(path.relative_to(folder).with_suffix("")): path.stat().st_mtime_ns
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.suffix == ".safetensors"
     }
 
 
@@ -221,3 +222,75 @@ def test_prompts_that_are_too_long_are_left_out(run):
         for part in ("held_back", "stream"):
             assert {request.prompt_length for request in trace(run.out, domain, part)[0]} <= {5, 6}
     assert sum(run.recorded) < sum(STREAMS.values())
+
+
+# Whose folder it is.
+
+
+def test_prompts_of_the_same_numbers_and_another_text_are_another_recording(run, refused, tmp_path):
+    assert run() == 0
+    before, path = files(run.out), tmp_path / "two.jsonl"
+    path.write_text(path.read_text().replace("w0 ", "w1 "))
+    refused(run, says="another prompts")
+    assert files(run.out) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top_k", "8"], "top_k"),
+        (["--feedback_dtype", "float32"], "feedback_dtype"),
+        (["--prompt_positions", "3"], "prompt_positions"),
+    ],
+)
+def test_a_recording_of_other_rows_of_the_target_is_told_too(run, refused, flags, message):
+    assert run() == 0
+    refused(run, *flags, says=f"another {message}")
+
+
+def test_all_that_is_there_is_looked_at_before_anything_is_recorded(run, refused, tmp_path):
+    assert run("--stream", tmp_path / "two.jsonl") == 0
+    refused(run, "--max_new_tokens", "9", says="another max_new_tokens")  # the second of the two streams
+    assert run.recorded == []
+    assert not list((run.out / "one").glob("*.safetensors"))
+
+
+def test_a_recording_is_made_anew_when_asked(run):
+    assert run() == 0
+    (run.out / "one" / "mine.safetensors").write_text("mine")
+    assert run("--max_new_tokens", "9", "--requests", "4", "--overwrite") == 0
+    assert set(files(run.out)) == {
+        *("one/held_back-00000", "one/stream-00000", "one/mine"),
+        *("two/held_back-00000", "two/stream-00000"),
+    }
+    assert read_trace(run.out / "one" / "stream-00000.safetensors")[1]["max_new_tokens"] == "9"
+
+
+def test_a_second_recording_of_a_domain_is_kept_out_and_one_of_another_is_not(run, refused, tmp_path):
+    (run.out / "one").mkdir(parents=True)
+    with locked(run.out / "one" / LOCK, "it"):
+        refused(run, says="in use by another process")
+        assert run.recorded == []
+        assert run("--stream", tmp_path / "two.jsonl") == 0
+
+
+def test_a_domain_of_any_name_is_a_folder_within(run, words, tmp_path):
+    names = ["../../up", "/abs", "..", "a/b", "$x$"]
+    rows = [
+        {"prompt": f"w{k} w{i} w{i + 1} w{i + 2} w{i + 3}", "domain": name}
+        for k, name in enumerate(names)
+        for i in range(4)
+    ]
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = set(tmp_path.iterdir())
+    assert run("--stream", tmp_path / "named.jsonl", "--held_back", "1") == 0
+    assert set(tmp_path.iterdir()) == before | {run.out}
+    assert len(list(run.out.iterdir())) == len(names)
+    assert (run.out / "$x$" / "stream-00000.safetensors").is_file()
+
+
+def test_no_domain_is_recorded_over_the_target(run, refused, target_dir, tmp_path):
+    (tmp_path / "out").symlink_to(target_dir.parent)
+    (tmp_path / f"{target_dir.name}.jsonl").write_text((tmp_path / "one.jsonl").read_text())
+    refused(run, "--stream", tmp_path / f"{target_dir.name}.jsonl", says="is --target")
+    assert not list(target_dir.glob("stream-*"))

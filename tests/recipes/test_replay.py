@@ -170,7 +170,11 @@ def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, trace
         str(tmp_path),
     )
     assert replay.main([*given, "--requests", "4,8", "--also", ""]) == 0
-    assert replay.main([*given, "--requests", "4,8", "--also", "", "--mixed", "true"]) == 0
+    saved = (tmp_path / "0-0" / "model.safetensors").read_bytes()
+    mix = [*given, "--requests", "4,8", "--also", "", "--mixed", "true"]
+    assert replay.main(mix) == 2, "a draft of another run is there"
+    assert (tmp_path / "0-0" / "model.safetensors").read_bytes() == saved
+    assert replay.main([*mix, "--overwrite"]) == 0
     turn, mixed = (json.loads(line) for line in log.read_text().splitlines())
     assert set(turn["scores"]) == set(mixed["scores"]) == {"left", "right"}
     assert len(turn["prequential"]) == len(mixed["prequential"]) == 12
@@ -188,10 +192,57 @@ def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
         (["--trace", str(traces / "nothing")], "make one with recipes/record.py"),
         (["--arms", "replay"], "write field=value"),
         (["--arms", "preset=other"], "the preset is 'paper'"),
+        (["--seeds", "0,x"], "`seeds` is '0,x'"),
+        (["--requests", "some"], "`requests` is 'some'"),
+        (["--at", "3"], "`at` is '3', and α is measured after 0, "),
+        (["--at", "4-"], "`at` is '4-'"),
+        (["--learn", "off"], "`learn` is 'off' and recipes/replay.py's arm 'base' learns in this process"),
+        (["--arms", "base;learn=process"], "`learn` is 'process'"),
+        (["--log", str(traces / "left.jsonl")], "line 1: a row without `key`"),
+        (["--log", str(traces / "left" / "rows.jsonl")], "lies within --trace"),
+        (["--save_to", str(traces / "left")], "is --trace"),
     ):
         caplog.clear()
         assert replay.main(flags(target_dir, traces, *more)) == 2
         assert words in caplog.text
+
+
+def test_what_cannot_be_run_is_said_before_anything_is(target_dir, traces, monkeypatch, caplog):
+    import replay
+
+    monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("something was learnt"))
+    for more in (
+        ["--at", "3"],
+        ["--arms", "base;learn=off"],
+        ["--log", str(traces)],
+        ["--save_to", str(traces / "left.jsonl")],
+    ):
+        assert replay.main(flags(target_dir, traces, *more)) == 2
+
+
+def test_a_draft_that_cannot_be_saved_costs_no_row(target_dir, traces, tmp_path, monkeypatch, caplog):
+    import replay
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(OnlineAssistant, "save_pretrained", full)
+    log = tmp_path / "runs.jsonl"
+    given = flags(target_dir, traces, "--requests", "4", "--log", str(log), "--save_to", str(tmp_path / "drafts"))
+    assert replay.main(given) == 2
+    assert "No space left" in caplog.text
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_poison_and_on_policy_name_what_they_cannot_do_with(target_dir, traces, refused):
+    import on_policy
+    import poison
+
+    for recipe in (poison, on_policy):
+        given = ["--target", str(target_dir), "--trace", str(traces / "left"), "--held_back", "5", "--threads", "1"]
+        refused(recipe.main, [*given, "--learn", "off"], says="`learn` is 'off'")
+        refused(recipe.main, [*given, "--log", str(traces / "left.jsonl")], says="line 1: a row without")
+        refused(recipe.main, [*given, "--log", str(traces / "left" / "new.jsonl")], says="lies within --trace")
 
 
 def test_arms_are_fields_over_the_base():

@@ -38,7 +38,7 @@ def full(*args, **kwargs):
 
 
 def test_a_resumed_run_goes_on_at_its_checkpoint_and_drops_the_rows_after_it(tmp_path):
-    log = RunLog(tmp_path, {"a": 1})
+    log = RunLog(tmp_path, {"a": 1}).begin()
     served(log, 3)
     log.add_pair("one", "identical", 0.2, 0.1)
     log.before = {"one": 0.5}
@@ -47,7 +47,7 @@ def test_a_resumed_run_goes_on_at_its_checkpoint_and_drops_the_rows_after_it(tmp
     served(log, 2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"request": 5, "dom')  # killed in the middle of a row
-    again = RunLog(tmp_path, {"a": 1}, resume=True)
+    again = RunLog(tmp_path, {"a": 1}, resume=True).begin()
     assert (tmp_path / "metrics.jsonl").read_bytes() == known
     assert (again.rows, again.pairs, again.before) == (log.rows[:3], log.pairs, log.before)
     served(again, 1)
@@ -55,7 +55,7 @@ def test_a_resumed_run_goes_on_at_its_checkpoint_and_drops_the_rows_after_it(tmp
 
 
 def test_a_checkpoint_does_not_grow_with_the_rows(tmp_path):
-    log = RunLog(tmp_path, {})
+    log = RunLog(tmp_path, {}).begin()
     sizes = []
     for _ in range(2):
         served(log, 40)
@@ -65,17 +65,20 @@ def test_a_checkpoint_does_not_grow_with_the_rows(tmp_path):
 
 
 def test_a_run_that_starts_afresh_forgets_the_older_ones_checkpoint(tmp_path):
-    log = RunLog(tmp_path, {})
+    log = RunLog(tmp_path, {}).begin()
     served(log, 2)
     log.save(Assistant())
-    assert RunLog(tmp_path, {}).served == 0
+    afresh = RunLog(tmp_path, {})
+    assert afresh.served == 0
+    assert lines(tmp_path) == [0, 1], "nothing is touched before it begins"
+    afresh.begin()
     assert lines(tmp_path) == []
     assert RunLog(tmp_path, {}, resume=True).served == 0
 
 
 @pytest.mark.parametrize("harm", ["shorter", "gone", "not JSON"])
 def test_rows_that_the_checkpoint_knows_and_the_file_lacks_are_named(tmp_path, harm):
-    log = RunLog(tmp_path, {})
+    log = RunLog(tmp_path, {}).begin()
     served(log, 3)
     log.save(Assistant())
     path = tmp_path / "metrics.jsonl"
@@ -86,13 +89,13 @@ def test_rows_that_the_checkpoint_knows_and_the_file_lacks_are_named(tmp_path, h
         path.unlink()
     else:
         path.write_bytes(data.replace(b"{", b"[", 1))
-    with pytest.raises(ValueError, match=r"lacks rows of the 3 .*start without --resume") as error:
+    with pytest.raises(ValueError, match=r"lacks rows of the 3 .*start anew with --overwrite") as error:
         RunLog(tmp_path, {}, resume=True)
     assert str(path) in str(error.value)
 
 
 def test_rows_wait_for_a_disk_that_refuses_them(tmp_path, monkeypatch, caplog):
-    log = RunLog(tmp_path, {})
+    log = RunLog(tmp_path, {}).begin()
     served(log, 2)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
@@ -128,7 +131,7 @@ class HalfWritten:
 
 
 def test_half_a_row_on_a_disk_that_filled_up_is_written_over(tmp_path, monkeypatch):
-    log, opened = RunLog(tmp_path, {}), Path.open
+    log, opened = RunLog(tmp_path, {}).begin(), Path.open
     served(log, 1)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: HalfWritten(opened(path, mode)))

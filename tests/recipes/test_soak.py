@@ -18,7 +18,9 @@ def run(soak, tmp_path):
 
     def call(*flags):
         path = tmp_path / "figures.json"
-        status = soak.main([*map(str, flags), "--threads", "1", "--max_new_tokens", "4", "--json", str(path)])
+        status = soak.main(
+            [*map(str, flags), "--threads", "1", "--max_new_tokens", "4", "--json", str(path), "--overwrite"]
+        )
         return status, json.loads(path.read_text())
 
     return call
