@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from signals import ended_by_signals, exit_status
+
 from hf_osd import OnlineConfig
 
 logger = logging.getLogger("hf_osd.recipes")
 
 
+@ended_by_signals()
 def run_command(
     arguments: type,
     run: Callable[..., int | None],
@@ -27,7 +30,7 @@ def run_command(
         defaults: what the recipe has in place of `OnlineConfig`'s own defaults; flags and config file win over it.
 
     Returns:
-        `int`: the exit status; 2 for what a user can mend, which is logged, and 130 for an interrupt.
+        `int`: the exit status; 2 for what a user can mend, which is logged, and 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
     """
     from transformers.utils.logging import disable_progress_bar
     from trl import TrlParser
@@ -43,8 +46,8 @@ def run_command(
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return exit_status(interrupt)
 
 
 def check_numbers(args: Any, least: dict[str, int]):

@@ -31,6 +31,7 @@ from models import (
 from ranks import MODES, Processes
 from report import RunReport
 from run_log import RunLog, Tracking
+from signals import check_signals, exit_status, hold_signals
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -151,10 +152,10 @@ class Job:
         self.window = draft_window(draft)
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
         assistant = OnlineAssistant(draft, self.config)
-        if args.rehearse:
-            Rehearsal(assistant, self.target, args.rehearse)  # what cannot be is said before any work
         if processes.roles is not None:
             serve_separately(assistant, processes.roles)
+        if args.rehearse:
+            Rehearsal(assistant, self.target, args.rehearse)  # what cannot be is said before any work
         self.target.register_forward_pre_hook(self._count_forward)
 
         held_back = {d.name: self._answers(d.held_back, f"{d.name}: held back") for d in domains if d.held_back}
@@ -170,25 +171,30 @@ class Job:
             log.before = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
 
         tracking = Tracking(args.report_to if processes.first else "none", args.output_dir, assistant.serving.active)
-        interrupted = False
+        interrupted = same = None
         try:
             self._serve(assistant, domains, log, tracking)
-        except KeyboardInterrupt:
-            interrupted = True
+            log = processes.merge(log)
+            processes.flush(assistant)
+            same = processes.same(dict(assistant.serving.weights()))
+            if not processes.several:
+                log.save(assistant, self.args.save_buffer)
+            if processes.first:
+                log.after = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+            hold_signals()
             logger.warning(
                 "Interrupted: saving what was learnt.%s", "" if processes.several else " Go on with --resume."
             )
-        if not (interrupted and processes.several):  # the others may be anywhere
-            log = processes.merge(log)
-            processes.flush(assistant)
-        same = None if interrupted else processes.same(dict(assistant.serving.weights()))
-        if not processes.several:
-            log.save(assistant, self.args.save_buffer)
+            if not processes.several:  # else the others may be anywhere
+                if exit_status(interrupt) == 130:  # after any other signal there may be little time
+                    assistant.flush()
+                log.save(assistant, self.args.save_buffer)
+        hold_signals()
         if not processes.first:
             assistant.close()
-            return 130 if interrupted else 0
-        if not interrupted:
-            log.after = {name: _alpha(assistant, feedback) for name, feedback in held_back.items()}
+            return exit_status(interrupted) if interrupted else 0
         overall = self._overall(assistant, log)
         if processes.several:
             overall |= {"ranks": processes.serving.size, "drafts_identical": same}
@@ -202,7 +208,8 @@ class Job:
         facts = {**facts, "domains": report.summary["domains"]}
         assistant.save_pretrained(Path(args.output_dir) / "draft", self.draft_tokenizer, facts)
         if interrupted:
-            return 130
+            assistant.close()
+            return exit_status(interrupted)
         report.write(args.output_dir)
         tracking.end()
         if args.push_to_hub is not None:
@@ -233,6 +240,7 @@ class Job:
             if step >= len(todo):  # others still serve: take part in what they learn
                 self._update(assistant, step)
                 continue
+            check_signals()
             domain, i = todo[step]
             prompt = domain.requests[i]
             pairs = _spread(len(domain.requests), self.args.parity)
@@ -295,7 +303,8 @@ class Job:
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:
                 assistant.learner.offer(known.only_new(feedback, self.config.prompt_positions))
-            update_together(assistant)
+            # Beside serving it would all be one update by the time that one begins, and what that learns not be judged.
+            update_together(assistant, force=self.config.learn in ("background", "process"))
         if most:
             self.processes.flush(assistant)
 
