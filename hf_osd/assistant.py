@@ -22,6 +22,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.draft_context import draft_window, encoder_parameters, encoder_source, without_padding
 from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
+from hf_osd.forks import on_fork, released
 from hf_osd.lookahead import Lookahead
 from hf_osd.lora import Adapter
 from hf_osd.open_calls import OpenCalls
@@ -111,12 +112,13 @@ class OnlineAssistant(TeachableAssistant):
         )
 
         self._stats = Stats()
-        self._lock = threading.RLock()
+        self._lock = released(threading.RLock())
         self._said: set[str] = set()  # warnings given
         # Of what calls taught: where the target read a prompt of tokens that are the draft's too, and nothing else.
         self.of_tokens: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.known_texts = KnownTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
+        on_fork(self)
 
     # What transformers reads on an assistant model.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback import Feedback
+from hf_osd.forks import importing, released
 from hf_osd.learner import Learner
 from hf_osd.random_state import isolated_random_state
 from hf_osd.threads import start_thread
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks at whether anybody is still served: the end of a generate call tells nobody.
 _LOOK = 0.02
+# Threads that are started in place of dead ones, with no update that ended well in between.
+_MOST_RESTARTS = 5
+# Seconds that `close` waits for the thread, which ends at its next step.
+_PATIENCE = 60.0
 
 
 class Stopped(BaseException):
@@ -45,9 +50,9 @@ class Pace:
     def __init__(self, share: float, busy: Callable[[], bool], worked: Callable[[], float] | None = None):
         self.share, self._busy, self._worked = share, busy, worked or time.monotonic
         self._since = self._worked()
-        self._hurry, self._lock = threading.Event(), threading.Lock()
+        self._hurry, self._lock = threading.Event(), released(threading.Lock())
         self._hurried = 0  # how many wait
-        self._stop = False
+        self.stopped = False
 
     def begin(self):
         """Work begins now."""
@@ -62,7 +67,7 @@ class Pace:
         until = time.monotonic() + (self._worked() - self._since) * (1 / self.share - 1)
         while not self._hurry.is_set() and (left := until - time.monotonic()) > 0 and self._busy():
             self._hurry.wait(min(left, _LOOK))
-        if self._stop:
+        if self.stopped:
             raise Stopped
         self._since = self._worked()
 
@@ -70,14 +75,14 @@ class Pace:
         """Wait no longer: somebody waits for the work. With `False`, one of those does no more."""
         with self._lock:
             self._hurried += 1 if whether else -1
-            if self._hurried or self._stop:
+            if self._hurried or self.stopped:
                 self._hurry.set()
             else:
                 self._hurry.clear()
 
     def stop(self):
         """Let the next `pause` raise."""
-        self._stop = True
+        self.stopped = True
         self._hurry.set()
 
 
@@ -85,7 +90,8 @@ class BackgroundLearner:
     """What a [`Learner`] does, beside serving: `update` and `offer` return at once, and the thread learns when an update is due.
 
     A thread that ends for whatever reason is made anew at the next call of `update`, and counted in `restarts`; it waits longer then, as after an update
-    that failed. The thread ends with `close`, with the process, and when nobody holds this object any more.
+    that failed, and after some deaths in a row nothing is learnt any more. The thread ends with `close`, with the process, and when nobody holds this
+    object any more.
 
     Args:
         draft, trainable, buffer, config, serve: as [`Learner`] takes them. `serve` is called from the thread.
@@ -110,6 +116,8 @@ class BackgroundLearner:
         self.pace = Pace(config.share_of_time(config.learn), busy, worked)
         self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
         self.restarts, self._prepared = 0, False
+        self._deaths = self._updates_then = 0  # in a row without an update between; updates at the last one
+        self._over: str | None = None  # why no thread is started any more
         self._wake, self._imported = threading.Event(), threading.Event()
         self._starting, self._preparing = threading.Lock(), threading.Lock()
         self._thread: threading.Thread | None = None
@@ -170,11 +178,20 @@ class BackgroundLearner:
         self._end()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(_PATIENCE)
+            if thread.is_alive():
+                logger.warning("The learner's thread has not stopped within %d s, and is left to itself.", _PATIENCE)
         self.learner.close()
 
     def figures(self) -> dict:
-        return self.learner.figures() | {"learner_restarts": self.restarts}
+        return self.learner.figures() | {"learner_restarts": self.restarts, "learning_over": self._over}
+
+    def after_fork(self) -> str | None:
+        """As [`hf_osd.learner.Learner.after_fork`]."""
+        if self._thread is None and not self._preparing.locked():
+            return self.learner.after_fork()
+        self._end.detach()  # else the end of the child would wake a thread that is not there
+        return "its thread is not in this process"
 
     def prepare(self):
         """Make the trainers here and now. The thread imports what they need, which takes seconds; but it must not make them: Trainer then seeds the
@@ -198,17 +215,27 @@ class BackgroundLearner:
 
     def _start(self):
         with self._starting:
-            if not self._end.alive or (self._thread is not None and self._thread.is_alive()):
+            if self.pace.stopped or self._over or (self._thread is not None and self._thread.is_alive()):
                 return
-            if self._thread is not None:
-                self.restarts += 1
-                self.learner.schedule.failed()
-                logger.error(
-                    "The learner's thread was dead; another one takes over, and the serving draft is as it was."
-                )
+            if self._thread is not None and not self._may_restart():
+                return
             self._thread = start_thread(
-                _run, (weakref.ref(self), self._wake, self._imported), functools.partial(_stop, self.pace, self._wake)
+                _run,
+                (weakref.ref(self), self.pace, self._wake, self._imported),
+                functools.partial(_stop, self.pace, self._wake),
             )
+
+    def _may_restart(self) -> bool:
+        self._deaths = self._deaths + 1 if self.learner.updates == self._updates_then else 1
+        self._updates_then = self.learner.updates
+        if self._deaths > _MOST_RESTARTS:
+            self._over = f"the learner's thread has died {self._deaths} times in a row"
+            logger.error("The draft serves as it is and learns no more: %s; what it died of is on stderr.", self._over)
+            return False
+        self.restarts += 1
+        self.learner.schedule.failed()
+        logger.error("The learner's thread was dead; another one takes over, and the serving draft is as it was.")
+        return True
 
     def _learn(self):
         """What the thread does each time it is woken."""
@@ -220,17 +247,22 @@ class BackgroundLearner:
             self.pace.pause()  # for what came after the last step
 
 
-def _run(owner: weakref.ref, wake: threading.Event, imported: threading.Event):
+def _run(owner: weakref.ref, pace: Pace, wake: threading.Event, imported: threading.Event):
     """The thread: holds its owner for as long as it learns, and no longer."""
-    import hf_osd.distill.callbacks
-    import hf_osd.distill.trainer  # noqa: F401
-
+    try:
+        with importing():
+            import hf_osd.distill.callbacks
+            import hf_osd.distill.trainer  # noqa: F401
+    except Exception:
+        if pace.stopped or not threading.main_thread().is_alive():
+            return  # the process ends, and lets nothing be imported any more
+        raise
     imported.set()
     while True:
         wake.wait()
         wake.clear()
         learner = owner()
-        if learner is None or not learner._end.alive:
+        if learner is None or pace.stopped:
             return
         try:
             learner._learn()

@@ -10,6 +10,7 @@ from collections import deque
 import torch
 
 from hf_osd.feedback import Feedback
+from hf_osd.forks import released
 from hf_osd.trace import read_trace, write_trace
 
 # Requests after which one is half as likely to be replayed by recency.
@@ -30,7 +31,7 @@ class FeedbackBuffer:
         self.dropped = 0  # requests that left before any update had seen them
         self._held: deque[Feedback] = deque()  # oldest first
         self._new = 0  # the last `_new` of them are new
-        self._lock = threading.RLock()
+        self._lock = released(threading.RLock())
 
     def __len__(self) -> int:
         return len(self._held)

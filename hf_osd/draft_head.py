@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.forks import released
 from hf_osd.vocabulary import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class DraftHead:
         self._states = 0
         self._projection: LowRank | None = None
         self._made_of = 0  # the states that `_projection` was made of
-        self._lock = threading.Lock()
+        self._lock = released(threading.Lock())
 
     @classmethod
     def of(cls, draft: PreTrainedModel, config: OnlineConfig) -> DraftHead | None:

@@ -31,6 +31,7 @@ from hf_osd.contenders import Contenders, Point
 from hf_osd.distributed import Ranks, RanksParted, check_job
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
+from hf_osd.forks import released
 from hf_osd.gate import Verdict
 from hf_osd.random_state import isolated_random_state
 from hf_osd.rate import Rate, Trial
@@ -104,7 +105,7 @@ class Learner:
             self._generator.seed()  # its own: `torch.seed` would set the process's
         else:
             self._generator.manual_seed(config.seed + self.ranks.rank)
-        self._lock = threading.Lock()
+        self._lock = released(threading.Lock())
 
     def due(self) -> bool:
         """Whether enough requests or tokens wait, or one has waited long enough. Never in a job of several processes: one of them must not begin."""
@@ -213,6 +214,10 @@ class Learner:
             self.contenders.reset(weights)
             self._since_accepted, self._drops = weakref.WeakSet(), 0
             self._begun_together = False
+
+    def after_fork(self) -> str | None:
+        """In a forked child: why this cannot learn there; `None` if it can."""
+        return "another thread was in the middle of an update" if self._lock.locked() else None
 
     def close(self):
         """Forget the requests of before; learning has ended."""

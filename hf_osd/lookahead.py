@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from hf_osd.acceptance import ConfidenceAcceptance, MatchAcceptance, PositionAcceptance
 from hf_osd.costs import Costs
+from hf_osd.forks import released
 
 # Rounds after which a policy that drafts nothing drafts one token anyway, so that costs stay measured. Seldom, for the draft must
 # then catch up on the whole request; what reopens drafting is acceptance, which learning estimates in shadow.
@@ -169,7 +170,7 @@ class Lookahead:
         self._idle = self._busy = self._rounds = 0  # rounds since the draft drafted; since nothing was; in all
         self._tokens = self._time = 0.0  # decayed, for λ
         self._view: _View | None = None
-        self._lock = threading.RLock()
+        self._lock = released(threading.RLock())
 
     @property
     def c(self) -> float | None:

@@ -14,6 +14,7 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.loss_head import LossHead
 from hf_osd.feedback import Feedback
+from hf_osd.forks import importing
 from hf_osd.serving import copy_draft
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ class Member:
     def trainer(self) -> OnlineGKDTrainer:
         """The trainer; made when first needed, for trl takes seconds to import."""
         if self._trainer is None:
-            from hf_osd.distill.callbacks import FollowStepsCallback, RefreshAssistantCallback
-            from hf_osd.distill.trainer import OnlineGKDTrainer
+            with importing():
+                from hf_osd.distill.callbacks import FollowStepsCallback, RefreshAssistantCallback
+                from hf_osd.distill.trainer import OnlineGKDTrainer
 
             refreshing = [] if self._refreshes is None else [RefreshAssistantCallback(self._refreshes)]
             self._trainer = OnlineGKDTrainer(

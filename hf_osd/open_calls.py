@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hf_osd import integration
+from hf_osd.forks import released
 
 if TYPE_CHECKING:
     from hf_osd.call_record import CallRecord
@@ -28,7 +29,7 @@ class OpenCalls:
         self._open: set[CallRecord] = set()
         # What finalizers append to: they may run anywhere, so they take no lock.
         self._ended: deque[CallRecord] = deque()
-        self._lock = threading.Lock()
+        self._lock = released(threading.Lock())
 
     def add(self, record: CallRecord, generator: object):
         """A call begins; it is over when its candidate generator is gone."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback import Feedback, SparseRows
+from hf_osd.forks import released
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -142,7 +143,7 @@ class KnownTexts:
 
     def __init__(self):
         self._texts: deque[Tensor] = deque(maxlen=_REMEMBERED)
-        self._lock = threading.Lock()
+        self._lock = released(threading.Lock())
 
     def add(self, tokens: Tensor):
         """A request's prompt and answer, `(T,)`."""

@@ -49,8 +49,8 @@ class Rehearsal:
     ):
         if not isinstance(assistant.learner, (Learner, BackgroundLearner)):
             raise ValueError(
-                "This assistant does not learn in this process (no draft, closed, or `learn` is 'off' or 'process'), so nothing can be rehearsed. Make it with "
-                "learn='inline' or 'background'."
+                "This assistant does not learn in this process (no draft, closed, another rank learns, or `learn` is 'off' or 'process'), so nothing can be "
+                "rehearsed. Make it with learn='inline' or 'background'."
             )
         sizes = [one.config.get_text_config().vocab_size for one in (target, assistant)]
         if sizes[0] != sizes[1]:

@@ -102,6 +102,8 @@ def _of_learning(stats: Stats) -> list[str]:
         )
     if stats.serves_static:
         lines.append("The draft as it was before any learning serves: on what comes now it is better.")
+    if stats.learning_over:
+        lines.append(f"Nothing is learnt any more: {stats.learning_over}.")
     if stats.too_slow:
         lines.append(
             f"This machine is too slow to learn this draft, and serves it as it is: {stats.too_slow}. Raise learning_budget, learn beside serving "

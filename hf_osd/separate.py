@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 _FOR_EVER = timedelta(days=3650)
 # Seconds that a thread is given to send what is left, and between two looks at whether an update is due by age.
 _PATIENCE, _LOOK = 30.0, 0.5
+# Seconds that anybody waits for an answer.
+_ANSWER = 3600.0
 
 
 class Roles:
@@ -194,8 +197,9 @@ class SeparateLearner:
         if not wait:
             return False
         with self._asking:
+            until = time.monotonic() + _ANSWER
             self.channel.send("flush", to_bytes("flush"))
-            while self.channel.open:
+            while self.channel.open and time.monotonic() < until:
                 with suppress(queue.Empty):
                     return self._answers.get(timeout=_LOOK)
         return False
@@ -221,6 +225,11 @@ class SeparateLearner:
             RuntimeError: always.
         """
         raise RuntimeError("The learner's state is on another rank; save the draft itself with save_pretrained.")
+
+    def after_fork(self) -> str:
+        """In a forked child: why this cannot learn there."""
+        self.channel.open = False
+        return "what it says to the learning rank goes through threads that are not here"
 
     def close(self):
         """Say that this rank serves no more."""

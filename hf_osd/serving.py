@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from hf_osd.forks import released
+
 if TYPE_CHECKING:
     from hf_osd.lora import Adapter
 
@@ -96,8 +98,8 @@ class ServingDraft:
         self._learnt = None if adapter is None else adapter.weights()  # what the active copy has in its weights
         self._leases: dict[int, int] = {}  # id of a copy -> calls that hold it
         self._active = 0
-        self._lock = threading.Lock()  # of leases and the active index
-        self._refreshing = threading.Lock()  # one refresh at a time
+        self._lock = released(threading.Lock())  # of leases and the active index
+        self._refreshing = released(threading.Lock())  # one refresh at a time
 
     @property
     def active(self) -> nn.Module:

@@ -12,6 +12,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from hf_osd.forks import on_fork
+
 ORDERS = (1, 2, 4)  # lengths of the phrases that are indexed; the longest is looked up first
 MOST_OCCURRENCES = 16  # of one phrase, the most recent, that a lookup weighs
 LONGEST_MATCH = 32  # tokens; beyond it a match counts as no better
@@ -171,6 +173,7 @@ class SuffixCaches:
         self._known: WeakValueDictionary[Hashable, _TenantCache] = WeakValueDictionary()
         self._filled: OrderedDict[_TenantCache, int] = OrderedDict()  # to their bytes, the least recently used first
         self._lock = threading.Lock()
+        on_fork(self)
 
     @property
     def nbytes(self) -> int:
@@ -192,6 +195,13 @@ class SuffixCaches:
         with self._lock:
             while self._filled:
                 self._drop_oldest()
+
+    def after_fork(self):
+        """In a forked child: what another thread was changing is empty there."""
+        self._lock = threading.Lock()
+        for cache in list(self._known.values()):
+            if cache._lock.locked():
+                cache._index, cache._lengths, cache._lock = _Index(), deque(), threading.Lock()
 
     def _changed(self, cache: _TenantCache):
         with self._lock:

@@ -12,6 +12,7 @@ from hf_osd.background import BackgroundLearner
 from hf_osd.learner import Learner
 from hf_osd.lora import Adapter, choose_learning
 from hf_osd.open_calls import OpenCalls
+from hf_osd.orphan import Orphan
 from hf_osd.remote import RemoteLearner
 from hf_osd.saving import SavableAssistant
 from hf_osd.serving import ServingDraft, check_weights, copy_draft
@@ -70,6 +71,11 @@ class TeachableAssistant(SavableAssistant):
         if config.learn == "background":
             return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
         return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
+
+    def after_fork(self):
+        """In a forked child: go on learning, with a learner of its own, or say that there is none."""
+        if self.learner is not None and (reason := self.learner.after_fork()) is not None:
+            self.learner = Orphan(self.learner, reason)
 
     def refresh(self, model: nn.Module):
         """Serve the weights of `model`, a draft of the same architecture trained elsewhere, from the next call on.

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_osd.forks import released
+
 HALF_LIFE = 20_000  # observed tokens
 _MATTERS = 1 / 64  # of all that counts: new traffic below this share leaves the set as it is
 _LARGEST_UNIT = 1e100
@@ -74,7 +76,7 @@ class SpeculativeVocabulary:
         self._ids = torch.arange(self.size)
         self._version = 0  # of the set
         self._packed: _Packed | None = None
-        self._lock = threading.Lock()
+        self._lock = released(threading.Lock())
 
     def observe(self, tokens: Sequence[int] | Tensor, weight: float | Tensor = 1.0):
         """Count tokens of an ended request, int64 `(N,)`, the oldest first. Those that the head has no row for are skipped.

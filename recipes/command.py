@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from run_folder import RUN_FILES
+from signals import ended_by_signals, exit_status
 
 from hf_osd import OnlineConfig
 from hf_osd.output_paths import check_apart, check_writable
@@ -26,6 +27,7 @@ _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 _NOTHING, _SOMETHING = ("false", "no", "off", "none", "null", ""), ("true", "yes", "on")
 
 
+@ended_by_signals()
 def run_command(
     arguments: type,
     run: Callable[..., int | None],
@@ -41,7 +43,7 @@ def run_command(
         defaults: what the recipe has in place of `OnlineConfig`'s own defaults; flags and config file win over it.
 
     Returns:
-        `int`: the exit status; 2 for what a user can mend, which is logged, and 130 for an interrupt.
+        `int`: the exit status; 2 for what a user can mend, which is logged, and 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
     """
     from transformers.utils.logging import disable_progress_bar
     from trl import TrlParser
@@ -62,8 +64,8 @@ def run_command(
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return exit_status(interrupt)
 
 
 def check_paths(args: Any, config_file: str | None = None):

@@ -33,6 +33,7 @@ from ranks import MODES, Processes
 from report import RunReport, cell, shown
 from run_folder import DRAFT, RunFolder
 from run_log import RunLog, Tracking, or_none
+from signals import check_signals, exit_status, hold_signals
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -162,11 +163,11 @@ class Job:
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
         log = processes.open_log(folder, self._identity(domains, draft), args.resume)
         assistant = OnlineAssistant(draft, self.config)
+        if processes.roles is not None:
+            serve_separately(assistant, processes.roles)
         if args.rehearse:
             Rehearsal(assistant, self.target, args.rehearse)  # what cannot be is said before any work
         tracking = Tracking(args.report_to if processes.first else "none", args.output_dir, assistant.serving.active)
-        if processes.roles is not None:
-            serve_separately(assistant, processes.roles)
         self.target.register_forward_pre_hook(self._count_forward)
 
         # The draft is the same everywhere: one rank says how it does.
@@ -185,30 +186,33 @@ class Job:
         else:
             self._warm_up(assistant, domains)
             log.before = self._alphas(assistant, held_back)
-        interrupted = False
+        facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
+        interrupted = same = None
+        unsaved: list[Exception] = []
         try:
             self._serve(assistant, domains, log, tracking)
-        except KeyboardInterrupt:
-            interrupted = True
+            log = processes.merge(log)
+            processes.flush(assistant)
+            same = processes.same(dict(assistant.serving.weights()))
+            self._save_work(unsaved, assistant, log, folder, facts)
+            if processes.first:
+                log.after = self._alphas(assistant, held_back)
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+            hold_signals()
             logger.warning(
                 "Interrupted: saving what was learnt.%s", "" if processes.several else " Go on with --resume."
             )
-        if not (interrupted and processes.several):  # the others may be anywhere
-            log = processes.merge(log)
-            processes.flush(assistant)
-        same = None if interrupted else processes.same(dict(assistant.serving.weights()))
-
-        # 3. Save what cannot be had again, each whatever becomes of the others.
-        facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
-        unsaved: list[Exception] = []
-        if not processes.several:
-            _save(unsaved, log.save, assistant, args.save_buffer)
+            # Of several processes the others may be anywhere; and after any other signal than Ctrl-C there may be little time.
+            if not processes.several and exit_status(interrupt) == 130:
+                assistant.flush()
+            self._save_work(unsaved, assistant, log, folder, facts)
+        hold_signals()
         if not processes.first:
             assistant.close()
-            return 130 if interrupted else 0
-        _save(unsaved, assistant.save_pretrained, folder.path / DRAFT, self.draft_tokenizer, facts)
-        if not interrupted:
-            log.after = self._alphas(assistant, held_back)
+            return exit_status(interrupted) if interrupted else 0
+
+        # 3. The figures.
         overall = self._overall(assistant, log)
         if processes.several:
             overall |= {"ranks": processes.serving.size, "drafts_identical": same}
@@ -227,7 +231,7 @@ class Job:
             _try("the card's figures", assistant.write_card, folder.path / DRAFT, facts)
         if interrupted:
             assistant.close()
-            return 130
+            return exit_status(interrupted)
         _try("curves.png", report.plot, folder.path)
         tracking.end()
         _try("the table", print, report)
@@ -240,6 +244,16 @@ class Job:
         finally:
             assistant.close()
         return 0
+
+    def _save_work(
+        self, unsaved: list[Exception], assistant: OnlineAssistant, log: RunLog, folder: RunFolder, facts: dict
+    ):
+        """Save what cannot be had again, each whatever becomes of the others; what could not be is in `unsaved`."""
+        unsaved.clear()
+        if not self.processes.several:
+            _save(unsaved, log.save, assistant, self.args.save_buffer)
+        if self.processes.first:
+            _save(unsaved, assistant.save_pretrained, folder.path / DRAFT, self.draft_tokenizer, facts)
 
     def _learn(self) -> int:
         """Learn for those that serve. The target is here for as long as a draft may have to be made of it."""
@@ -262,6 +276,7 @@ class Job:
             if step >= len(todo):  # others still serve: take part in what they learn
                 self._update(assistant, step)
                 continue
+            check_signals()
             domain, i = todo[step]
             prompt = domain.requests[i]
             pairs = _spread(len(domain.requests), self.args.parity)
@@ -325,7 +340,8 @@ class Job:
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:
                 assistant.learner.offer(known.only_new(feedback, self.config.prompt_positions))
-            update_together(assistant)
+            # Beside serving it would all be one update by the time that one begins, and what that learns not be judged.
+            update_together(assistant, force=self.config.learn in ("background", "process"))
         if most:
             self.processes.flush(assistant)
 

@@ -129,7 +129,7 @@ class RunLog:
         """`save` as serving goes on: if it cannot be written, that is logged, and the next one is tried again. Whether it was written."""
         try:
             self.save(assistant, with_buffer)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the second where no learner can say what it has learnt
             logger.error("No checkpoint after %d requests; serving goes on. %s", self.served, error)
             return False
         return True

@@ -149,7 +149,7 @@ class Held:
         def pause(pace):
             held.there.set()
             assert held.go_on.wait(LONG)
-            if pace._stop:
+            if pace.stopped:
                 raise Stopped
 
         monkeypatch.setattr(Pace, "pause", pause)
@@ -289,6 +289,21 @@ def test_the_thread_ends_when_nobody_holds_its_learner(background, make_feedback
     assert gone() is None
 
 
+def test_the_end_of_the_process_ends_a_thread_that_has_nothing_to_do(background, make_feedback, monkeypatch):
+    """And one that has, and one that has not imported all yet, of which the end of a process lets it import no more."""
+    made = background(update_interval=1)
+    made.offer(make_feedback())
+    assert made.learnt.wait(LONG)
+    background_module._stop(made.pace, made._wake)  # what is called then
+    made._thread.join(LONG)
+    assert not made._thread.is_alive()
+    made.offer(make_feedback(seed=1))
+    assert not made._thread.is_alive(), "no other one was made"
+
+    monkeypatch.setitem(sys.modules, "hf_osd.distill.trainer", None)
+    background_module._run(weakref.ref(made), made.pace, made._wake, made._imported)
+
+
 def test_garbage_collection_does_not_wait_for_the_thread(background, make_feedback, held):
     """It may come under a lock that the thread waits for."""
     made = background()
@@ -330,6 +345,31 @@ def test_a_thread_that_dies_is_made_anew_and_waits_longer(background, make_feedb
     assert made.learnt.wait(LONG)
     assert (made.updates, made.buffer.new(), made.schedule.misses) == (1, [], 0)
     assert made.figures()["learner_restarts"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_that_dies_again_and_again_is_not_made_any_more_and_that_is_said_once(
+    background, make_feedback, monkeypatch, caplog
+):
+    """Where trl is broken, say."""
+    made, threads = background(update_interval=1), set()
+    monkeypatch.setitem(sys.modules, "hf_osd.distill.trainer", None)
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        for i in range(50):
+            made.offer(make_feedback(seed=i))
+            threads.add(made._thread)
+            made._thread.join(LONG)
+    assert len(threads) == 1 + made.figures()["learner_restarts"] == 6
+    assert made.figures()["learning_over"] == "the learner's thread has died 6 times in a row"
+    assert caplog.text.count("learns no more") == 1
+
+
+def test_updates_that_end_well_between_its_deaths_let_it_be_made_anew(background, make_feedback, monkeypatch):
+    made = background(update_interval=1)
+    for i in range(20):
+        made.learner.updates = i
+        assert made._may_restart()
+    assert made.figures()["learning_over"] is None
 
 
 def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feedback, monkeypatch, caplog):
@@ -408,8 +448,10 @@ sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidd
 draft = LlamaForCausalLM(LlamaConfig(**sizes))
 trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
 config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, gate=False, learning_rate=1e-3, warmup_steps=0)
-learner = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True)
+learner, idle = (BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True) for _ in range(2))
 learner.prepare()
+idle.update(wait=False)
+assert idle._imported.wait(120)
 stepped, pause = threading.Event(), learner.pace.pause
 learner.ensemble.members[0]._after_step = lambda: (stepped.set(), pause())
 for i in range(2):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import distill
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_osd import OnlineAssistant, grow_draft
+from hf_osd.background import BackgroundLearner
 
 
 @pytest.fixture
@@ -91,9 +93,12 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(run, refused):
     refused(run, "--resume", "--max_new_tokens", "9", says="max_new_tokens")
 
 
-def test_warm_up_learns_before_serving_begins(run):
-    assert run("--warm_up", "2") == 0
-    assert read(run.out / "metrics.jsonl")[0]["updates"] >= 1
+@pytest.mark.parametrize("learn", ["inline", "background"])
+def test_warm_up_learns_before_serving_begins(run, learn, monkeypatch):
+    """An interval at a time, so that what one has taught is judged by the next; though the thread that learns beside serving takes its time."""
+    monkeypatch.setattr(BackgroundLearner, "_start", lambda learner: None)
+    assert run("--warm_up", "2", "--update_interval", "2", "--learn", learn) == 0
+    assert read(run.out / "metrics.jsonl")[0]["updates"] >= 2
 
 
 def test_rehearsal_teaches_more_of_the_same_requests(run):
@@ -210,6 +215,19 @@ def test_another_tokenizer_of_the_same_size_is_refused_before_it_drafts_nonsense
 def test_a_draft_whose_requests_cannot_be_rehearsed_is_refused_before_any_work(run, refused, brought_draft):
     refused(run, "--draft", brought_draft("padded head"), "--rehearse", "0.7", says="vocabulary of 72")
     assert not (run.out / "metrics.jsonl").exists()
+
+
+def test_what_another_rank_learns_cannot_be_rehearsed_which_is_said_before_any_work(run, refused, monkeypatch):
+    init = distill.Processes.__init__
+
+    def with_roles(processes, mode):
+        init(processes, "together")
+        processes.roles = SimpleNamespace(learns=False)
+
+    monkeypatch.setattr(distill.Processes, "__init__", with_roles)
+    monkeypatch.setattr(distill, "serve_separately", lambda assistant, roles: setattr(assistant, "learner", object()))
+    monkeypatch.setattr(distill, "record_answers", None)
+    refused(run, "--mode", "separate", "--rehearse", "0.7", says="another rank learns")
 
 
 def test_answers_longer_than_the_drafts_window_are_left_out(run, refused, tiny_llama, tmp_path, caplog):

@@ -5,7 +5,7 @@ import weakref
 import pytest
 
 from hf_osd import OnlineConfig
-from hf_osd import remote as remote_module
+from hf_osd import worker as worker_module
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.remote import RemoteLearner
 from hf_osd.serving import ServingDraft
@@ -30,12 +30,12 @@ def remote(serving, monkeypatch):
         if behaviour is not None:
             monkeypatch.setattr(Process, "behaviour", staticmethod(behaviour))
             monkeypatch.setattr(Process, "made", [])
-            monkeypatch.setattr(remote_module.subprocess, "Popen", Process)
+            monkeypatch.setattr(worker_module.subprocess, "Popen", Process)
             one.processes = Process.made
         made.append(weakref.ref(one))
         return one
 
-    monkeypatch.setattr(remote_module, "_PATIENCE", 5.0)
+    monkeypatch.setattr(worker_module, "PATIENCE", 5.0)
     yield make
     for reference in made:
         if (one := reference()) is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hf_osd.learner_process import BUSY
 from hf_osd.trace import unpack
 from hf_osd.wire import FrameWriter, read_frame
 
@@ -23,9 +24,10 @@ class Process:
     behaviour = None
     made: list = []  # noqa: RUF012 (a test's own, by monkeypatch)
 
-    def __init__(self, argv, stdin, stdout, env):
+    def __init__(self, argv, **settings):
         self.folder, self.pid = Path(argv[3]), 0
         self.laid_out = sorted(path.name for path in self.folder.iterdir())
+        self.beat()
         ends = [os.pipe(), os.pipe()]
         self.input, self.stdin = os.fdopen(ends[0][0], "rb"), os.fdopen(ends[0][1], "wb")
         self.stdout, self.output = os.fdopen(ends[1][0], "rb"), os.fdopen(ends[1][1], "wb")
@@ -54,6 +56,12 @@ class Process:
         self.killed.set()
 
     # What a behaviour is made of.
+
+    def beat(self, beat: int = 1):
+        """A sign of life."""
+        with (self.folder / BUSY).open("r+b") as file:
+            file.seek(1)
+            file.write(bytes([beat]))
 
     def read(self):
         """The next frame, as kind and number of requests; `None` at the end."""

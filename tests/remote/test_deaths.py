@@ -3,16 +3,23 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
 
-from hf_osd import remote as remote_module
+from hf_osd import OnlineAssistant
+from hf_osd import worker as worker_module
+from hf_osd.buffer import FeedbackBuffer
+from hf_osd.learner import Learner
+from hf_osd.lora import Adapter
+from hf_osd.serving import ServingDraft
 from hf_osd.wire import to_bytes
 
-from .processes import INTERVAL, LONG, dies, obedient, offer, reads_on, same, wait_for_death, weights_of
+from .processes import INTERVAL, LONG, Process, dies, obedient, offer, reads_on, same, wait_for_death, weights_of
 
 
 def garbage(process):
@@ -45,7 +52,7 @@ def silence(process):
 def test_a_process_that_dies_or_says_nonsense_is_counted_and_the_draft_serves_on(
     remote, serving, make_feedback, monkeypatch, caplog, behaviour
 ):
-    monkeypatch.setattr(remote_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
     made, before = remote(behaviour), weights_of(serving)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         offer(made, make_feedback())
@@ -105,6 +112,150 @@ def test_counts_go_on_over_deaths(remote, serving, make_feedback):
     assert (figures["updates"], figures["learned_tokens"], figures["learner_restarts"]) == (10, 200, 1)
 
 
+def test_one_that_dies_again_and_again_is_not_started_any_more_and_that_is_said_once(
+    remote, serving, make_feedback, caplog
+):
+    made = remote(dies, update_interval=1)
+    with caplog.at_level(logging.ERROR, logger="hf_osd"):
+        for i in range(200):
+            offer(made, make_feedback(seed=i % 7))
+            if made._worker is not None:
+                wait_for_death(made)
+        assert (made.due(), made.update(wait=True)) == (False, False)
+    assert len(made.processes) == 1 + made.figures()["learner_restarts"] == 6
+    assert "5 that were started in its place" in made.figures()["learning_over"]
+    assert caplog.text.count("None is started any more: the draft serves as it is, and learns no more") == 1
+    with pytest.raises(RuntimeError, match="None is started any more"):
+        made.load_state({}, {})
+    Learner(serving.active, serving.trainable, FeedbackBuffer(), made.config, print).load_state(*made.state())
+
+
+def test_deaths_that_lie_a_thousand_requests_apart_end_nothing(remote, make_feedback):
+    made = remote(dies, update_interval=1)
+    for _ in range(10):
+        made._offered = 1000  # as if so many had come since the last death
+        offer(made, make_feedback())
+        wait_for_death(made)
+    assert made.figures()["learner_restarts"] == 9
+    assert "learning_over" not in made.figures()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_state_of_a_dead_one_is_that_of_what_serves(remote, serving, make_feedback, caplog, tiny_llama, adapter):
+    def learns_and_dies(process):
+        process.read()
+        process.serve(serving, 0.01, updates=5, learned_tokens=100)
+
+    if adapter:
+        draft = tiny_llama(layers=1)
+        serving = ServingDraft(draft, set(), Adapter(draft, 4))
+    made = remote(learns_and_dies)
+    made._serving = serving
+    offer(made, make_feedback())
+    wait_for_death(made)
+    learnt = weights_of(serving)
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        tensors, values = made.state()
+    assert "what is saved of learning is the draft that serves" in caplog.text
+    served = []
+    draft = serving.adapter.draft if adapter else tiny_llama(layers=1)
+    learner = Learner(draft, serving.trainable, FeedbackBuffer(), made.config, served.append)
+    learner.load_state(tensors, values)
+    learner.serve()
+    assert learner.trainable == learnt.keys()
+    assert same(learnt, served[-1])
+    assert (learner.updates, learner.learned_tokens) == (5, 100)
+
+
+def test_a_job_saves_and_goes_on_from_what_a_dead_one_leaves(tiny_llama, tmp_path, monkeypatch, target):
+    """The library's own way: `save_state` of one assistant, `load_state` of another."""
+    monkeypatch.setattr(Process, "behaviour", staticmethod(dies))
+    monkeypatch.setattr(Process, "made", [])
+    monkeypatch.setattr(worker_module.subprocess, "Popen", Process)
+    draft = tiny_llama(layers=1)
+    prompt = torch.arange(2, 9)[None]
+    with OnlineAssistant(draft, learn="process", update_interval=1) as assistant:
+        target.generate(prompt, assistant_model=assistant, max_new_tokens=6, do_sample=False)
+        assistant.stats  # noqa: B018 (the call is taken in)
+        wait_for_death(assistant.learner)
+        assistant.save_state(tmp_path, progress={"served": 1})
+    with OnlineAssistant(draft, learn="inline") as other:
+        assert other.load_state(tmp_path) == {"served": 1}
+        assert other.stats.total.requests == 1
+
+
+def silent(process):
+    """It is stopped, say: it reads nothing, and shows no life after its beginning."""
+    process.killed.wait(LONG)
+
+
+def test_one_that_shows_no_life_is_ended_by_who_waits_for_it(remote, serving, make_feedback, monkeypatch, caplog):
+    monkeypatch.setattr(worker_module, "_SILENCE", 0.1)
+    monkeypatch.setattr(worker_module, "_LOOK", 0.02)
+    made = remote(silent)
+    offer(made, make_feedback())
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        assert not made.update(wait=True)
+    assert "does not answer, and is ended" in caplog.text
+    assert made.processes[0].killed.is_set()
+    assert made.state()[0]
+
+
+def test_one_that_lives_is_waited_for(remote, serving, make_feedback, monkeypatch):
+    monkeypatch.setattr(worker_module, "_SILENCE", 0.2)
+    monkeypatch.setattr(worker_module, "_LOOK", 0.02)
+
+    def slow(process):
+        while (frame := process.read()) is not None:
+            if frame[0] == "flush":
+                for beat in range(20):
+                    process.beat(beat + 1)
+                    process.killed.wait(0.05)
+                process.frames.write("answer", {}, {"refreshed": True, "asked": frame[2]["asked"]})
+
+    made = remote(slow)
+    offer(made, make_feedback())
+    assert made.update(wait=True)
+
+
+def test_to_close_one_that_does_not_read_takes_no_longer_than_it_is_given(remote, make_feedback, monkeypatch):
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    made = remote(silent)
+    for i in range(3):
+        offer(made, make_feedback(seed=i))
+    made._worker.send("state", tensors={"much": torch.zeros(10**6)})  # more than a pipe holds
+    until = time.monotonic() + LONG
+    while made._worker.waiting and time.monotonic() < until:  # till that one is being written
+        time.sleep(0.01)
+    made.close()
+    assert made._worker.dead.wait(LONG)
+    assert made.processes[0].killed.is_set()
+
+
+def test_one_that_has_not_begun_is_neither_waited_for_nor_asked(remote, serving, make_feedback, monkeypatch, caplog):
+    monkeypatch.setattr(Process, "beat", lambda process, beat=0: None)
+    made = remote(silent)
+    offer(made, make_feedback())
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        tensors, values = made.state()
+    assert values["updates"] == 0
+    assert same(weights_of(serving), {n.removeprefix("accepted."): t for n, t in tensors.items() if "accepted" in n})
+    assert "dead" not in caplog.text
+    made.close()
+    assert made.processes[0].wait(0) == -signal.SIGKILL
+
+
+def test_what_waits_for_one_that_does_not_keep_up_is_no_more_than_the_buffer_holds(remote, make_feedback):
+    held = make_feedback().nbytes * 3
+    made = remote(silent, buffer_bytes=held)
+    made.buffer.max_bytes = held
+    for i in range(100):
+        offer(made, make_feedback(seed=i))
+    assert len(made.buffer) == 3
+    assert made._worker.waiting <= 4
+    made._worker._process.kill()
+
+
 def test_a_flush_over_which_it_dies_fails_and_so_do_those_behind_it(remote, serving, make_feedback):
     asked, die = threading.Event(), threading.Event()
 
@@ -123,8 +274,8 @@ def test_a_flush_over_which_it_dies_fails_and_so_do_those_behind_it(remote, serv
     for thread in threads:
         thread.join(LONG)
     assert found == [False] * 3
-    with pytest.raises(RuntimeError, match="another process is started after more requests"):
-        made.state()
+    with pytest.raises(RuntimeError, match="another process is started after 4 more requests"):
+        made.load_state({}, {})
 
 
 def test_an_answer_to_a_call_that_was_interrupted_is_nobody_elses(remote, serving):
@@ -133,7 +284,7 @@ def test_an_answer_to_a_call_that_was_interrupted_is_nobody_elses(remote, servin
     worker = made._worker
 
     class Interrupted:
-        def get(self):
+        def get(self, timeout):
             worker._answers = answers
             raise KeyboardInterrupt
 
@@ -180,9 +331,9 @@ def test_where_none_can_be_started_calls_go_on_and_it_is_tried_again(
     remote, serving, make_feedback, monkeypatch, tmp_path, caplog
 ):
     made = remote(obedient(serving))
-    monkeypatch.setattr(remote_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(worker_module.tempfile, "tempdir", str(tmp_path))
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
-        patch.setattr(remote_module.subprocess, "Popen", Full)
+        patch.setattr(worker_module.subprocess, "Popen", Full)
         offer(made, make_feedback())
         assert not made.update(wait=True)
     assert "could not be started" in caplog.text
@@ -199,9 +350,9 @@ def test_where_none_can_be_started_calls_go_on_and_it_is_tried_again(
 def test_nor_does_a_python_that_fails_break_a_call(remote, serving, make_feedback, monkeypatch, python):
     """A real process: its end is waited for, or it would be a zombie."""
     started, popen = [], subprocess.Popen
-    monkeypatch.setattr(remote_module.sys, "executable", shutil.which(python) or python)
+    monkeypatch.setattr(worker_module.sys, "executable", shutil.which(python) or python)
     monkeypatch.setattr(
-        remote_module.subprocess,
+        worker_module.subprocess,
         "Popen",
         lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1],
     )

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd import remote as remote_module
+from hf_osd import worker as worker_module
 from hf_osd.buffer import FeedbackBuffer
+from hf_osd.forks import on_fork
 from hf_osd.learner_process import ADAPTER, BEGIN, BUSY, DRAFT, LearnerProcess
 from hf_osd.lora import Adapter
 from hf_osd.remote import RemoteLearner
@@ -52,6 +53,78 @@ def test_its_state_is_asked_for_and_given_back(remote, serving):
         made.load_state(tensors, {"n": 2})
 
 
+def seen_by(process, count):
+    return [process.seen.get(timeout=LONG) for _ in range(count)]
+
+
+def test_a_flush_sends_what_came_into_the_buffer_otherwise(remote, serving, make_feedback):
+    """As requests of elsewhere do, which somebody adds to it."""
+    made = remote(obedient(serving))
+    for i in range(3):
+        made.buffer.add(make_feedback(seed=i))
+    assert made.due()
+    assert made.update(wait=True)
+    assert (made.due(), made.buffer.new()) == (False, [])
+    assert seen_by(made.processes[0], 2) == [("feedback", 3), ("flush", 0)]
+    made.buffer.add(make_feedback(seed=3))
+    assert not made.update(wait=False), "the process says when"
+    assert seen_by(made.processes[0], 1) == [("feedback", 1)]
+
+
+@pytest.mark.parametrize("served", [0, 1])
+def test_a_buffer_that_is_restored_with_a_state_is_sent(remote, serving, make_feedback, tmp_path, served):
+    """What was new is to be learnt, unless others were learnt since, the rest for replay; and nothing twice."""
+    saved = FeedbackBuffer()
+    for i in range(5):
+        saved.add(make_feedback(seed=i))
+    saved.mark_seen(saved.requests()[:3])
+    saved.save(tmp_path / "buffer.safetensors")
+    made = remote(obedient(serving))
+    offer(made, *(make_feedback(seed=6) for _ in range(served)))
+    made.load_state({}, {"n": 1})
+    made.buffer.restore(tmp_path / "buffer.safetensors")
+    offer(made, make_feedback(seed=5))
+    made.update(wait=True)
+    restored = (
+        [("feedback", 1), ("load", 0), ("replay", 5)] if served else [("load", 0), ("replay", 3), ("feedback", 2)]
+    )
+    assert seen_by(made.processes[0], 5) == [*restored, ("feedback", 1), ("flush", 0)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_begins_with_a_process_of_its_own_and_leaves_its_parents_alone(remote, serving, make_feedback):
+    made = remote(obedient(serving))
+    on_fork(made)  # as an assistant has it
+    offer(made, make_feedback(seed=1), make_feedback(seed=2))
+    assert made.update(wait=True)
+    [ours] = made.processes
+    seen_by(ours, 3)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            made.note_busy(True)
+            offer(made, make_feedback(seed=3))
+            flushed = made.update(wait=True)
+            seen = seen_by(made.processes[1], 3)
+            made.close()
+            os.write(writing, repr((flushed, seen, serving.version, made.figures()["updates"])).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        assert select.select([reading], [], [], LONG)[0], "the child hangs"
+        said = os.read(reading, 2**16).decode()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+    assert said == repr((True, [("replay", 2), ("feedback", 1), ("flush", 0)], 2, 2))
+    assert (ours.folder / BUSY).read_bytes()[:1] == b"\0", "it serves, not this one"
+    assert made.update(wait=True)
+    assert seen_by(ours, 1) == [("flush", 0)], "and has told it nothing"
+
+
 def test_weights_from_elsewhere_are_sent_as_they_were(remote, serving):
     """Whoever trains them goes on at once; what is fixed is not sent."""
     taken = queue.SimpleQueue()
@@ -80,11 +153,11 @@ def test_whether_somebody_is_served_is_a_byte_in_its_folder(remote, make_feedbac
     made.note_busy(True)  # there is no process to tell
     offer(made, make_feedback())
     [process] = made.processes
-    assert (process.folder / BUSY).read_bytes() == b"\0"
+    assert (process.folder / BUSY).read_bytes()[:1] == b"\0"
     made.note_busy(True)
-    assert (process.folder / BUSY).read_bytes() == b"\1"
+    assert (process.folder / BUSY).read_bytes()[:1] == b"\1"
     made.note_busy(False)
-    assert (process.folder / BUSY).read_bytes() == b"\0"
+    assert (process.folder / BUSY).read_bytes()[:1] == b"\0"
 
 
 def test_a_draft_that_another_process_cannot_load_is_refused(tiny_llama):
@@ -103,9 +176,11 @@ def test_close_ends_the_process_and_removes_its_folder(remote, serving, make_fee
     made = remote(obedient(serving))
     offer(made, make_feedback())
     [process] = made.processes
+    assert seen_by(process, 1) == [("feedback", 1)]
     made.close()
     assert process.wait(0) == 0
     assert not process.folder.exists()
+    assert seen_by(process, 1) == [("end", 0)], "its input may be held open by a fork"
     assert made._deaths == 0, "it did not die"
     made.close()
     offer(made, make_feedback(seed=1))
@@ -118,7 +193,7 @@ def test_one_that_does_not_end_is_made_to(remote, make_feedback, monkeypatch):
         reads_on(process)
         process.killed.wait(LONG)
 
-    monkeypatch.setattr(remote_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
     made = remote(deaf)
     offer(made, make_feedback())
     made.close()
@@ -175,6 +250,12 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
     assert serving.version == 2
     with pytest.raises(ValueError, match="that of another draft"):
         made.load_state({}, state)
+
+    # A terminal sends these to all of a process group, and a service's end the last to all of a service: whoever serves still wants the state.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(made._worker.pid, number)
+    assert os.getsid(made._worker.pid) != os.getsid(0)
+    assert made.state()[1] == state
 
     made.note_busy(True)
     offer(made, *(make_feedback(seed=i) for i in range(2 * INTERVAL)))
@@ -251,7 +332,7 @@ def test_an_adapter_over_weights_that_are_gone_does_not_serve(lora_remote, lora_
 def test_the_process_takes_another_base_under_its_adapter(lora_serving, tmp_path):
     adapter = lora_serving.adapter
     lora_serving.refresh({name: torch.full_like(w, 0.5) for name, w in adapter.weights().items()})
-    remote_module._lay_out(tmp_path, lora_serving, OnlineConfig(learn="process"), base=2)
+    worker_module.lay_out(tmp_path, lora_serving, OnlineConfig(learn="process"), base=2)
     written = io.BytesIO()
     process = LearnerProcess(tmp_path, FrameWriter(written))
     member = process.learner.ensemble.members[0]
@@ -315,19 +396,29 @@ def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(ti
 
 
 PARENT = """
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
-child = subprocess.Popen([sys.executable, "-m", "hf_osd.learner_process", sys.argv[1], "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[int(sys.argv[2])])
+child = subprocess.Popen([sys.executable, "-m", "hf_osd.learner_process", sys.argv[1], "1", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[int(sys.argv[2])])
+if not os.fork():  # it has the pipe too, and lives on
+    os.close(int(sys.argv[2]))
+    sys.stdin.read()
+    os._exit(0)
 print(child.pid, flush=True)
 child.stdout.read()
 """
 
 
 def test_it_ends_when_whoever_serves_is_killed(serving, tmp_path):
-    remote_module._lay_out(tmp_path, serving, OnlineConfig(learn="process"))
+    """Though one that was forked off there lives on; and it leaves no folder."""
+    folder = tmp_path / "learner"
+    folder.mkdir()
+    worker_module.lay_out(folder, serving, OnlineConfig(learn="process"))
     ours, theirs = os.pipe()  # the end of it comes when all that have the other one are gone
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), str(theirs)], pass_fds=[theirs], stdout=subprocess.PIPE
+        [sys.executable, "-c", PARENT, str(folder), str(theirs)],
+        pass_fds=[theirs],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     os.close(theirs)
     child = int(parent.stdout.readline())
@@ -337,3 +428,5 @@ def test_it_ends_when_whoever_serves_is_killed(serving, tmp_path):
     assert select.select([ours], [], [], LONG)[0], f"process {child} lives on"
     assert os.read(ours, 1) == b""
     os.close(ours)
+    parent.stdin.close()
+    assert not folder.exists()
