@@ -39,12 +39,11 @@ logger = logging.getLogger(__name__)
 _ROUNDS = ((0, 2), (3, 2), (1, 0))
 _PROMPT = 6  # tokens
 _ROWS = sum(right + 1 for right, _ in _ROUNDS)
-# A row is another one if it is further from what it should be than rounding in matrix products of other shapes takes it, as a share of its spread:
-_LEAST = 1e-3  # that much in any case,
-_UNITS = 2  # or units in the last place, where the arithmetic is coarser;
-_NOISE = 6  # or times what two plain decodings of the text differ by, but then
-_WIDEST = 32  # times the first at most,
-_MOST = 0.3  # and this.
+# A row is another one if it is further from what it should be than rounding in matrix products of other shapes takes it, as a share of its spread: in float32
+# and in coarser arithmetic, up to float16's (or TF32's) and beyond;
+_FINE, _COARSE, _COARSEST = 1e-3, 1e-2, 3e-2
+_NOISE = 6  # or than so many times what two plain decodings of the text differ by,
+_MOST_FINE, _MOST = 3e-2, 1.0  # but then no more than this, the former in float32.
 # Where arithmetic is coarse, an expert may be chosen by a hair, and be another one in a block: of so many texts most must show the fault.
 _TEXTS = 5
 _SMALL = 2**16  # numbers: a model's tensors up to this size are put back if a forward wrote into them
@@ -93,14 +92,16 @@ class Verification:
         synced = running is not None and running.synced_gpus
         self._tries = tries and not (synced or target.training or any(map(is_compiled, (target, target.base_model))))
         self._input_ids, self._config, self._kwargs = input_ids, generation_config, model_kwargs
-        self._given = None
-        if getattr(self._cache, "_is_user_defined", False) and self._tries:
-            with contextlib.suppress(Exception):  # whatever a user's cache makes of it: it is then not tried
-                self._given = copy.deepcopy(self._cache)
+        self._given = None  # a copy of the caller's own cache, while that is empty
 
     def begin(self, record: CallRecord):
         """To be called before the first round: raises [`CannotVerify`] for what is known then, or has to be."""
         why = _obstacle(self._target, self._cache)
+        if why is None and self._tries and getattr(self._cache, "_is_user_defined", False):
+            try:
+                self._given = copy.deepcopy(self._cache)
+            except Exception:  # whatever a user's cache makes of it
+                self._tries = False
         if why is None and _is_doubtful(self._target, self._cache):
             why = self._find(record) if self._tries else _unknown_state(self._target, self._cache)
         if why is not None:
@@ -306,8 +307,11 @@ class _Trial:
             return None
 
     def _compare(self) -> str | None:
-        tolerance = max(_LEAST, _UNITS * _unit(self._target))
-        texts = 1 if tolerance == _LEAST else _TEXTS
+        unit = _unit(self._target)
+        is_fine = unit <= torch.finfo(torch.float32).eps
+        tolerance = _FINE if is_fine else _COARSE if unit <= torch.finfo(torch.float16).eps else _COARSEST
+        most = _MOST_FINE if is_fine else _MOST
+        texts = 1 if is_fine else _TEXTS
         shown = passed = 0
         while max(shown, passed) <= texts // 2:
             text, wrong = self._texts(shown + passed)
@@ -331,7 +335,7 @@ class _Trial:
                 logger.debug("%s failed in blocks.", type(self._target).__name__, exc_info=True)
                 return f"several tokens at once end in {type(error).__name__}: {error}".splitlines()[0]
             apart = float(_apart(plain, blocks).max())
-            if apart > tolerance and apart > self._rounding(text, plain, tolerance):
+            if apart > tolerance and apart > min(self._rounding(text, plain), most):
                 shown += 1
             elif shown:
                 passed += 1
@@ -341,12 +345,11 @@ class _Trial:
             return None
         return f"what it says of several tokens at once is not what it says of them one at a time (apart by {apart:.0%} of the logits' spread)"
 
-    def _rounding(self, text: Tensor, plain: Tensor, least: float) -> float:
+    def _rounding(self, text: Tensor, plain: Tensor) -> float:
         """How far apart rows may be by rounding alone, by what plain decoding from a longer prompt says of the same text."""
         skipped = _ROWS // 2
         rows, _ = self._plainly(text, text.shape[1] - _ROWS + skipped)
-        noise = float(_apart(plain[skipped:], rows).max())
-        return min(_NOISE * noise, _WIDEST * least, _MOST)
+        return _NOISE * float(_apart(plain[skipped:], rows).max())
 
     def _texts(self, seed: int) -> tuple[Tensor, Tensor]:
         """A text of random tokens `(1, T)`, none of which means something to the model, and another that differs from it everywhere."""

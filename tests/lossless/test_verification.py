@@ -1,6 +1,7 @@
 """Targets that cannot verify a block: each is found before it is trusted, decodes plainly and is named in one warning; and no sound one is taken for such."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_osd import OnlineAssistant
+from hf_osd import OnlineAssistant, grow_draft, verification
+from hf_osd.lookahead import Plan
 
 from .models import OneLayer, one_layer
 
@@ -184,38 +186,39 @@ def test_each_fault_would_do_harm(fault):
         pass
 
 
-def test_a_fault_found_in_mid_call_leaves_the_rest_of_it_plain(caplog):
-    """A class of transformers' own is tried at the first block: here one in the middle of an answer."""
-    target = placed("states not cropped")
-    type(target).__module__, module = "transformers.models.placed", type(target).__module__
-    try:
-        prompt = torch.tensor([[5, 9, 5, 9, 5, 9, 5]])
-        assistant, drafted_first = drafting(), []
-        rounds = assistant.lookahead.plan
+def late(assistant, rounds=4):
+    """`assistant`, but that it drafts nothing in the first rounds it is asked in."""
+    plan, asked = assistant.lookahead.plan, []
 
-        def plan(*args):
-            chosen = rounds(*args)
-            drafted_first.append(chosen.length)
-            return copy.replace(chosen, length=0) if hasattr(copy, "replace") and len(drafted_first) < 4 else chosen
+    def wait(*args):
+        asked.append(1)
+        return Plan() if len(asked) <= rounds else plan(*args)
 
-        assistant.lookahead.plan = lambda *args: plan(*args) if len(drafted_first) > 3 else _none(drafted_first)
-        plain = target.generate(prompt, **GREEDY)
-        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
-        total = assistant.stats.total
-        assert total.drafted == 0
-        assert total.rounds == GREEDY["max_new_tokens"], "it went on as it had begun"
-        assert total.plain_requests == 1
-        assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
-        assert assistant.stats.total.rounds == total.rounds, "the next call is plain from its first token"
-    finally:
-        type(target).__module__ = module
+    assistant.lookahead.plan = wait
+    return assistant
 
 
-def _none(seen):
-    from hf_osd.lookahead import Plan
+@pytest.fixture
+def known(monkeypatch):
+    """Targets of this file as though they were transformers' own: these are tried before the first block, others before the first token."""
+    for kind in (Placed, Offset):
+        monkeypatch.setattr(kind, "__module__", "transformers.models.placed")
 
-    seen.append(0)
-    return Plan()
+
+def test_a_fault_found_in_mid_call_leaves_the_rest_of_it_plain(known, caplog):
+    target, assistant = placed("states not cropped"), late(drafting())
+    prompt = torch.tensor([[5, 9, 5, 9, 5, 9, 5]])
+    plain = target.generate(prompt, **GREEDY)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
+    assistant.take_in()
+    total = copy.deepcopy(assistant.stats.total)
+    assert (total.drafted, total.rounds, total.plain_requests) == (0, GREEDY["max_new_tokens"], 1)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
+    assistant.take_in()
+    assert assistant.stats.total.plain_requests == 2
+    assert assistant.stats.total.drafted == 0
+    assert assistant.stats.total.verification_forwards == total.verification_forwards > 0
+    assert len([record for record in caplog.records if "cannot verify" in record.getMessage()]) == 1
 
 
 # What is left alone.
@@ -267,34 +270,35 @@ def test_nothing_of_the_call_is_changed(target, draft):
 class Offset(Placed):
     """Keeps in the module what it made of the call's prompt, as models that see do with their positions."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("counted", torch.zeros(1))
+
     def forward(self, input_ids=None, past_key_values=None, **kwargs):
         if not past_key_values.get_seq_length():
-            self.offset = input_ids.sum() % 7
-            self.counted = getattr(self, "counted", torch.zeros(1))
+            self.offset = input_ids[0, 0] % 7
         self.counted += 1
         return super().forward(input_ids + self.offset * (input_ids < 50), past_key_values=past_key_values, **kwargs)
 
 
-def test_what_a_module_keeps_of_the_prompt_is_put_back():
+def test_what_a_module_keeps_of_the_prompt_is_put_back(known):
+    """In the middle of an answer, where no prompt sets it again."""
     target = Offset(placed().config).eval()
-    target.counted = torch.zeros(1)
-    # Not in the first round, where the prompt would set it anyway.
-    Offset.__module__, module = "transformers.models.offset", Offset.__module__
-    try:
-        for prompt in PROMPTS:
-            fresh, assistant, asked = copy.deepcopy(target), drafting(), []
-            chosen = assistant.lookahead.plan
-            assistant.lookahead.plan = lambda *args: chosen(*args) if len(asked) > 3 else _none(asked)  # noqa: B023
-            plain = fresh.generate(prompt, **GREEDY)
-            assert torch.equal(plain, fresh.generate(prompt, assistant_model=assistant, **GREEDY))
-            total = assistant.stats.total
-            assert total.verification_forwards > 0
-            assert fresh.counted == GREEDY["max_new_tokens"] + total.rounds
-    finally:
-        Offset.__module__ = module
+    for prompt in PROMPTS:
+        fresh = copy.deepcopy(target)
+        plain = fresh.generate(prompt, **GREEDY)
+        assistant = late(drafting())
+        assistant.texts.of(None).add(plain[0].tolist())
+        fresh.counted.zero_()
+        assert torch.equal(plain, fresh.generate(prompt, assistant_model=assistant, **GREEDY))
+        assistant.take_in()
+        total = assistant.stats.total
+        assert total.verification_forwards > 0
+        assert total.accepted > 0
+        assert fresh.counted == total.rounds, "written in place"
 
 
-def test_a_call_of_several_processes_and_one_with_dropout_are_not_tried(target):
+def test_a_target_in_train_mode_is_not_tried(target):
     training = copy.deepcopy(target).train()
     assistant = drafting()
     assert all(serve(training, assistant))
@@ -302,14 +306,10 @@ def test_a_call_of_several_processes_and_one_with_dropout_are_not_tried(target):
 
 
 def test_a_target_that_is_gone_is_forgotten(target):
-    from hf_osd import verification
-
     model, before = copy.deepcopy(target), len(verification._verdicts)
     serve(model, drafting(), prompts=PROMPTS[:1])
     assert len(verification._verdicts) == before + 1
     del model
-    import gc
-
     gc.collect()
     assert len(verification._verdicts) <= before
 
@@ -456,6 +456,13 @@ LOOK_STATEFUL = {
 @pytest.mark.parametrize("name", LOOK_STATEFUL)
 def test_targets_that_only_look_stateful_are_served(caplog, name):
     check_drafted(model_of(name, **_SIZES, **LOOK_STATEFUL[name]), caplog)
+
+
+def test_a_draft_grown_from_a_target_that_only_looks_stateful_learns(serve_as_plain):
+    target = model_of("Qwen3_5ForCausalLM", **_SIZES, **LOOK_STATEFUL["Qwen3_5ForCausalLM"])
+    served = serve_as_plain(target, grow_draft(target), PROMPTS, {"update_interval": 2})
+    assert served.stats.total.tested > 0
+    assert (served.stats.updates, served.stats.failed_updates) == (1, 0)
 
 
 def test_targets_that_are_stateful_are_still_refused():
