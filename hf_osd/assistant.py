@@ -227,6 +227,7 @@ class OnlineAssistant(TeachableAssistant):
             record.text = CallText(said.tolist(), cache)
             record.cache = None if private else cache
         record.model = self.serving.lease()
+        call = target, input_ids, generation_config, model_kwargs, running
         try:
             generator = OnlineCandidateGenerator(
                 input_ids=input_ids,
@@ -243,9 +244,7 @@ class OnlineAssistant(TeachableAssistant):
                 stopping_criteria=None if running is None else running.stopping_criteria,
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
-                verification=Verification(
-                    target, input_ids, generation_config, model_kwargs, running, config.verify_target, self.decodes_plainly
-                ),
+                verification=Verification(*call, config.verify_target, self.decodes_plainly),
             )
         except BaseException:
             self.serving.release(record.model)
