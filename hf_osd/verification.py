@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 import threading
 import time
 import weakref
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 # Of target (by a part that all views of it share), by configuration and kind of cache: why it cannot verify a block, `None` if it can.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+
+
+def _renew_lock():
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may hold it, which a child does not have
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class CannotVerify(ValueError):

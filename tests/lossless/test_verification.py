@@ -17,7 +17,7 @@ from hf_osd.lookahead import Plan
 
 from .models import OneLayer, one_layer
 
-PROMPTS = torch.randint(3, 60, (3, 1, 7), generator=torch.Generator().manual_seed(1))
+PROMPTS = torch.randint(3, 60, (2, 1, 7), generator=torch.Generator().manual_seed(1))
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -157,7 +157,7 @@ def check_drafted(target, caplog, **kwargs):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_target_is_found(caplog, fault, dtype):
     total = check_plain(placed(fault, dtype), caplog, "cannot verify a block")
-    assert total.plain_requests == total.requests == 6
+    assert total.plain_requests == total.requests == 2 * len(PROMPTS)
     assert 0 < total.verification_forwards < 50
 
 
@@ -323,7 +323,7 @@ ARCHITECTURES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_sound_target_is_taken_for_one_that_cannot(tiny_model, caplog, name, dtype):
-    for seed in range(3):
+    for seed in range(2):
         target, assistant = tiny_model(name, seed=seed).to(dtype), drafting()
         with caplog.at_level(logging.WARNING, logger="hf_osd"):
             for _ in range(2):
@@ -425,12 +425,11 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("tries", [True, False])
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(("name", "tries"), [*((name, True) for name in HYBRIDS), ("Qwen3_5TextConfig", False)])
 def test_a_target_that_sees_through_a_recurrent_text_model_decodes_plainly(caplog, name, tries):
     target, assistant = seeing(name, **HYBRIDS[name]), drafting(verify_target=tries)
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
-        assert all(serve(target, assistant))
+        assert all(serve(target, assistant, prompts=PROMPTS[:1]))
     [said] = [record.getMessage() for record in caplog.records if record.name.startswith("hf_osd")]
     assert "recurrent states" in said
     assert assistant.stats.total.drafted == 0
