@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from hf_osd.verification import only_looks_stateful
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
@@ -25,7 +27,7 @@ def check_draft(draft):
             f"`draft` is a {type(draft).__name__}, which has no LM head. Load it with AutoModelForCausalLM, or AutoModelForSeq2SeqLM if "
             "the target is an encoder-decoder."
         )
-    if getattr(draft, "_is_stateful", False):
+    if getattr(draft, "_is_stateful", False) and not only_looks_stateful(draft):
         raise ValueError(
             f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an "
             "attention model throughout."

@@ -34,6 +34,7 @@ from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.teachable import TeachableAssistant
 from hf_osd.translation import Translation
+from hf_osd.verification import Verification
 from hf_osd.view import View
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ class OnlineAssistant(TeachableAssistant):
             record.text = CallText(said.tolist(), cache)
             record.cache = None if private else cache
         record.model = self.serving.lease()
+        call = target, input_ids, generation_config, model_kwargs, running
         try:
             generator = OnlineCandidateGenerator(
                 input_ids=input_ids,
@@ -244,6 +246,7 @@ class OnlineAssistant(TeachableAssistant):
                 stopping_criteria=None if running is None else running.stopping_criteria,
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
+                verification=Verification(*call, config.verify_target, self.decodes_plainly),
             )
         except BaseException:
             self.serving.release(record.model)
@@ -266,6 +269,12 @@ class OnlineAssistant(TeachableAssistant):
         if tokenizers is None:  # transformers lets that through for equal sizes alone
             return Translation.of_sizes(target_size, draft_size)
         return Translation.of_tokenizers(*tokenizers, target_size, draft_size)
+
+    def decodes_plainly(self, target: PreTrainedModel, why: str):
+        """Say once of calls that they are not drafted for."""
+        self._warn_once(
+            f"{type(target).__name__} decodes plainly, and nothing is drafted for it: it cannot verify a block of drafts, for {why}."
+        )
 
     def _warn_once(self, message: str):
         if message not in self._said:

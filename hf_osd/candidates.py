@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hf_osd.lookahead import Lookahead
     from hf_osd.suffix_cache import CallText, Continuation
     from hf_osd.translation import Translation
+    from hf_osd.verification import Verification
 
 
 class OnlineCandidateGenerator(AssistedCandidateGenerator):
@@ -53,6 +54,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stopping_criteria (`StoppingCriteriaList`, *optional*): the call's, if known.
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
+        verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stopping_criteria: StoppingCriteriaList | None = None,
         text: CallText | None = None,
         make_head: Callable | None = None,
+        verification: Verification | None = None,
     ):
         super().__init__(
             input_ids=input_ids,
@@ -121,11 +124,14 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             record.head_usage = self._drafting.usage if make_head is not None else None
         self._block = Block()
         self._prefill = True  # the target's: its next forward takes the prompt as well
-        self._draft_seconds = self._lookup_seconds = self._handed_over = 0.0
+        self._verification = verification  # None once it is known
+        self._draft_seconds = self._lookup_seconds = self._handed_over = self._verification_seconds = 0.0
 
     def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Draft for `input_ids` `(1, L)`: `(1, L+n)`, and the scores drafted from, float32 `(1, n, V)`, where generate needs them: when
         sampling, unless all of the block is cached, which has no distribution but the token itself."""
+        if self._prefill and self._verification is not None:
+            self._verification.begin(self.record)
         start = time.perf_counter()
         self._block = Block()
         room = self.stops.max_length - 1 - input_ids.shape[1]
@@ -143,7 +149,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                     scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
                 scores = scores[None]
         self._handed_over = time.perf_counter()
-        self._draft_seconds = self._handed_over - start - self._lookup_seconds
+        self._draft_seconds = self._handed_over - start - self._lookup_seconds - self._verification_seconds
+        self._verification_seconds = 0.0
         return candidates, scores
 
     # Feedback is kept in half precision on the CPU, which a user's autocast cannot concatenate.
@@ -209,6 +216,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         """Fill the round's block from whichever source is worth more, with at most `room` tokens."""
         continuation = self._look_up(min(room, self.lookahead.most_cached))
         plan = self.lookahead.plan(*((continuation.match, continuation.shares) if continuation else ()))
+        if plan.length and room > 0 and self._verification is not None and not self._can_verify():
+            return
         if plan.source == "cache":
             if continuation:
                 self._block.take(continuation, plan.length)
@@ -216,6 +225,15 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             text = self._text if self.lookahead.wants_cache else None
             self._block = self._drafting.draft(input_ids, replace(plan, length=int(length)), text)
         self._cut(input_ids, room)
+
+    def _can_verify(self) -> bool:
+        """Whether the target can verify a block: asked before the call's first one."""
+        verification, self._verification = self._verification, None
+        before = self.record.stats.verification_seconds
+        self._may_draft = verification.allows(self.record, self._prefill)
+        # It is no part of what drafting takes.
+        self._verification_seconds = self.record.stats.verification_seconds - before
+        return self._may_draft
 
     def _cut(self, input_ids: Tensor, room: int):
         """Cut the block's cached tokens where the text must end: at its limit, with an EOS, before a stop string."""

@@ -141,6 +141,9 @@ class OnlineConfig:
             where the draft is bfloat16 and the device computes it natively, else float32.
         seed (`int`, *optional*):
             Seeds the learner's own draws. The global random state of the process is never touched.
+        verify_target (`bool`, defaults to `True`):
+            Whether to try, once for each target, configuration and kind of cache, that it says of several tokens at once what it says of them one at a
+            time, in a few short forwards before the first block. One that does not decodes plainly. Without it a target is taken at its cache's word.
 
     Raises:
         ValueError: for a value out of range, naming the field, the value and the mend.
@@ -196,6 +199,7 @@ class OnlineConfig:
     memory_budget: int | None = None
     learner_dtype: str = "auto"
     seed: int | None = None
+    verify_target: bool = True
 
     def __post_init__(self):
         # As flags, YAML and users write it.
@@ -203,6 +207,9 @@ class OnlineConfig:
         if isinstance(self.gate, str):
             self.gate = {"true": True, "false": False}.get(self.gate.lower(), self.gate)
         self._choice("gate", (True, False))
+        if isinstance(self.verify_target, str):
+            self.verify_target = {"true": True, "false": False}.get(self.verify_target.lower(), self.verify_target)
+        self._choice("verify_target", (True, False))
         self._choice("learn", LEARNS)
         self.adapter = {"true": "lora", "false": "off"}.get(str(self.adapter).lower(), self.adapter)
         self._choice("adapter", ADAPTERS)

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What the seam relies on, by what has it: names of parameters. Checked when the seam opens.
+_OF_A_LOOP = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
 _CONTRACT = {
-    "GenerationMixin._assisted_decoding": ("stopping_criteria", "assistant_model"),
+    "GenerationMixin._assisted_decoding": ("stopping_criteria", "assistant_model", "synced_gpus"),
+    "GenerationMixin._sample": _OF_A_LOOP,
+    "GenerationMixin._validate_generation_mode": ("generation_mode_kwargs",),
+    "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs", "max_cache_length"),
     "GenerationMixin._get_candidate_generator": (
         "generation_config",
         "input_ids",
@@ -51,6 +55,7 @@ class RunningCall:
     """One run of `_assisted_decoding` with an OnlineAssistant."""
 
     stopping_criteria: StoppingCriteriaList
+    synced_gpus: bool = False
 
 
 def running_calls() -> list[RunningCall]:
@@ -131,7 +136,11 @@ def _with_seam(cls: type) -> type:
 
 def _seam() -> dict[str, Callable]:
     """What is wrapped, and in what."""
-    return {"_get_candidate_generator": _dispatching, "_assisted_decoding": _running}
+    return {
+        "_get_candidate_generator": _dispatching,
+        "_assisted_decoding": _running,
+        "_validate_generation_mode": _validating,
+    }
 
 
 def _wrapped(cls: type, name: str) -> Callable:
@@ -172,13 +181,53 @@ def _running(original: Callable, signature: inspect.Signature) -> Callable:
         arguments = signature.bind(self, *args, **kwargs).arguments
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
-        running_calls().append(RunningCall(arguments["stopping_criteria"]))
+        # Imported here: `import hf_osd` is quick, and transformers' caches are not.
+        from hf_osd.verification import CannotVerify, recording_put_back
+
+        model_kwargs, processors = arguments["model_kwargs"], list(arguments["logits_processor"])
+        cache, assistant = model_kwargs.get("past_key_values"), arguments["assistant_model"]
+        call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False))
+        running_calls().append(call)
         try:
-            return original(self, *args, **kwargs)
+            if cache is None and model_kwargs.get("use_cache"):
+                why = "it keeps no cache that generate could take tokens back out of"
+                assistant.decodes_plainly(self, why)
+                raise CannotVerify(why, call)
+            with recording_put_back(cache):
+                return original(self, *args, **kwargs)
+        except CannotVerify as error:
+            if error.running is not call:  # of a call within this one
+                raise
         finally:
             running_calls().pop()
+        arguments["logits_processor"][:] = processors
+        own = {name: arguments[name] for name in _OF_A_LOOP if name in arguments}
+        return type(self)._sample(self, **own, **model_kwargs)
 
     return assisted_decoding
+
+
+def _validating(original: Callable, signature: inspect.Signature) -> Callable:
+    """`_validate_generation_mode`: a target is refused as stateful for what it is, not for what its class may be."""
+
+    def validate_generation_mode(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        assistant = arguments["generation_mode_kwargs"].get("assistant_model")
+        if hasattr(assistant, "open_call") and self._is_stateful:
+            from hf_osd.verification import only_looks_stateful
+
+            if only_looks_stateful(self):
+                view = object.__new__(_stateless(type(self)))
+                object.__setattr__(view, "__dict__", self.__dict__)
+                return original(view, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return validate_generation_mode
+
+
+@functools.lru_cache(maxsize=32)
+def _stateless(cls: type) -> type:
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_is_stateful": False})
 
 
 def _check_contract():

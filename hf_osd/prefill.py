@@ -3,6 +3,7 @@ prompt's own positions costs its LM head there, and no forward."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from hf_osd.feedback import Feedback, SparseRows
 from hf_osd.forks import released
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -68,7 +69,7 @@ class Prefill:
         parted = getattr(target, "_tp_size", None) not in (None, 1) or hasattr(
             weight, "ds_id"
         )  # tensor parallel; ZeRO-3
-        return not parted and not any(map(_is_compiled, (target, body)))
+        return not parted and not any(map(is_compiled, (target, body)))
 
     def _keep(self, body, inputs, output):
         if threading.get_ident() != self._thread:
@@ -85,6 +86,15 @@ class Prefill:
         if self._heard is not None:
             self._states = self._heard[:, -(self._most + drafted + 1) :].clone()  # a view would keep it all
             self._heard, self._drafted, self._said = None, drafted, said.clone()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not listen to forwards that are no part of the call."""
+        thread, self._thread = self._thread, None
+        try:
+            yield
+        finally:
+            self._thread = thread
 
     def close(self):
         """Listen no longer."""
@@ -174,7 +184,8 @@ def _common(a: Tensor, b: Tensor) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _is_compiled(module) -> bool:
+def is_compiled(module) -> bool:
+    """Whether a module, or its forward, went through `torch.compile`."""
     return (
         hasattr(module, "_orig_mod")
         or getattr(module, "_compiled_call_impl", None) is not None

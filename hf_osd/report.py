@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 def report(stats: Stats, lookahead: Lookahead, learning: str | None = None) -> str:
     """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, what learns of it (`learning`), and what was gained."""
     rolling, costs = stats.rolling, lookahead.costs
-    if not stats.total.rounds:
+    if not stats.total.rounds and not stats.total.plain_requests:
         return "Nothing was served yet: pass this assistant to generate(..., assistant_model=assistant)."
     lines = []
+    if plain := stats.total.plain_requests:
+        lines.append(
+            f"{plain} of {stats.total.requests} requests were decoded plainly, for their target cannot verify a block of drafts; a warning says why."
+        )
     if costs.step_seconds is None and not costs.are_fixed:
         lines.append("The cost of a plain step is not known yet: serve a few more tokens.")
     else:

@@ -20,7 +20,8 @@ class CallStats:
     `accepted_by_position[i]` and `tested_by_position[i]` count the (i+1)-th drafted token of a block; a token is tested if all
     before it in its block were accepted. `drafted_by`, `tested_by` and `accepted_by` count the same tokens by their source, `"draft"` or
     `"cache"`; `verified_lengths[n]` counts rounds that verified n tokens. `overlap_sum / overlap_count` is `alpha`. `head_*` are of calls whose draft computes some rows of its LM head alone: verified
-    tokens, those that it lacked, and those among these that the whole head would have said.
+    tokens, those that it lacked, and those among these that the whole head would have said. `plain_requests` were not drafted for,
+    since the target cannot verify a block; `verification_forwards` of the target went into finding out whether it can, beside those of rounds.
     """
 
     requests: int = 0
@@ -45,11 +46,15 @@ class CallStats:
     target_seconds: float = 0.0
     lookup_seconds: float = 0.0
     capture_seconds: float = 0.0
+    plain_requests: int = 0
+    verification_forwards: int = 0
+    verification_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """What the call took of the time, prompts included."""
-        return self.draft_seconds + self.target_seconds + self.lookup_seconds + self.capture_seconds
+        beside = self.lookup_seconds + self.capture_seconds + self.verification_seconds
+        return self.draft_seconds + self.target_seconds + beside
 
     @property
     def alpha(self) -> float:

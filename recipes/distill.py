@@ -282,9 +282,9 @@ class Job:
             pairs = _spread(len(domain.requests), self.args.parity)
             plain_first = i in pairs and pairs.index(i) % 2 == 1
             plain = self._generate(prompt) if plain_first else None
-            before = self.target_forwards
+            before = self.target_forwards - assistant.stats.total.verification_forwards
             output, decode_seconds = self._generate(prompt, assistant_model=assistant, **self.tokenizers)
-            log.target_forwards += self.target_forwards - before
+            log.target_forwards += self.target_forwards - assistant.stats.total.verification_forwards - before
             if i in pairs and not plain_first:
                 plain = self._generate(prompt)
             learning = time.perf_counter()

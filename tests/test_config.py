@@ -25,6 +25,7 @@ NUMBERS = [
         ("assistant_confidence_threshold", -0.1),
         ("draft_cost", 0.0),
         ("verify_cost", -0.1),
+        ("verify_target", "sometimes"),
         ("top_k", 0),
         ("feedback_dtype", "int8"),
         ("buffer_bytes", 0),

@@ -108,7 +108,7 @@ def test_it_costs_the_target_no_forward_and_changes_no_output(target):
             [feedback] = taught(assistant)
         finally:
             handle.remove()
-        forwards.append(len(count))
+        forwards.append(len(count) - assistant.stats.total.verification_forwards)
         assert (feedback.prompt_rows is None) == (positions == 0)
     assert forwards[0] == forwards[1] > 0
     assert torch.equal(*outputs)

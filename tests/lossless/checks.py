@@ -79,7 +79,7 @@ def unpadded(prompt: Tensor) -> dict:
 
 @contextmanager
 def forwards_of(target: PreTrainedModel) -> Iterator[list]:
-    """A list that grows by one with each forward of `target`."""
+    """A list that grows by one with each forward of `target`, those that find out whether it can verify included."""
     seen = []
     handle = target.register_forward_pre_hook(lambda module, inputs: seen.append(1))
     try:
@@ -107,7 +107,7 @@ def check_greedy(
     blocks = list(speculate(draft, prompt[0], plain[0, length:].tolist(), served.lengths, n, eos, processors))
     assert served.feedback.outcome.tolist() == [outcome for block in blocks for outcome in block.outcomes]
     assert served.stats.drafted == sum(len(block.drafted) for block in blocks)
-    assert len(forwards) == len(blocks)
+    assert len(forwards) == len(blocks) + served.stats.verification_forwards
     check_counts(served, blocks)
     check_feedback(served, target, draft, length, processors, sampled=False, alpha_at=alpha_at)
     return served
@@ -121,7 +121,7 @@ def check_sampled(target, draft, prompt: Tensor, n: int, eos=(), extra=(), confi
     with forwards_of(target) as forwards:
         served = serve(target, assistant_of(draft, **(config or {})), prompt, **asked)
     blocks = blocks_of(served.feedback)
-    assert len(forwards) == len(blocks)
+    assert len(forwards) == len(blocks) + served.stats.verification_forwards
     if not eos:  # else a draft rejected before may have been cut at its EOS
         rooms, left = [], n
         for wished, block in zip(served.lengths, blocks, strict=True):
