@@ -19,16 +19,18 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.call_record import CallRecord
 from hf_osd.candidates import OnlineCandidateGenerator
 from hf_osd.config import OnlineConfig
-from hf_osd.draft_context import draft_window, encoder_parameters, encoder_source, without_padding
+from hf_osd.draft_context import encoder_parameters, encoder_source, without_padding
 from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
 from hf_osd.lookahead import Lookahead
 from hf_osd.lora import Adapter
 from hf_osd.open_calls import OpenCalls
+from hf_osd.own_draft import own_draft, try_draft, unwrapped
 from hf_osd.prefill import KnownTexts, Prefill
+from hf_osd.reach import Reach
 from hf_osd.report import report
 from hf_osd.scoring import Judged, judge, learners_autocast
-from hf_osd.serving import NoServing, copy_draft, embedding_names
+from hf_osd.serving import NoServing, embedding_names
 from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.teachable import TeachableAssistant
@@ -74,6 +76,7 @@ class OnlineAssistant(TeachableAssistant):
             config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
         self.osd_config = config = config or OnlineConfig()
         if draft is not None:
+            draft = unwrapped(draft) if isinstance(draft, torch.nn.Module) else draft
             check_draft(draft)
         elif not config.suffix_cache:
             raise ValueError(
@@ -84,14 +87,17 @@ class OnlineAssistant(TeachableAssistant):
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NoServing(), None, None
+        self.reach: Reach | None = None  # of the draft
         self.adapter: Adapter | None = None  # that hf_osd has put on the draft
         self.learning_choice = "Nothing learns: there is no draft."  # what learns, and why
         self._calls = OpenCalls()
         if draft is not None:
             # Made before any trainer exists, and in storage of its own, so that a user's training of `draft` reaches the serving draft by
             # refreshes alone. Whatever serves and learns begins with this storage, and leaves it where it writes.
-            fixed = embedding_names(draft) if config.freeze_embeddings else set()
-            own = copy_draft(draft)
+            own = own_draft(draft)
+            reads = try_draft(own, draft)
+            self.reach = Reach(own, reads)
+            fixed = embedding_names(own) if config.freeze_embeddings else set()
             trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
             if config.learns and not trainable and config.adapter != "lora":
                 raise ValueError(
@@ -242,6 +248,7 @@ class OnlineAssistant(TeachableAssistant):
                 stopping_criteria=None if running is None else running.stopping_criteria,
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
+                reach=self.reach,
             )
         except BaseException:
             self.serving.release(record.model)
@@ -351,7 +358,7 @@ class OnlineAssistant(TeachableAssistant):
                 )
             if feedback is not None:
                 self.known_texts.add(feedback.tokens)
-            if feedback is not None and len(feedback.tokens) > draft_window(self.serving.active):
+            if feedback is not None and self.reach is not None and not self.reach.covers(feedback):
                 feedback = None  # the draft has no positions to learn the end of it at
             if feedback is not None and self.learner is not None:
                 feedback = self._in_shadow(feedback, record)
