@@ -22,6 +22,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.draft_context import encoder_parameters, encoder_source, without_padding
 from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
+from hf_osd.logit_widths import LogitWidths
 from hf_osd.lookahead import Lookahead
 from hf_osd.lora import Adapter
 from hf_osd.open_calls import OpenCalls
@@ -88,6 +89,7 @@ class OnlineAssistant(TeachableAssistant):
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NoServing(), None, None
         self.reach: Reach | None = None  # of the draft
+        self._widths = LogitWidths()
         self.adapter: Adapter | None = None  # that hf_osd has put on the draft
         self.learning_choice = "Nothing learns: there is no draft."  # what learns, and why
         self._calls = OpenCalls()
@@ -97,6 +99,7 @@ class OnlineAssistant(TeachableAssistant):
             own = own_draft(draft)
             reads = try_draft(own, draft)
             self.reach = Reach(own, reads)
+            self._widths = LogitWidths(own.config.get_text_config(decoder=True), reads.width)
             fixed = embedding_names(own) if config.freeze_embeddings else set()
             trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
             if config.learns and not trainable and config.adapter != "lora":
@@ -197,7 +200,8 @@ class OnlineAssistant(TeachableAssistant):
             model_kwargs=model_kwargs,
             logits_processor=logits_processor,
         )
-        translation = self._translation(target.config.get_text_config().vocab_size, tokenizers)
+        width = self._widths.of(target)
+        translation = self._translation(width or self._widths.least(target), tokenizers)
         check_vocabularies(target, translation)
         self.update()
         config = self.osd_config
@@ -207,6 +211,8 @@ class OnlineAssistant(TeachableAssistant):
         prompt = translation.prompt(said)
         source, teaches = None, True
         if encodes and self.lookahead.has_draft:
+            if inputs_tensor is not None and not inputs_tensor.is_floating_point():
+                inputs_tensor = translation.shown(inputs_tensor)
             source = encoder_source(self.serving.active, inputs_tensor, model_kwargs.get("attention_mask"))
             teaches = source is not None or not encoder_parameters(self.serving.active)
         if not teaches and self.learner is not None:
@@ -249,6 +255,7 @@ class OnlineAssistant(TeachableAssistant):
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
                 reach=self.reach,
+                see_width=None if width else functools.partial(self._widths.note, target),
             )
         except BaseException:
             self.serving.release(record.model)
@@ -267,10 +274,10 @@ class OnlineAssistant(TeachableAssistant):
     def _translate(self, target_size: int, tokenizers: tuple | None) -> Translation:
         if not self.lookahead.has_draft:  # what was said before is in the target's own tokens
             return Translation.of_sizes(target_size, target_size)
-        draft_size = self.config.get_text_config().vocab_size
+        sizes = {"target_size": target_size, "draft_size": self.reach.width, "rows": self.reach.rows}
         if tokenizers is None:  # transformers lets that through for equal sizes alone
-            return Translation.of_sizes(target_size, draft_size)
-        return Translation.of_tokenizers(*tokenizers, target_size, draft_size)
+            return Translation.of_sizes(**sizes)
+        return Translation.of_tokenizers(*tokenizers, **sizes)
 
     def _warn_once(self, message: str):
         if message not in self._said:

@@ -55,6 +55,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
         reach (`Reach`, *optional*): what the draft can read, where there is one. Beyond it, and where the draft fails, this call goes on without it.
+        see_width (`Callable`, *optional*): told how many logits the target gives, where that is not known yet; nothing is drafted in such a call.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         text: CallText | None = None,
         make_head: Callable | None = None,
         reach: Reach | None = None,
+        see_width: Callable[[int], None] | None = None,
     ):
         upstreams = functools.partial(
             super().__init__,
@@ -112,7 +114,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.stops = DraftStops(stopping_criteria or [], self._sample, self._eos, self.main_model_max_length)
         # What cannot be put back must not be asked about tokens that may not come true; greedy, that is known in time.
         copied = self._verified is None or self._verified.can_be_copied or not self._sample
-        self._may_draft = self.stops.allow_drafts and copied
+        self._may_draft = self.stops.allow_drafts and copied and see_width is None
+        self._see_width = see_width
         # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
         # takes the prompt's first hidden states and attentions for those of the drafts.
         states = generation_config.output_hidden_states or generation_config.output_attentions
@@ -215,6 +218,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.lookahead.observe_shadow(lag)
         # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
         self.lookahead.observe_shadow(overlap[own:], block.confidence[own:])
+        if self._prefill and self._see_width is not None:
+            self._see_width(scores.shape[-1])
         self._prefill = False
         stats = self.record.stats
         stats.draft_seconds += self._draft_seconds

@@ -30,6 +30,19 @@ def forward_parameters(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
+def logit_width(model: PreTrainedModel) -> int | None:
+    """How many logits a decoder gives for a token, by trying; `None` of a model that cannot read a token alone."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return DraftContext(model, torch.zeros(1, dtype=torch.long)).catch_up(0).logits.shape[-1]
+    except Exception:
+        return None
+    finally:
+        model.train(training)
+
+
 @dataclass(frozen=True)
 class DraftRows:
     """The draft's logits at n positions, of all its tokens or of those that its head computes.

@@ -1,4 +1,4 @@
-"""`Reach`: how long a text and a source a draft can read: as its config says, as its tables of positions show, and as it turns out."""
+"""`Reach`: how long a text and a source a draft can read, and which tokens: as its config says, as a trial shows, and as it turns out."""
 
 from __future__ import annotations
 
@@ -35,11 +35,15 @@ class Reach:
     Attributes:
         window (`float`): tokens of a text, the draft's own.
         source (`float`): tokens of what its encoder reads.
+        rows (`int`): how many tokens it has an embedding of.
+        width (`int`): how many it gives logits of.
     """
 
     def __init__(self, draft: PreTrainedModel, reads: Reads):
         self.window = min(draft_window(draft), math.inf if reads.window is None else reads.window)
         self.source = math.inf if reads.source is None else reads.source
+        self.rows = draft.get_input_embeddings().weight.shape[0]
+        self.width = reads.width or draft.config.get_text_config(decoder=True).vocab_size
         self._said = False
 
     def covers(self, feedback: Feedback) -> bool:
