@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import BaseModelOutput
 
+from hf_osd.adapters import has_adapter, say_ties
 from hf_osd.draft_context import DraftContext, encoder_parameters
 from hf_osd.serving import copy_draft
 
@@ -80,6 +81,11 @@ def own_draft(draft: PreTrainedModel) -> PreTrainedModel:
     devices = {tensor.device for tensor in (*own.parameters(), *own.buffers())}
     if hooked and len(devices) > 1:
         own.to(own.get_input_embeddings().weight.device)  # what moved tensors between them is gone
+    if not has_adapter(own):
+        say_ties(own)
+    for config in (own.config, own.config.get_text_config(decoder=True)):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # nobody reads them, and layers without a router have none
     return own
 
 
