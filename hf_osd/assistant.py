@@ -291,9 +291,12 @@ class OnlineAssistant(TeachableAssistant):
             `bool`: whether the serving draft was refreshed.
         """
         self.take_in()
-        if self.learner is None or not (force or self.learner.due()):
+        if self.learner is None:
             return False
-        return self.learner.update(wait=force)
+        refreshed = (force or self.learner.due()) and self.learner.update(wait=force)
+        if (trouble := self.learner.trouble()) is not None:
+            self._warn_once(trouble)
+        return refreshed
 
     def flush(self) -> bool:
         """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""

@@ -151,6 +151,7 @@ class Stats:
     learning_rate: float | None = None  # of the next update
     learning_rate_reason: str = ""
     too_slow: str | None = None  # why nothing is learnt
+    trouble: str | None = None  # why what is learnt changes nothing
     serves_static: bool = False  # the draft before any learning serves, for it is better on what comes
     regret_vs_static: float = 0.0
     estimate: Estimate | None = None  # α on the last requests, before they were learnt
