@@ -153,8 +153,9 @@ def say_ties(model: PreTrainedModel):
     if model.config.is_encoder_decoder or not all(type(getattr(end, "weight", None)) is nn.Parameter for end in ends):
         return
     for part in (model.config, model.config.get_text_config(decoder=True)):
-        if part.tie_word_embeddings != (ends[0].weight is ends[1].weight):
-            part.tie_word_embeddings = not part.tie_word_embeddings
+        one = ends[0].weight is ends[1].weight
+        if getattr(part, "tie_word_embeddings", one) != one:
+            part.tie_word_embeddings = one
 
 
 def _join_again(model: PreTrainedModel):

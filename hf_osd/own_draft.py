@@ -42,14 +42,13 @@ class Reads(NamedTuple):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile(model)`, DataParallel and DistributedDataParallel, however often."""
-    while True:
-        if "_orig_mod" in model._modules:  # of torch.compile
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+    """The model inside of `torch.compile(model)`, DataParallel, DistributedDataParallel and other wrappers of one `module`, however often. Sharded ones
+    stay, and are refused as drafts."""
+    while not hasattr(type(model), "get_output_embeddings") and not _shards(model):
+        if list(model._modules) not in (["_orig_mod"], ["module"]):
+            break
+        [model] = model._modules.values()
+    return model
 
 
 def own_draft(draft: PreTrainedModel) -> PreTrainedModel:
@@ -189,7 +188,8 @@ class _Lookups(TorchDispatchMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self._tables = {t.data_ptr() for t in (*model.parameters(), *model.buffers()) if t.dim() and t.numel()}
+        plain = (t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter))
+        self._tables = {t.data_ptr() for t in plain if t.dim() and t.numel()}
         self._seen: dict[int, tuple[int, list[list[int]]]] = {}  # rows of the table, and those asked for, a forward
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -200,7 +200,8 @@ class _Lookups(TorchDispatchMode):
             table, index = args[0], args[1][0]
         elif func is aten.index_select.default and args[1] == 0:
             table, index = args[0], args[2]
-        if table is not None and table.data_ptr() in self._tables and index.dtype in (torch.int32, torch.int64):
+        plain = type(table) in (Tensor, nn.Parameter) and index.dtype in (torch.int32, torch.int64)
+        if plain and table.data_ptr() in self._tables:
             self._seen.setdefault(table.data_ptr(), (table.shape[0], []))[1].append(index.flatten().tolist())
         return func(*args, **(kwargs or {}))
 
@@ -254,10 +255,13 @@ def _patched(given: nn.Module, ran: list[str]) -> ValueError:
     )
 
 
+def _shards(module: nn.Module) -> bool:
+    return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
+
+
 def _check_whole(draft: nn.Module):
     """See that weights are not spread over processes."""
-    kinds = {base.__name__ for module in draft.modules() for base in type(module).__mro__}
-    sharded = kinds & {"FSDPModule", "FullyShardedDataParallel"}
+    sharded = any(_shards(module) for module in draft.modules())
     if sharded or any(hasattr(p, "ds_id") and not p.numel() for p in draft.parameters()):
         raise ValueError(
             f"`draft` is a {type(draft).__name__} whose weights are sharded over processes ({'FSDP' if sharded else 'DeepSpeed ZeRO-3'}), and each "
