@@ -68,7 +68,8 @@ class OnlineAssistant(TeachableAssistant):
         **overrides: fields of the config, for short: `OnlineAssistant(draft, learn=False)`.
 
     Raises:
-        ValueError: if `draft` is not a decoder with an LM head, or a field of the config is wrong, or there is neither draft nor cache.
+        ValueError: if `draft` is not a decoder with an LM head that can read tokens alone, or is patched, or lacks values; or a field of the config is wrong, or
+            there is neither draft nor cache.
         RuntimeError: if the installed transformers has changed what the seam relies on.
     """
 
@@ -105,7 +106,8 @@ class OnlineAssistant(TeachableAssistant):
             if config.learns and not trainable and config.adapter != "lora":
                 raise ValueError(
                     f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
-                    "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own."
+                    "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own; or freeze_embeddings=False, if what "
+                    "does lies on embeddings or LM head."
                 )
             self._serve(own, trainable)
             self.head = DraftHead.of(own, config)

@@ -297,6 +297,13 @@ def test_an_adapter_on_an_end_learns_and_is_saved_as_it_serves(target, tiny_llam
     assert torch.equal(logits(assistant.serving.active), served), "saving changes nothing that serves"
 
 
+def test_an_adapter_on_an_end_alone_asks_for_ends_that_learn(target):
+    given = wrapped(grow_draft(target), target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="freeze_embeddings=False"):
+        OnlineAssistant(given)
+    assert OnlineAssistant(given, freeze_embeddings=False).serving.trainable
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_ends_tied_or_parted_by_hand_are_saved_as_they_are(tiny_llama, tied, tmp_path):
     draft = tiny_llama(tie_word_embeddings=not tied)
