@@ -50,6 +50,11 @@ def check_call(
             f"The batch has {input_ids.shape[0]} prompts; assisted generation takes one a call. Call generate for each prompt, "
             "from several threads if you like."
         )
+    if target.device.type == "meta":
+        raise ValueError(
+            f"The first weights of the target ({type(target).__name__}) are offloaded, so `target.device` is meta, and transformers' assisted generation moves "
+            "tokens there. Load it with its embeddings on a device (a device_map that offloads later layers alone), or leave assistant_model out."
+        )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(

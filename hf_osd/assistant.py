@@ -19,17 +19,20 @@ from hf_osd.buffer import FeedbackBuffer
 from hf_osd.call_record import CallRecord
 from hf_osd.candidates import OnlineCandidateGenerator
 from hf_osd.config import OnlineConfig
-from hf_osd.draft_context import draft_window, encoder_parameters, encoder_source, without_padding
+from hf_osd.draft_context import encoder_parameters, encoder_source, without_padding
 from hf_osd.draft_head import DraftHead
 from hf_osd.feedback import Feedback
 from hf_osd.forks import on_fork, released
+from hf_osd.logit_widths import LogitWidths
 from hf_osd.lookahead import Lookahead
 from hf_osd.lora import Adapter
 from hf_osd.open_calls import OpenCalls
+from hf_osd.own_draft import own_draft, try_draft, unwrapped
 from hf_osd.prefill import KnownTexts, Prefill
+from hf_osd.reach import Reach
 from hf_osd.report import report
 from hf_osd.scoring import Judged, judge, learners_autocast
-from hf_osd.serving import NoServing, copy_draft, embedding_names
+from hf_osd.serving import NoServing, embedding_names
 from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.teachable import TeachableAssistant
@@ -67,7 +70,8 @@ class OnlineAssistant(TeachableAssistant):
         **overrides: fields of the config, for short: `OnlineAssistant(draft, learn=False)`.
 
     Raises:
-        ValueError: if `draft` is not a decoder with an LM head, or a field of the config is wrong, or there is neither draft nor cache.
+        ValueError: if `draft` is not a decoder with an LM head that can read tokens alone, or is patched, or lacks values; or a field of the config is wrong, or
+            there is neither draft nor cache.
         RuntimeError: if the installed transformers has changed what the seam relies on.
     """
 
@@ -76,6 +80,7 @@ class OnlineAssistant(TeachableAssistant):
             config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
         self.osd_config = config = config or OnlineConfig()
         if draft is not None:
+            draft = unwrapped(draft) if isinstance(draft, torch.nn.Module) else draft
             check_draft(draft)
         elif not config.suffix_cache:
             raise ValueError(
@@ -86,19 +91,25 @@ class OnlineAssistant(TeachableAssistant):
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NoServing(), None, None
+        self.reach: Reach | None = None  # of the draft
+        self._widths = LogitWidths()
         self.adapter: Adapter | None = None  # that hf_osd has put on the draft
         self.learning_choice = "Nothing learns: there is no draft."  # what learns, and why
         self._calls = OpenCalls()
         if draft is not None:
             # Made before any trainer exists, and in storage of its own, so that a user's training of `draft` reaches the serving draft by
             # refreshes alone. Whatever serves and learns begins with this storage, and leaves it where it writes.
-            fixed = embedding_names(draft) if config.freeze_embeddings else set()
-            own = copy_draft(draft)
+            own = own_draft(draft)
+            reads = try_draft(own, draft)
+            self.reach = Reach(own, reads)
+            self._widths = LogitWidths(own.config.get_text_config(decoder=True), reads.width)
+            fixed = embedding_names(own) if config.freeze_embeddings else set()
             trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
             if config.learns and not trainable and config.adapter != "lora":
                 raise ValueError(
                     f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
-                    "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own."
+                    "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own; or freeze_embeddings=False, if what "
+                    "does lies on embeddings or LM head."
                 )
             self._serve(own, trainable)
             self.head = DraftHead.of(own, config)
@@ -194,7 +205,8 @@ class OnlineAssistant(TeachableAssistant):
             model_kwargs=model_kwargs,
             logits_processor=logits_processor,
         )
-        translation = self._translation(target.config.get_text_config().vocab_size, tokenizers)
+        width = self._widths.of(target)
+        translation = self._translation(width or self._widths.least(target), tokenizers)
         check_vocabularies(target, translation)
         self.update()
         config = self.osd_config
@@ -204,6 +216,8 @@ class OnlineAssistant(TeachableAssistant):
         prompt = translation.prompt(said)
         source, teaches = None, True
         if encodes and self.lookahead.has_draft:
+            if inputs_tensor is not None and not inputs_tensor.is_floating_point():
+                inputs_tensor = translation.shown(inputs_tensor)
             source = encoder_source(self.serving.active, inputs_tensor, model_kwargs.get("attention_mask"))
             teaches = source is not None or not encoder_parameters(self.serving.active)
         if not teaches and self.learner is not None:
@@ -247,6 +261,8 @@ class OnlineAssistant(TeachableAssistant):
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
                 verification=Verification(*call, config.verify_target, self.decodes_plainly),
+                reach=self.reach,
+                see_width=None if width else functools.partial(self._widths.note, target),
             )
         except BaseException:
             self.serving.release(record.model)
@@ -265,10 +281,10 @@ class OnlineAssistant(TeachableAssistant):
     def _translate(self, target_size: int, tokenizers: tuple | None) -> Translation:
         if not self.lookahead.has_draft:  # what was said before is in the target's own tokens
             return Translation.of_sizes(target_size, target_size)
-        draft_size = self.config.get_text_config().vocab_size
+        sizes = {"target_size": target_size, "draft_size": self.reach.width, "rows": self.reach.rows}
         if tokenizers is None:  # transformers lets that through for equal sizes alone
-            return Translation.of_sizes(target_size, draft_size)
-        return Translation.of_tokenizers(*tokenizers, target_size, draft_size)
+            return Translation.of_sizes(**sizes)
+        return Translation.of_tokenizers(*tokenizers, **sizes)
 
     def decodes_plainly(self, target: PreTrainedModel, why: str):
         """Say once of calls that they are not drafted for."""
@@ -288,9 +304,12 @@ class OnlineAssistant(TeachableAssistant):
             `bool`: whether the serving draft was refreshed.
         """
         self.take_in()
-        if self.learner is None or not (force or self.learner.due()):
+        if self.learner is None:
             return False
-        return self.learner.update(wait=force)
+        refreshed = (force or self.learner.due()) and self.learner.update(wait=force)
+        if (trouble := self.learner.trouble()) is not None:
+            self._warn_once(trouble)
+        return refreshed
 
     def flush(self) -> bool:
         """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""
@@ -362,7 +381,7 @@ class OnlineAssistant(TeachableAssistant):
                 )
             if feedback is not None:
                 self.known_texts.add(feedback.tokens)
-            if feedback is not None and len(feedback.tokens) > draft_window(self.serving.active):
+            if feedback is not None and self.reach is not None and not self.reach.covers(feedback):
                 feedback = None  # the draft has no positions to learn the end of it at
             if feedback is not None and self.learner is not None:
                 feedback = self._in_shadow(feedback, record)

@@ -9,11 +9,10 @@ position L+j; m+1 positions are verified, of which the first ones are accepted d
 
 from __future__ import annotations
 
-import math
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from hf_osd.draft_context import DraftContext, draft_window
+from hf_osd.draft_context import DraftContext, encoder_source
 from hf_osd.drafting import Block, Drafting
 from hf_osd.processors import VerifiedProcessors
+from hf_osd.serving import NoDraft
 from hf_osd.stopping import DraftStops
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from hf_osd.call_record import CallRecord
     from hf_osd.lookahead import Lookahead
+    from hf_osd.reach import Reach
     from hf_osd.suffix_cache import CallText, Continuation
     from hf_osd.translation import Translation
     from hf_osd.verification import Verification
@@ -55,6 +56,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
         verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
+        reach (`Reach`, *optional*): what the draft can read, where there is one. Beyond it, and where the draft fails, this call goes on without it.
+        see_width (`Callable`, *optional*): told how many logits the target gives, where that is not known yet; nothing is drafted in such a call.
     """
 
     def __init__(
@@ -74,17 +77,34 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         text: CallText | None = None,
         make_head: Callable | None = None,
         verification: Verification | None = None,
+        reach: Reach | None = None,
+        see_width: Callable[[int], None] | None = None,
     ):
-        super().__init__(
+        upstreams = functools.partial(
+            super().__init__,
             input_ids=input_ids,
-            assistant_model=assistant_model,
             generation_config=generation_config,
             model_kwargs=model_kwargs,
-            inputs_tensor=inputs_tensor,
             logits_processor=logits_processor,
         )
         # generate writes it back into the draft's generation config when the schedule there is "heuristic": nothing is to change by it.
-        self.num_assistant_tokens = assistant_model.generation_config.num_assistant_tokens
+        tokens = assistant_model.generation_config.num_assistant_tokens
+        drafts = lookahead.has_draft
+        source = encoder_source(assistant_model, inputs_tensor, model_kwargs.get("attention_mask")) if drafts else None
+        if source is not None and len(source) > reach.source:
+            drafts = False
+        if drafts:
+            try:
+                upstreams(assistant_model=assistant_model, inputs_tensor=inputs_tensor)  # its encoder reads here
+            except Exception as error:
+                if not assistant_model.config.is_encoder_decoder:
+                    raise
+                reach.failed_source(error, None if source is None else len(source))
+                drafts = False
+        if not drafts:
+            assistant_model = NoDraft()
+            upstreams(assistant_model=assistant_model)
+        self.num_assistant_tokens = tokens
         self.record, self.lookahead, self._translation, self._text = record, lookahead, translation, text
         self._sample = generation_config.do_sample
         eos = getattr(generation_config, "_eos_token_tensor", None)
@@ -97,7 +117,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.stops = DraftStops(stopping_criteria or [], self._sample, self._eos, self.main_model_max_length)
         # What cannot be put back must not be asked about tokens that may not come true; greedy, that is known in time.
         copied = self._verified is None or self._verified.can_be_copied or not self._sample
-        self._may_draft = self.stops.allow_drafts and copied
+        self._may_draft = self.stops.allow_drafts and copied and see_width is None
+        self._see_width = see_width
         # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
         # takes the prompt's first hidden states and attentions for those of the drafts.
         states = generation_config.output_hidden_states or generation_config.output_attentions
@@ -105,8 +126,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._first_alone = states or not self.reads_tokens
 
         self._drafting: Drafting | None = None  # None without a draft
-        self._window = math.inf
-        if lookahead.has_draft:
+        self._reach = reach
+        if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
             self._drafting = Drafting(
                 DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask")),
@@ -120,7 +141,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 home=input_ids.device,  # the processors' own tensors are there
                 make_head=make_head,
             )
-            self._window = draft_window(assistant_model)
             record.head_usage = self._drafting.usage if make_head is not None else None
         self._block = Block()
         self._prefill = True  # the target's: its next forward takes the prompt as well
@@ -185,7 +205,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 ids = torch.tensor([[i for piece in pieces for i in piece]], device=said.device)
             lag = drafting.follow(block, lag, pieces, ids, targets)
         self.record.fill_overlap(lag)
-        log_q = partial(drafting.log_q, block, own) if own else None
+        log_q = functools.partial(drafting.log_q, block, own) if own else None
         self.record.add_round(pieces, raw, block, accepted, tested, overlap, log_q)
         if self._text is not None:
             self._text.extend(tokens)
@@ -205,6 +225,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.lookahead.observe_shadow(lag)
         # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
         self.lookahead.observe_shadow(overlap[own:], block.confidence[own:])
+        if self._prefill and self._see_width is not None:
+            self._see_width(scores.shape[-1])
         self._prefill = False
         stats = self.record.stats
         stats.draft_seconds += self._draft_seconds
@@ -221,9 +243,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         if plan.source == "cache":
             if continuation:
                 self._block.take(continuation, plan.length)
-        elif plan.length and (length := min(plan.length, room, self._window - self._drafting.context.length)) > 0:
+        elif plan.length and self._drafting is not None:
+            context = self._drafting.context
+            length = int(min(plan.length, room, self._reach.window - context.length))
             text = self._text if self.lookahead.wants_cache else None
-            self._block = self._drafting.draft(input_ids, replace(plan, length=int(length)), text)
+            try:
+                if length > 0:
+                    self._block = self._drafting.draft(input_ids, replace(plan, length=length), text)
+            except Exception as error:  # plain decoding would have served this call
+                self._drafting = None
+                self._reach.failed(error, context, length)
         self._cut(input_ids, room)
 
     def _can_verify(self) -> bool:

@@ -3,6 +3,7 @@ says next."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from dataclasses import dataclass
@@ -27,6 +28,19 @@ def forward_parameters(model: PreTrainedModel) -> set[str]:
     """Names of the parameters of the model's `forward`; of the base model's under PEFT, whose own takes anything."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(model.forward).parameters)
+
+
+def logit_width(model: PreTrainedModel) -> int | None:
+    """How many logits a decoder gives for a token, by trying; `None` of a model that cannot read a token alone."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return DraftContext(model, torch.zeros(1, dtype=torch.long)).catch_up(0).logits.shape[-1]
+    except Exception:
+        return None
+    finally:
+        model.train(training)
 
 
 @dataclass(frozen=True)
@@ -94,11 +108,7 @@ class DraftContext:
         self._keeps_logits = model._supports_logits_to_keep()
         self._inputs = _encoder_inputs(model, encoded, encoded_mask)
         self._ids_name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-        config = model.config.get_text_config(decoder=True)
-        self._cache = DynamicCache(config=config)
-        if self._inputs:
-            self._cache = EncoderDecoderCache(self._cache, DynamicCache(config=config))
-        self._cache.activate_past_recording()
+        self._cache = self._empty_cache()
 
     @property
     def length(self) -> int:
@@ -134,6 +144,31 @@ class DraftContext:
         Owed after every round that drafted, also by 0, or sliding windows never shrink.
         """
         self._cache.crop(-max(self._cache.get_seq_length() - self.length - accepted, 0))
+
+    def reads(self, n: int) -> bool:
+        """Whether the draft can read n tokens at all, whatever they say.
+
+        Raises:
+            torch.OutOfMemoryError: if that is what fails.
+        """
+        probe = copy.copy(self)
+        probe.ids, probe._starts, probe._cache = self.ids[:, :1].expand(1, n), [], self._empty_cache()
+        try:
+            with torch.no_grad():
+                probe.catch_up(0)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        return True
+
+    def _empty_cache(self) -> DynamicCache | EncoderDecoderCache:
+        config = self.model.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=config)
+        if self._inputs:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+        cache.activate_past_recording()
+        return cache
 
     def _forward(self, tokens: Tensor, keep: int) -> DraftRows:
         kwargs = {"logits_to_keep": keep} if self._keeps_logits else {}

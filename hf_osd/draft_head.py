@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.draft_context import logit_width
 from hf_osd.forks import released
 from hf_osd.vocabulary import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
 
@@ -124,7 +125,7 @@ def with_head(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
 
 def can_select_rows(model: PreTrainedModel) -> bool:
     """Whether `with_head` can restrict the model's LM head: a plain `nn.Linear` of float weights in its module tree, whose logits the
-    model's forward treats one by one (scaled or capped, but not biased or read by token id)."""
+    model's forward treats one by one (scaled or capped, but not biased, cut or read by token id)."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return False
@@ -142,7 +143,9 @@ def can_select_rows(model: PreTrainedModel) -> bool:
         return False
     # A forward patched into an instance, as accelerate and torch.compile do, is bound to it: a view would run the original's.
     parts = name.split(".")
-    return not any("forward" in vars(modules[".".join(parts[:i])]) for i in range(len(parts) + 1))
+    if any("forward" in vars(modules[".".join(parts[:i])]) for i in range(len(parts) + 1)):
+        return False
+    return logit_width(model) in (None, weight.shape[0])  # some cut padding off
 
 
 def _replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

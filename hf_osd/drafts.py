@@ -21,8 +21,11 @@ from hf_osd.adapters import (
     load_with_adapter,
     merged,
     save_adapter,
+    say_ties,
 )
+from hf_osd.blueprint import blueprint, text_model
 from hf_osd.hub import FROM_WHERE
+from hf_osd.own_draft import execution_device, real_tensor, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,86 +114,45 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
     """A draft of the target's class made of some of its decoder layers.
 
     Input embeddings and LM head are the target's own storage, frozen, and cost no memory; layers, final norm and whatever else the
-    architecture has are copied, and trainable. Undistilled it accepts next to nothing: it is where learning starts.
+    architecture has are copied, and trainable. Of a target that sees as well that is its text model. What accelerate has offloaded is loaded. Undistilled it accepts next to nothing: it is where learning starts.
 
     Args:
-        target (`PreTrainedModel`): a causal LM.
+        target (`PreTrainedModel`): a causal LM, or a model with one in it that also sees, such as Gemma 3's.
         layers (`Sequence[int]`): indices of its decoder layers, in order; negative ones count from the end.
 
     Returns:
         `PreTrainedModel`: in the target's dtype, on its device, in eval mode; `save_pretrained` gives a plain checkpoint.
 
     Raises:
-        ValueError: if `target` is no decoder-only model with an LM head, or an index is out of range.
+        ValueError: if `target` is no decoder-only model with an LM head, has an adapter or quantised weights or some on the meta device, or an index is out
+            of range, or its layers cannot be a model of their own.
     """
-    config = target.config.get_text_config(decoder=True)
-    depth = config.num_hidden_layers
-    if target.config.is_encoder_decoder or config is not target.config or target.get_output_embeddings() is None:
-        raise ValueError(
-            f"`target` is a {type(target).__name__}; a draft grows from a decoder-only model with an LM head, such as one loaded "
-            "by AutoModelForCausalLM."
-        )
-    if not layers or any(not -depth <= i < depth for i in layers):
-        raise ValueError(
-            f"`layers` is {list(layers)}; give at least one index from {-depth} to {depth - 1}: the target has {depth} layers."
-        )
-    picked = [i % depth for i in layers]
-
-    draft_config = copy.deepcopy(config)
-    for name, value in vars(config).items():  # layer_types and other lists with an entry a layer
-        other = name == "architectures" or name.endswith(("_token_id", "_token_ids"))  # may be as long by chance
-        if isinstance(value, (list, tuple)) and len(value) == depth and not other:
-            setattr(draft_config, name, type(value)(value[i] for i in picked))
-    draft_config.num_hidden_layers = len(picked)
-    draft_config._name_or_path = ""  # it is in no repository
-    with torch.inference_mode(False), torch.device("meta"):
-        draft = type(target)(draft_config)
-
-    stack = _layer_stack_name(target, depth)
-    sources = dict(target.named_parameters(remove_duplicate=False)) | dict(
-        target.named_buffers(remove_duplicate=False)
-    )
-    frozen = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False)
-        for end in (target.get_input_embeddings(), target.get_output_embeddings())
-        for p in end.parameters()
-    }
+    given = unwrapped(target)
+    target = text_model(given)
+    plan = blueprint(target, layers)
+    draft, tensors = plan.draft, dict(target.named_parameters(remove_duplicate=False))
+    ends = {id(p) for end in (target.get_input_embeddings(), target.get_output_embeddings()) for p in end.parameters()}
+    home = execution_device(target.get_input_embeddings())
+    fixed: dict[int, nn.Parameter] = {}  # of the ends, one for both where they are one
     with torch.inference_mode(False), torch.no_grad():
-        for name, placeholder in [
-            *draft.named_parameters(remove_duplicate=False),
-            *draft.named_buffers(remove_duplicate=False),
-        ]:
-            source = sources.get(_name_in_target(name, stack, picked))
-            if source is None or source.shape != placeholder.shape:
-                raise ValueError(
-                    f"{name!r} has no counterpart in {type(target).__name__}, whose layers are not of one kind; make the draft by hand, "
-                    f"or pick other `layers` than {picked}."
-                )
-            owner = draft.get_submodule(name.rpartition(".")[0])
-            if isinstance(placeholder, nn.Parameter):
-                grown = frozen.get(id(source)) if id(source) in frozen else nn.Parameter(source.detach().clone())
-                owner.register_parameter(name.rpartition(".")[2], grown)
+        for name, source in plan.sources.items():
+            owner, _, leaf = name.rpartition(".")
+            owner = draft.get_submodule(owner)
+            placeholder, tensor = getattr(owner, leaf), real_tensor(target, source)
+            of_an_end = id(tensors.get(source)) in ends
+            grown = plan.part(name, tensor.detach()).to(home, copy=not of_an_end)
+            if not isinstance(placeholder, nn.Parameter):
+                owner.register_buffer(leaf, grown, persistent=leaf not in owner._non_persistent_buffers_set)
+            elif of_an_end:
+                fixed.setdefault(id(tensors[source]), nn.Parameter(grown, requires_grad=False))
+                owner.register_parameter(leaf, fixed[id(tensors[source])])
             else:
-                persistent = name.rpartition(".")[2] not in owner._non_persistent_buffers_set
-                owner.register_buffer(name.rpartition(".")[2], source.detach().clone(), persistent=persistent)
-    draft.generation_config = copy.deepcopy(target.generation_config)
+                # A table with a part a layer has a row a token: it is as large as the ends are.
+                table = isinstance(owner, nn.Embedding) and grown.shape != tensor.shape
+                owner.register_parameter(leaf, nn.Parameter(grown, requires_grad=not table))
+    entry, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    if entry.is_meta and head.is_meta and target.config.tie_word_embeddings:  # that they are one is not seen there
+        draft.get_output_embeddings().weight = draft.get_input_embeddings().weight
+    say_ties(draft)
+    draft.generation_config = copy.deepcopy(given.generation_config)
     return draft.eval()
-
-
-def _layer_stack_name(model: nn.Module, depth: int) -> str:
-    """The name of the ModuleList that holds the decoder layers, `"model.layers"` for one."""
-    names = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} keeps its {depth} layers in no ModuleList that hf_osd can find; make the draft by hand."
-        )
-    return min(names, key=len)
-
-
-def _name_in_target(name: str, stack: str, picked: list[int]) -> str:
-    if not name.startswith(stack + "."):
-        return name
-    index, _, rest = name[len(stack) + 1 :].partition(".")
-    return f"{stack}.{picked[int(index)]}.{rest}"

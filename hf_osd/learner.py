@@ -37,6 +37,7 @@ from hf_osd.random_state import isolated_random_state
 from hf_osd.rate import Rate, Trial
 from hf_osd.schedule import Schedule
 from hf_osd.scoring import Judged, learners_autocast
+from hf_osd.trouble import have_moved, trouble
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +88,7 @@ class Learner:
             check_job(self.ranks, alone)
         self._begun_together = False  # whether all ranks are known to have the same draft
         self.updates = self.failed = self.learned_tokens = 0  # updates that learnt, and that raised
+        self.unmoved = 0  # the last ones in a row that learnt and changed nothing
         self.seconds = 0.0
         self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in trainable))
         self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
@@ -182,10 +184,15 @@ class Learner:
             "learning_rate": self.rate.value,
             "learning_rate_reason": self.rate.reason,
             "too_slow": self.schedule.too_slow,
+            "trouble": self.trouble(),
             "serves_static": self.contenders.serves_static,
             "regret_vs_static": self.contenders.shadow.regret,
             "estimate": self.contenders.shadow.estimate(),
         }
+
+    def trouble(self) -> str | None:
+        """What is wrong, if learning goes on and changes nothing."""
+        return trouble(self.failed, self.updates, self.unmoved)
 
     def refresh(self, model: nn.Module | None = None):
         """An update is over. [`RefreshAssistantCallback`] calls this when the last member has been trained; without a gate that serves at once.
@@ -397,6 +404,7 @@ class Learner:
         self.schedule.note_learned(_tokens(requests), time.perf_counter() - start, first)
         self.schedule.succeeded()
         self.updates += 1
+        self.unmoved = 0 if have_moved(self.ensemble.members, before) else self.unmoved + 1
         self.learned_tokens += rows
         self._since_accepted.update(new)
         if config.clear_after_update:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd.background import BackgroundLearner
-from hf_osd.draft_context import draft_window
 from hf_osd.feedback import Feedback
 from hf_osd.learner import Learner
 from hf_osd.recording import record_answers
@@ -90,7 +89,6 @@ class Rehearsal:
             `int`: how many answers that made; 0 when there is nothing left to do.
         """
         assistant = self.assistant
-        window = draft_window(assistant.serving.active)
         assistant.take_in()
         chosen = self.waiting()[:most]
         if chosen:
@@ -105,7 +103,7 @@ class Rehearsal:
             )
             for request, answer in zip(chosen, answers, strict=True):
                 self._answered[request] = self._answered.get(request, 0) + 1
-                if len(answer.tokens) <= window:  # of the end of a longer one the draft has no positions to learn at
+                if assistant.reach.covers(answer):  # of the end of a longer one the draft has no positions to learn at
                     assistant.learner.rehearse(answer)
             assistant.update()
         return len(chosen)

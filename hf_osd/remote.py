@@ -128,6 +128,10 @@ class RemoteLearner:
         counts["learner_restarts"] += self.restarts
         return self._figures | counts | ({} if self._over is None else {"learning_over": self._over})
 
+    def trouble(self) -> str | None:
+        """What the process says is wrong, if learning goes on and changes nothing."""
+        return self._figures.get("trouble")
+
     def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names."""
         with self._lock:

@@ -104,6 +104,8 @@ def _of_learning(stats: Stats) -> list[str]:
             f"{stats.updates} updates, {stats.failed_updates} more failed; what they learnt was let through to serve {stats.accepted_updates} times and dropped "
             f"{stats.rejected_updates} times. The longest took {stats.longest_update:.1f} s."
         )
+    if stats.trouble:
+        lines.append(stats.trouble)
     if stats.serves_static:
         lines.append("The draft as it was before any learning serves: on what comes now it is better.")
     if stats.learning_over:

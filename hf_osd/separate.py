@@ -187,6 +187,10 @@ class SeparateLearner:
         full = len(self.buffer.new()) >= self.config.update_interval
         return full and self.channel.open and self.channel.waiting <= self.config.buffer_bytes
 
+    def trouble(self) -> str | None:
+        """What the learning rank says is wrong, if learning goes on and changes nothing."""
+        return self._figures.get("trouble")
+
     def update(self, wait: bool = True) -> bool:
         """Send what waits. With `wait`, have the learning rank learn from all that it has, and wait for it: `True` if the serving draft was refreshed by
         that, `False` also if there is no learning rank any more."""

@@ -36,6 +36,9 @@ def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name in frozen if frozen is not None else not parameter.requires_grad:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for module in model.modules():  # of accelerate, and holds what is offloaded
+        if (hook := vars(module).get("_hf_hook")) is not None:
+            memo[id(hook)] = hook
     # Drafts loaded under inference_mode could never be trained or written.
     with torch.inference_mode(False):
         return copy.deepcopy(model, memo)

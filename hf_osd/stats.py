@@ -157,6 +157,7 @@ class Stats:
     learning_rate_reason: str = ""
     too_slow: str | None = None  # why nothing is learnt
     learning_over: str | None = None  # why nothing will be learnt any more
+    trouble: str | None = None  # why what is learnt changes nothing
     serves_static: bool = False  # the draft before any learning serves, for it is better on what comes
     regret_vs_static: float = 0.0
     estimate: Estimate | None = None  # α on the last requests, before they were learnt

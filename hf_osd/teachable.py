@@ -13,6 +13,7 @@ from hf_osd.learner import Learner
 from hf_osd.lora import Adapter, choose_learning
 from hf_osd.open_calls import OpenCalls
 from hf_osd.orphan import Orphan
+from hf_osd.own_draft import unwrapped
 from hf_osd.remote import RemoteLearner
 from hf_osd.saving import SavableAssistant
 from hf_osd.serving import ServingDraft, check_weights, copy_draft
@@ -88,6 +89,7 @@ class TeachableAssistant(SavableAssistant):
                 holds fixed.
         """
         self._needs_draft("refresh")
+        model = unwrapped(model)
         adapter = self.adapter
         # Of a PeftModel the adapter's names are those of what it wraps.
         if adapter is not None and hasattr(model, "get_base_model"):

@@ -36,6 +36,7 @@ class Translation:
             draft's, one to one. `None` if both vocabularies are the same.
         tokenizers (`tuple`, *optional*): the target's and the draft's, where text has to be read anew.
         stand_in (`int`): the draft's id for what it has no token for.
+        rows (`int`, *optional*): how many tokens the draft has an embedding of, where those may be fewer than a text shows it.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Translation:
         shared: tuple[Tensor, Tensor] | None = None,
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
         stand_in: int = 0,
+        rows: int | None = None,
     ):
+        self._rows = rows
         self.target_size, self.draft_size = target_size, draft_size
         self.shared = shared
         self._tokenizers, self._stand_in = tokenizers, stand_in
@@ -68,23 +71,25 @@ class Translation:
             ValueError: if the heads differ in size and a tokenizer is missing, or the tokenizers share no token.
         """
         sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+        rows = draft.get_input_embeddings().weight.shape[0] if hasattr(draft, "get_input_embeddings") else None
         if tokenizer is not None and assistant_tokenizer is not None:
-            return cls.of_tokenizers(tokenizer, assistant_tokenizer, *sizes)
+            return cls.of_tokenizers(tokenizer, assistant_tokenizer, *sizes, rows)
         if sizes[0] != sizes[1]:
             missing = "tokenizer" if tokenizer is None else "assistant_tokenizer"
             raise ValueError(
                 f"The target has {sizes[0]} tokens, the draft {sizes[1]}, and `{missing}` is None; pass the tokenizers of both: the same "
                 "one twice, if only the padding of their heads differs."
             )
-        return cls.of_sizes(*sizes)
+        return cls.of_sizes(*sizes, rows=rows)
 
     @classmethod
-    def of_sizes(cls, target_size: int, draft_size: int, stand_in: int = 0) -> Translation:
-        """One tokenizer, and heads of V and W rows: ids below both are shared, the rest is padding."""
-        if target_size == draft_size:
-            return cls(target_size, draft_size)
-        ids = torch.arange(min(target_size, draft_size))
-        return cls(target_size, draft_size, (ids, ids), stand_in=stand_in)
+    def of_sizes(cls, target_size: int, draft_size: int, stand_in: int = 0, rows: int | None = None) -> Translation:
+        """One tokenizer, and heads of V and W rows: ids below both are shared, and of those that the draft has an embedding of; the rest is padding."""
+        shared = min(target_size, draft_size, draft_size if rows is None else rows)
+        if target_size == draft_size == shared:
+            return cls(target_size, draft_size, stand_in=stand_in, rows=rows)
+        ids = torch.arange(shared)
+        return cls(target_size, draft_size, (ids, ids), stand_in=stand_in, rows=rows)
 
     @classmethod
     def of_tokenizers(
@@ -93,23 +98,25 @@ class Translation:
         draft_tokenizer: PreTrainedTokenizerBase,
         target_size: int,
         draft_size: int,
+        rows: int | None = None,
     ) -> Translation:
         """Two tokenizers: tokens of the same string are shared, whichever sign stands for a space in it, and so is the end of sequence.
 
         Raises:
             ValueError: if they share no token.
         """
+        known = min(draft_size, draft_size if rows is None else rows)
         stand_in = next(
             (
                 i
                 for i in (draft_tokenizer.unk_token_id, draft_tokenizer.pad_token_id, draft_tokenizer.eos_token_id)
-                if i is not None and i < draft_size
+                if i is not None and i < known
             ),
             0,
         )
         if target_tokenizer is draft_tokenizer or target_tokenizer.get_vocab() == draft_tokenizer.get_vocab():
-            return cls.of_sizes(target_size, draft_size, stand_in)
-        ours, theirs = _by_string(target_tokenizer, target_size), _by_string(draft_tokenizer, draft_size)
+            return cls.of_sizes(target_size, draft_size, stand_in, rows)
+        ours, theirs = _by_string(target_tokenizer, target_size), _by_string(draft_tokenizer, known)
         pairs = {ours[string]: theirs[string] for string in ours.keys() & theirs.keys()}
         ends = target_tokenizer.eos_token_id, draft_tokenizer.eos_token_id
         if None not in ends and ends[0] not in pairs and ends[1] not in set(pairs.values()):
@@ -120,7 +127,7 @@ class Translation:
                 "tokenizer has tokens of the target's, or hf_osd.grow_draft(target)."
             )
         shared = tuple(torch.tensor(ids) for ids in zip(*sorted(pairs.items()), strict=True))
-        return cls(target_size, draft_size, shared, (target_tokenizer, draft_tokenizer), stand_in)
+        return cls(target_size, draft_size, shared, (target_tokenizer, draft_tokenizer), stand_in, rows)
 
     @property
     def is_identity(self) -> bool:
@@ -138,7 +145,7 @@ class Translation:
     def prompt(self, tokens: Tensor) -> Tensor:
         """The target's prompt `(L,)` as the draft reads it, `(L',)` with L' ≥ 1; L' = L with one tokenizer."""
         if self.shared is None:
-            return tokens
+            return self.shown(tokens)
         if self._tokenizers is None:
             return torch.tensor([i for ids in self.tokens(tokens.tolist()) for i in ids], device=tokens.device)
         target_tokenizer, draft_tokenizer = self._tokenizers
@@ -154,9 +161,15 @@ class Translation:
             if run:
                 ids = ids + draft_tokenizer(self._text(run), add_special_tokens=False)["input_ids"]
                 run = []
-            if token is not None and self._to_draft[token] >= 0 and ids != [int(self._to_draft[token])]:
-                ids = [*ids, int(self._to_draft[token])]
-        return torch.tensor(ids or [self._stand_in], device=tokens.device)
+            if token is not None and (known := self._known(token)) >= 0 and ids != [known]:
+                ids = [*ids, known]
+        return self.shown(torch.tensor(ids or [self._stand_in], device=tokens.device))
+
+    def shown(self, tokens: Tensor) -> Tensor:
+        """Tokens of any shape as they may be shown to the draft's embeddings: where those have no row, as an image's place may have none, the stand-in."""
+        if self._rows is None:
+            return tokens
+        return torch.where((tokens >= 0) & (tokens < self._rows), tokens, self._stand_in)
 
     def tokens(self, tokens: Sequence[int]) -> list[list[int]]:
         """Of each of the target's tokens, the draft's ids: one if it is shared, else those of its text, and never none."""
@@ -191,13 +204,18 @@ class Translation:
             self._on[device] = tuple(ids.to(device) for ids in (*self.shared, self._to_draft))
         return self._on[device]
 
+    def _known(self, token: int) -> int:
+        """The draft's id of one of the target's tokens, -1 for none; also for ids that no head says, such as an image's place."""
+        return int(self._to_draft[token]) if 0 <= token < self.target_size else -1
+
     def _spelled(self, token: int) -> list[int]:
-        known = int(self._to_draft[token])
+        known = self._known(token)
         if known >= 0:
             return [known]
         ids = []
-        if self._tokenizers is not None:
+        if self._tokenizers is not None and 0 <= token < self.target_size:
             ids = self._tokenizers[1](self._text([token]), add_special_tokens=False)["input_ids"]
+            ids = self.shown(torch.tensor(ids, dtype=torch.long)).tolist()
         return ids or [self._stand_in]
 
     def _text(self, tokens: list[int]) -> str:

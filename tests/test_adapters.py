@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
 from hf_osd.drafts import load_draft
@@ -245,6 +245,89 @@ def test_an_adapter_that_came_with_the_draft_stays_whatever_the_config_says(targ
     assert names(tmp_path) >= ADAPTER
     assistant.save_pretrained(tmp_path, merge=True)
     assert not names(tmp_path) & ADAPTER
+
+
+ENDS = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "whole embeddings": {"modules_to_save": ["embed_tokens"]},
+    "both whole, as one": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "some tokens": {"trainable_token_indices": [5, 6, 7]},
+}
+
+
+def read_by_config(directory):
+    """The logits of somebody who reads `config.json` and the file, and has no other knowledge: where the ends are tied there is no head."""
+    config = AutoConfig.from_pretrained(directory)
+    model, weights = AutoModelForCausalLM.from_config(config).eval(), load_file(directory / "model.safetensors")
+    assert ("lm_head.weight" in weights) != config.tie_word_embeddings
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model.load_state_dict(weights)
+    return logits(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kind", "ends"), [(native, "head"), *((wrapped, ends) for ends in ENDS)])
+def test_an_adapter_on_an_end_learns_and_is_saved_as_it_serves(target, tiny_llama, kind, tied, ends, tmp_path):
+    draft = kind(tiny_llama(tie_word_embeddings=tied), **ENDS[ends])
+    with torch.no_grad():
+        for p in draft.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    before = logits(draft)
+    learning = {"update_interval": 10**6, "gate": False, "learning_rate": 1e-2, "warmup_steps": 0, "seed": 0}
+    assistant = OnlineAssistant(draft, freeze_embeddings=False, **learning)
+    for start in range(2, 5):
+        target.generate(
+            torch.arange(start, start + 6)[None], assistant_model=assistant, max_new_tokens=12, do_sample=False
+        )
+    assert assistant.flush()
+    assert assistant.stats.failed_updates == 0
+    served = logits(assistant.serving.active)
+    assert not torch.equal(served, before)
+    near = {"atol": 1e-4, "rtol": 1e-4}
+    assistant.save_pretrained(tmp_path / "apart")
+    torch.testing.assert_close(logits(load_draft(tmp_path / "apart")), served, **near)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "apart")), served, **near)
+    assistant.save_pretrained(tmp_path / "merged", merge=True)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), served, **near)
+    torch.testing.assert_close(read_by_config(tmp_path / "merged"), served, **near)
+    assert torch.equal(logits(assistant.serving.active), served), "saving changes nothing that serves"
+
+
+def test_an_adapter_on_an_end_alone_asks_for_ends_that_learn(target):
+    given = wrapped(grow_draft(target), target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="freeze_embeddings=False"):
+        OnlineAssistant(given)
+    assert OnlineAssistant(given, freeze_embeddings=False).serving.trainable
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ends_tied_or_parted_by_hand_are_saved_as_they_are(tiny_llama, tied, tmp_path):
+    draft = tiny_llama(tie_word_embeddings=not tied)
+    draft.lm_head.weight = torch.nn.Parameter(draft.model.embed_tokens.weight.detach().flip(0))
+    if tied:
+        draft.lm_head.weight = draft.model.embed_tokens.weight
+    OnlineAssistant(draft, learn=False).save_pretrained(tmp_path / "plain")
+    assert torch.equal(read_by_config(tmp_path / "plain"), logits(draft))
+    assert torch.equal(logits(load_draft(tmp_path / "plain")), logits(draft))
+    assert draft.config.tie_word_embeddings != tied, "the given one is left as it is"
+    adapted = wrapped(draft)
+    OnlineAssistant(adapted, learn=False).save_pretrained(tmp_path / "apart")
+    assert torch.equal(logits(load_draft(tmp_path / "apart")), logits(adapted))
+
+
+def test_what_the_config_of_an_encoder_decoder_cannot_say_is_refused(tmp_path):
+    """There it also says how hidden states are scaled."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes, decoder_start_token_id=0)).eval()
+    t5.add_adapter(LoraConfig(r=4, target_modules=["q", "lm_head"], init_lora_weights=False), "topic")
+    assistant = OnlineAssistant(t5, learn=False)
+    with pytest.raises(ValueError, match=r"two ends of T5ForConditionalGeneration that are one weight.*merge=False"):
+        assistant.save_pretrained(tmp_path, merge=True)
+    assert names(tmp_path) == set()
 
 
 def test_an_adapter_of_its_own_is_not_lost_on_the_way_to_a_process(target):

@@ -1,5 +1,6 @@
 """What is refused: each error names the thing, its value and the mend, and nothing has run by then."""
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -93,3 +94,15 @@ def test_a_draft_that_cannot_draft_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             OnlineAssistant(bad)
+
+
+def test_a_target_whose_embeddings_are_offloaded_is_refused_before_anything_runs(tiny_llama, draft):
+    """transformers' assisted generation moves tokens to where its first weights are, which is nowhere."""
+    accelerate.cpu_offload(target := tiny_llama(layers=3), execution_device="cpu")
+    assistant = OnlineAssistant(draft)
+    assert target.generate(PROMPTS[0], **GREEDY).shape[1] > PROMPTS[0].shape[1]
+    with pytest.raises(
+        ValueError, match=r"weights of the target \(LlamaForCausalLM\) are offloaded.*embeddings on a device"
+    ):
+        target.generate(PROMPTS[0], assistant_model=assistant, **GREEDY)
+    assert not assistant.serving._leases

@@ -1,24 +1,45 @@
 """`grow_draft` on every family that needs something of its own: tied ends, learned positions, layer types, buffers."""
 
+import copy
+
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     OPTConfig,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForCausalLM,
 )
 
+from hf_osd import OnlineAssistant
+from hf_osd.blueprint import depth_of
 from hf_osd.drafts import grow_draft
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -183,8 +204,10 @@ def test_layers_of_unlike_kinds_are_refused_by_name():
     config = Qwen2MoeConfig(
         **GATED, mlp_only_layers=[0], num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
     )
-    with pytest.raises(ValueError, match=r"mlp.* has no counterpart in Qwen2MoeForCausalLM"):
-        grow_draft(target_of(config), [0, 0])
+    target = target_of(config)
+    with pytest.raises(ValueError, match=r"mlp.* has no counterpart in Qwen2MoeForCausalLM.*such as \[0, 1\]"):
+        grow_draft(target, [0, 0])
+    assert grow_draft(target, [0, 1])
 
 
 def test_an_encoder_decoder_is_refused():
@@ -196,3 +219,185 @@ def test_an_encoder_decoder_is_refused():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match=r"LlamaModel.*LM head"):
         grow_draft(LlamaModel(LlamaConfig(**GATED)))
+
+
+# Targets with something that is not in their layers, or whose layers are somewhere else.
+
+SIX = SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+SIX |= {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+PACKED = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+SEES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+SEES |= {"image_size": 16, "patch_size": 4}
+SIDES = {"vocab_size": 64, "d_model": 32, "encoder_layers": 4, "decoder_layers": 3, "decoder_ffn_dim": 48}
+SIDES |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48}
+
+
+def gemma4(shared=2, **config):
+    return AutoModelForCausalLM.from_config(
+        Gemma4TextConfig(**SIX, **PACKED, num_kv_shared_layers=shared, use_double_wide_mlp=True, **config)
+    )
+
+
+def gemma3n():
+    sparse = {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6}
+    return AutoModelForCausalLM.from_config(Gemma3nTextConfig(**SIX, **PACKED, **sparse, num_kv_shared_layers=2))
+
+
+def gemma3_that_sees():
+    text = {k: v for k, v in SIX.items() if k != "layer_types"}
+    return AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text, vision_config=SEES, mm_tokens_per_image=4, image_token_id=62)
+    )
+
+
+def llava():
+    parts = {"text_config": LlamaConfig(**GATED), "vision_config": CLIPVisionConfig(**SEES)}
+    return LlavaForConditionalGeneration(LlavaConfig(**parts, image_token_index=63))
+
+
+def blip2():
+    text = TOKENS | {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "word_embed_proj_dim": 32}
+    reads = {k: v for k, v in SEES.items() if "size" not in k} | {"hidden_size": 32, "encoder_hidden_size": 32}
+    config = Blip2Config(
+        vision_config=SEES, qformer_config={**reads, "vocab_size": 64}, text_config=text, num_query_tokens=2
+    )
+    return Blip2ForConditionalGeneration(config)
+
+
+def bart_decoder():
+    return BartForCausalLM(BartConfig(**SIDES))
+
+
+def whisper_decoder():
+    return WhisperForCausalLM(WhisperConfig(**SIDES | TOKENS, num_mel_bins=8, decoder_start_token_id=1))
+
+
+def prophetnet_decoder():
+    sides = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    layers = {"num_encoder_layers": 3, "num_decoder_layers": 3}
+    heads = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    return ProphetNetForCausalLM(ProphetNetConfig(vocab_size=64, hidden_size=32, **sides, **layers, **heads))
+
+
+UNUSUAL = [gemma4, gemma3n, gemma3_that_sees, llava, blip2, bart_decoder, whisper_decoder, prophetnet_decoder]
+
+
+def made(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = make().eval()
+        with torch.no_grad():
+            for parameter in target.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return target
+
+
+@pytest.mark.parametrize("make", UNUSUAL)
+def test_unusual_targets_grow_a_draft_that_is_theirs(make, tmp_path):
+    target = made(make)
+    whole = grow_draft(target, range(depth_of(target)))
+    text = target.language_model if make is blip2 else target
+    torch.testing.assert_close(logits(whole), logits(text), rtol=1e-4, atol=1e-4)
+    draft = grow_draft(target)
+    ends = [p for end in (draft.get_input_embeddings(), draft.get_output_embeddings()) for p in end.parameters()]
+    assert {p.data_ptr() for p in ends} <= {p.data_ptr() for p in text.parameters()}
+    assert not any(p.requires_grad for p in ends)
+    draft.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(draft))
+
+
+@pytest.mark.parametrize("make", [gemma4, gemma3n, gemma3_that_sees, llava, bart_decoder, whisper_decoder])
+def test_drafts_of_unusual_targets_serve_and_learn(make):
+    target = made(make)
+    assistant = OnlineAssistant(grow_draft(target), update_interval=1, lookahead="constant", learning_budget=1.0)
+    ask = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    for start in range(2, 5):
+        prompt = torch.arange(start, start + 6)[None]
+        assert torch.equal(target.generate(prompt, **ask), target.generate(prompt, assistant_model=assistant, **ask))
+    assistant.flush()
+    assert assistant.stats.total.drafted > 0
+    assert assistant.stats.updates > 0
+    assert assistant.stats.failed_updates == 0
+
+
+def test_a_table_with_a_part_a_layer_comes_in_the_parts_of_its_layers_and_does_not_train():
+    target = made(gemma4)
+    table = target.model.embed_tokens_per_layer.weight.unflatten(1, (6, 8))
+    draft = grow_draft(target, (1, 3))
+    assert torch.equal(draft.model.embed_tokens_per_layer.weight, table[:, [1, 3]].flatten(1))
+    assert not draft.model.embed_tokens_per_layer.weight.requires_grad, "it has a row a token, as the ends have"
+    assert draft.model.per_layer_model_projection.weight.requires_grad
+
+
+def test_layers_that_read_others_keys_need_such_before_them():
+    target = made(gemma4)
+    draft = grow_draft(target, (2, 3, 4, 5))
+    assert draft.config.num_kv_shared_layers == 2
+    for layers in ((0, 5), (4, 5), (5, 1)):
+        with pytest.raises(ValueError, match=r"Gemma4ForCausalLM.*such as \[0, 1\]"):
+            grow_draft(target, layers)
+
+
+def offloaded(target, folder):
+    return accelerate.cpu_offload(target, execution_device="cpu")
+
+
+def on_disk(target, folder):
+    return accelerate.disk_offload(target, str(folder), execution_device="cpu")
+
+
+def in_part(target, folder):
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk"}
+    places |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+    return accelerate.dispatch_model(target, places, main_device="cpu", offload_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("away", "tied"),
+    [(offloaded, False), (offloaded, True), (on_disk, False), (on_disk, True), (in_part, False)],
+)
+def test_what_accelerate_keeps_elsewhere_is_loaded(tiny_llama, away, tied, tmp_path):
+    whole = tiny_llama(layers=3, tie_word_embeddings=tied)
+    grown = grow_draft(away(copy.deepcopy(whole), tmp_path), (0, -1))
+    assert torch.equal(logits(grown), logits(grow_draft(whole, (0, -1))))
+    assert (grown.lm_head.weight is grown.model.embed_tokens.weight) == tied
+    assert not grown.lm_head.weight.requires_grad
+    assert not any(hasattr(module, "_hf_hook") for module in grown.modules())
+
+
+def test_a_target_that_is_offloaded_in_part_is_served(tiny_llama, tmp_path):
+    target = in_part(tiny_llama(layers=3), tmp_path)
+    assistant = OnlineAssistant(grow_draft(target), lookahead="constant", learn=False)
+    ask = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(target.generate(IDS, **ask), target.generate(IDS, assistant_model=assistant, **ask))
+    assert assistant.stats.total.drafted > 0
+
+
+def test_targets_without_values_of_their_own_are_refused(tiny_llama):
+    hollow, adapted, quantised = (tiny_llama() for _ in range(3))
+    hollow.model.layers[0].to("meta")
+    from peft import LoraConfig
+
+    adapted.add_adapter(LoraConfig(target_modules=["q_proj"]), "topic")
+    quantised.hf_quantizer = object()
+    sees = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config=GATED | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            vision_config={"embed_dim": 32, "depth": 1, "num_heads": 4, "hidden_size": 32},
+        )
+    )
+    for target, message in (
+        (hollow, r"model\.layers\.0.*has no values.*Load the model whole"),
+        (adapted, r"with an adapter.*merge_and_unload"),
+        (quantised, r"quantised LlamaForCausalLM.*dequantize"),
+        (sees, r"Qwen2VLTextConfig.*no class of its own.*Load a small text model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grow_draft(target)
+
+
+def test_a_compiled_target_grows_a_plain_draft(tiny_llama):
+    target = tiny_llama(layers=3)
+    draft = grow_draft(torch.compile(target, backend="eager"))
+    assert torch.equal(logits(draft), logits(grow_draft(target)))

@@ -101,3 +101,18 @@ def test_a_prompt_of_nothing_the_draft_knows_still_has_a_token():
 def test_nothing_in_common_is_refused():
     with pytest.raises(ValueError, match=r"share no token.*grow_draft"):
         Translation.of_tokenizers(words("<u>", "a"), words("<x>", "b"), 2, 2)
+
+
+def test_ids_that_no_head_says_are_shown_as_what_stands_in():
+    """An image's place lies beyond both vocabularies, or below 0; and a tokenizer may know words that the draft has no embedding of."""
+    beyond = torch.tensor([3, 10, -200, 4])
+    assert Translation.of_sizes(10, 10, stand_in=1, rows=10).prompt(beyond).tolist() == [3, 1, 1, 4]
+    assert Translation.of_sizes(12, 10, stand_in=1, rows=10).prompt(beyond).tolist() == [3, 1, 1, 4]
+    fewer = Translation.of_sizes(10, 10, stand_in=1, rows=8)
+    assert not fewer.is_identity
+    assert fewer.tokens([7, 8, 9]) == [[7], [1], [1]]
+    assert fewer.scores(torch.zeros(1, 10))[0, 8:].tolist() == [-torch.inf] * 2
+    ours, theirs = words("<unk>", "a", "b", "c"), words("<unk>", "b", "c", "a")
+    translation = Translation.of_tokenizers(ours, theirs, 4, 4, rows=3)
+    assert translation.prompt(torch.tensor([1, 2, 9, 3])).max() < 3
+    assert translation.tokens([1, 2, 9]) == [[0], [1], [0]]

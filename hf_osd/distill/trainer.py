@@ -72,7 +72,7 @@ class OnlineGKDTrainer(GKDTrainer):
         self._autocast_dtype = autocast_dtype
         self.failure: Exception | None = None  # of a step of `learn` on this rank, which the others went on with
         super().__init__(
-            model=model,
+            model=_without_wrapper(model),
             teacher_model=_NoTeacher(model.config),
             args=args
             or training_args(
@@ -242,6 +242,19 @@ class _NoTeacher(nn.Module):
         raise RuntimeError("The teacher ran. Its answers are recorded in the feedback; compute_loss must use those.")
 
 
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """The model itself where an adapter of a PeftModel lies on its LM head, which trl refuses, for its own losses read that head's weights; ours runs it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not hasattr(model, "get_base_model") or not isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        return model
+    inner = model.get_base_model()
+    inner._hf_peft_config_loaded = (
+        True  # as one with an adapter of transformers' own: Trainer asks that of a quantised one
+    )
+    return inner
+
+
 def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GKDConfig:
     """The `GKDConfig` that goes with an [`OnlineConfig`]: nothing saved, logged or evaluated; no mixed precision (the trainer does its
     own autocast); upstream's defaults would turn on bf16 and gradient checkpointing."""
@@ -261,6 +274,7 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "optim": "adamw_torch" if config.optim == "muon" else config.optim,
         "seed": config.seed if config.seed is not None else 42,
         "lmbda": 0.0,
+        "router_aux_loss_coef": 0.0,  # the loss here has none; trl would ask layers for router logits that may have no router
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",

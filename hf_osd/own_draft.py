@@ -1,0 +1,315 @@
+"""`own_draft`: the copy of a given draft that an assistant keeps: out of what was wrapped round it, with all of its weights, and tried before it is trusted.
+
+torch.compile, accelerate and trl put wrappers and patched `forward`s round a model. A copy of such a model runs the weights of the one it was copied
+from, and would learn nothing for ever without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import BaseModelOutput
+
+from hf_osd.adapters import has_adapter, say_ties
+from hf_osd.draft_context import DraftContext, encoder_parameters
+from hf_osd.serving import copy_draft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Whose patches of `forward` compute what the class's own does: they compile it, cast, move tensors, or add a loss.
+_PATCHERS = ("torch", "accelerate", "trl", "transformers", "peft")
+# What accelerate puts into an instance beside `forward`.
+_HOOKED = ("_hf_hook", "_old_forward", "_original_forward", "hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "musa")
+
+
+class Reads(NamedTuple):
+    """What a trial has shown of a draft: the longest text and source that it has positions for, in tokens, and how many logits it gives; `None` where
+    that did not show."""
+
+    window: int | None = None
+    source: int | None = None
+    width: int | None = None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile(model)`, DataParallel, DistributedDataParallel and other wrappers of one `module`, however often. Sharded ones
+    stay, and are refused as drafts."""
+    while not hasattr(type(model), "get_output_embeddings") and not _shards(model):
+        if list(model._modules) not in (["_orig_mod"], ["module"]):
+            break
+        [model] = model._modules.values()
+    return model
+
+
+def own_draft(draft: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `draft` that runs its own weights alone; frozen ones are shared, see [`copy_draft`]. `draft`, which is unwrapped, stays as it is.
+
+    Raises:
+        ValueError: if weights are not there (on the meta device, sharded), or a `forward` is patched in a way that cannot be undone.
+    """
+    _check_whole(draft)
+    own = copy_draft(draft)
+    for name, module in list(own.named_modules()):
+        if "_orig_mod" in module._modules:
+            parent, _, child = name.rpartition(".")
+            setattr(own.get_submodule(parent), child, unwrapped(module))
+    loaded = [(module, name) for module in own.modules() for name, _ in _offloaded(module)]
+    for module, name in loaded:
+        _load(module, name)
+    if loaded:
+        own.tie_weights()
+    hooked = any("_hf_hook" in vars(module) for module in own.modules())
+    for module in own.modules():
+        _unpatch(module)
+    lacking = [name for name, tensor in (*own.named_parameters(), *own.named_buffers()) if tensor.is_meta]
+    if lacking:
+        raise ValueError(
+            f"`draft` has no values for {lacking[0]!r} (it is on the meta device, as {len(lacking)} of its tensors are). Load it whole, with "
+            "from_pretrained(...) without device_map, or give its weights values."
+        )
+    devices = {tensor.device for tensor in (*own.parameters(), *own.buffers())}
+    if hooked and len(devices) > 1:
+        own.to(own.get_input_embeddings().weight.device)  # what moved tensors between them is gone
+    if not has_adapter(own):
+        say_ties(own)
+    for config in (own.config, own.config.get_text_config(decoder=True)):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # nobody reads them, and layers without a router have none
+    return own
+
+
+def real_tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a model, by name, with its values: where accelerate has offloaded it, what it keeps of it.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    if not tensor.is_meta:
+        return tensor
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):  # of the module itself, or of one that it is in
+        key = ".".join(parts[i:])
+        for found, kept in _offloaded(model.get_submodule(".".join(parts[:i]))):
+            if found == key:
+                return kept[key]
+    raise ValueError(
+        f"{name!r} of {type(model).__name__} has no values: it is on the meta device. Load the model whole, or with accelerate's offloading."
+    )
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them."""
+    hook = vars(module).get("_hf_hook")
+    for one in getattr(hook, "hooks", [hook]):
+        if getattr(one, "execution_device", None) is not None:
+            return torch.empty(0, device=one.execution_device).device
+    return next(module.parameters()).device
+
+
+def try_draft(own: PreTrainedModel, given: nn.Module) -> Reads:
+    """Have a copy read a few tokens as it will while serving, and see that `given`, which it is a copy of, computes nothing meanwhile.
+
+    Raises:
+        ValueError: if it cannot read tokens alone, or keeps nothing in its cache, or what runs is `given`.
+    """
+    training, seen = own.training, _Lookups(own)
+    own.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _uncompiled(), _watched(given) as ran:
+            try:
+                reads = _read(own, seen)
+            except Exception as error:
+                if ran:
+                    raise _patched(given, ran) from error
+                encodes = own.config.is_encoder_decoder
+                if own.main_input_name != "input_ids" if encodes else encoder_parameters(own):
+                    return Reads()  # it may need what an encoder says, of features or of the target
+                raise ValueError(
+                    f"`draft` is a {type(own).__name__}, which could not read tokens alone ({type(error).__name__}: {error}). A draft gets token ids and its own "
+                    "cache, no image, no features and no mask: choose a causal LM that runs on those."
+                ) from error
+    finally:
+        own.train(training)
+    if ran:
+        raise _patched(given, ran)
+    return reads
+
+
+def _read(own: PreTrainedModel, seen: _Lookups) -> Reads:
+    """Two tokens, one more, and one after it was taken back."""
+    config, encoded, mask, source = own.config, None, None, None
+    high, low = _plain_tokens(own)
+    ids = torch.tensor([[high, low, high]], device=own.device)  # not one after the other, as positions are
+    if config.is_encoder_decoder and own.main_input_name == "input_ids":
+        with seen:
+            encoded, mask = own.get_encoder()(input_ids=ids), torch.ones_like(ids)
+        source = seen.positions([3])
+    elif config.is_encoder_decoder:  # of features, whose shape is not known here: as if they were encoded
+        width = config.get_text_config(decoder=True).hidden_size
+        encoded = BaseModelOutput(torch.zeros(1, 1, width, device=own.device, dtype=own.dtype))
+    with seen:
+        context = DraftContext(own, ids[0, :2], encoded, mask)
+        said = context.catch_up(0)
+        if context.unread:
+            raise NotImplementedError("it kept nothing in the cache that it was given")
+        context.step(ids[:, 2:])
+    context.crop(0)
+    context.extend(ids[:, 2:], [1])
+    context.catch_up(0)
+    return Reads(seen.positions([2, 1]), source, said.logits.shape[-1])
+
+
+def _plain_tokens(own: PreTrainedModel) -> tuple[int, int]:
+    """The last one and the first that say nothing else: neither padding nor an image's place."""
+    config = own.config.get_text_config(decoder=True)
+    special = set()
+    for name, value in [*vars(own.config).items(), *vars(config).items()]:
+        if name.endswith(("token_id", "token_ids", "token_index")):
+            special.update(value if isinstance(value, (list, tuple)) else [value])
+    rows = min(config.vocab_size, own.get_input_embeddings().weight.shape[0])
+    plain = [i for i in range(rows) if i not in special] or list(range(rows))
+    return plain[-1], plain[0]
+
+
+class _Lookups(TorchDispatchMode):
+    """Notes which rows of which of a model's tensors are looked up."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        plain = (t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter))
+        self._tables = {t.data_ptr() for t in plain if t.dim() and t.numel()}
+        self._seen: dict[int, tuple[int, list[list[int]]]] = {}  # rows of the table, and those asked for, a forward
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten, table, index = torch.ops.aten, None, None
+        if func is aten.embedding.default:
+            table, index = args[:2]
+        elif func is aten.index.Tensor and len(args[1]) == 1:
+            table, index = args[0], args[1][0]
+        elif func is aten.index_select.default and args[1] == 0:
+            table, index = args[0], args[2]
+        plain = type(table) in (Tensor, nn.Parameter) and index.dtype in (torch.int32, torch.int64)
+        if plain and table.data_ptr() in self._tables:
+            self._seen.setdefault(table.data_ptr(), (table.shape[0], []))[1].append(index.flatten().tolist())
+        return func(*args, **(kwargs or {}))
+
+    def positions(self, lengths: list[int]) -> int | None:
+        """How many positions there are, by tables of which a row a token was asked for, one after the other, in forwards over so many tokens (or more,
+        with padding); the fewest of several. Forgets what was noted."""
+        seen, found = list(self._seen.values()), []
+        self._seen.clear()
+        for size, asked in seen:
+            at = first = asked[0][0] if asked[0] else 0
+            for rows, length in zip(asked, lengths, strict=False):
+                if len(rows) < length or rows != list(range(at, at + len(rows))):
+                    break
+                at += length
+            else:
+                if len(asked) == len(lengths):
+                    found.append(size - first)
+        return min(found, default=None)
+
+
+@contextlib.contextmanager
+def _watched(given: nn.Module) -> Iterator[list[str]]:
+    """Which of its modules this thread has run."""
+    ran: list[str] = []
+    here = threading.get_ident()
+
+    def note(name: str, module: nn.Module, inputs: tuple):
+        if threading.get_ident() == here:
+            ran.append(name)
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(note, name)) for name, module in given.named_modules()
+    ]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Compiled code does not see hooks. Where nothing is compiled dynamo is not imported, which takes seconds."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def _patched(given: nn.Module, ran: list[str]) -> ValueError:
+    where = f"its part {ran[-1]!r}" if ran[-1] else "it"
+    return ValueError(
+        f"`draft` is a {type(given).__name__} whose forward, or a hook on it, is patched in the instance: a copy would go on running {where}, and what is "
+        "learnt would never be used. Load the draft anew with from_pretrained, or undo the patch (`del model.forward`), and pass that."
+    )
+
+
+def _shards(module: nn.Module) -> bool:
+    return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
+
+
+def _check_whole(draft: nn.Module):
+    """See that weights are not spread over processes."""
+    sharded = any(_shards(module) for module in draft.modules())
+    if sharded or any(hasattr(p, "ds_id") and not p.numel() for p in draft.parameters()):
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__} whose weights are sharded over processes ({'FSDP' if sharded else 'DeepSpeed ZeRO-3'}), and each "
+            "copy needs them whole. Pass the draft as it was before it was prepared, or load it anew with from_pretrained."
+        )
+
+
+def _unpatch(module: nn.Module):
+    """Have a copied module run its class's forward, or somebody's patch of it that does something else, which the trial judges."""
+    forward = patched = vars(module).get("forward")
+    while forward is not None and getattr(forward, "__func__", forward) is not type(module).forward:
+        patched, forward = forward, _inside(module, forward)
+    for name in (*_HOOKED, "forward"):
+        vars(module).pop(name, None)
+    if forward is None and patched is not None:
+        bound = isinstance(patched, MethodType)
+        module.forward = MethodType(patched.__func__, module) if bound else patched
+
+
+def _inside(module: nn.Module, forward):
+    """What is called by a patch that computes the same; `None` if it is none of those."""
+    if vars(module).get("_hf_hook") is not None and getattr(forward, "args", ())[:1] == (module,):
+        return module._old_forward  # accelerate's hooks
+    function = getattr(forward, "__func__", forward)
+    # By where it is written: functools.wraps makes all else look like what is wrapped.
+    written = getattr(function, "__globals__", {"__name__": type(function).__module__})["__name__"]
+    if written.split(".")[0] not in _PATCHERS:
+        return None
+    return getattr(function, "_torchdynamo_orig_callable", getattr(function, "__wrapped__", None))
+
+
+def _offloaded(module: nn.Module) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Names of tensors that accelerate keeps elsewhere for a module, and where it does."""
+    hook = vars(module).get("_hf_hook")
+    for one in getattr(hook, "hooks", [hook]):
+        if getattr(one, "offload", False) and one.weights_map is not None:
+            below = one.place_submodules
+            for name, tensor in (*module.named_parameters(recurse=below), *module.named_buffers(recurse=below)):
+                if tensor.is_meta:
+                    yield name, one.weights_map
+
+
+def _load(module: nn.Module, name: str):
+    """Have a copied module hold an offloaded tensor where it computes."""
+    owner, _, leaf = name.rpartition(".")
+    old = getattr(module.get_submodule(owner), leaf)
+    with torch.inference_mode(False), torch.no_grad():
+        value = real_tensor(module, name).detach().to(execution_device(module), old.dtype, copy=True)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(module.get_submodule(owner), leaf, value)
