@@ -242,6 +242,7 @@ class OnlineAssistant(TeachableAssistant):
                 stopping_criteria=None if running is None else running.stopping_criteria,
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
+                warn=self._warn_once,
             )
         except BaseException:
             self.serving.release(record.model)

@@ -53,6 +53,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stopping_criteria (`StoppingCriteriaList`, *optional*): the call's, if known.
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
+        warn (`Callable`, *optional*): see [`VerifiedProcessors`].
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stopping_criteria: StoppingCriteriaList | None = None,
         text: CallText | None = None,
         make_head: Callable | None = None,
+        warn: Callable[[str], None] | None = None,
     ):
         super().__init__(
             input_ids=input_ids,
@@ -89,12 +91,11 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
         self._verified: VerifiedProcessors | None = None
         if logits_processor:
-            self._verified = VerifiedProcessors(list(logits_processor), self._sample, self._eos)
+            self._verified = VerifiedProcessors(
+                list(logits_processor), self._sample, self._eos, **({} if warn is None else {"warn": warn})
+            )
             logits_processor[:] = [self._verified]  # the list is the call's own: generate made it
         self.stops = DraftStops(stopping_criteria or [], self._sample, self._eos, self.main_model_max_length)
-        # What cannot be put back must not be asked about tokens that may not come true; greedy, that is known in time.
-        copied = self._verified is None or self._verified.can_be_copied or not self._sample
-        self._may_draft = self.stops.allow_drafts and copied
         # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
         # takes the prompt's first hidden states and attentions for those of the drafts.
         states = generation_config.output_hidden_states or generation_config.output_attentions
@@ -129,7 +130,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         start = time.perf_counter()
         self._block = Block()
         room = self.stops.max_length - 1 - input_ids.shape[1]
-        may_draft = self._may_draft and not (self._prefill and self._first_alone)
+        processed = self._verified is None or self._verified.allows_drafts
+        may_draft = self.stops.allow_drafts and processed and not (self._prefill and self._first_alone)
         self._fill(input_ids, room if may_draft else 0)
         block = self._block
         candidates, scores = input_ids, None
@@ -142,6 +144,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                     sure = torch.full((len(block.cached), scores.shape[-1]), -torch.inf, device=scores.device)
                     scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
                 scores = scores[None]
+            if self._verified is not None and self._verified.in_turn:
+                drafted = candidates[0, input_ids.shape[1] :].tolist()
+                self._verified.expect(drafted, None if scores is None else scores[0])
         self._handed_over = time.perf_counter()
         self._draft_seconds = self._handed_over - start - self._lookup_seconds
         return candidates, scores
@@ -154,7 +159,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         target_seconds = start - self._handed_over
         block, drafting, m = self._block, self._drafting, int(num_matches)
         said, n = input_ids[:, -(m + 1) :], block.n  # (1, m+1)
-        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1)
+        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1, scores)
         targets = scores[0, : m + 1].softmax(-1) if self._sample else None
         # The one wait for the device in a round: for what was verified, what was drafted, and what the draft thought of it.
         overlap = drafting.overlap(block, said[0], targets) if block.steps else said.new_empty(0)
