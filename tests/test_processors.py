@@ -1,9 +1,15 @@
 """Processors with state see each verified position once, in order, and never a drafted one that did not come true."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import LogitsProcessor
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    WhisperNoSpeechDetection,
+)
 
 from hf_osd.processors import VerifiedProcessors
 
@@ -131,3 +137,43 @@ def test_stock_processors_are_shared_as_they_are():
     verified = VerifiedProcessors([stock], sampled=True, eos=set())
     assert not verified.has_state
     assert list(verified.for_drafting()) == [stock]
+
+
+def test_what_looks_at_the_target_is_never_shown_what_a_draft_says():
+    """Whisper's own reads the first row, and is read after the call. That it has state keeps it from being asked about positions of before as well."""
+    stock, watching = RepetitionPenaltyLogitsProcessor(1.2), WhisperNoSpeechDetection(no_speech_token=3, begin_index=1)
+    verified = VerifiedProcessors([watching, stock], sampled=False, eos=set())
+    assert verified.has_state
+    assert list(verified.for_drafting()) == [stock]
+    ask(verified, [3], [5, 6])
+    assert watching.no_speech_prob < 1e-6
+
+
+def test_a_function_of_allowed_tokens_has_no_state_and_is_not_asked_about_what_it_has_not_allowed():
+    asked = []
+
+    def allowed(batch, tokens):
+        asked.append(tokens.tolist())
+        return [4]
+
+    stock = PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
+    verified = VerifiedProcessors([stock], sampled=False, eos=set())
+    ask(verified, [4, 5, 4], [1, 1, 1, 1])
+    assert asked == [[9], [9, 4]]
+    assert not verified.has_state
+    assert list(verified.for_drafting()) == [stock]
+
+
+def copies_of(processor):
+    """Whether the draft has a copy."""
+    return VerifiedProcessors([processor], sampled=True, eos=set(), warn=lambda said: None).can_be_copied
+
+
+def test_a_copy_shares_nothing_that_changes_and_may_share_what_does_not():
+    constant = Noting()
+    constant.parts = {"add": torch.add, "length": len, "kind": Noting, "plain": copies_of}
+    assert copies_of(constant)
+    for shared in (lambda: constant, [].append, weakref.ref(constant), (lambda by=[]: by)):  # noqa: B006
+        noting = Noting()
+        noting.parts = [{"deep": (shared,)}]
+        assert not copies_of(noting)
