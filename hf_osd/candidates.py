@@ -141,7 +141,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if self._sample and block.own:
                 scores = self._drafting.dense(block, len(block.own))
                 if cached is not None:
-                    sure = torch.full((len(block.cached), scores.shape[-1]), -torch.inf, device=scores.device)
+                    sure = scores.new_full((len(block.cached), scores.shape[-1]), -torch.inf)
                     scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
                 scores = scores[None]
             if self._verified is not None and self._verified.in_turn:

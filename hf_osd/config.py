@@ -82,7 +82,7 @@ class OnlineConfig:
             Whether what was learnt serves only once requests that came since, judged before they are learnt, say that it is better, or no worse. Without
             it all that is learnt serves at once, as in the paper.
         gate_tolerance (`float`, defaults to 0.01):
-            By how much α may be lower for "no worse".
+            By how much α may be lower for "no worse". 1 lets through all that is not found to be worse.
         positions (`str`, defaults to `"all"`):
             `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
         prompt_positions (`int`, defaults to 256):

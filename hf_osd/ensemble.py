@@ -95,7 +95,10 @@ class Ensemble:
             weights = None if member.serves_as_is else member.serving_weights()
             with self._ranks.together():
                 overlap = torch.cat(
-                    [torch.zeros(0), *(judged.overlap for judged in self._judge(member, new, weights))]
+                    [
+                        torch.zeros(0, dtype=torch.float32, device="cpu"),
+                        *(judged.overlap for judged in self._judge(member, new, weights)),
+                    ]
                 )
             overlap = overlap[~overlap.isnan()]
             total, count = self._ranks.sum(float(overlap.double().sum()), len(overlap))

@@ -125,7 +125,9 @@ def _say_that_it_learns_nothing(kind: str):
 
 @functools.lru_cache(maxsize=32)
 def _with_seam(cls: type) -> type:
-    makes = {name: make for owner, methods in _seam().items() if issubclass(cls, owner) for name, make in methods.items()}
+    makes = {
+        name: make for owner, methods in _seam().items() if issubclass(cls, owner) for name, make in methods.items()
+    }
     wrapped = {name: _wrapped(cls, name, make) for name, make in makes.items()}
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, **wrapped})
 
@@ -174,6 +176,7 @@ def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
 
 def _running(original: Callable, signature: inspect.Signature) -> Callable:
     """`_assisted_decoding`: while it runs, its stopping criteria lie where an OnlineAssistant finds them."""
+    from hf_osd.default_device import default_device
 
     def assisted_decoding(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
@@ -181,7 +184,8 @@ def _running(original: Callable, signature: inspect.Signature) -> Callable:
             return original(self, *args, **kwargs)
         running_calls().append(RunningCall(arguments["stopping_criteria"]))
         try:
-            return original(self, *args, **kwargs)
+            with default_device(self.device):  # generate's loop has tensors that plain decoding has not
+                return original(self, *args, **kwargs)
         finally:
             running_calls().pop()
 

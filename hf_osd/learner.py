@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.contenders import Contenders, Point
+from hf_osd.default_device import default_device
 from hf_osd.distributed import Ranks, RanksParted, check_job
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
@@ -99,7 +100,7 @@ class Learner:
         self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._drops = 0  # in a row
         self._trying = False  # rates, of which nothing serves
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
         else:
@@ -355,7 +356,7 @@ class Learner:
     def _gathered(self, said: list[Judged]) -> Tensor:
         """Σ min(p, q) at all positions of all ranks that have a target, request by request: `(N,)`."""
         parts = self.ranks.gather([judged.shared[~judged.overlap.isnan()].nan_to_num(0.0) for judged in said])
-        return torch.cat([torch.zeros(0), *parts])
+        return torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *parts])
 
     def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
         config = self.config
@@ -435,7 +436,7 @@ class Learner:
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
-        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the
+        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer seeds the
         process's random state."""
         with (
             isolated_random_state() if self._alone else contextlib.nullcontext(),
@@ -443,6 +444,7 @@ class Learner:
             torch.enable_grad(),
             learners_autocast(self.ensemble.members[0].module.device.type, None),
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
+            default_device("cpu"),  # and a Trainer's own tensors
         ):
             yield
 

@@ -173,7 +173,7 @@ def test_a_copy_shares_nothing_that_changes_and_may_share_what_does_not():
     constant = Noting()
     constant.parts = {"add": torch.add, "length": len, "kind": Noting, "plain": copies_of}
     assert copies_of(constant)
-    for shared in (lambda: constant, [].append, weakref.ref(constant), (lambda by=[]: by)):  # noqa: B006
+    for shared in (lambda: constant, [].append, weakref.ref(constant), (lambda by=[]: by)):
         noting = Noting()
         noting.parts = [{"deep": (shared,)}]
         assert not copies_of(noting)

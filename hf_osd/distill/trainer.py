@@ -90,7 +90,7 @@ class OnlineGKDTrainer(GKDTrainer):
             True  # whatever the draft's forward takes: the rows are counted for compute_loss, over all ranks
         )
         self._ranks = Ranks.of_job()
-        self.draws = torch.Generator()  # of batches and sampled columns
+        self.draws = torch.Generator("cpu")  # of batches and sampled columns
         seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**62
         self.draws.manual_seed(seed + self._ranks.rank)
         if not self.is_deepspeed_enabled:
@@ -126,7 +126,7 @@ class OnlineGKDTrainer(GKDTrainer):
             raise ValueError("There is no feedback to learn from: serve requests with the assistant first.")
         by_length = sorted(requests, key=lambda request: request.tokens.shape[0])
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        order = torch.randperm(len(batches), generator=self.draws).tolist()
+        order = torch.randperm(len(batches), generator=self.draws, device="cpu").tolist()
         batches += [[self._nothing()]] * (steps - len(batches))
         order += range(len(order), steps)
         # With draws of its own: it would take its seed from the process's.
@@ -175,8 +175,9 @@ class OnlineGKDTrainer(GKDTrainer):
 
     def _nothing(self) -> Feedback:
         """A request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
-        tokens = torch.zeros(2, dtype=torch.int32)
-        rows = SparseRows(tokens[:1, None], torch.full((1, 1), torch.nan), torch.full((1,), torch.nan))
+        tokens = torch.zeros(2, dtype=torch.int32, device="cpu")
+        nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
+        rows = SparseRows(tokens[:1, None], nothing[:, None], nothing)
         source = tokens if self.model.config.is_encoder_decoder else None
         return replace(Feedback.of_target(tokens, 1, rows), source=source)
 
