@@ -1,10 +1,13 @@
 """What a program has made torch's defaults changes nothing of what is said, kept and learnt: all tensors have a dtype and a device of their own."""
 
+import ast
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
 
+import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.default_device import default_device
 from hf_osd.intervals import interval
@@ -161,3 +164,39 @@ def test_a_default_that_is_the_cpu_or_the_same_is_left_alone():
         with default_device("meta"):  # where offloaded weights are said to be
             assert torch.zeros(1).device.type == "cpu"
         assert torch.zeros(1).device.type == "meta"
+
+
+def made_tensors():
+    """The calls of torch in hf_osd that make a tensor out of nothing: file and line, name, and what they are told."""
+    makers = {
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "arange",
+        "eye",
+        "linspace",
+        "tensor",
+        "as_tensor",
+    }
+    for path in sorted(Path(hf_osd.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            function = node.func if isinstance(node, ast.Call) else None
+            if (
+                isinstance(function, ast.Attribute)
+                and function.attr in makers
+                and ast.unparse(function.value) == "torch"
+            ):
+                yield f"{path.name}:{node.lineno}", function.attr, {keyword.arg for keyword in node.keywords}
+
+
+def test_every_tensor_that_is_made_says_where_it_lies_and_of_what_it_is():
+    made = list(made_tensors())
+    assert len(made) > 40
+    whole = {"randint", "randperm", "arange", "tensor"}  # of whole numbers, where nothing else is said
+    assert [where for where, _, told in made if "device" not in told] == []
+    assert [where for where, name, told in made if "dtype" not in told and name not in whole] == []

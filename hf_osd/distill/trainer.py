@@ -3,6 +3,8 @@ teacher never runs."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import tempfile
 import traceback
@@ -28,12 +30,16 @@ from hf_osd.rate import WEIGHTS
 from hf_osd.scoring import answer_logits, learners_autocast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineGKDTrainer(GKDTrainer):
@@ -70,6 +76,7 @@ class OnlineGKDTrainer(GKDTrainer):
         self._requests: Sequence[Feedback] | None = None
         self._losses: list[tuple[Tensor, int]] = []  # of the steps of `learn`: sum, and over how many rows
         self._autocast_dtype = autocast_dtype
+        self._has_own_args = args is not None
         self.failure: Exception | None = None  # of a step of `learn` on this rank, which the others went on with
         super().__init__(
             model=model,
@@ -95,6 +102,12 @@ class OnlineGKDTrainer(GKDTrainer):
         self.draws.manual_seed(seed + self._ranks.rank)
         if not self.is_deepspeed_enabled:
             self.accelerator.free_memory = self._drop_prepared
+
+    def create_accelerator_and_postprocess(self):
+        """Upstream's, and a launch config's settings set aside."""
+        super().create_accelerator_and_postprocess()
+        if not self._has_own_args:
+            _set_launch_settings_aside(self.accelerator)
 
     def learn(self, requests: Sequence[Feedback]) -> float:
         """One pass over `requests`; the mean loss a row."""
@@ -275,6 +288,35 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
     if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would choose DataParallel, which trl refuses
         args._n_gpu = 1
     return args
+
+
+def _set_launch_settings_aside(accelerator: Accelerator):
+    """What a launch config, or an Accelerator of the user's own, says of compilation and mixed precision is of their training, and stays with it. Compiled anew
+    for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it."""
+    state, aside = accelerator.state, {}
+    if state.dynamo_plugin is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
+        aside["dynamo_backend"] = state.dynamo_plugin.backend.value.lower()
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if state.mixed_precision != "no" and not sharded:
+        aside["mixed_precision"] = state.mixed_precision
+    if not aside:
+        return
+    own = object.__new__(type(state))  # every other one shares its attributes
+    own.__dict__ = dict(vars(state))
+    if "dynamo_backend" in aside:
+        own.dynamo_plugin = TorchDynamoPlugin(backend="no")
+    if "mixed_precision" in aside:
+        own._mixed_precision, accelerator.native_amp, accelerator.scaler = "no", False, None
+    accelerator.state = own
+    _say_that_it_is_set_aside(", ".join(f"{name}={value}" for name, value in aside.items()))
+
+
+@functools.cache
+def _say_that_it_is_set_aside(what: str):
+    logger.warning(
+        "accelerate's %s is set aside for learning, which compiles nothing and computes in OnlineConfig(learner_dtype=...); your own training keeps it.",
+        what,
+    )
 
 
 def _no_tokenizer() -> PreTrainedTokenizerBase:
