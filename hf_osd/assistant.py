@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.teachable import TeachableAssistant
 from hf_osd.translation import Translation
 from hf_osd.view import View
+from hf_osd.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import (
@@ -193,7 +195,9 @@ class OnlineAssistant(TeachableAssistant):
         )
         translation = self._translation(target.config.get_text_config().vocab_size, tokenizers)
         check_vocabularies(target, translation)
+        began = time.perf_counter()
         self.update()
+        self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
         config = self.osd_config
         encodes = target.config.is_encoder_decoder
         mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
@@ -373,7 +377,8 @@ class OnlineAssistant(TeachableAssistant):
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
         try:
-            [(overlap, confidence, _)] = self._judge([feedback])
+            windows = Windows([feedback], self.osd_config.learning_window)
+            [(overlap, confidence, _)] = windows.spread(self._judge(windows.requests))
         except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
             logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
             return feedback

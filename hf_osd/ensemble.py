@@ -16,6 +16,7 @@ from hf_osd.distributed import Ranks
 from hf_osd.feedback import Feedback
 from hf_osd.member import Member, swap_weights
 from hf_osd.scoring import Judged, judge, learners_autocast, learners_dtype
+from hf_osd.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ class Ensemble:
         ranks: Ranks,
     ):
         self.autocast_dtype = learners_dtype(config, draft)
-        self._sharpness, self._ranks = config.ensemble_sharpness, ranks
+        self._sharpness, self._ranks, self._window = config.ensemble_sharpness, ranks, config.learning_window
         factors = config.ensemble or [1.0]
         self.members = [
             Member(
@@ -117,7 +118,8 @@ class Ensemble:
         try:
             # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
             with learners_autocast(member.module.device.type, self.autocast_dtype):
-                return judge(member.module, feedback)
+                windows = Windows(feedback, self._window)
+                return windows.spread(judge(member.module, windows.requests))
         finally:
             if kept is not None:
                 swap_weights(member.module, kept)

@@ -47,6 +47,7 @@ class Feedback:
         source (`Tensor` int32 `(S,)`, *optional*): what the encoder read, if the draft has one; `tokens` are then the decoder's.
         prompt_rows (`SparseRows` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, k as above; `None` where they
             are not known. They teach as well, and nothing else: α is of generated tokens alone.
+        gap (`tuple[int, int]`, *optional*): `(after, count)`: of the text, `count` tokens are left out after the first `after` ones ([`hf_osd.windows.cut`]).
     """
 
     tokens: Tensor
@@ -63,6 +64,7 @@ class Feedback:
     created: float = field(default_factory=time.monotonic)
     source: Tensor | None = None
     prompt_rows: SparseRows | None = None
+    gap: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """N, the number of verified positions."""

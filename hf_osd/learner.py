@@ -37,6 +37,7 @@ from hf_osd.random_state import isolated_random_state
 from hf_osd.rate import PASSES, Rate, Trial
 from hf_osd.schedule import Schedule
 from hf_osd.scoring import Judged, learners_autocast
+from hf_osd.windows import what_is_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +95,8 @@ class Learner:
         self.ensemble.set_rate(self.rate.value)
         # In the dtype they came in, which holds them exactly.
         static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step)
+        time_of = self.schedule.note_judging, self.schedule.thinned
+        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step, *time_of)
         # New requests learnt since, for as long as the buffer holds them; and what is to be learnt, and not judged by.
         self._since_accepted: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
@@ -136,6 +138,7 @@ class Learner:
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
         start, changes = time.perf_counter(), self.contenders.changes
+        self.schedule.begin(bounded=not wait)
         try:
             new = self.buffer.new()
             if self.ranks.any(bool(new)):
@@ -268,6 +271,8 @@ class Learner:
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
         if most is not None:
             new, served = new[-most:], served[-most:]
+        if self.rate.found:
+            served = self.schedule.within(served, 1.0, bounded)  # three drafts' forwards are as learning once
         before = self.ensemble.snapshot()
         try:
             with self._apart():
@@ -307,15 +312,16 @@ class Learner:
     def _find_rate(self, new: list[Feedback], bounded: bool):
         """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
         half = len(new) // 2
-        taught, judged = new[:half], new[half:]
-        start, began = self.ensemble.snapshot(), time.perf_counter()
+        taught, judged = new[:half], self.schedule.within(new[half:], 1.0, bounded)
+        start = self.ensemble.snapshot()
         with self.ranks.together():
             static = self.contenders.judge(judged, self.contenders.static)
-        self.schedule.note_judged(_tokens(judged), time.perf_counter() - began)
+        taught = self.schedule.within(taught, len(self.rate.ladder), bounded)
         before = self._gathered(static)
         if not len(before):
             return  # nobody can be judged by these
-        most = self.schedule.passes(round(self.config.passes), _tokens(taught) * len(self.rate.ladder), bounded)
+        tokens, beside = (len(self.rate.ladder) * self.schedule.tokens(part) for part in (taught, judged))
+        most = self.schedule.passes(round(self.config.passes), tokens, bounded, beside)
         trials: list[Trial] = []
         best: tuple[Point, list[Judged]] | None = None
         self._trying = True
@@ -367,7 +373,7 @@ class Learner:
         # After a failure without replay: what broke the update may be in it, and would break every other one.
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator, config.replay_by)
-        requests = self.schedule.fitting(new, replayed, bounded)
+        requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
         rows = sum(request.lessons(config.positions) for request in requests)
         rows = int(self.ranks.sum(rows)[0])
         if not rows:
@@ -390,7 +396,7 @@ class Learner:
             self.ensemble.losses = losses
             self.ensemble.go_back(before)
             raise
-        self.schedule.note_learned(_tokens(requests), time.perf_counter() - start, first)
+        self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
         self.schedule.succeeded()
         self.updates += 1
         self.learned_tokens += rows
@@ -399,6 +405,7 @@ class Learner:
             self.buffer.clear()
 
     def _train(self, requests: list[Feedback]):
+        requests = what_is_read(requests, self.config, self._generator)
         for member in self.ensemble.members:
             member.learn(requests)
 
@@ -447,8 +454,3 @@ class Learner:
             default_device("cpu"),  # and a Trainer's own tensors
         ):
             yield
-
-
-def _tokens(requests: list[Feedback]) -> int:
-    """Of their texts, which a forward reads."""
-    return sum(len(request.tokens) for request in requests)

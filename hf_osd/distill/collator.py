@@ -61,7 +61,10 @@ class FeedbackCollator:
             inputs = {"decoder_input_ids": _padded(texts, left=False)[0]}
         else:
             input_ids, attention_mask = _padded(texts, left=True, longest=longest - 1)
-            inputs = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
+            places = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+            for row, (after, count) in ((b, one.gap) for b, one in enumerate(batch) if one.gap is not None):
+                places[row] += count * (places[row] >= after)
+            inputs = {"position_ids": places}
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
