@@ -96,7 +96,7 @@ class VerifiedProcessors(LogitsProcessor):
         if not self._sampled:
             self._said = int(scores.argmax(-1))
         elif row < len(self._drafted):
-            self._drawn[row] = scores
+            self._drawn[row] = scores.clone()  # it may be a view of what generate writes into
             self._said = self._draw(row, scores)
             scores = torch.full_like(scores, -torch.inf)
             scores[0, self._said] = 0.0

@@ -278,17 +278,18 @@ def test_a_function_of_allowed_tokens_is_asked_about_what_it_allowed_alone(targe
         assert assistant.stats.total.tested > 0
 
 
-def test_scores_are_plain_decodings_where_the_draw_was_made_for_generate(target, draft):
+@pytest.mark.parametrize("kind", [Counting, Writing])
+def test_scores_are_plain_decodings_where_the_draw_was_made_for_generate(target, draft, kind):
     """Each token's own processed row, from the text before it."""
     assistant = assist(draft, learn=False)
     kwargs = {**GREEDY, "do_sample": True, "top_k": 0, "output_scores": True, "return_dict_in_generate": True}
     torch.manual_seed(0)
-    output = target.generate(PROMPTS[0], assistant_model=assistant, **kwargs, **processors(Counting()))
+    output = target.generate(PROMPTS[0], assistant_model=assistant, **kwargs, **processors(kind()))
     with torch.no_grad():
         rows = target(output.sequences).logits[0, LENGTH - 1 : -1].float()
-    again = Counting()
+    again = kind()
     for i, (scores, row) in enumerate(zip(output.scores, rows, strict=True)):
-        torch.testing.assert_close(scores, again(output.sequences[:, : LENGTH + i], row[None]))
+        torch.testing.assert_close(scores, again(output.sequences[:, : LENGTH + i], row[None].clone()))
     assert assistant.stats.total.accepted > 0
 
 
