@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from hf_osd.teachable import TeachableAssistant
 from hf_osd.translation import Translation
 from hf_osd.verification import Verification
 from hf_osd.view import View
+from hf_osd.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import (
@@ -208,7 +210,9 @@ class OnlineAssistant(TeachableAssistant):
         width = self._widths.of(target)
         translation = self._translation(width or self._widths.least(target), tokenizers)
         check_vocabularies(target, translation)
+        began = time.perf_counter()
         self.update()
+        self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
         config = self.osd_config
         encodes = target.config.is_encoder_decoder
         mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
@@ -263,6 +267,7 @@ class OnlineAssistant(TeachableAssistant):
                 verification=Verification(*call, config.verify_target, self.decodes_plainly),
                 reach=self.reach,
                 see_width=None if width else functools.partial(self._widths.note, target),
+                warn=self._warn_once,
             )
         except BaseException:
             self.serving.release(record.model)
@@ -402,7 +407,8 @@ class OnlineAssistant(TeachableAssistant):
         if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
             return feedback
         try:
-            [(overlap, confidence, _)] = self._judge([feedback])
+            windows = Windows([feedback], self.osd_config.learning_window)
+            [(overlap, confidence, _)] = windows.spread(self._judge(windows.requests))
         except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
             logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
             return feedback

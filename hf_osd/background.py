@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.default_device import default_device
 from hf_osd.feedback import Feedback
 from hf_osd.forks import importing, released
 from hf_osd.learner import Learner
@@ -199,7 +200,7 @@ class BackgroundLearner:
         with self._preparing:
             if self._prepared:
                 return
-            with isolated_random_state():
+            with isolated_random_state(), default_device("cpu"):
                 for member in self.learner.ensemble.members:
                     member.trainer  # noqa: B018 (made when first asked for)
             self._prepared = True

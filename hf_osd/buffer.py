@@ -91,15 +91,16 @@ class FeedbackBuffer:
             self._keep_bounds()
             held = list(self._held)
         if by == "recency":
-            weights = torch.arange(1 - len(held), 1).div(HALF_LIFE).exp2()
+            weights = torch.arange(1 - len(held), 1, dtype=torch.float32, device="cpu").div(HALF_LIFE).exp2()
         elif by == "loss":
-            weights = torch.tensor([_rejection_rate(feedback) for feedback in held])
+            rates = [_rejection_rate(feedback) for feedback in held]
+            weights = torch.tensor(rates, dtype=torch.float32, device="cpu")
         else:
-            weights = torch.ones(len(held))
+            weights = torch.ones(len(held), dtype=torch.float32, device="cpu")
         drawn: list[Feedback] = []
         while held and len(drawn) < count:
             # An exponential race: whose clock of rate `weight` rings first. It is a weighted draw without repetition.
-            times = torch.empty(len(held)).exponential_(generator=generator) / weights
+            times = torch.empty_like(weights).exponential_(generator=generator) / weights
             drawn += [held[i] for i in times.argsort()[: count - len(drawn)].tolist()]
         return drawn
 

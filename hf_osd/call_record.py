@@ -211,16 +211,16 @@ class CallRecord:
         rows = self._kept()
         drafted, outcome = zip(*self._positions, strict=True)
         return Feedback(
-            tokens=torch.cat([self._prompt, torch.tensor(self._tokens, dtype=torch.int32)]),
+            tokens=torch.cat([self._prompt, torch.tensor(self._tokens, dtype=torch.int32, device="cpu")]),
             prompt_length=len(self._prompt),
             top_ids=rows.top_ids,
             top_logps=rows.top_logps,
             tail_logp=rows.tail_logp,
             draft_logps=torch.cat(self._draft_rows).cpu(),
-            drafted=torch.tensor(drafted, dtype=torch.int32),
+            drafted=torch.tensor(drafted, dtype=torch.int32, device="cpu"),
             drafted_logp=torch.cat(self._drafted_logp).cpu(),
-            outcome=torch.tensor(outcome, dtype=torch.int8),
-            overlap=torch.tensor(self._overlap),
+            outcome=torch.tensor(outcome, dtype=torch.int8, device="cpu"),
+            overlap=torch.tensor(self._overlap, dtype=torch.float32, device="cpu"),
             sampled=self.sampled,
             source=self._source,
             prompt_rows=None if prefill is None else self._of_prompt(prefill, shared),

@@ -58,6 +58,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
         reach (`Reach`, *optional*): what the draft can read, where there is one. Beyond it, and where the draft fails, this call goes on without it.
         see_width (`Callable`, *optional*): told how many logits the target gives, where that is not known yet; nothing is drafted in such a call.
+        warn (`Callable`, *optional*): see [`VerifiedProcessors`].
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         verification: Verification | None = None,
         reach: Reach | None = None,
         see_width: Callable[[int], None] | None = None,
+        warn: Callable[[str], None] | None = None,
     ):
         upstreams = functools.partial(
             super().__init__,
@@ -112,12 +114,12 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
         self._verified: VerifiedProcessors | None = None
         if logits_processor:
-            self._verified = VerifiedProcessors(list(logits_processor), self._sample, self._eos)
+            self._verified = VerifiedProcessors(
+                list(logits_processor), self._sample, self._eos, **({} if warn is None else {"warn": warn})
+            )
             logits_processor[:] = [self._verified]  # the list is the call's own: generate made it
         self.stops = DraftStops(stopping_criteria or [], self._sample, self._eos, self.main_model_max_length)
-        # What cannot be put back must not be asked about tokens that may not come true; greedy, that is known in time.
-        copied = self._verified is None or self._verified.can_be_copied or not self._sample
-        self._may_draft = self.stops.allow_drafts and copied and see_width is None
+        self._may_draft = self.stops.allow_drafts and see_width is None
         self._see_width = see_width
         # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
         # takes the prompt's first hidden states and attentions for those of the drafts.
@@ -155,7 +157,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         start = time.perf_counter()
         self._block = Block()
         room = self.stops.max_length - 1 - input_ids.shape[1]
-        may_draft = self._may_draft and not (self._prefill and self._first_alone)
+        processed = self._verified is None or self._verified.allows_drafts
+        may_draft = self._may_draft and processed and not (self._prefill and self._first_alone)
         self._fill(input_ids, room if may_draft else 0)
         block = self._block
         candidates, scores = input_ids, None
@@ -165,9 +168,12 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if self._sample and block.own:
                 scores = self._drafting.dense(block, len(block.own))
                 if cached is not None:
-                    sure = torch.full((len(block.cached), scores.shape[-1]), -torch.inf, device=scores.device)
+                    sure = scores.new_full((len(block.cached), scores.shape[-1]), -torch.inf)
                     scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
                 scores = scores[None]
+            if self._verified is not None and self._verified.in_turn:
+                drafted = candidates[0, input_ids.shape[1] :].tolist()
+                self._verified.expect(drafted, None if scores is None else scores[0])
         self._handed_over = time.perf_counter()
         self._draft_seconds = self._handed_over - start - self._lookup_seconds - self._verification_seconds
         self._verification_seconds = 0.0
@@ -181,7 +187,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         target_seconds = start - self._handed_over
         block, drafting, m = self._block, self._drafting, int(num_matches)
         said, n = input_ids[:, -(m + 1) :], block.n  # (1, m+1)
-        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1)
+        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1, scores)
         targets = scores[0, : m + 1].softmax(-1) if self._sample else None
         # The one wait for the device in a round: for what was verified, what was drafted, and what the draft thought of it.
         overlap = drafting.overlap(block, said[0], targets) if block.steps else said.new_empty(0)

@@ -61,6 +61,9 @@ class OnlineConfig:
             The share of the time that learning may take; a third inline, else a tenth, if left out. Inline that is of all the time that calls and learning
             take together, and an update learns as much as fits; beside serving it is of the time in which a call is served, and learning takes all there
             is while none is: in the background time on the wall, in a process that of one core, which at its low priority may stretch over much more.
+        learning_window (`int`, *optional*, defaults to 1024):
+            Tokens of a request that are read to judge and to learn it, at most. Of a longer text that is where most of it teaches, with what comes before, and its
+            first tokens. `None` reads all of it, however long that takes.
         learner_device (`str`, *optional*):
             Where to learn, such as `"cuda:1"`; the draft's device if left out.
         learner_threads (`int`, defaults to 1):
@@ -83,7 +86,7 @@ class OnlineConfig:
             Whether what was learnt serves only once requests that came since, judged before they are learnt, say that it is better, or no worse. Without
             it all that is learnt serves at once, as in the paper.
         gate_tolerance (`float`, defaults to 0.01):
-            By how much α may be lower for "no worse".
+            By how much α may be lower for "no worse". 1 lets through all that is not found to be worse.
         positions (`str`, defaults to `"all"`):
             `"all"` verified positions teach, or, as in the paper, only the `"error"` position that ends each round.
         prompt_positions (`int`, defaults to 256):
@@ -162,6 +165,7 @@ class OnlineConfig:
     draft_head_rank: int = 64
     learn: str = "inline"
     learning_budget: float | None = None
+    learning_window: int | None = 1024
     learner_device: str | None = None
     learner_threads: int = 1
     top_k: int = 64
@@ -226,7 +230,7 @@ class OnlineConfig:
         sizes = ("suffix_cache_bytes", "suffix_cache_tokens", "draft_head_rows", "draft_head_rank")
         for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", "learner_threads", *sizes):
             self._at_least(name, 1, whole=True)
-        for name in ("update_tokens", "batch_size", "decay_steps", "tail_samples"):
+        for name in ("update_tokens", "batch_size", "decay_steps", "tail_samples", "learning_window"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1, whole=True)
         for name in ("warmup_steps", "prompt_positions"):

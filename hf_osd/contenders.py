@@ -44,6 +44,8 @@ class Contenders:
         ranks (`Ranks`): of the job.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes weights that are to serve.
         pause (`Callable[[], None]`, *optional*): called after each judging.
+        judged (`Callable[[Sequence[Feedback], float], None]`, *optional*): told what was judged, by one draft, and the seconds it took.
+        thinned (`Callable[[list[Feedback]], list[Feedback]]`, *optional*): gives those of the remembered requests that there is time to judge by.
 
     Attributes:
         gate (`Gate`, *optional*): without one all that is learnt serves at once, and nothing is judged.
@@ -60,8 +62,11 @@ class Contenders:
         ranks: Ranks,
         serve: Callable[[Mapping[str, Tensor]], None],
         pause: Callable[[], None] | None = None,
+        judged: Callable[[Sequence[Feedback], float], None] = lambda requests, seconds: None,
+        thinned: Callable[[list[Feedback]], list[Feedback]] = lambda requests: requests,
     ):
         self._ensemble, self._ranks, self._serve, self._pause = ensemble, ranks, serve, pause
+        self._judged, self._thinned = judged, thinned
         self._dtypes = {name: weight.dtype for name, weight in static.items()}
         self._max_age = config.buffer_age
         self.gate = Gate(config.gate_tolerance, ranks) if config.gate else None
@@ -150,7 +155,9 @@ class Contenders:
 
     def judge(self, requests: Sequence[Feedback], point: Point) -> list[Judged]:
         """What a draft says of requests, see [`hf_osd.scoring.judge`]."""
+        start = time.perf_counter()
         judged = self._ensemble.judge(list(requests), point.weights) if requests else []
+        self._judged(requests, time.perf_counter() - start)
         if self._pause is not None:
             self._pause()
         return judged
@@ -213,7 +220,7 @@ class Contenders:
 
     def _has_unlearnt(self) -> bool:
         """Whether the candidate is worse than the static draft on requests of before. Where that one knew next to nothing there is nothing to unlearn."""
-        requests = self.remembered.requests()
+        requests = self._thinned(self.remembered.requests())
         new = [request for request in requests if request not in self._known]
         with self._ranks.together():
             for request, score in zip(new, self._scores(new, self.static), strict=True):

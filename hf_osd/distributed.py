@@ -71,7 +71,7 @@ class Ranks:
         Raises:
             RanksParted: if a rank has gone. So do all that follow.
         """
-        return self._exchange(torch.tensor(numbers, dtype=torch.float64))
+        return self._exchange(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def sum(self, *numbers: float) -> list[float]:
         """The sum over ranks of each number."""
@@ -90,9 +90,13 @@ class Ranks:
         if self.size == 1:
             return list(parts)
         counts = self.each(len(parts), sum(map(len, parts))).long()  # (size, 2)
-        lengths = self._exchange(_padded(torch.tensor([len(part) for part in parts]).long(), int(counts[:, 0].max())))
+        lengths = self._exchange(
+            _padded(
+                torch.tensor([len(part) for part in parts], dtype=torch.long, device="cpu"), int(counts[:, 0].max())
+            )
+        )
         values = [part.to("cpu", dtype) for part in parts]
-        values = torch.cat(values) if values else torch.zeros(0, dtype=dtype)
+        values = torch.cat(values) if values else torch.zeros(0, dtype=dtype, device="cpu")
         values = self._exchange(_padded(values, int(counts[:, 1].max())))
         found: list[Tensor] = []
         for rank, (number, total) in enumerate(counts.tolist()):

@@ -87,7 +87,7 @@ class DraftRows:
         if self.ids is None:
             return self.logits
         ids = self.ids if self.ids.dim() == 2 else self.ids.expand(len(self), -1)
-        return torch.full((len(self), size), -torch.inf, device=ids.device).scatter_(-1, ids, self.logits)
+        return self.logits.new_full((len(self), size), -torch.inf).scatter_(-1, ids, self.logits)
 
 
 class DraftContext:

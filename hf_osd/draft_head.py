@@ -78,13 +78,13 @@ class DraftHead:
     def could_say(self, prompt: Tensor, answer: Sequence[int]) -> Tensor:
         """Which tokens of an answer a call's head has when they are due, bool `(N,)`: those of the set, of the prompt, and said before."""
         if self._projection is not None:
-            return torch.ones(len(answer), dtype=torch.bool)
+            return torch.ones(len(answer), dtype=torch.bool, device="cpu")
         known = {*self.vocabulary.ids.tolist(), *prompt.tolist()}
         could = []
         for token in answer:
             could.append(token in known)
             known.add(token)
-        return torch.tensor(could)
+        return torch.tensor(could, dtype=torch.bool, device="cpu")
 
     def observe(self, prompt: Tensor, answer: Sequence[int], likely: tuple[Tensor, Tensor] | None):
         """The tokens of a call that is over, in the draft's ids, and what else the target found likely in it, tokens and how likely, `(N,)`

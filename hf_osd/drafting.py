@@ -150,9 +150,16 @@ class Drafting:
             block.lag = self._settle_lag(input_ids, block.lag_said)
         said = said[len(said) - 1 :]
         processors = self._verified.for_drafting() if self._verified is not None else None
+        if self._verified is not None and not self._verified.allows_drafts:
+            return block  # they cannot be copied any more
         selective, reach, extended, tokens = plan.selective and self._looks, 1.0, input_ids, []
         while True:
-            scores = self._scores(said, extended, processors) if self._needs_scores else None  # (1, V)
+            try:
+                scores = self._scores(said, extended, processors) if self._needs_scores else None  # (1, V)
+            except Exception:
+                if self._verified is None or not self._verified.in_turn:
+                    raise
+                break  # a user's own processor does not know what was drafted, which may never come true
             block.said.append(said)
             if scores is not None:
                 block.scores.append(scores)
@@ -203,6 +210,8 @@ class Drafting:
             targets (`Tensor` `(m+1, V)`, *optional*): the target's distributions there, when sampling.
         """
         n = min(len(block.said), len(tokens))
+        if not n:  # the draft was stopped before it said anything
+            return tokens.new_empty(0)
         if self._needs_scores:
             return self._overlap(torch.cat(block.scores[:n]), tokens[:n], targets)
         said = [*block.own, *(said.likeliest()[None].to(self._home) for said in block.said[len(block.own) :])]

@@ -17,6 +17,7 @@ from hf_osd.feedback import Feedback
 from hf_osd.lora import set_base
 from hf_osd.member import Member, swap_weights
 from hf_osd.scoring import Judged, judge, learners_autocast, learners_dtype
+from hf_osd.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ class Ensemble:
         ranks: Ranks,
     ):
         self.autocast_dtype = learners_dtype(config, draft)
-        self._sharpness, self._ranks = config.ensemble_sharpness, ranks
+        self._sharpness, self._ranks, self._window = config.ensemble_sharpness, ranks, config.learning_window
         factors = config.ensemble or [1.0]
         self.members = [
             Member(
@@ -96,7 +97,10 @@ class Ensemble:
             weights = None if member.serves_as_is else member.serving_weights()
             with self._ranks.together():
                 overlap = torch.cat(
-                    [torch.zeros(0), *(judged.overlap for judged in self._judge(member, new, weights))]
+                    [
+                        torch.zeros(0, dtype=torch.float32, device="cpu"),
+                        *(judged.overlap for judged in self._judge(member, new, weights)),
+                    ]
                 )
             overlap = overlap[~overlap.isnan()]
             total, count = self._ranks.sum(float(overlap.double().sum()), len(overlap))
@@ -115,7 +119,8 @@ class Ensemble:
         try:
             # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
             with learners_autocast(member.module.device.type, self.autocast_dtype):
-                return judge(member.module, feedback)
+                windows = Windows(feedback, self._window)
+                return windows.spread(judge(member.module, windows.requests))
         finally:
             if kept is not None:
                 swap_weights(member.module, kept)

@@ -23,6 +23,8 @@ _SCALES = (0.05, 0.2, 0.8)
 # Of squares, as if so many tokens had been lost before: losses that are rare and in runs, with no gains beside them, are not symmetric about a tolerance, and
 # would pass for a while as none.
 _SKEW = 9.0
+# Evidence is finite: its logarithm is at most so much.
+_MOST = 600.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class Evidence:
         return self.difference / self.positions if self.positions else 0.0
 
     def better(self, than: float = 0.0) -> float:
-        """The evidence, as an e-value, against α of the first draft being at most `than` above the second's: 20 errs once in twenty."""
+        """The evidence, as an e-value, against α of the first draft being at most `than` above the second's: 20 errs once in twenty. Of what cannot be, that one is
+        lower by 1, there is no doubt."""
+        if than <= -1.0 and self.positions:
+            return math.exp(_MOST)
         return _e_value(self.difference - than * self.positions, self._squares_about(than))
 
     def worse(self, than: float = 0.0) -> float:
@@ -94,7 +99,7 @@ def _e_value(total: float, squares: float) -> float:
     most = max(values)
     if most == -math.inf:
         return 0.0
-    return math.exp(min(most, 600.0)) * sum(math.exp(value - most) for value in values) / len(_SCALES)
+    return math.exp(min(most, _MOST)) * sum(math.exp(value - most) for value in values) / len(_SCALES)
 
 
 def gathered(evidence: Sequence[Evidence], sums: Sequence[float]) -> list[Evidence]:

@@ -47,6 +47,7 @@ class Feedback:
         source (`Tensor` int32 `(S,)`, *optional*): what the encoder read, if the draft has one; `tokens` are then the decoder's.
         prompt_rows (`SparseRows` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, k as above; `None` where they
             are not known. They teach as well, and nothing else: α is of generated tokens alone.
+        gap (`tuple[int, int]`, *optional*): `(after, count)`: of the text, `count` tokens are left out after the first `after` ones ([`hf_osd.windows.cut`]).
     """
 
     tokens: Tensor
@@ -63,6 +64,7 @@ class Feedback:
     created: float = field(default_factory=time.monotonic)
     source: Tensor | None = None
     prompt_rows: SparseRows | None = None
+    gap: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """N, the number of verified positions."""
@@ -122,7 +124,7 @@ class Feedback:
         """The same request with the last `most` of its `prompt_rows`, at most. Itself if it has no more."""
         if self.prompt_rows is None or len(self.prompt_rows) <= most:
             return self
-        return replace(self, prompt_rows=self.prompt_rows.at(torch.arange(-most, 0)) if most else None)
+        return replace(self, prompt_rows=self.prompt_rows.at(torch.arange(-most, 0, device="cpu")) if most else None)
 
     @classmethod
     def of_target(
@@ -144,11 +146,11 @@ class Feedback:
             top_ids=rows.top_ids,
             top_logps=rows.top_logps,
             tail_logp=rows.tail_logp,
-            draft_logps=torch.full((n, k), torch.nan, dtype=dtype),
-            drafted=torch.full((n,), -1, dtype=torch.int32),
-            drafted_logp=torch.full((n,), torch.nan, dtype=dtype),
-            outcome=torch.full((n,), UNTESTED, dtype=torch.int8),
-            overlap=torch.full((n,), torch.nan) if overlap is None else overlap,
+            draft_logps=torch.full((n, k), torch.nan, dtype=dtype, device="cpu"),
+            drafted=torch.full((n,), -1, dtype=torch.int32, device="cpu"),
+            drafted_logp=torch.full((n,), torch.nan, dtype=dtype, device="cpu"),
+            outcome=torch.full((n,), UNTESTED, dtype=torch.int8, device="cpu"),
+            overlap=torch.full((n,), torch.nan, dtype=torch.float32, device="cpu") if overlap is None else overlap,
             sampled=sampled,
             source=None if source is None else source.to("cpu", torch.int32),
             prompt_rows=prompt_rows,

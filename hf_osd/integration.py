@@ -1,6 +1,6 @@
 """The one seam into transformers: `GenerationMixin._get_candidate_generator`, wrapped once, so that `assistant_model=` may be an
-[`OnlineAssistant`]; and the method that calls it, for it alone knows the stopping criteria and when a call ends. Every other assistant goes through
-untouched."""
+[`OnlineAssistant`]; and the method that calls it, for it alone knows the stopping criteria and when a call ends; and those of Whisper's that clear a setting
+where they see an assistant. Every other assistant goes through untouched."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ _CONTRACT = {
     ),
     "AssistedCandidateGenerator.get_candidates": ("input_ids",),
     "AssistedCandidateGenerator.update_candidate_strategy": ("input_ids", "scores", "num_matches"),
+    "WhisperGenerationMixin.generate": ("kwargs",),
+    "WhisperGenerationMixin.generate_with_fallback": ("kwargs",),
 }
 _TESTED = "transformers>=5.23,<5.24"
 
-_thread = threading.local()  # `calls`: of this thread, see `running_calls`
+# Of this thread: `calls`, see `running_calls`; and `whispers`, the assistants of Whisper's calls, innermost last.
+_thread = threading.local()
 
 
 @dataclass(eq=False)
@@ -71,22 +74,20 @@ def enable():
     Raises:
         RuntimeError: if this transformers has changed what the seam relies on; the message says what, and what to install.
     """
-    from transformers import GenerationMixin
-
     if is_enabled():
         return
     _check_contract()
-    for name in _seam():
-        setattr(GenerationMixin, name, _wrapped(GenerationMixin, name))
+    for owner, methods in _seam().items():
+        for name, make in methods.items():
+            setattr(owner, name, _wrapped(owner, name, make))
 
 
 def disable():
     """Close the seam. An OnlineAssistant then drafts like any stock assistant, and no longer learns."""
-    from transformers import GenerationMixin
-
     if is_enabled():
-        for name in _seam():
-            setattr(GenerationMixin, name, getattr(GenerationMixin, name)._hf_osd_original)
+        for owner, methods in _seam().items():
+            for name in methods:
+                setattr(owner, name, getattr(owner, name)._hf_osd_original)
 
 
 def is_enabled() -> bool:
@@ -117,7 +118,7 @@ def generate_unpatched(target: PreTrainedModel, assistant_model: object = None, 
     _check_contract()
     view = object.__new__(_with_seam(cls))
     object.__setattr__(view, "__dict__", target.__dict__)
-    return cls.generate(view, assistant_model=assistant_model, **kwargs)
+    return type(view).generate(view, assistant_model=assistant_model, **kwargs)
 
 
 @functools.cache
@@ -129,24 +130,32 @@ def _say_that_it_learns_nothing(kind: str):
 
 @functools.lru_cache(maxsize=32)
 def _with_seam(cls: type) -> type:
-    return type(
-        cls.__name__, (cls,), {"__module__": cls.__module__, **{name: _wrapped(cls, name) for name in _seam()}}
-    )
+    makes = {
+        name: make for owner, methods in _seam().items() if issubclass(cls, owner) for name, make in methods.items()
+    }
+    wrapped = {name: _wrapped(cls, name, make) for name, make in makes.items()}
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, **wrapped})
 
 
-def _seam() -> dict[str, Callable]:
-    """What is wrapped, and in what."""
+def _seam() -> dict[type, dict[str, Callable]]:
+    """What is wrapped, by whose it is, and in what."""
+    from transformers import GenerationMixin
+    from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
+
     return {
-        "_get_candidate_generator": _dispatching,
-        "_assisted_decoding": _running,
-        "_validate_generation_mode": _validating,
+        GenerationMixin: {
+            "_get_candidate_generator": _dispatching,
+            "_assisted_decoding": _running,
+            "_validate_generation_mode": _validating,
+        },
+        WhisperGenerationMixin: {"generate": _hiding, "generate_with_fallback": _showing},
     }
 
 
-def _wrapped(cls: type, name: str) -> Callable:
+def _wrapped(cls: type, name: str, make: Callable) -> Callable:
     original = getattr(cls, name)
     original = getattr(original, "_hf_osd_original", original)
-    wrapped = functools.wraps(original)(_seam()[name](original, inspect.signature(original)))
+    wrapped = functools.wraps(original)(make(original, inspect.signature(original)))
     wrapped._hf_osd_original = original
     return wrapped
 
@@ -176,6 +185,7 @@ def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
 
 def _running(original: Callable, signature: inspect.Signature) -> Callable:
     """`_assisted_decoding`: while it runs, its stopping criteria lie where an OnlineAssistant finds them."""
+    from hf_osd.default_device import default_device
 
     def assisted_decoding(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
@@ -193,7 +203,10 @@ def _running(original: Callable, signature: inspect.Signature) -> Callable:
                 why = "it keeps no cache that generate could take tokens back out of"
                 assistant.decodes_plainly(self, why)
                 raise CannotVerify(why, call)
-            with recording_put_back(cache):
+            with (
+                recording_put_back(cache),
+                default_device(self.device),
+            ):  # its loop has tensors that plain decoding has not
                 return original(self, *args, **kwargs)
         except CannotVerify as error:
             if error.running is not call:  # of a call within this one
@@ -230,10 +243,40 @@ def _stateless(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_is_stateful": False})
 
 
+def _hiding(original: Callable, signature: inspect.Signature) -> Callable:
+    """Whisper's `generate`: clears `begin_suppress_tokens` where it sees an assistant, that a stock one may draft an end of the text at once; the output is then
+    another than without one. It sees none until it decodes."""
+
+    def generate(self, *args, **kwargs):
+        if not hasattr(_thread, "whispers"):
+            _thread.whispers = []
+        learns = hasattr(kwargs.get("assistant_model"), "open_call")
+        _thread.whispers.append(kwargs.pop("assistant_model") if learns else None)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _thread.whispers.pop()
+
+    return generate
+
+
+def _showing(original: Callable, signature: inspect.Signature) -> Callable:
+    """Whisper's `generate_with_fallback`, which decodes one segment."""
+
+    def generate_with_fallback(self, *args, **kwargs):
+        bound, whispers = signature.bind(self, *args, **kwargs), getattr(_thread, "whispers", [])
+        if whispers and whispers[-1] is not None:
+            bound.arguments["kwargs"] = {**bound.arguments["kwargs"], "assistant_model": whispers[-1]}
+        return original(*bound.args, **bound.kwargs)
+
+    return generate_with_fallback
+
+
 def _check_contract():
     import transformers
     from transformers import GenerationMixin  # noqa: F401 (looked up by name)
     from transformers.generation.candidate_generator import AssistedCandidateGenerator  # noqa: F401 (likewise)
+    from transformers.models.whisper.generation_whisper import WhisperGenerationMixin  # noqa: F401 (likewise)
 
     for name, needed in _CONTRACT.items():
         owner, method = name.split(".")

@@ -90,8 +90,9 @@ def bootstrap(scores: Sequence[Tensor], level: float, seed: int) -> tuple[int, f
     if len(counted) < 2:
         return len(counted), float(counted[0].mean()) if counted else 0.0, -math.inf, math.inf
     sums = torch.stack([numbers.sum() for numbers in counted])  # (R,)
-    positions = torch.tensor([len(numbers) for numbers in counted])  # (R,)
-    drawn = torch.randint(len(sums), (1000, len(sums)), generator=torch.Generator().manual_seed(seed))
+    positions = torch.tensor([len(numbers) for numbers in counted], device=sums.device)  # (R,)
+    draws = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randint(len(sums), (1000, len(sums)), generator=draws, device="cpu")
     means = sums[drawn].sum(1) / positions[drawn].sum(1)  # (resamples,)
     low, high = means.quantile(means.new_tensor([0.5 - level / 2, 0.5 + level / 2])).tolist()
     return len(counted), float(sums.sum() / positions.sum()), low, high

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.contenders import Contenders, Point
+from hf_osd.default_device import default_device
 from hf_osd.distributed import Ranks, RanksParted, check_job
 from hf_osd.ensemble import Ensemble
 from hf_osd.feedback import Feedback
@@ -38,6 +39,7 @@ from hf_osd.rate import Rate, Trial
 from hf_osd.schedule import Schedule
 from hf_osd.scoring import Judged, learners_autocast
 from hf_osd.trouble import have_moved, trouble
+from hf_osd.windows import what_is_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,13 +98,14 @@ class Learner:
         self.ensemble.set_rate(self.rate.value)
         # In the dtype they came in, which holds them exactly.
         static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step)
+        time_of = self.schedule.note_judging, self.schedule.thinned
+        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step, *time_of)
         # New requests learnt since, for as long as the buffer holds them; and what is to be learnt, and not judged by.
         self._since_accepted: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._drops = 0  # in a row
         self._trying = False  # rates, of which nothing serves
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
         else:
@@ -138,6 +141,7 @@ class Learner:
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
         start, changes = time.perf_counter(), self.contenders.changes
+        self.schedule.begin(bounded=not wait)
         try:
             new = self.buffer.new()
             if self.ranks.any(bool(new)):
@@ -279,6 +283,8 @@ class Learner:
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
         if most is not None:
             new, served = new[-most:], served[-most:]
+        if self.rate.found:
+            served = self.schedule.within(served, 1.0, bounded)  # three drafts' forwards are as learning once
         before = self.ensemble.snapshot()
         try:
             with self._apart():
@@ -318,15 +324,16 @@ class Learner:
     def _find_rate(self, new: list[Feedback], bounded: bool):
         """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
         half = len(new) // 2
-        taught, judged = new[:half], new[half:]
-        start, began = self.ensemble.snapshot(), time.perf_counter()
+        taught, judged = new[:half], self.schedule.within(new[half:], 1.0, bounded)
+        start = self.ensemble.snapshot()
         with self.ranks.together():
             static = self.contenders.judge(judged, self.contenders.static)
-        self.schedule.note_judged(_tokens(judged), time.perf_counter() - began)
+        taught = self.schedule.within(taught, len(self.rate.ladder), bounded)
         before = self._gathered(static)
         if not len(before):
             return  # nobody can be judged by these
-        most = self.schedule.passes(round(self.config.passes), _tokens(taught) * len(self.rate.ladder), bounded)
+        tokens, beside = (len(self.rate.ladder) * self.schedule.tokens(part) for part in (taught, judged))
+        most = self.schedule.passes(round(self.config.passes), tokens, bounded, beside)
         trials: list[Trial] = []
         best: tuple[Point, list[Judged]] | None = None
         self._trying = True
@@ -367,7 +374,7 @@ class Learner:
     def _gathered(self, said: list[Judged]) -> Tensor:
         """Σ min(p, q) at all positions of all ranks that have a target, request by request: `(N,)`."""
         parts = self.ranks.gather([judged.shared[~judged.overlap.isnan()].nan_to_num(0.0) for judged in said])
-        return torch.cat([torch.zeros(0), *parts])
+        return torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *parts])
 
     def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
         config = self.config
@@ -378,7 +385,7 @@ class Learner:
         # After a failure without replay: what broke the update may be in it, and would break every other one.
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator, config.replay_by)
-        requests = self.schedule.fitting(new, replayed, bounded)
+        requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
         rows = sum(request.lessons(config.positions) for request in requests)
         rows = int(self.ranks.sum(rows)[0])
         if not rows:
@@ -401,7 +408,7 @@ class Learner:
             self.ensemble.losses = losses
             self.ensemble.go_back(before)
             raise
-        self.schedule.note_learned(_tokens(requests), time.perf_counter() - start, first)
+        self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
         self.schedule.succeeded()
         self.updates += 1
         self.unmoved = 0 if have_moved(self.ensemble.members, before) else self.unmoved + 1
@@ -411,6 +418,7 @@ class Learner:
             self.buffer.clear()
 
     def _train(self, requests: list[Feedback]):
+        requests = what_is_read(requests, self.config, self._generator)
         for member in self.ensemble.members:
             member.learn(requests)
 
@@ -448,7 +456,7 @@ class Learner:
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
-        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode or autocast; and Trainer seeds the
+        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer seeds the
         process's random state."""
         with (
             isolated_random_state() if self._alone else contextlib.nullcontext(),
@@ -456,10 +464,6 @@ class Learner:
             torch.enable_grad(),
             learners_autocast(self.ensemble.members[0].module.device.type, None),
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
+            default_device("cpu"),  # and a Trainer's own tensors
         ):
             yield
-
-
-def _tokens(requests: list[Feedback]) -> int:
-    """Of their texts, which a forward reads."""
-    return sum(len(request.tokens) for request in requests)

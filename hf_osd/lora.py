@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.default_device import default_device
 from hf_osd.distributed import Ranks
 from hf_osd.memory import LearningChoice, LearningFacts, available, choose
 from hf_osd.serving import check_finite, copy_draft
@@ -74,7 +75,7 @@ class Adapter:
             task_type="SEQ_2_SEQ_LM" if draft.config.is_encoder_decoder else "CAUSAL_LM",
         )
         self._scaling = config.lora_alpha / rank
-        with torch.inference_mode(False), torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.inference_mode(False), torch.random.fork_rng(), default_device("cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, of drafts that have both kinds of layer
             torch.manual_seed(_SEED if seed is None else seed)
             self.draft.add_adapter(config, _NAME)

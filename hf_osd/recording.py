@@ -112,11 +112,12 @@ def record_answers(
     answers: list[Feedback | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     eos = target.generation_config.eos_token_id
-    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long)
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ends = torch.tensor(ends, dtype=torch.long, device="cpu")
     pad = int(ends[0]) if len(ends) else 0
     for chosen in _batches(order, [len(prompt) for prompt in prompts], batch_size):
         longest = max(len(prompts[i]) for i in chosen)
-        input_ids = torch.full((len(chosen), longest), pad)
+        input_ids = torch.full((len(chosen), longest), pad, dtype=torch.long, device="cpu")
         mask = torch.zeros_like(input_ids)
         for row, i in enumerate(chosen):
             # Answers go on where a decoder's prompts end; an encoder counts positions from its first column.
@@ -149,7 +150,7 @@ def record_answers(
                 of_prompt = prefill.rows(len(prompt) - 1, top_k, dtype, row, translation.shared_columns)
             prompt, pieces = translation.prompt(prompt), translation.tokens(answer[:n].tolist())
             answers[i] = Feedback.of_target(
-                torch.cat([prompt, torch.tensor([token for piece in pieces for token in piece])]),
+                torch.cat([prompt, torch.tensor([token for piece in pieces for token in piece], device="cpu")]),
                 len(prompt),
                 translation.rows(rows, pieces),
                 prompt_rows=of_prompt,

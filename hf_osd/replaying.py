@@ -87,7 +87,7 @@ def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: i
     taught = request.teaches("all")
     hits = (overlap[taught] == 1).tolist()
     n, at = len(hits), 0
-    outcome = torch.full((n,), UNTESTED, dtype=torch.int8)
+    outcome = torch.full((n,), UNTESTED, dtype=torch.int8, device="cpu")
     testable = n if max_new_tokens is None or n < max_new_tokens else n - 1
     while at < n:
         drafted = min(gamma, testable - at)
@@ -96,6 +96,6 @@ def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: i
         if accepted < drafted:
             outcome[at + accepted] = REJECTED
         at += accepted + 1  # and the target's own token
-    everywhere = torch.full((len(request),), UNTESTED, dtype=torch.int8)
+    everywhere = torch.full((len(request),), UNTESTED, dtype=torch.int8, device="cpu")
     everywhere[taught] = outcome
     return replace(request, outcome=everywhere, overlap=overlap.float())

@@ -102,7 +102,7 @@ def _of_learning(stats: Stats) -> list[str]:
     if stats.updates or stats.failed_updates:
         lines.append(
             f"{stats.updates} updates, {stats.failed_updates} more failed; what they learnt was let through to serve {stats.accepted_updates} times and dropped "
-            f"{stats.rejected_updates} times. The longest took {stats.longest_update:.1f} s."
+            f"{stats.rejected_updates} times. The longest took {stats.longest_update:.1f} s. No call waited longer than {stats.longest_wait:.1f} s for learning."
         )
     if stats.trouble:
         lines.append(stats.trouble)

@@ -83,9 +83,11 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
             sure = (logits.amax(-1) - total).exp().cpu()
             kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
             taught = [feedback[i].teaches("all") for i in chosen]
-            split = torch.arange(len(logits)).split([int(mask.sum()) for mask in taught])
+            split = torch.arange(len(logits), device="cpu").split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
-                overlap, confidence, shared = (torch.full((len(feedback[i]),), torch.nan) for _ in range(3))
+                overlap, confidence, shared = (
+                    torch.full((len(feedback[i]),), torch.nan, dtype=torch.float32, device="cpu") for _ in range(3)
+                )
                 confidence[mask] = sure[rows]
                 shared[mask] = torch.minimum(kept[rows], feedback[i].top_logps[mask].float().exp()).sum(-1)
                 if feedback[i].sampled:

@@ -126,7 +126,7 @@ class Channel:
                     return
                 kind, data = self._out.popleft()
             try:
-                dist.send(torch.tensor([len(data)]), self.peer)
+                dist.send(torch.tensor([len(data)], device="cpu"), self.peer)
                 dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.peer)
             except RuntimeError:  # gone: whoever reads notices
                 return
@@ -152,9 +152,9 @@ class Channel:
             self._died()
 
     def _receive(self) -> tuple[str, dict[str, Tensor], dict]:
-        length = torch.zeros(1, dtype=torch.long)
+        length = torch.zeros(1, dtype=torch.long, device="cpu")
         dist.recv(length, self.peer)
-        data = torch.empty(int(length), dtype=torch.uint8)
+        data = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         dist.recv(data, self.peer)
         return from_bytes(data.numpy().tobytes())
 

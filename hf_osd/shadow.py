@@ -7,7 +7,6 @@ import random
 from collections import deque
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hf_osd.distributed import Ranks
@@ -36,14 +35,18 @@ class Shadow:
 
     def observe(self, static: Sequence[Tensor], served: Sequence[Tensor]):
         """Scores of both on new requests, float `(N,)` each, NaN without a target."""
-        sums = torch.tensor([0.0] * 4, dtype=torch.float64)
+        sums = [0, 0, 0.0, 0.0]
         for a, b in zip(static, served, strict=True):
             known = ~a.isnan()
             if known.any():
-                sums += torch.tensor(
-                    [1, int(known.sum()), float(a[known].sum()), float(b[known].nan_to_num(0.0).sum())]
+                one = (
+                    1,
+                    int(known.sum()),
+                    float(a[known].double().sum()),
+                    float(b[known].nan_to_num(0.0).double().sum()),
                 )
-        requests, positions, before, after = self._ranks.sum(*sums.tolist())
+                sums = [total + number for total, number in zip(sums, one, strict=True)]
+        requests, positions, before, after = self._ranks.sum(*sums)
         self.requests, self.positions = self.requests + int(requests), self.positions + int(positions)
         self.static, self.served = self.static + before, self.served + after
         pairs = zip(self._ranks.gather(static), self._ranks.gather(served), strict=True)

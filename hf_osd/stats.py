@@ -153,6 +153,7 @@ class Stats:
     draft_version: int = 0
     suffix_cache_bytes: int = 0
     longest_update: float = 0.0  # seconds
+    longest_wait: float = 0.0  # seconds that a call waited at its beginning for what calls before it had to teach
     learning_rate: float | None = None  # of the next update
     learning_rate_reason: str = ""
     too_slow: str | None = None  # why nothing is learnt

@@ -64,7 +64,7 @@ def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         )
         for one in feedback
     ]
-    tensors = {"facts": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(_FACTS))}
+    tensors = {"facts": torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(len(rows), len(_FACTS))}
     if feedback:
         tensors["tokens"] = torch.cat([one.tokens for one in feedback])
         for name in (*_SPARSE, *_DENSE):
@@ -73,13 +73,16 @@ def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
             tensors["draft_logps"] = tensors["draft_logps"][:0].clone()
         dtypes = [one.top_logps.dtype for one in feedback]
         if len(set(dtypes)) > 1:  # `cat` has made the widest of them, which holds all their values
-            tensors["dtypes"] = torch.tensor([_DTYPES.index(dtype) for dtype in dtypes], dtype=torch.uint8)
+            tensors["dtypes"] = torch.tensor(
+                [_DTYPES.index(dtype) for dtype in dtypes], dtype=torch.uint8, device="cpu"
+            )
         sources = [one.source for one in feedback if one.source is not None]
         if sources:
             tensors["source"] = torch.cat(sources)
         prompts = [one.prompt_rows for one in feedback]
         if any(prompts):
-            tensors["prompt_rows"] = torch.tensor([0 if rows is None else len(rows) for rows in prompts])
+            known = [0 if rows is None else len(rows) for rows in prompts]
+            tensors["prompt_rows"] = torch.tensor(known, device="cpu")
             for name in _ROWS:
                 tensors[f"prompt_{name}"] = torch.cat([getattr(rows, name).flatten() for rows in prompts if rows])
     return tensors

@@ -54,7 +54,9 @@ class Translation:
         self._tokenizers, self._stand_in = tokenizers, stand_in
         self._to_draft = None
         if shared is not None:
-            self._to_draft = torch.full((target_size,), -1).index_copy_(0, *shared)  # (V,)
+            self._to_draft = torch.full((target_size,), -1, dtype=torch.long, device="cpu").index_copy_(
+                0, *shared
+            )  # (V,)
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
@@ -88,7 +90,7 @@ class Translation:
         shared = min(target_size, draft_size, draft_size if rows is None else rows)
         if target_size == draft_size == shared:
             return cls(target_size, draft_size, stand_in=stand_in, rows=rows)
-        ids = torch.arange(shared)
+        ids = torch.arange(shared, device="cpu")
         return cls(target_size, draft_size, (ids, ids), stand_in=stand_in, rows=rows)
 
     @classmethod
@@ -126,7 +128,7 @@ class Translation:
                 "The target's tokenizer and the draft's share no token, so no draft could ever be accepted. Choose a draft whose "
                 "tokenizer has tokens of the target's, or hf_osd.grow_draft(target)."
             )
-        shared = tuple(torch.tensor(ids) for ids in zip(*sorted(pairs.items()), strict=True))
+        shared = tuple(torch.tensor(ids, device="cpu") for ids in zip(*sorted(pairs.items()), strict=True))
         return cls(target_size, draft_size, shared, (target_tokenizer, draft_tokenizer), stand_in, rows)
 
     @property

@@ -69,11 +69,11 @@ class SpeculativeVocabulary:
             raise ValueError(f"`decay` is {decay}; choose a value above 0 and at most 1, which never forgets.")
         self.rows, self.size = rows, min(size, rows)
         self._decay = decay
-        self._counts = torch.zeros(rows, dtype=torch.float64)  # in units of `_unit`
+        self._counts = torch.zeros(rows, dtype=torch.float64, device="cpu")  # in units of `_unit`
         # The weight of a token observed now. It grows, so that old counts shrink beside new ones without being touched.
         self._unit = 1.0
         self._pending = 0.0  # observed since the set was chosen, in tokens
-        self._ids = torch.arange(self.size)
+        self._ids = torch.arange(self.size, device="cpu")
         self._version = 0  # of the set
         self._packed: _Packed | None = None
         self._lock = released(threading.Lock())
@@ -88,8 +88,8 @@ class SpeculativeVocabulary:
         Raises:
             ValueError: if a weight is negative.
         """
-        tokens = torch.as_tensor(tokens, dtype=torch.long).flatten().cpu()
-        weights = torch.as_tensor(weight, dtype=torch.float64).flatten().cpu().expand(len(tokens))
+        tokens = _on_cpu(tokens, torch.long)
+        weights = _on_cpu(weight, torch.float64).expand(len(tokens))
         if (weights < 0).any():
             raise ValueError(f"`weight` is {float(weights.min()):g}; choose 0, which counts nothing, or more.")
         known = (tokens >= 0) & (tokens < self.rows)
@@ -264,6 +264,11 @@ class RowsHead(_PartialHead):
         if used:
             room[:used] = self._own[i][:used]
         return room
+
+
+def _on_cpu(values: Sequence | float | Tensor, dtype: torch.dtype) -> Tensor:
+    """One dimension."""
+    return torch.as_tensor(values, dtype=dtype, device="cpu").flatten()
 
 
 class LowRank:

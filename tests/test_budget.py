@@ -1,6 +1,7 @@
 """What an update may take of the time, where serving waits for it. No clock is asked: what calls took, and what a token takes to learn, is told."""
 
 import pytest
+import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, grow_draft
 from hf_osd.learner import Learner
@@ -85,3 +86,28 @@ def test_rates_are_tried_with_no_more_passes_than_fit(made, make_feedback, monke
     learner.update(wait=False)
     assert learner.rate.found
     assert learner.learnt[:3] == [2, 2, 2]
+
+
+def test_a_call_waits_no_longer_for_long_texts_than_for_short_ones(made, make_feedback, monkeypatch):
+    """Of sixteen prompts of 3,000 tokens what is read to judge, to try rates and to learn fits what sixteen calls of a second have earned; a clock that moves with
+    what the draft reads says so."""
+    clock = [0.0]
+    learner = made(learning_rate="auto", gate=True, replay=6.0, learning_window=128)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def read(module, args, kwargs, output):
+        clock[0] += kwargs["input_ids"].numel() * (3e-3 if torch.is_grad_enabled() else 1e-3)
+
+    learner.ensemble.members[0].module.register_forward_hook(read, with_kwargs=True)
+    longest = 0.0
+    for i in range(40):
+        learner.offer(make_feedback(seed=i, prompt=3000))
+        learner.note_served(1.0)
+        if learner.due():
+            before = clock[0]
+            learner.update(wait=False)
+            longest = max(longest, clock[0] - before)
+    assert learner.rate.found
+    assert learner.updates > 0
+    assert 0 < longest < 5.0
+    assert learner.failed == 0

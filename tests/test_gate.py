@@ -45,6 +45,14 @@ def accept_one(gate: Gate, static: int = 20, right: int = 25, requests: int = 24
     gate.accept()
 
 
+def test_with_a_tolerance_of_1_all_passes_that_is_not_found_to_be_worse():
+    """One request says too little of any smaller one."""
+    assert Gate(0.9).observe(of(20), of(20), of(20)) is Verdict.WAIT
+    assert Gate(1.0).observe(of(20), of(20), of(20)) is Verdict.ACCEPT
+    assert Gate(1.0).observe([], [], []) is Verdict.WAIT
+    assert Gate(1.0).observe(of(40, 8), of(40, 8), of(0, 8)) is Verdict.DROP
+
+
 class Twice(Ranks):
     """Two ranks that see the same."""
 

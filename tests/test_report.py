@@ -1,9 +1,11 @@
 """`report()`: figures that were observed, and words for what to do in each case."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hf_osd import OnlineAssistant
+from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.intervals import Comparison, Estimate
 from hf_osd.lookahead import Lookahead
 from hf_osd.report import report
@@ -123,3 +125,24 @@ def test_of_an_assistant_that_served(tiny_llama, noised_copy, draft):
     assert ("A draft step" in text) == draft
     assert "The suffix cache drafted" in text
     assert text.count("\n") < 9, "a few lines"
+
+
+def test_the_longest_wait_is_that_of_a_call_at_its_beginning(target, monkeypatch):
+
+    assistant, seconds = OnlineAssistant(grow_draft(target), learning_rate=1e-3, update_interval=2), [0.0, 3.0, 1.0]
+    clock = [0.0]
+    monkeypatch.setattr("hf_osd.assistant.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    update = assistant.update
+
+    def waits():
+        clock[0] += seconds.pop(0)
+        return update()
+
+    monkeypatch.setattr(assistant, "update", waits)
+    for _ in range(3):
+        target.generate(torch.tensor([[5, 9, 17, 3]]), assistant_model=assistant, max_new_tokens=6, pad_token_id=0)
+    monkeypatch.undo()
+    assert assistant.stats.longest_wait == pytest.approx(3.0)
+    assistant.flush()
+    assert "No call waited longer than 3.0 s for learning." in assistant.report()
+    assert assistant.stats.to_dict()["longest_wait"] == pytest.approx(3.0)

@@ -2,8 +2,10 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -213,3 +215,69 @@ def test_without_failures_it_does_not_rest():
     assert not made.rests()
     made.succeeded()
     assert not made.rests()
+
+
+# While a call waits.
+
+
+def test_what_one_update_may_take_is_what_the_calls_between_two_of_them_earn():
+    """After a long time without learning a call would pay for all the others."""
+    made = schedule(update_interval=2)
+    for _ in range(10):
+        made.note_served(4.0)
+    made.note_learned(10, 1.0, first=True)
+    assert made.room() == pytest.approx(20), "a quarter of two calls of 4 seconds"
+    made.note_update(9.5)
+    assert made.room() == pytest.approx(5), "and no more than is left of all"
+
+
+def test_what_an_update_has_taken_is_not_there_for_the_rest_of_it(monkeypatch):
+    made, clock = measured(), [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    made.begin(bounded=True)
+    assert made.room() == pytest.approx(100)
+    clock[0] += 4.0
+    assert made.room() == pytest.approx(60)
+    clock[0] += 40.0
+    assert made.room() == 0.0
+    made.note_update(0.0)
+    assert made.room() == pytest.approx(100)
+
+
+def test_of_a_long_text_the_window_counts_and_of_an_encoder_all_it_reads(request_of):
+    source = torch.arange(70, dtype=torch.int32)
+    requests = [request_of(30), request_of(400), replace(request_of(30), source=source)]
+    assert schedule(learning_window=100).tokens(requests) == 30 + 100 + 30 + 70
+    assert schedule(learning_window=None).tokens(requests) == 530
+    chosen = measured(learning_window=50).fitting([request_of(400)] * 3, [], bounded=True)
+    assert len(chosen) == 2
+
+
+def test_the_first_time_a_call_waits_for_learning_not_all_is_learnt(request_of):
+    made = schedule()
+    made.note_served(4.0)
+    long = [request_of(1000)] * 8
+    assert len(made.fitting(long, long, bounded=True)) == 4
+    assert len(schedule().fitting(long, long, bounded=True)) == 16, "where nobody has been served nobody waits"
+    assert len(made.fitting(long, long, bounded=False)) == 16
+
+
+def test_something_is_judged_and_tried_though_there_is_no_time(request_of):
+    made = measured(spent=1000.0)
+    requests = [request_of(40) for _ in range(30)]
+    assert made.within(requests, 1.0, bounded=True) == requests[-12:]
+    assert made.within(requests, 3.0, bounded=True) == requests[-4:]
+    assert made.within(requests[:1], 100.0, bounded=True) == requests[:1]
+    assert made.within(requests, 3.0, bounded=False) == requests
+    assert made.within([], 1.0, bounded=True) == []
+
+
+def test_of_requests_of_before_some_of_all_times_are_judged_by(request_of):
+    requests = [request_of(900) for _ in range(32)]
+    made = measured()
+    assert made.thinned(requests) == requests, "nobody waits"
+    made.begin(bounded=True)
+    assert made.thinned(requests) == requests[::4]
+    assert made.thinned(requests[:5]) == requests[:5]
+    short = [request_of(20) for _ in range(32)]
+    assert made.thinned(short) == short

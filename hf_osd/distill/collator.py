@@ -41,12 +41,14 @@ class FeedbackCollator:
         prompts = [feedback.prompt_rows if self.prompts else None for feedback in batch]
         read = [0 if rows is None else len(rows) for rows in prompts]  # M of each
         keep = longest - 1 if has_source else max(len(feedback) + m for feedback, m in zip(batch, read, strict=True))
-        labels = torch.full((len(batch), longest), -100, dtype=torch.long)
+        labels = torch.full((len(batch), longest), -100, dtype=torch.long, device="cpu")
         rows, targets = [], []
         for b, feedback in enumerate(batch):
             length, start = feedback.tokens.shape[0], feedback.prompt_length
             taught = feedback.teaches(self.positions).nonzero().squeeze(-1)  # (r,) of N
-            tokens = torch.cat([torch.arange(start - read[b], start), start + taught])  # (M + r,) of prompt and answer
+            tokens = torch.cat(
+                [torch.arange(start - read[b], start, device="cpu"), start + taught]
+            )  # (M + r,) of prompt and answer
             at = tokens + (0 if has_source else longest - length)  # their columns
             labels[b, at] = feedback.tokens[tokens].long()
             rows.append(b * keep + at - 1 - (longest - 1 - keep))  # each is predicted by the column before its own
@@ -59,7 +61,10 @@ class FeedbackCollator:
             inputs = {"decoder_input_ids": _padded(texts, left=False)[0]}
         else:
             input_ids, attention_mask = _padded(texts, left=True, longest=longest - 1)
-            inputs = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
+            places = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+            for row, (after, count) in ((b, one.gap) for b, one in enumerate(batch) if one.gap is not None):
+                places[row] += count * (places[row] >= after)
+            inputs = {"position_ids": places}
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -76,7 +81,7 @@ class FeedbackCollator:
 def _padded(texts: list[Tensor], left: bool, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """Token ids padded with 0, to the longest of them if not told otherwise, and their mask, int64 `(B, longest)` each."""
     longest = max(map(len, texts)) if longest is None else longest
-    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    ids = torch.zeros(len(texts), longest, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
         columns = slice(longest - len(text), longest) if left else slice(0, len(text))

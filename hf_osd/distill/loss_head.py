@@ -4,6 +4,7 @@ work, and the loss asks for the target's top k and a tail alone."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def loss_columns(top_ids: Tensor, size: int, samples: int, generator: torch.Gene
     others = size - len(support)
     if len(support) + samples >= size // 2:
         return None
-    ranks = torch.randperm(others, generator=generator)[:samples].to(top_ids.device)  # among the others
+    ranks = torch.randperm(others, generator=generator, device="cpu")[:samples].to(top_ids.device)  # among the others
     # The i-th smallest token outside the support: it has as many of the support below it as have rank + their number below it.
     below = support - torch.arange(len(support), device=support.device)  # others below each of the support
     drawn = ranks + torch.searchsorted(below, ranks, right=True)
@@ -87,5 +88,5 @@ def sampled_tail(logits: Tensor, support: int, size: int) -> Tensor:
     those over all of V."""
     drawn = logits.shape[1] - support
     raised = torch.zeros(logits.shape[1], device=logits.device, dtype=logits.dtype)
-    raised[support:] = torch.log(torch.tensor((size - support) / drawn))
+    raised[support:] = math.log((size - support) / drawn)
     return logits + raised

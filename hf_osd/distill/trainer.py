@@ -3,6 +3,8 @@ teacher never runs."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import tempfile
 import traceback
@@ -28,12 +30,16 @@ from hf_osd.rate import WEIGHTS
 from hf_osd.scoring import answer_logits, learners_autocast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineGKDTrainer(GKDTrainer):
@@ -70,6 +76,7 @@ class OnlineGKDTrainer(GKDTrainer):
         self._requests: Sequence[Feedback] | None = None
         self._losses: list[tuple[Tensor, int]] = []  # of the steps of `learn`: sum, and over how many rows
         self._autocast_dtype = autocast_dtype
+        self._has_own_args = args is not None
         self.failure: Exception | None = None  # of a step of `learn` on this rank, which the others went on with
         super().__init__(
             model=_without_wrapper(model),
@@ -90,11 +97,17 @@ class OnlineGKDTrainer(GKDTrainer):
             True  # whatever the draft's forward takes: the rows are counted for compute_loss, over all ranks
         )
         self._ranks = Ranks.of_job()
-        self.draws = torch.Generator()  # of batches and sampled columns
+        self.draws = torch.Generator("cpu")  # of batches and sampled columns
         seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**62
         self.draws.manual_seed(seed + self._ranks.rank)
         if not self.is_deepspeed_enabled:
             self.accelerator.free_memory = self._drop_prepared
+
+    def create_accelerator_and_postprocess(self):
+        """Upstream's, and a launch config's settings set aside."""
+        super().create_accelerator_and_postprocess()
+        if not self._has_own_args:
+            _set_launch_settings_aside(self.accelerator)
 
     def learn(self, requests: Sequence[Feedback]) -> float:
         """One pass over `requests`; the mean loss a row."""
@@ -126,7 +139,7 @@ class OnlineGKDTrainer(GKDTrainer):
             raise ValueError("There is no feedback to learn from: serve requests with the assistant first.")
         by_length = sorted(requests, key=lambda request: request.tokens.shape[0])
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        order = torch.randperm(len(batches), generator=self.draws).tolist()
+        order = torch.randperm(len(batches), generator=self.draws, device="cpu").tolist()
         batches += [[self._nothing()]] * (steps - len(batches))
         order += range(len(order), steps)
         # With draws of its own: it would take its seed from the process's.
@@ -175,8 +188,9 @@ class OnlineGKDTrainer(GKDTrainer):
 
     def _nothing(self) -> Feedback:
         """A request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
-        tokens = torch.zeros(2, dtype=torch.int32)
-        rows = SparseRows(tokens[:1, None], torch.full((1, 1), torch.nan), torch.full((1,), torch.nan))
+        tokens = torch.zeros(2, dtype=torch.int32, device="cpu")
+        nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
+        rows = SparseRows(tokens[:1, None], nothing[:, None], nothing)
         source = tokens if self.model.config.is_encoder_decoder else None
         return replace(Feedback.of_target(tokens, 1, rows), source=source)
 
@@ -288,6 +302,35 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
     if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would choose DataParallel, which trl refuses
         args._n_gpu = 1
     return args
+
+
+def _set_launch_settings_aside(accelerator: Accelerator):
+    """What a launch config, or an Accelerator of the user's own, says of compilation and mixed precision is of their training, and stays with it. Compiled anew
+    for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it."""
+    state, aside = accelerator.state, {}
+    if state.dynamo_plugin is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
+        aside["dynamo_backend"] = state.dynamo_plugin.backend.value.lower()
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if state.mixed_precision != "no" and not sharded:
+        aside["mixed_precision"] = state.mixed_precision
+    if not aside:
+        return
+    own = object.__new__(type(state))  # every other one shares its attributes
+    own.__dict__ = dict(vars(state))
+    if "dynamo_backend" in aside:
+        own.dynamo_plugin = TorchDynamoPlugin(backend="no")
+    if "mixed_precision" in aside:
+        own._mixed_precision, accelerator.native_amp, accelerator.scaler = "no", False, None
+    accelerator.state = own
+    _say_that_it_is_set_aside(", ".join(f"{name}={value}" for name, value in aside.items()))
+
+
+@functools.cache
+def _say_that_it_is_set_aside(what: str):
+    logger.warning(
+        "accelerate's %s is set aside for learning, which compiles nothing and computes in OnlineConfig(learner_dtype=...); your own training keeps it.",
+        what,
+    )
 
 
 def _no_tokenizer() -> PreTrainedTokenizerBase:

@@ -5,11 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.distill import trainer as trainer_module
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.trainer import OnlineGKDTrainer, training_args
 from hf_osd.feedback import ACCEPTED
@@ -358,3 +360,36 @@ def test_gradients_are_clipped_to_the_configured_norm(tiny_llama, requests):
     trainer_of(model, plain(optim="sgd", learning_rate=1.0, max_grad_norm=0.01, batch_size=2)).learn(requests)
     moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
     assert nn.utils.get_total_norm([moved]).item() == pytest.approx(0.01, rel=1e-2)  # weights of about 1 in float32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dynamo_backend", "inductor"),
+        ("dynamo_backend", "eager"),
+        ("mixed_precision", "bf16"),
+        ("mixed_precision", "fp16"),
+    ],
+)
+def test_a_launch_config_does_not_compile_learning_or_choose_its_arithmetic(
+    tiny_llama, requests, monkeypatch, caplog, name, value
+):
+    """As `accelerate launch` hands it on. Whatever else the process trains keeps it."""
+    model = tiny_llama()
+    under = copy.deepcopy(model)
+    trainer_of(model).learn(requests)
+    trainer_module._say_that_it_is_set_aside.cache_clear()
+    monkeypatch.setenv(f"ACCELERATE_{name.upper()}", value)
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled"))
+    trainer_of(under).learn(requests)
+    trainer_of(tiny_llama())
+    assert [record.getMessage().count(f"{name}={value}") for record in caplog.records] == [1]
+    others = Accelerator().state
+    assert value in (others.mixed_precision, others.dynamo_plugin.backend.value.lower())
+    for name, p in under.named_parameters():
+        assert torch.equal(p, dict(model.named_parameters())[name])
+
+
+def test_arguments_of_ones_own_are_obeyed(tiny_llama, requests):
+    args = training_args(plain(), torch.device("cpu"), bf16=True)
+    assert trainer_of(tiny_llama(), args=args).accelerator.native_amp

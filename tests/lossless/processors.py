@@ -1,5 +1,9 @@
 """A user's own logits processors and stopping criteria, with and without state: `state()` is that of one that has some."""
 
+import threading
+import weakref
+from collections import deque
+
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -152,6 +156,148 @@ class Closure:
 
 
 STATEFUL = [Counting, Late, Remembering, Tallying, Nesting, Slotted, Noisy, Sealed, Closure]
+
+
+# Budgets: END comes at the seventh place, and nowhere else. What they know lies where a copy is easily not one.
+
+END = 63
+
+
+def only(scores, end: bool):
+    """Nothing but END is left, or all else but EOS."""
+    scores = scores.clone()
+    if end:
+        scores[:] = -torch.inf
+        scores[:, END] = 0.0
+    else:
+        scores[:, [1, END]] = -torch.inf
+    return scores
+
+
+class Stepping(LogitsProcessor):
+    """In which of its methods comes next."""
+
+    def __init__(self):
+        self.left, self.step = 6, self.think
+
+    def __call__(self, input_ids, scores):
+        return self.step(scores)
+
+    def think(self, scores):
+        self.left -= 1
+        self.step = self.think if self.left else self.close
+        return only(scores, end=False)
+
+    def close(self, scores):
+        self.step = self.free
+        return only(scores, end=True)
+
+    def free(self, scores):
+        return only(scores, end=False)
+
+
+class Calls:
+    """Counts for its owner."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def count(self):
+        self.owner.calls += 1
+        return self.owner.calls
+
+
+class Parted(LogitsProcessor):
+    """In itself, written by a part that points back to it."""
+
+    def __init__(self):
+        self.calls, self.part = 0, Calls(self)
+
+    def __call__(self, input_ids, scores):
+        return only(scores, end=self.part.count() == 7)
+
+
+class WeaklyParted(Parted):
+    def __init__(self):
+        self.calls, self.part = 0, Calls(weakref.proxy(self))
+
+
+class Referring(Parted):
+    """Counts where a weak reference leads."""
+
+    def __init__(self):
+        self.calls, self.self = 0, weakref.ref(self)
+
+    def __call__(self, input_ids, scores):
+        self.self().calls += 1
+        return only(scores, end=self.calls == 7)
+
+
+class Popping(LogitsProcessor):
+    """Behind the method of a deque."""
+
+    def __init__(self):
+        self.is_end = deque([False] * 6 + [True] + [False] * 32).popleft
+
+    def __call__(self, input_ids, scores):
+        return only(scores, end=self.is_end())
+
+
+class Enclosed(LogitsProcessor):
+    """In the variables of a function."""
+
+    def __init__(self):
+        calls = 0
+
+        def is_end():
+            nonlocal calls
+            calls += 1
+            return calls == 7
+
+        self.is_end = is_end
+
+    def __call__(self, input_ids, scores):
+        return only(scores, end=self.is_end())
+
+
+class Generating(LogitsProcessor):
+    """In a generator, made when it is first asked."""
+
+    ends = None
+
+    def __call__(self, input_ids, scores):
+        self.ends = self.ends or (i == 6 for i in range(64))
+        return only(scores, end=next(self.ends))
+
+
+class Locking(Parted):
+    """Holds a lock from its fourth call on."""
+
+    def __call__(self, input_ids, scores):
+        if self.calls == 3:
+            self.lock = threading.Lock()
+        return super().__call__(input_ids, scores)
+
+
+class Knowing(LogitsProcessor):
+    """A grammar: knows what may follow what it has allowed, and fails on all else."""
+
+    def __init__(self):
+        self.state, self.follows = 0, {}
+
+    def __call__(self, input_ids, scores):
+        if self.state:
+            self.follows[self.state, int(input_ids[0, -1])]  # KeyError
+        self.state += 1
+        allowed = [END] if self.state == 7 else range(2 + self.state, 8 + self.state)
+        self.follows = {(self.state, token): None for token in allowed}
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, list(allowed)] = scores[:, list(allowed)]
+        return masked
+
+
+BUDGETS = [Stepping, Parted, WeaklyParted, Referring, Popping, Enclosed, Generating, Locking, Knowing]
+UNCOPIED = [Referring, Popping, Enclosed, Generating, Locking]
 
 
 # Stopping criteria.

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -23,12 +23,16 @@ from hf_osd.feedback import ACCEPTED
 
 from .models import one_layer
 from .processors import (
+    BUDGETS,
+    END,
     LENGTH,
     STATEFUL,
+    UNCOPIED,
     AfterCalls,
     AtLength,
     AtToken,
     Counting,
+    Locking,
     Remembering,
     Sealed,
     Shifting,
@@ -208,6 +212,85 @@ def test_sampling_under_a_stateful_processor_is_exact(noised_copy, kind):
     assert chi2 < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
     total = assistant.stats.total
     assert kind is Sealed or 0 < total.accepted < total.tested
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_what_a_processor_knows_is_plain_decodings_wherever_it_lies(target, draft, kind, sampled):
+    """END comes at its place, from a draft, from the suffix cache alone, and with both."""
+    kwargs = {**GREEDY, "do_sample": sampled}
+    torch.manual_seed(0)
+    for assistant in (
+        assist(draft, learn=False, suffix_cache=False),
+        OnlineAssistant(lookahead="constant"),
+        assist(draft, learn=False, lookahead="cost", draft_cost=0.01),
+    ):
+        for prompt in PROMPTS.repeat(2, 1, 1):
+            output = target.generate(prompt, assistant_model=assistant, **kwargs, **processors(kind()))
+            assert (output[0, LENGTH:] == END).nonzero().flatten().tolist() == [6]
+
+
+@pytest.mark.parametrize("kind", UNCOPIED)
+def test_sampling_through_what_cannot_be_copied_is_plain_from_then_on_and_says_so_once(target, draft, kind, caplog):
+    assistant = assist(draft, learn=False)
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        for prompt in PROMPTS[:2]:
+            kwargs = {**GREEDY, "do_sample": True}
+            target.generate(prompt, assistant_model=assistant, **kwargs, **processors(kind()))
+    said = [r.message for r in caplog.records if r.name.startswith("hf_osd") and "cannot be copied" in r.message]
+    assert len(said) == 1
+    assert kind.__name__ in said[0]
+    assert "nothing more is drafted in calls that sample" in said[0]
+    rounds = assistant.stats.last.rounds
+    assert rounds > GREEDY["max_new_tokens"] - 7 if kind is Locking else rounds >= GREEDY["max_new_tokens"] - 5
+
+
+def test_a_processor_that_is_soon_sealed_is_drafted_for_until_then(target, draft):
+    assistant = assist(draft, learn=False, num_assistant_tokens=2)
+    torch.manual_seed(0)
+    target.generate(PROMPTS[0], assistant_model=assistant, **{**GREEDY, "do_sample": True}, **processors(Locking()))
+    last = assistant.stats.last
+    assert 0 < last.drafted <= 4
+    assert last.rounds > 8
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_a_function_of_allowed_tokens_is_asked_about_what_it_allowed_alone(target, draft, sampled):
+    """A trie: no word begins with a token that it has not."""
+    follows = {token: [2 + (token * k) % 60 for k in (3, 5, 7)] for token in range(64)}
+
+    def allowed(batch, tokens):
+        answer = tokens[LENGTH:].tolist()
+        if any(b not in follows[a] for a, b in pairwise(answer)):
+            return []  # which generate takes for an error
+        return follows[int(tokens[-1])]
+
+    kwargs = {**GREEDY, "do_sample": sampled, "prefix_allowed_tokens_fn": allowed}
+    torch.manual_seed(0)
+    for assistant in (assist(draft, learn=False), OnlineAssistant(lookahead="constant")):
+        if not assistant.lookahead.has_draft:  # it proposes what was said before, which is not allowed here
+            target.generate(PROMPTS[0], assistant_model=assistant, **GREEDY)
+        for prompt in PROMPTS:
+            output = target.generate(prompt, assistant_model=assistant, **kwargs)
+            if not sampled:
+                assert torch.equal(output, target.generate(prompt, **kwargs))
+        assert assistant.stats.total.tested > 0
+
+
+@pytest.mark.parametrize("kind", [Counting, Writing])
+def test_scores_are_plain_decodings_where_the_draw_was_made_for_generate(target, draft, kind):
+    """Each token's own processed row, from the text before it."""
+    assistant = assist(draft, learn=False)
+    kwargs = {**GREEDY, "do_sample": True, "top_k": 0, "output_scores": True, "return_dict_in_generate": True}
+    torch.manual_seed(0)
+    output = target.generate(PROMPTS[0], assistant_model=assistant, **kwargs, **processors(kind()))
+    with torch.no_grad():
+        rows = target(output.sequences).logits[0, LENGTH - 1 : -1].float()
+    again = kind()
+    for i, (scores, row) in enumerate(zip(output.scores, rows, strict=True)):
+        torch.testing.assert_close(scores, again(output.sequences[:, : LENGTH + i], row[None].clone()))
+    assert assistant.stats.total.accepted > 0
 
 
 # Stop strings.

@@ -43,7 +43,8 @@ def _read_greedy(predictions, references) -> tuple[list, list]:
 
 
 def _of_greedy(predictions: list[list[int]], references: list[list[int]], level: float | None = 0.95) -> dict:
-    hits = [torch.tensor(p) == torch.tensor(r) for p, r in zip(predictions, references, strict=True)]
+    pairs = zip(predictions, references, strict=True)
+    hits = [torch.tensor(p, device="cpu") == torch.tensor(r, device="cpu") for p, r in pairs]
     return _alpha([hit.double() for hit in hits], level)
 
 
@@ -55,7 +56,8 @@ def _read_sampled(overlaps) -> tuple[list]:
 
 
 def _of_sampled(overlaps: list[list[float | None]], level: float | None = 0.95) -> dict:
-    return _alpha([torch.tensor([x for x in row if x is not None], dtype=torch.float64) for row in overlaps], level)
+    known = [[x for x in row if x is not None] for row in overlaps]
+    return _alpha([torch.tensor(row, dtype=torch.float64, device="cpu") for row in known], level)
 
 
 def _alpha(scores: list[Tensor], level: float | None) -> dict:
@@ -75,7 +77,7 @@ def _read_live(accepted, tested) -> tuple[int, int]:
 
 def _of_live(accepted: list[int], tested: list[int], level: float | None = 0.95) -> dict:
     total = CallStats(accepted=sum(accepted), tested=sum(tested))
-    scores = [(torch.arange(t) < a).double() for a, t in zip(accepted, tested, strict=True)]
+    scores = [(torch.arange(t, device="cpu") < a).double() for a, t in zip(accepted, tested, strict=True)]
     return {"alpha_live": total.alpha_live, **share_interval("alpha_live", scores, level)}
 
 

@@ -63,7 +63,8 @@ def _of_totals(accepted: list[int], new_tokens: list[int], rounds: list[int], le
     ):
         # A request's mean in each of its rounds: requests are resampled whole, so how it is spread over them does not matter.
         lengths = [
-            torch.full((n,), count / max(n, 1), dtype=torch.float64) for count, n in zip(counts, rounds, strict=True)
+            torch.full((n,), count / max(n, 1), dtype=torch.float64, device="cpu")
+            for count, n in zip(counts, rounds, strict=True)
         ]
         figures |= {name: value, **length_interval(name, lengths, level)}
     return figures
