@@ -38,6 +38,7 @@ from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.teachable import TeachableAssistant
 from hf_osd.translation import Translation
+from hf_osd.trouble import WAITS
 from hf_osd.verification import Verification
 from hf_osd.view import View
 from hf_osd.windows import Windows
@@ -318,7 +319,10 @@ class OnlineAssistant(TeachableAssistant):
 
     def flush(self) -> bool:
         """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""
-        return self.update(force=True)
+        refreshed, stats = self.update(force=True), self.stats
+        if self.osd_config.gate and stats.updates and not stats.accepted_updates:
+            self._warn_once(WAITS)
+        return refreshed
 
     def close(self):
         """Stop learning and let go of learner, feedback and cached text. The draft goes on drafting, frozen; closing again does nothing."""

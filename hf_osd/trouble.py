@@ -20,6 +20,11 @@ STANDS = (
     "This draft learns nothing: updates end well and leave every weight bit for bit as it was. Something between its weights and its logits is cut, a forward "
     "that runs other weights, say; or the learning rate is 0. Load it anew with from_pretrained, or pass learn=False, which saves the time."
 )
+# Said where somebody has asked for learning, and may look for what it changed.
+WAITS = (
+    "What was learnt does not serve yet: it is judged by requests that come after it, and those so far have not said that it is no worse than the draft as it "
+    "came, which serves. Serve more, or pass gate=False, with which all that is learnt serves at once."
+)
 
 
 def trouble(failed: int, updates: int, unmoved: int) -> str | None:

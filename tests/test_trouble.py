@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.trouble import FAILS, STANDS, trouble
+from hf_osd.trouble import FAILS, STANDS, WAITS, trouble
 
 from .served import GREEDY, PROMPTS, serve
 
@@ -97,6 +97,29 @@ def qwen2_moe():
 
 def mixtral():
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True))
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_who_flushes_hears_once_that_what_was_learnt_does_not_serve_yet(target, draft, caplog, gate):
+    assistant = OnlineAssistant(draft, **{**LEARNS, "gate": gate, "update_interval": 1})
+    serve(target, assistant, PROMPTS[:2])
+    assert WAITS not in caplog.messages, "nobody has asked"
+    for prompt in PROMPTS[2:4]:
+        serve(target, assistant, [prompt])
+        assistant.flush()
+    assert assistant.stats.updates
+    assert bool(assistant.stats.draft_version) is not gate
+    assert caplog.messages.count(WAITS) == gate
+
+
+def test_who_flushes_what_serves_hears_nothing(target, draft, caplog):
+    assistant = OnlineAssistant(
+        draft, **{**LEARNS, "gate": True, "gate_tolerance": 1.0, "update_interval": 1}
+    )
+    serve(target, assistant, PROMPTS)
+    assistant.flush()
+    assert assistant.stats.accepted_updates
+    assert WAITS not in caplog.messages
 
 
 @pytest.mark.parametrize("make", [flint, qwen2_moe, mixtral])
