@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_osd.hub import FROM_WHERE, find_file
-from hf_osd.serving import copy_draft
+from hf_osd.plain import active_adapter, without_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +26,6 @@ BASE_FILES = (
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
 )
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Whether it is a PeftModel, or a model with an adapter of transformers' `add_adapter` or `load_adapter`."""
-    return bool(getattr(model, "peft_config", None))
 
 
 def base_on_hub(base: PreTrainedModel) -> tuple[str, str] | None:
@@ -75,7 +68,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, repo_id: str | 
     from safetensors.torch import save_file
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name, base = _active_adapter(inner), without_adapters(inner)
+    name, base = active_adapter(inner), without_adapters(inner)
     found = base_on_hub(base)
     if found is None:
         base.save_pretrained(directory)
@@ -95,93 +88,6 @@ def describe_adapter(directory: str | os.PathLike) -> tuple[str | None, bool] | 
         return None
     base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     return base, _has_base(path.parent)
-
-
-def merged(model: nn.Module) -> PreTrainedModel:
-    """A plain copy of a model with an adapter, which has what the active one does in its weights.
-
-    Raises:
-        ValueError: if not exactly one adapter is active.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _active_adapter(inner)
-    return without_adapters(inner, merge=True)
-
-
-def without_adapters(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
-    """The base of a model with adapters, in their storage; or with `merge` a copy that has the active adapter in its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    base = copy_draft(model, set() if merge else {name for name, _ in model.named_parameters()})
-    adapted = {n: m for n, m in base.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    # Of what lies in another one its own merging takes care.
-    adapted = {n: m for n, m in adapted.items() if not any(n.startswith(f"{outer}.") for outer in adapted)}
-    inner, outer = (
-        {id(p) for p in end.parameters()} for end in (base.get_input_embeddings(), base.get_output_embeddings())
-    )
-    tied = bool(inner & outer)
-    if merge:
-        _part_shared(base, adapted.values())
-    for name, module in adapted.items():
-        if isinstance(module, BaseTunerLayer):
-            if merge:
-                module.merge()
-            plain = module.get_base_layer()
-        else:
-            trained = merge and module.unload_and_optionally_merge_module(True, safe_merge=False, adapter_names=None)
-            plain = trained or module.original_module
-        parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, plain)
-    if merge and tied:
-        _join_again(base)
-    say_ties(base)
-    base._hf_peft_config_loaded = False
-    base.__dict__.pop("peft_config", None)
-    # Where transformers has loaded the adapter, it noted how that one's names are changed, and would write the base under such names.
-    if any(
-        one.source_patterns[0].startswith("base_model.") for one in getattr(base, "_weight_conversions", None) or ()
-    ):
-        del base._weight_conversions  # those of the architecture hold again
-    return base
-
-
-def say_ties(model: PreTrainedModel):
-    """Have the config say whether input embeddings and LM head are one: whoever reads a checkpoint goes by that, and the file has no head where they are.
-    An encoder-decoder's is left as it is, for there it also says how hidden states are scaled."""
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.is_encoder_decoder or not all(type(getattr(end, "weight", None)) is nn.Parameter for end in ends):
-        return
-    for part in (model.config, model.config.get_text_config(decoder=True)):
-        one = ends[0].weight is ends[1].weight
-        if getattr(part, "tie_word_embeddings", one) != one:
-            part.tie_word_embeddings = one
-
-
-def _join_again(model: PreTrainedModel):
-    """Make one of two ends that were one, and have the same values still.
-
-    Raises:
-        ValueError: if they have not, and the config of an encoder-decoder could not say that.
-    """
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if torch.equal(ends[0].weight, ends[1].weight):
-        ends[1].weight = ends[0].weight
-    elif model.config.is_encoder_decoder:
-        raise ValueError(
-            f"The adapter changes one of two ends of {type(model).__name__} that are one weight, and without it a checkpoint could not say that they are two. Save "
-            "it as an adapter (merge=False)."
-        )
-
-
-def _part_shared(model: nn.Module, adapted: Iterable[nn.Module]):
-    """Give layers that are adapted weights of their own: what is merged into one must not change another that shares them, such as the other end of a
-    draft with tied ones."""
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for layer in itertools.chain.from_iterable(module.modules() for module in adapted):
-        for name, parameter in layer._parameters.items():
-            if parameter is not None and owners[id(parameter)] > 1:
-                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def adapter_folder(name_or_path: str | os.PathLike, **kwargs) -> Path | None:
@@ -249,14 +155,3 @@ def _adapter_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 def _has_base(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-
-
-def _active_adapter(model: nn.Module) -> str:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    names = {name for m in model.modules() if isinstance(m, BaseTunerLayer) for name in m.active_adapters}
-    if len(names) != 1:
-        raise ValueError(
-            f"The active adapters of the draft are {sorted(names)}; make one of them active with set_adapter(name), and save."
-        )
-    return names.pop()

@@ -12,8 +12,6 @@ from hf_osd.verification import only_looks_stateful
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-    from hf_osd.translation import Translation
-
 
 def check_draft(draft):
     """Whether `draft` can draft at all: a `ValueError` if not."""
@@ -88,12 +86,3 @@ def check_call(
             raise ValueError(
                 "`encoder_outputs` came without the encoder's inputs, which the draft's own encoder has to read. Pass `input_ids` in its place."
             )
-
-
-def check_vocabularies(target: PreTrainedModel, translation: Translation):
-    """Whether a draft of another vocabulary can assist `target`: a `ValueError` if not."""
-    if target.config.is_encoder_decoder and not translation.is_identity:
-        raise ValueError(
-            f"The target is an encoder-decoder of {translation.target_size} tokens and the draft has {translation.draft_size}; hf_osd "
-            "translates between vocabularies for decoder-only models. Choose a draft with the target's own vocabulary."
-        )

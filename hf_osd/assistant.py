@@ -15,29 +15,33 @@ import torch
 from torch import Tensor
 
 from hf_osd import integration
-from hf_osd.admission import check_call, check_draft, check_vocabularies
+from hf_osd.admission import check_call, check_draft
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.call_record import CallRecord
 from hf_osd.candidates import OnlineCandidateGenerator
 from hf_osd.config import OnlineConfig
-from hf_osd.draft_context import encoder_parameters, encoder_source, without_padding
+from hf_osd.copies import embedding_names
+from hf_osd.draft_context import encoder_source, without_padding
 from hf_osd.draft_head import DraftHead
+from hf_osd.draft_trial import try_draft
 from hf_osd.feedback import Feedback
 from hf_osd.forks import on_fork, released
 from hf_osd.logit_widths import LogitWidths
 from hf_osd.lookahead import Lookahead
 from hf_osd.lora import Adapter
 from hf_osd.open_calls import OpenCalls
-from hf_osd.own_draft import own_draft, try_draft, unwrapped
+from hf_osd.own_draft import own_draft, unwrapped
 from hf_osd.prefill import KnownTexts, Prefill
+from hf_osd.properties import encoder_parameters
 from hf_osd.reach import Reach
 from hf_osd.report import report
+from hf_osd.saving import SavableAssistant
 from hf_osd.scoring import Judged, judge, learners_autocast
-from hf_osd.serving import NoServing, embedding_names
+from hf_osd.serving import NoServing
 from hf_osd.stats import Stats
 from hf_osd.suffix_cache import CallText, SuffixCaches
 from hf_osd.teachable import TeachableAssistant
-from hf_osd.translation import Translation
+from hf_osd.translation import Translation, check_vocabularies
 from hf_osd.trouble import WAITS
 from hf_osd.verification import Verification
 from hf_osd.view import View
@@ -51,10 +55,12 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
+    from hf_osd.running import RunningCall
+
 logger = logging.getLogger(__name__)
 
 
-class OnlineAssistant(TeachableAssistant):
+class OnlineAssistant(TeachableAssistant, SavableAssistant):
     """A draft model, and a cache of recent text, that learn from the requests they assist.
 
     ```python
@@ -190,7 +196,7 @@ class OnlineAssistant(TeachableAssistant):
         inputs_tensor: Tensor | None,
         logits_processor: LogitsProcessorList,
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-        running: integration.RunningCall | None = None,
+        running: RunningCall | None = None,
         tenant: Hashable = None,
         private: bool = False,
     ) -> OnlineCandidateGenerator:
@@ -316,6 +322,24 @@ class OnlineAssistant(TeachableAssistant):
         if (trouble := self.learner.trouble()) is not None:
             self._warn_once(trouble)
         return refreshed
+
+    def update_together(self, force: bool = False) -> bool:
+        """`update`, with all ranks of the job: if an update is due on any of them, or anything is new anywhere and `force` is set. Every rank calls this at the
+        same points: after each request, say, and as often when its own requests have come to an end. In a job of one process it is `update(force)`.
+
+        Between these points nothing is learnt: calls of `generate` start no update in a job of several processes.
+
+        Returns:
+            `bool`: whether the serving draft was refreshed, which is the same everywhere. `False` for good once a rank has gone: the draft goes on
+            serving as it is.
+
+        Raises:
+            ValueError: if the ranks did not begin with the same draft.
+        """
+        if getattr(self.learner, "ranks", None) is None or self.learner.ranks.size == 1:
+            return self.update(force)
+        self.take_in()
+        return self.learner.update_together(force)
 
     def flush(self) -> bool:
         """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.drafting import Block, HeadUsage
-    from hf_osd.integration import RunningCall
     from hf_osd.prefill import Prefill
+    from hf_osd.running import RunningCall
     from hf_osd.suffix_cache import CallText, SuffixCache
     from hf_osd.translation import Translation
 

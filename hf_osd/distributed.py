@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 if TYPE_CHECKING:
-    from hf_osd.assistant import OnlineAssistant
+    pass
 
 # By which torchrun and accelerate launch tell a process that it is one of several.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -163,29 +163,6 @@ class Ranks:
         return torch.stack(parts).cpu()
 
 
-def update_together(assistant: OnlineAssistant, force: bool = False) -> bool:
-    """Take in the calls that have ended, and learn with all ranks of the job, if an update is due on any of them, or anything is new anywhere and `force`
-    is set. Every rank calls this at the same points: after each request, say, and as often when its own requests have come to an end. In a job of
-    one process it is `assistant.update(force)`.
-
-    Between these points nothing is learnt: calls of `generate` start no update in a job of several processes.
-
-    Returns:
-        `bool`: whether the serving draft was refreshed, which is the same everywhere. `False` for good once a rank has gone: the draft goes on
-        serving as it is.
-
-    Raises:
-        ValueError: if the ranks did not begin with the same draft.
-    """
-    from hf_osd.learner import Learner
-
-    learner = assistant.learner
-    if not isinstance(learner, Learner) or learner.ranks.size == 1:
-        return assistant.update(force)
-    assistant.take_in()
-    return learner.update_together(force)
-
-
 def check_job(ranks: Ranks, alone: bool):
     """See that several processes can learn together: all at the same moments, and each with a whole copy of what trains."""
     from accelerate import PartialState
@@ -193,7 +170,7 @@ def check_job(ranks: Ranks, alone: bool):
     if not alone:
         raise ValueError(
             f"This is one of {ranks.size} processes, whose gradients are averaged: all must learn at the same moment, which a thread of its own cannot. "
-            "Pass learn='inline' and call hf_osd.distributed.update_together on all ranks, or let another process learn (docs/scale.md)."
+            "Pass learn='inline' and call the assistant's update_together on all ranks, or let another process learn (docs/scale.md)."
         )
     kind = PartialState().distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):

@@ -4,8 +4,6 @@ says next."""
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,21 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
+from hf_osd.properties import encoder_parameters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.vocabulary import LowRankHead, RowsHead
-
-
-def draft_window(draft: PreTrainedModel) -> float:
-    """The longest text the draft has positions for, in tokens; infinite if its config does not say."""
-    return getattr(draft.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-
-
-def forward_parameters(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters of the model's `forward`; of the base model's under PEFT, whose own takes anything."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(model.forward).parameters)
 
 
 def logit_width(model: PreTrainedModel) -> int | None:
@@ -187,11 +176,6 @@ def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
     positions that generate gives them too. A prompt that is all padding stays as it is: a draft must read something."""
     kept = tokens[0] if mask is None else tokens[0, mask[0].bool()]
     return kept if len(kept) else tokens[0]
-
-
-def encoder_parameters(draft: PreTrainedModel) -> set[str]:
-    """By which parameters of its `forward` the draft takes what an encoder made; none for a plain decoder."""
-    return forward_parameters(draft) & {"encoder_outputs", "encoder_hidden_states"}
 
 
 def encoder_source(draft: PreTrainedModel, inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -17,15 +17,13 @@ from hf_osd.adapters import (
     ADAPTER_WEIGHTS,
     BASE_FILES,
     adapter_folder,
-    has_adapter,
     load_with_adapter,
-    merged,
     save_adapter,
-    say_ties,
 )
 from hf_osd.blueprint import blueprint, text_model
 from hf_osd.hub import FROM_WHERE
 from hf_osd.own_draft import execution_device, real_tensor, unwrapped
+from hf_osd.plain import has_adapter, merged, say_ties
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

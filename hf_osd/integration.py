@@ -9,11 +9,12 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hf_osd.running import RunningCall, running_calls
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, StoppingCriteriaList
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +50,8 @@ _CONTRACT = {
 }
 _TESTED = "transformers>=5.23,<5.24"
 
-# Of this thread: `calls`, see `running_calls`; and `whispers`, the assistants of Whisper's calls, innermost last.
+# Of this thread: `whispers`, the assistants of Whisper's calls, innermost last.
 _thread = threading.local()
-
-
-@dataclass(eq=False)
-class RunningCall:
-    """One run of `_assisted_decoding` with an OnlineAssistant."""
-
-    stopping_criteria: StoppingCriteriaList
-    synced_gpus: bool = False
-
-
-def running_calls() -> list[RunningCall]:
-    """This thread's calls that have not come back, innermost last: a streamer may call generate in the middle of one."""
-    if not hasattr(_thread, "calls"):
-        _thread.calls = []
-    return _thread.calls
 
 
 def enable():

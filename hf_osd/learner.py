@@ -156,7 +156,7 @@ class Learner:
             self._lock.release()
 
     def update_together(self, force: bool = False) -> bool:
-        """[`hf_osd.distributed.update_together`], of calls that have been taken in."""
+        """[`hf_osd.OnlineAssistant.update_together`], of calls that have been taken in."""
         try:
             return not self.ranks.parted and self.ranks.any(force or self._due()) and self.update(wait=force)
         except RanksParted as error:

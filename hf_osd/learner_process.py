@@ -44,18 +44,14 @@ from transformers.utils.logging import disable_progress_bar
 from hf_osd.background import BackgroundLearner
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.copies import check_weights
 from hf_osd.intervals import figures_to_json
 from hf_osd.lora import Adapter
-from hf_osd.serving import check_weights
 from hf_osd.trace import unpack
-from hf_osd.wire import FrameWriter, read_frame
+from hf_osd.wire import ADAPTER, BASE, BEGIN, BUSY, DRAFT, END, FrameWriter, read_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DRAFT, BEGIN, BUSY, ADAPTER = "draft", "begin.json", "busy", "adapter.safetensors"  # in the folder
-END = "end"  # the last frame
-BASE = "base."  # begins the names of what a frame has of the plain draft under an adapter
 
 # Below whoever serves, where they share a CPU: enough to be let in between, not to be in the way.
 _NICENESS = 10

@@ -4,7 +4,6 @@ weights and their names; how they learn is the learner's."""
 from __future__ import annotations
 
 import hashlib
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -12,15 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.copies import check_finite, copy_draft
 from hf_osd.default_device import default_device
-from hf_osd.distributed import Ranks
-from hf_osd.memory import LearningChoice, LearningFacts, available, choose
-from hf_osd.serving import check_finite, copy_draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.config import OnlineConfig
 
 # Without a seed of the user's: the ranks of a job, and a process that learns, must all begin with the same adapter, and it adds nothing to the draft yet.
 _SEED = 0
@@ -160,28 +156,6 @@ def merges(linears: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineConfig) -> LearningChoice:
-    """What of a draft learns, by the config and the memory there is where it would learn; in a job of several processes the same on all of them.
-
-    Raises:
-        ValueError: if it is to be an adapter and nothing of the draft can have one, or the draft has one that cannot learn.
-    """
-    has_adapter = bool(getattr(draft, "peft_config", None))
-    if has_adapter:
-        _check_head(draft)
-    linears = {} if has_adapter else adaptable(draft, trainable)
-    if config.adapter == "lora" and not has_adapter and not linears:
-        raise ValueError(
-            f"adapter='lora', and {type(draft).__name__} has no linear layer in its decoder layers that could have one. Pass adapter='off', which learns "
-            "all weights, or learn=False."
-        )
-    free = available(config.learner_device or draft.device)
-    if config.learn == "inline" and (ranks := Ranks.of_job()).size > 1:
-        free = -ranks.most(-int(min(free, 2**53)))  # of the poorest: all must learn the same
-    facts = LearningFacts.of(draft, trainable, linears, config, merges(linears))
-    return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)
-
-
 def set_base(model: nn.Module, base: Mapping[str, Tensor]):
     """Put other weights of the plain draft, by its names, under a model's adapter."""
     parameters = dict(model.named_parameters())
@@ -196,22 +170,6 @@ def _under_adapter(name: str) -> str:
     """The name that the weight of an adapted module has, see [`peft.tuners.tuners_utils.BaseTunerLayer`]."""
     module, _, leaf = name.rpartition(".")
     return f"{module}.base_layer.{leaf}"
-
-
-def _check_head(draft: PreTrainedModel):
-    """See that an adapter that lies on the LM head could learn there."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    head = draft.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer) and not all(
-        tensor.is_floating_point()
-        for name, tensor in itertools.chain(head.named_parameters(), head.named_buffers())
-        if "lora_" not in name
-    ):
-        raise ValueError(
-            f"The draft's adapter lies on its LM head, a {type(head.get_base_layer()).__name__} whose weights are quantised: no loss can be learnt through "
-            "that. Make the adapter without the head (exclude_modules=['lm_head']), leave the head unquantised, or pass learn=False."
-        )
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:

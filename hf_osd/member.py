@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
+from hf_osd.copies import copy_draft
 from hf_osd.distill.loss_head import LossHead
 from hf_osd.feedback import Feedback
 from hf_osd.forks import importing
-from hf_osd.serving import copy_draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,11 +7,15 @@ counted: requests longer than that, the allocator's gaps, judging, the buffer.""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hf_osd.distributed import Ranks
+from hf_osd.lora import adaptable, merges
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +88,8 @@ class LearningFacts:
         merges: bool = True,
     ) -> LearningFacts:
         """The facts of a draft, of which `trainable` would learn where all weights do, and the layers `linears` would get an adapter."""
-        from hf_osd.draft_context import draft_window
         from hf_osd.draft_head import can_select_rows
+        from hf_osd.properties import draft_window
         from hf_osd.scoring import learners_dtype
 
         model = draft.config.get_text_config(decoder=True)
@@ -293,3 +297,41 @@ def _cgroups(root: Path, of_process: Path) -> Iterator[tuple[Path, str, str, str
         for folder in (own, *own.parents):
             if ".." not in folder.parts:
                 yield top / folder, *names
+
+
+def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineConfig) -> LearningChoice:
+    """What of a draft learns, by the config and the memory there is where it would learn; in a job of several processes the same on all of them.
+
+    Raises:
+        ValueError: if it is to be an adapter and nothing of the draft can have one, or the draft has one that cannot learn.
+    """
+    has_adapter = bool(getattr(draft, "peft_config", None))
+    if has_adapter:
+        _check_head(draft)
+    linears = {} if has_adapter else adaptable(draft, trainable)
+    if config.adapter == "lora" and not has_adapter and not linears:
+        raise ValueError(
+            f"adapter='lora', and {type(draft).__name__} has no linear layer in its decoder layers that could have one. Pass adapter='off', which learns "
+            "all weights, or learn=False."
+        )
+    free = available(config.learner_device or draft.device)
+    if config.learn == "inline" and (ranks := Ranks.of_job()).size > 1:
+        free = -ranks.most(-int(min(free, 2**53)))  # of the poorest: all must learn the same
+    facts = LearningFacts.of(draft, trainable, linears, config, merges(linears))
+    return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)
+
+
+def _check_head(draft: PreTrainedModel):
+    """See that an adapter that lies on the LM head could learn there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = draft.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer) and not all(
+        tensor.is_floating_point()
+        for name, tensor in itertools.chain(head.named_parameters(), head.named_buffers())
+        if "lora_" not in name
+    ):
+        raise ValueError(
+            f"The draft's adapter lies on its LM head, a {type(head.get_base_layer()).__name__} whose weights are quantised: no loss can be learnt through "
+            "that. Make the adapter without the head (exclude_modules=['lm_head']), leave the head unquantised, or pass learn=False."
+        )

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from hf_osd import integration
 from hf_osd.forks import released
+from hf_osd.running import running_calls
 
 if TYPE_CHECKING:
     from hf_osd.call_record import CallRecord
@@ -25,7 +25,7 @@ class OpenCalls:
     """
 
     def __init__(self, on_change: Callable[[bool], None] | None = None):
-        self._on_change = on_change
+        self.on_change = on_change
         self._open: set[CallRecord] = set()
         # What finalizers append to: they may run anywhere, so they take no lock.
         self._ended: deque[CallRecord] = deque()
@@ -35,8 +35,8 @@ class OpenCalls:
         """A call begins; it is over when its candidate generator is gone."""
         with self._lock:
             self._open.add(record)
-        if self._on_change is not None:
-            self._on_change(True)
+        if self.on_change is not None:
+            self.on_change(True)
         weakref.finalize(generator, self._over, record).atexit = False
 
     def any(self) -> bool:
@@ -46,16 +46,16 @@ class OpenCalls:
     def _over(self, record: CallRecord):
         if record in self._open:  # else it was taken in as one that had come back, and would be counted twice
             self._ended.append(record)
-        if self._on_change is not None and not self.any():
-            self._on_change(False)
+        if self.on_change is not None and not self.any():
+            self.on_change(False)
             if self.any():  # one began in between, and may have said so before
-                self._on_change(True)
+                self.on_change(True)
 
     def take_over(self, here: bool = False) -> list[CallRecord]:
         """Those that are over, each once: their generator is gone. And, with `here`, those of this thread that have come back, though a
         traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
         thread, ended = threading.get_ident() if here else None, set()
-        running = integration.running_calls() if here else []
+        running = running_calls() if here else []
         with suppress(IndexError):
             while True:
                 ended.add(self._ended.popleft())

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_osd.draft_context import DraftContext, draft_window
+from hf_osd.draft_context import DraftContext
+from hf_osd.properties import draft_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_osd.draft_trial import Reads
     from hf_osd.feedback import Feedback
-    from hf_osd.own_draft import Reads
 
 logger = logging.getLogger(__name__)
 

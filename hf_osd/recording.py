@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_osd.admission import check_vocabularies
 from hf_osd.feedback import Feedback, SparseRows
+from hf_osd.heads import contiguous_head
 from hf_osd.prefill import Prefill
-from hf_osd.scoring import contiguous_head
-from hf_osd.translation import Translation
+from hf_osd.translation import Translation, check_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

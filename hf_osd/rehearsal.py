@@ -16,7 +16,7 @@ from hf_osd.recording import record_answers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.assistant import OnlineAssistant
+    from hf_osd.protocol import LearningAssistant
 
 
 class Rehearsal:
@@ -40,7 +40,7 @@ class Rehearsal:
 
     def __init__(
         self,
-        assistant: OnlineAssistant,
+        assistant: LearningAssistant,
         target: PreTrainedModel,
         temperature: float = 0.7,
         times: int = 1,

@@ -17,7 +17,7 @@ from hf_osd.feedback import Feedback
 from hf_osd.forks import released
 from hf_osd.intervals import figures_from_json
 from hf_osd.learner import Learner
-from hf_osd.learner_process import BASE
+from hf_osd.wire import BASE
 from hf_osd.worker import Worker
 
 if TYPE_CHECKING:

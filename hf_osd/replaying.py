@@ -14,11 +14,11 @@ from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
 from hf_osd.prefill import KnownTexts
 
 if TYPE_CHECKING:
-    from hf_osd.assistant import OnlineAssistant
+    from hf_osd.protocol import LearningAssistant
 
 
 def replay(
-    assistant: OnlineAssistant,
+    assistant: LearningAssistant,
     requests: Sequence[Feedback],
     max_new_tokens: int | None = None,
     again: Sequence[Sequence[Feedback]] | None = None,

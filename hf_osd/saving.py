@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hf_osd.adapters import describe_adapter
 from hf_osd.checkpoint import staged
@@ -20,7 +20,6 @@ from hf_osd.state import ResumableAssistant
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hf_osd.assistant import OnlineAssistant
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +109,7 @@ class SavableAssistant(ResumableAssistant):
         (into / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs
-    ) -> OnlineAssistant:
+    def from_pretrained(cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs) -> Self:
         """An assistant around a saved draft, or any causal LM or encoder-decoder of the Hub.
 
         Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_osd.distill.collator import FeedbackCollator
-from hf_osd.draft_context import forward_parameters
 from hf_osd.feedback import Feedback
+from hf_osd.heads import contiguous_head
+from hf_osd.properties import forward_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,19 +119,6 @@ def _spelled(feedback: Feedback) -> Tensor:
     """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`Translation`])."""
     taught = feedback.teaches("all")
     return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
-
-
-@contextlib.contextmanager
-def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the LM head of `model` reads contiguous rows. Without gradients torch makes a batched product of a head over the last
-    columns of several requests, and copies the head once a request: five to two hundred times the work on CPUs."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda head, inputs: (inputs[0].contiguous(), *inputs[1:])
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:

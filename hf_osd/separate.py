@@ -29,7 +29,7 @@ from hf_osd.trace import pack, unpack
 from hf_osd.wire import from_bytes, to_bytes
 
 if TYPE_CHECKING:
-    from hf_osd.assistant import OnlineAssistant
+    from hf_osd.protocol import LearningAssistant
     from hf_osd.serving import ServingDraft
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ def feedback_frame(batch: Sequence[Feedback]) -> bytes:
     return to_bytes("feedback", pack(batch))
 
 
-def serve_separately(assistant: OnlineAssistant, roles: Roles):
+def serve_separately(assistant: LearningAssistant, roles: Roles):
     """Let `assistant` learn on the learning rank, in place of here. Every serving rank calls this, with the same draft, and `assistant.close()` at its end.
 
     Raises:
@@ -279,7 +279,7 @@ class LearningRank:
         ValueError: if the assistant does not learn inline, or not at all.
     """
 
-    def __init__(self, assistant: OnlineAssistant, roles: Roles, weights_every: int = 1):
+    def __init__(self, assistant: LearningAssistant, roles: Roles, weights_every: int = 1):
         self.learner, self._serving = _inline(assistant), assistant.serving
         config = assistant.osd_config
         self._every, self._sent = weights_every, self._serving.version
@@ -347,7 +347,7 @@ class LearningRank:
         return {"figures": figures_to_json(self.learner.figures())}
 
 
-def _inline(assistant: OnlineAssistant) -> Learner:
+def _inline(assistant: LearningAssistant) -> Learner:
     if assistant.learner is None and assistant.osd_config.learns:
         raise ValueError(f"The assistant does not learn, so it cannot on another rank. {assistant.learning_choice}")
     if not isinstance(assistant.learner, Learner):

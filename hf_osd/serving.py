@@ -8,7 +8,6 @@ which is large, there is an idle copy only while it is written.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -17,67 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from hf_osd.copies import check_weights, copy_draft
 from hf_osd.forks import released
 
 if TYPE_CHECKING:
     from hf_osd.lora import Adapter
-
-
-def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
-    """A copy of `model` that owns its trainable weights and shares the storage of the frozen ones.
-
-    Must be called before any trainer holds `model`: trl and accelerate patch `forward`, and a copy of a patched model silently runs
-    the original's weights.
-
-    Args:
-        frozen (`set[str]`, *optional*): parameter names to share; those without `requires_grad` if left out.
-    """
-    memo = {}
-    for name, parameter in model.named_parameters():
-        if name in frozen if frozen is not None else not parameter.requires_grad:
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for module in model.modules():  # of accelerate, and holds what is offloaded
-        if (hook := vars(module).get("_hf_hook")) is not None:
-            memo[id(hook)] = hook
-    # Drafts loaded under inference_mode could never be trained or written.
-    with torch.inference_mode(False):
-        return copy.deepcopy(model, memo)
-
-
-def embedding_names(model: nn.Module) -> set[str]:
-    """Names of the parameters of the input embeddings and the LM head."""
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    shared = {id(p) for module in ends for p in module.parameters()}
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
-
-
-def check_weights(weights: Mapping[str, Tensor], served: Mapping[str, Tensor]):
-    """See that `weights`, of any dtype and device, can take the place of all those `served`.
-
-    Raises:
-        ValueError: if one is missing, or has another shape or a value that is not finite.
-    """
-    for name, old in served.items():
-        if name not in weights:
-            raise ValueError(f"The new weights lack {name!r}; refresh from a model of the draft's own architecture.")
-        if weights[name].shape != old.shape:
-            raise ValueError(
-                f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(old.shape)} in the draft; "
-                "refresh from a model of the draft's own architecture."
-            )
-        check_finite(name, weights[name].to(old.dtype))  # as served: float16 ends at 65504
-
-
-def check_finite(name: str, weight: Tensor):
-    """See that a weight that is to serve is finite.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"{name!r} has values that are not finite; the serving draft is kept. Lower the learning rate."
-        )
 
 
 class ServingDraft:

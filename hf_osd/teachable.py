@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.background import BackgroundLearner
+from hf_osd.copies import check_weights, copy_draft
 from hf_osd.learner import Learner
-from hf_osd.lora import Adapter, choose_learning
-from hf_osd.open_calls import OpenCalls
+from hf_osd.lora import Adapter
+from hf_osd.memory import choose_learning
 from hf_osd.orphan import Orphan
 from hf_osd.own_draft import unwrapped
 from hf_osd.remote import RemoteLearner
-from hf_osd.saving import SavableAssistant
-from hf_osd.serving import ServingDraft, check_weights, copy_draft
+from hf_osd.serving import ServingDraft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class TeachableAssistant(SavableAssistant):
+class TeachableAssistant:
     """The part of [`OnlineAssistant`] that makes its learner, and takes in weights."""
 
     def _serve(self, own: PreTrainedModel, trainable: set[str]):
@@ -56,7 +56,7 @@ class TeachableAssistant(SavableAssistant):
         config = self.osd_config
         if config.learn == "process":
             learner = RemoteLearner(self.serving, self.buffer, config)
-            self._calls = OpenCalls(learner.note_busy)
+            self._calls.on_change = learner.note_busy
             return learner
         if config.learner_device is not None:
             try:

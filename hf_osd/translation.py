@@ -21,7 +21,6 @@ from hf_osd.feedback import SparseRows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_osd.assistant import OnlineAssistant
 
 # What byte-level BPE and SentencePiece write for a space.
 _SPACES = ("Ġ", "▁")
@@ -63,7 +62,7 @@ class Translation:
     def of_models(
         cls,
         target: PreTrainedModel,
-        draft: PreTrainedModel | OnlineAssistant,
+        draft: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Translation:
@@ -241,3 +240,12 @@ def _by_string(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, int]:
         # Without their signs two strings may be one: the first keeps the name, for shared tokens go one to one.
         strings.setdefault(string, i)
     return strings
+
+
+def check_vocabularies(target: PreTrainedModel, translation: Translation):
+    """Whether a draft of another vocabulary can assist `target`: a `ValueError` if not."""
+    if target.config.is_encoder_decoder and not translation.is_identity:
+        raise ValueError(
+            f"The target is an encoder-decoder of {translation.target_size} tokens and the draft has {translation.draft_size}; hf_osd "
+            "translates between vocabularies for decoder-only models. Choose a draft with the target's own vocabulary."
+        )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
     from hf_osd.call_record import CallRecord
-    from hf_osd.integration import RunningCall
+    from hf_osd.running import RunningCall
 
 # Of target (by a part that all views of it share), by configuration and kind of cache: why it cannot verify a block, `None` if it can.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()

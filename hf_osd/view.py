@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from hf_osd.assistant import OnlineAssistant
     from hf_osd.candidates import OnlineCandidateGenerator
+
+
+class OpensCalls(Protocol):
+    """What the seam asks of an assistant, and a view of its own."""
+
+    def open_call(self, *args, **kwargs) -> OnlineCandidateGenerator: ...
 
 
 class View:
@@ -20,7 +25,7 @@ class View:
         private (`bool`): keep nothing of these calls.
     """
 
-    def __init__(self, assistant: OnlineAssistant, tenant: Hashable = None, private: bool = False):
+    def __init__(self, assistant: OpensCalls, tenant: Hashable = None, private: bool = False):
         self._assistant, self._tenant, self._private = assistant, tenant, private
 
     def open_call(self, *args, **kwargs) -> OnlineCandidateGenerator:

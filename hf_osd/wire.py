@@ -9,6 +9,10 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+# What a process that learns finds in its folder.
+DRAFT, BEGIN, BUSY, ADAPTER = "draft", "begin.json", "busy", "adapter.safetensors"
+END = "end"  # the last frame
+BASE = "base."  # begins the names of what a frame has of the plain draft under an adapter
 _MAGIC = b"hf_osd 1"  # each frame begins with it: what somebody else printed must not be read as a length
 _LENGTH = 8  # bytes
 

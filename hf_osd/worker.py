@@ -26,10 +26,9 @@ from torch import Tensor
 from hf_osd.config import OnlineConfig
 from hf_osd.distributed import LAUNCH_VARIABLES
 from hf_osd.feedback import Feedback
-from hf_osd.learner_process import ADAPTER, BEGIN, BUSY, DRAFT, END
 from hf_osd.threads import start_thread
 from hf_osd.trace import pack
-from hf_osd.wire import FrameWriter, read_frame
+from hf_osd.wire import ADAPTER, BEGIN, BUSY, DRAFT, END, FrameWriter, read_frame
 
 if TYPE_CHECKING:
     from hf_osd.serving import ServingDraft

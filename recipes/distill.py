@@ -38,13 +38,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
-from hf_osd.admission import check_vocabularies
-from hf_osd.distributed import update_together
-from hf_osd.draft_context import draft_window
 from hf_osd.output_paths import check_apart
 from hf_osd.prefill import KnownTexts
+from hf_osd.properties import draft_window
 from hf_osd.separate import LearningRank, serve_separately
-from hf_osd.translation import Translation
+from hf_osd.translation import Translation, check_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -323,7 +321,7 @@ class Job:
 
     def _update(self, assistant: OnlineAssistant, step: int):
         if self.processes.roles is not None or (step + 1) % self.args.sync_every == 0:
-            update_together(assistant)
+            assistant.update_together()
 
     def _generate(self, prompt: Tensor, **kwargs) -> tuple[Tensor, float]:
         start = time.perf_counter()
@@ -341,7 +339,7 @@ class Job:
             for feedback in answers[start : start + interval]:
                 assistant.learner.offer(known.only_new(feedback, self.config.prompt_positions))
             # Beside serving it would all be one update by the time that one begins, and what that learns not be judged.
-            update_together(assistant, force=self.config.learn in ("background", "process"))
+            assistant.update_together(force=self.config.learn in ("background", "process"))
         if most:
             self.processes.flush(assistant)
 

@@ -28,7 +28,8 @@ from models import use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.serving import ServingDraft, embedding_names
+from hf_osd.copies import embedding_names
+from hf_osd.serving import ServingDraft
 from hf_osd.strict_json import write_json
 
 if TYPE_CHECKING:

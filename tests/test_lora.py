@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant, grow_draft, memory
-from hf_osd.adapters import merged as merged_by_peft
+from hf_osd.copies import embedding_names
 from hf_osd.lora import Adapter, adaptable
-from hf_osd.serving import ServingDraft, embedding_names
+from hf_osd.plain import merged as merged_by_peft
+from hf_osd.serving import ServingDraft
 
 from .served import GREEDY, PROMPTS, serve
 

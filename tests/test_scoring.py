@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 
 from hf_osd import scoring
 from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.scoring import contiguous_head, judge, score
+from hf_osd.heads import contiguous_head
+from hf_osd.scoring import judge, score
 
 SHAPES = [(9, 4), (3, 7), (12, 1), (5, 6), (3, 2)]  # (prompt, answer); not in the order of their lengths
 

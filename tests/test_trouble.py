@@ -113,9 +113,7 @@ def test_who_flushes_hears_once_that_what_was_learnt_does_not_serve_yet(target, 
 
 
 def test_who_flushes_what_serves_hears_nothing(target, draft, caplog):
-    assistant = OnlineAssistant(
-        draft, **{**LEARNS, "gate": True, "gate_tolerance": 1.0, "update_interval": 1}
-    )
+    assistant = OnlineAssistant(draft, **{**LEARNS, "gate": True, "gate_tolerance": 1.0, "update_interval": 1})
     serve(target, assistant, PROMPTS)
     assistant.flush()
     assert assistant.stats.accepted_updates

@@ -26,7 +26,6 @@ from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.muon import MuonWithAdamW
 from hf_osd.distributed import Ranks
 from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.rate import WEIGHTS
 from hf_osd.scoring import answer_logits, learners_autocast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -280,9 +279,8 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "gradient_checkpointing": False,  # the older name, on by default in trl
         "per_device_train_batch_size": config.batch_size or 1,
         "num_train_epochs": 1,
-        "learning_rate": WEIGHTS[0]
-        if config.learning_rate == "auto"
-        else config.learning_rate,  # that is found beside serving
+        # "auto" is found beside serving, from this one down.
+        "learning_rate": 1e-3 if config.learning_rate == "auto" else config.learning_rate,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch" if config.optim == "muon" else config.optim,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
 from hf_osd.contenders import Contenders, Point
-from hf_osd.distributed import Ranks, update_together
+from hf_osd.distributed import Ranks
 from hf_osd.learner import Learner
 from hf_osd.scoring import Judged
 from hf_osd.trace import read_trace
@@ -228,7 +228,7 @@ class Job:
                 torch.tensor([[3 + i, 4, 5]]), assistant_model=assistant, max_new_tokens=4, do_sample=False
             )
         before = assistant.stats.updates
-        refreshed = [update_together(assistant), update_together(assistant), assistant.flush()]
+        refreshed = [assistant.update_together(), assistant.update_together(), assistant.flush()]
         self.facts["serving"] = {"before": before, "refreshed": refreshed, "updates": assistant.stats.updates}
 
     def parting(self):

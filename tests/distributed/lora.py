@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import distributed as dist
 
 from hf_osd import OnlineAssistant, lora
-from hf_osd.distributed import update_together
 
 GIB = 2**30
 
@@ -28,7 +27,7 @@ def main(folder: Path):
     begun = {name: w.clone() for name, w in assistant.serving.weights()}
     for request in given["requests"][rank]:
         assistant.learner.offer(request)
-    refreshed = update_together(assistant, force=True)
+    refreshed = assistant.update_together(force=True)
     found = {
         "rank": assistant.adapter.rank,
         "choice": assistant.learning_choice,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_osd.distributed import Ranks, update_together
+from hf_osd.distributed import Ranks
 from hf_osd.trace import write_trace
 
 VOCAB = 512  # enough columns of the head for some of them to be drawn
@@ -154,5 +154,5 @@ def test_one_process_agrees_with_itself_and_learns_when_it_is_due(tiny_llama, ma
         raise KeyError
     assistant = OnlineAssistant(tiny_llama(), update_interval=2, gate=False, learning_rate=1e-3, seed=0)
     assistant.buffer.add(make_feedback())
-    assert not update_together(assistant)
-    assert update_together(assistant, force=True)
+    assert not assistant.update_together()
+    assert assistant.update_together(force=True)

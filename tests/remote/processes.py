@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from hf_osd.learner_process import BUSY
 from hf_osd.trace import unpack
-from hf_osd.wire import FrameWriter, read_frame
+from hf_osd.wire import BUSY, FrameWriter, read_frame
 
 LONG = 120  # seconds in which anything has happened, on any machine
 INTERVAL = 2

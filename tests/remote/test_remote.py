@@ -17,11 +17,11 @@ from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd import worker as worker_module
 from hf_osd.buffer import FeedbackBuffer
 from hf_osd.forks import on_fork
-from hf_osd.learner_process import ADAPTER, BEGIN, BUSY, DRAFT, LearnerProcess
+from hf_osd.learner_process import LearnerProcess
 from hf_osd.lora import Adapter
 from hf_osd.remote import RemoteLearner
 from hf_osd.serving import ServingDraft
-from hf_osd.wire import FrameWriter, read_frame
+from hf_osd.wire import ADAPTER, BEGIN, BUSY, DRAFT, FrameWriter, read_frame
 
 from .processes import FIGURES, INTERVAL, LONG, obedient, offer, reads_on, same, wait_for_death, weights_of
 
