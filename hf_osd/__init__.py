@@ -9,34 +9,34 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "OnlineAssistant": "assistant",
     "OnlineConfig": "config",
-    "OnlineCandidateGenerator": "candidates",
-    "Feedback": "feedback",
-    "FeedbackBuffer": "buffer",
+    "OnlineCandidateGenerator": "generation.candidates",
+    "Feedback": "feedback.feedback",
+    "FeedbackBuffer": "feedback.buffer",
     "OnlineGKDTrainer": "distill.trainer",
     "RefreshAssistantCallback": "distill.callbacks",
-    "grow_draft": "drafts",
-    "record_answers": "recording",
-    "Rehearsal": "rehearsal",
-    "compare_outputs": "parity",
-    "enable": "integration",
-    "disable": "integration",
+    "grow_draft": "saving.drafts",
+    "record_answers": "feedback.recording",
+    "Rehearsal": "learning.rehearsal",
+    "compare_outputs": "metrics.parity",
+    "enable": "generation.patch",
+    "disable": "generation.patch",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from hf_osd.assistant import OnlineAssistant as OnlineAssistant
-    from hf_osd.buffer import FeedbackBuffer as FeedbackBuffer
-    from hf_osd.candidates import OnlineCandidateGenerator as OnlineCandidateGenerator
     from hf_osd.config import OnlineConfig as OnlineConfig
     from hf_osd.distill.callbacks import RefreshAssistantCallback as RefreshAssistantCallback
     from hf_osd.distill.trainer import OnlineGKDTrainer as OnlineGKDTrainer
-    from hf_osd.drafts import grow_draft as grow_draft
-    from hf_osd.feedback import Feedback as Feedback
-    from hf_osd.integration import disable as disable
-    from hf_osd.integration import enable as enable
-    from hf_osd.parity import compare_outputs as compare_outputs
-    from hf_osd.recording import record_answers as record_answers
-    from hf_osd.rehearsal import Rehearsal as Rehearsal
+    from hf_osd.feedback.buffer import FeedbackBuffer as FeedbackBuffer
+    from hf_osd.feedback.feedback import Feedback as Feedback
+    from hf_osd.feedback.recording import record_answers as record_answers
+    from hf_osd.generation.candidates import OnlineCandidateGenerator as OnlineCandidateGenerator
+    from hf_osd.generation.patch import disable as disable
+    from hf_osd.generation.patch import enable as enable
+    from hf_osd.learning.rehearsal import Rehearsal as Rehearsal
+    from hf_osd.metrics.parity import compare_outputs as compare_outputs
+    from hf_osd.saving.drafts import grow_draft as grow_draft
 
 
 def __getattr__(name: str):

@@ -14,38 +14,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_osd import integration
-from hf_osd.admission import check_call, check_draft
-from hf_osd.buffer import FeedbackBuffer
-from hf_osd.call_record import CallRecord
-from hf_osd.candidates import OnlineCandidateGenerator
 from hf_osd.config import OnlineConfig
-from hf_osd.copies import embedding_names
-from hf_osd.draft_context import encoder_source, without_padding
-from hf_osd.draft_head import DraftHead
-from hf_osd.draft_trial import try_draft
-from hf_osd.feedback import Feedback
-from hf_osd.forks import on_fork, released
-from hf_osd.logit_widths import LogitWidths
-from hf_osd.lookahead import Lookahead
-from hf_osd.lora import Adapter
-from hf_osd.open_calls import OpenCalls
-from hf_osd.own_draft import own_draft, unwrapped
-from hf_osd.prefill import KnownTexts, Prefill
-from hf_osd.properties import encoder_parameters
-from hf_osd.reach import Reach
-from hf_osd.report import report
-from hf_osd.saving import SavableAssistant
-from hf_osd.scoring import Judged, judge, learners_autocast
-from hf_osd.serving import NoServing
-from hf_osd.stats import Stats
-from hf_osd.suffix_cache import CallText, SuffixCaches
-from hf_osd.teachable import TeachableAssistant
-from hf_osd.translation import Translation, check_vocabularies
-from hf_osd.trouble import WAITS
-from hf_osd.verification import Verification
-from hf_osd.view import View
-from hf_osd.windows import Windows
+from hf_osd.distill.scoring import Judged, judge, learners_autocast
+from hf_osd.distill.windows import Windows
+from hf_osd.drafting.context import encoder_source, without_padding
+from hf_osd.drafting.draft_trial import try_draft
+from hf_osd.drafting.reach import Reach
+from hf_osd.drafting.suffix_cache import CallText, SuffixCaches
+from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.feedback.feedback import Feedback
+from hf_osd.feedback.prompt_states import KnownTexts, Prefill
+from hf_osd.generation import patch as integration
+from hf_osd.generation.candidates import OnlineCandidateGenerator
+from hf_osd.generation.checks import check_call, check_draft
+from hf_osd.generation.logit_widths import LogitWidths
+from hf_osd.generation.open_calls import OpenCalls
+from hf_osd.generation.recorder import CallRecord
+from hf_osd.generation.verification import Verification
+from hf_osd.generation.view import View
+from hf_osd.learning.trouble import WAITS
+from hf_osd.metrics.stats import Stats
+from hf_osd.models.copies import embedding_names
+from hf_osd.models.draft_head import DraftHead
+from hf_osd.models.hot_swap import NoServing
+from hf_osd.models.lora import Adapter
+from hf_osd.models.own_draft import own_draft, unwrapped
+from hf_osd.models.properties import encoder_parameters
+from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.report import report
+from hf_osd.remote.teachable import TeachableAssistant
+from hf_osd.saving.pretrained import SavableAssistant
+from hf_osd.system.forks import on_fork, released
 
 if TYPE_CHECKING:
     from transformers import (
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-    from hf_osd.running import RunningCall
+    from hf_osd.generation.running import RunningCall
 
 logger = logging.getLogger(__name__)
 
@@ -385,7 +385,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     def score(self, feedback: list[Feedback]) -> list[Tensor]:
         """Expected acceptance of the draft at each position of `feedback`, `(N,)` a request, teacher-forced; α is the mean.
 
-        See [`hf_osd.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
+        See [`hf_osd.distill.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
         """
         self._needs_draft("score")
         return [judged.overlap for judged in self._judge(feedback)]
@@ -453,7 +453,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return feedback
 
     def _judge(self, feedback: list[Feedback]) -> list[Judged]:
-        """What the draft that serves says, see [`hf_osd.scoring.judge`]."""
+        """What the draft that serves says, see [`hf_osd.distill.scoring.judge`]."""
         model = self.serving.lease()
         try:
             with learners_autocast(model.device.type, None):

@@ -34,7 +34,7 @@ def check() -> int:
     import torch
     import transformers
 
-    from hf_osd import integration
+    from hf_osd.generation import patch as integration
 
     integration.enable()
     integration.disable()
@@ -46,9 +46,9 @@ def grow_to(target: str, output: str, layers: str, overwrite: bool = False) -> i
     """Save a draft grown from `target`, with its tokenizer, into a folder of its own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_osd.checkpoint import staged
-    from hf_osd.drafts import drop_older, files_of_checkpoint, grow_draft
-    from hf_osd.output_paths import check_apart, check_writable
+    from hf_osd.saving.drafts import drop_older, files_of_checkpoint, grow_draft
+    from hf_osd.system.files import staged
+    from hf_osd.system.output_paths import check_apart, check_writable
 
     try:
         picked = [int(i) for i in layers.split(",")]

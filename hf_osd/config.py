@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from hf_osd.strict_json import dumps, loads
+from hf_osd.system.strict_json import dumps, loads
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 REPLAYS = ("uniform", "recency", "loss")

@@ -26,10 +26,10 @@ from workload import WARM_UP, Workload, peak_rss_mb
 
 from hf_osd import OnlineConfig, record_answers
 from hf_osd.distill.collator import FeedbackCollator
-from hf_osd.draft_head import DraftHead
-from hf_osd.regret import Trace, regrets
-from hf_osd.scoring import answer_logits
-from hf_osd.strict_json import dumps, write_json
+from hf_osd.distill.scoring import answer_logits
+from hf_osd.models.draft_head import DraftHead
+from hf_osd.policy.regret import Trace, regrets
+from hf_osd.system.strict_json import dumps, write_json
 
 # A benchmark serves a draft as it is, unless told otherwise.
 DEFAULTS = {"learn": "off"}

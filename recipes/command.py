@@ -15,7 +15,7 @@ from run_folder import RUN_FILES
 from signals import ended_by_signals, exit_status
 
 from hf_osd import OnlineConfig
-from hf_osd.output_paths import check_apart, check_writable
+from hf_osd.system.output_paths import check_apart, check_writable
 
 logger = logging.getLogger("hf_osd.recipes")
 

@@ -38,11 +38,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
-from hf_osd.output_paths import check_apart
-from hf_osd.prefill import KnownTexts
-from hf_osd.properties import draft_window
-from hf_osd.separate import LearningRank, serve_separately
-from hf_osd.translation import Translation, check_vocabularies
+from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
+from hf_osd.feedback.prompt_states import KnownTexts
+from hf_osd.models.properties import draft_window
+from hf_osd.remote.roles import LearningRank, serve_separately
+from hf_osd.system.output_paths import check_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

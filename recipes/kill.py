@@ -28,8 +28,8 @@ from run_folder import RunFolder
 from run_log import METRICS, RunLog
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
-from hf_osd.checkpoint import newest_state, states
-from hf_osd.strict_json import write_json
+from hf_osd.system.files import newest_state, states
+from hf_osd.system.strict_json import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

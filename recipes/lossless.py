@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.strict_json import dumps, write_json
+from hf_osd.system.strict_json import dumps, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,12 +21,12 @@ from run_log import or_none
 from workload import Call, Workload, peak_rss_mb, spread
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.stats import CallStats
+from hf_osd.metrics.stats import CallStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.costs import Costs
+    from hf_osd.policy.costs import Costs
 
 logger = logging.getLogger("hf_osd.recipes.methods")
 

@@ -12,8 +12,8 @@ import torch
 from command import check_kinds
 from torch import Tensor
 
-from hf_osd import drafts
-from hf_osd.hub import find_file
+from hf_osd.saving import drafts
+from hf_osd.saving.hub import find_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -27,9 +27,9 @@ from row_log import RowLog
 from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.feedback import ACCEPTED, REJECTED, SparseRows
-from hf_osd.heads import contiguous_head
-from hf_osd.replaying import as_drafted
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, SparseRows
+from hf_osd.learning.replaying import as_drafted
+from hf_osd.models.heads import contiguous_head
 
 ARMS = ("teacher", "drafted", "student", "mixed")
 

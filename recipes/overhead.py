@@ -13,11 +13,11 @@ from transformers import DynamicCache
 from workload import Workload, spread
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
-from hf_osd.draft_context import DraftContext
-from hf_osd.draft_head import DraftHead
-from hf_osd.feedback import Feedback
-from hf_osd.rate import WEIGHTS
-from hf_osd.vocabulary import LowRankHead
+from hf_osd.drafting.context import DraftContext
+from hf_osd.feedback.feedback import Feedback
+from hf_osd.learning.rate import WEIGHTS
+from hf_osd.models.draft_head import DraftHead
+from hf_osd.models.draft_vocab import LowRankHead
 
 HEADS = ("full", "traffic", "low_rank")
 # Tokens of text that the draft has read where its step is timed.

@@ -22,7 +22,7 @@ from replay import load_trace
 from row_log import RowLog
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.replaying import replay
+from hf_osd.learning.replaying import replay
 
 logger = logging.getLogger("hf_osd.recipes.poison")
 

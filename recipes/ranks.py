@@ -13,10 +13,10 @@ import torch
 from run_folder import DRAFT, RunFolder
 from run_log import METRICS, RunLog
 
-from hf_osd.checkpoint import staged
-from hf_osd.distributed import Ranks, RanksParted
-from hf_osd.separate import Roles
-from hf_osd.strict_json import dumps
+from hf_osd.distill.ranks import Ranks, RanksParted
+from hf_osd.remote.roles import Roles
+from hf_osd.system.files import staged
+from hf_osd.system.strict_json import dumps
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,9 +24,9 @@ from run_folder import LOCK, folder_name, locked
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
-from hf_osd.output_paths import check_apart
-from hf_osd.trace import read_trace, write_trace
-from hf_osd.translation import Translation
+from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.feedback.trace import read_trace, write_trace
+from hf_osd.system.output_paths import check_apart
 
 logger = logging.getLogger("hf_osd.recipes.record")
 

@@ -26,10 +26,10 @@ from row_log import RowLog
 from workload import peak_rss_mb
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.drafts import files_of_checkpoint
-from hf_osd.output_paths import check_apart
-from hf_osd.replaying import replay
-from hf_osd.trace import read_trace
+from hf_osd.feedback.trace import read_trace
+from hf_osd.learning.replaying import replay
+from hf_osd.saving.drafts import files_of_checkpoint
+from hf_osd.system.output_paths import check_apart
 
 logger = logging.getLogger("hf_osd.recipes.replay")
 

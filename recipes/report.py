@@ -8,8 +8,8 @@ from pathlib import Path
 
 from run_log import RunLog, mean, or_none, ratio
 
-from hf_osd.checkpoint import staged
-from hf_osd.strict_json import write_json
+from hf_osd.system.files import staged
+from hf_osd.system.strict_json import write_json
 
 _LONGEST = 40  # letters of a name in a picture or a table
 

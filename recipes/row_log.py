@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hf_osd.output_paths import check_writable
-from hf_osd.strict_json import dumps, loads
+from hf_osd.system.output_paths import check_writable
+from hf_osd.system.strict_json import dumps, loads
 
 logger = logging.getLogger("hf_osd.recipes.row_log")
 

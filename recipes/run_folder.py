@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_osd.checkpoint import discard_states, states
-from hf_osd.output_paths import check_writable
+from hf_osd.system.files import discard_states, states
+from hf_osd.system.output_paths import check_writable
 
 logger = logging.getLogger("hf_osd.recipes.run_folder")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from run_folder import CHECKPOINT
 
-from hf_osd.checkpoint import discard_states, states
-from hf_osd.state import saved_progress
-from hf_osd.stats import Stats
-from hf_osd.strict_json import dumps
+from hf_osd.metrics.stats import Stats
+from hf_osd.saving.state import saved_progress
+from hf_osd.system.files import discard_states, states
+from hf_osd.system.strict_json import dumps
 
 logger = logging.getLogger("hf_osd.recipes.run_log")
 

@@ -28,9 +28,9 @@ from models import use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.copies import embedding_names
-from hf_osd.serving import ServingDraft
-from hf_osd.strict_json import write_json
+from hf_osd.models.copies import embedding_names
+from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.system.strict_json import write_json
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -3,7 +3,7 @@
     python recipes/traffic.py --threads 2 --seed 0
 
 The source of every figure of docs/scale.md. A few requests are served on one process, so that their feedback has drafts in it as in service; it is
-packed in frames as hf_osd.separate sends them. Frames are not sent anywhere: bytes are those of the frames, without what a network adds.
+packed in frames as hf_osd.remote.roles sends them. Frames are not sent anywhere: bytes are those of the frames, without what a network adds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from command import check_numbers, run_command
 from models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.separate import feedback_frame
-from hf_osd.strict_json import write_json
-from hf_osd.trace import unpack
-from hf_osd.wire import from_bytes, to_bytes
+from hf_osd.feedback.trace import unpack
+from hf_osd.remote.frames import from_bytes, to_bytes
+from hf_osd.remote.roles import feedback_frame
+from hf_osd.system.strict_json import write_json
 
 TOP_K = (64, 16, 4, 1)
 

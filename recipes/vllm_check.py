@@ -22,7 +22,7 @@ from models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, l
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.strict_json import write_json
+from hf_osd.system.strict_json import write_json
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 

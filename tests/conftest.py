@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseRows
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseRows
 
 VOCAB = 64
 

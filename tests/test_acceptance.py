@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.acceptance import Calibration, ConfidenceAcceptance, MatchAcceptance, PositionAcceptance
+from hf_osd.policy.acceptance import Calibration, ConfidenceAcceptance, MatchAcceptance, PositionAcceptance
 
 
 def test_a_position_never_tested_is_taken_for_the_mean():

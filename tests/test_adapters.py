@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
-from hf_osd.drafts import load_draft
+from hf_osd.saving.drafts import load_draft
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 IDS = torch.arange(4, 28)[None]

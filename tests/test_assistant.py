@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
-from hf_osd.scoring import score
+from hf_osd.distill.scoring import score
 
 from .served import GREEDY, PROMPTS, serve
 

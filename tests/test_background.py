@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
-from hf_osd import background as background_module
-from hf_osd.background import BackgroundLearner, Pace, Stopped
+from hf_osd.learning import background as background_module
+from hf_osd.learning.background import BackgroundLearner, Pace, Stopped
 
 LONG = 120  # seconds in which anything has happened, on any machine
 
@@ -440,8 +440,8 @@ def test_a_process_may_end_in_the_middle_of_an_update():
 import threading, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import Feedback, FeedbackBuffer, OnlineConfig
-from hf_osd.background import BackgroundLearner
-from hf_osd.feedback import SparseRows
+from hf_osd.learning.background import BackgroundLearner
+from hf_osd.feedback.feedback import SparseRows
 
 torch.set_num_threads(1)
 sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, grow_draft
-from hf_osd.learner import Learner
-from hf_osd.report import report
-from hf_osd.stats import Stats
+from hf_osd.learning.learner import Learner
+from hf_osd.metrics.stats import Stats
+from hf_osd.policy.report import report
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_who_asks_for_all_to_be_learnt_gets_all(made, make_feedback):
 
 
 def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(made, make_feedback, target):
-    from hf_osd.lookahead import Lookahead
+    from hf_osd.policy.lookahead import Lookahead
 
     learner = made()
     learner.schedule.seconds = 100.0
@@ -79,7 +79,7 @@ def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(ma
 
 def test_rates_are_tried_with_no_more_passes_than_fit(made, make_feedback, monkeypatch):
     """Of four requests two teach and two judge; three rates take three passes over two requests at least."""
-    monkeypatch.setattr("hf_osd.rate._COLD", 0.0)  # or the fastest would be enough
+    monkeypatch.setattr("hf_osd.learning.rate._COLD", 0.0)  # or the fastest would be enough
     learner = made(learning_rate="auto", replay=6.0)
     learner.schedule.seconds = 0.01 / 17
     serve(learner, make_feedback, 4, 0.04)

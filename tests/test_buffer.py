@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.buffer import HALF_LIFE, FeedbackBuffer
 from hf_osd.config import REPLAYS
-from hf_osd.trace import write_trace
+from hf_osd.feedback.buffer import HALF_LIFE, FeedbackBuffer
+from hf_osd.feedback.trace import write_trace
 
 
 @pytest.fixture

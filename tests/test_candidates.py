@@ -11,8 +11,8 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
-from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
-from hf_osd.lookahead import Plan
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
+from hf_osd.policy.lookahead import Plan
 
 PROMPT = torch.tensor([[5, 9, 17, 3, 40, 22]])
 

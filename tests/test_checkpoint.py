@@ -7,7 +7,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from hf_osd.checkpoint import discard_states, new_state, newest_state, staged, states
+from hf_osd.system.files import discard_states, new_state, newest_state, staged, states
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_osd import contenders as contenders_module
 from hf_osd.config import OnlineConfig
-from hf_osd.contenders import Contenders
-from hf_osd.distributed import Ranks
-from hf_osd.gate import WINDOW, Verdict
-from hf_osd.scoring import Judged
+from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.scoring import Judged
+from hf_osd.learning import contenders as contenders_module
+from hf_osd.learning.contenders import Contenders
+from hf_osd.learning.gate import WINDOW, Verdict
 
 N = 45  # positions of a request
 STATIC = 0.5

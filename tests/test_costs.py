@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.costs import Costs, _never_falling
+from hf_osd.policy.costs import Costs, _never_falling
 
 
 def measured(seconds: dict[int, float], steps: float | None = None) -> Costs:

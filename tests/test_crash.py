@@ -13,7 +13,7 @@ import pytest
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from hf_osd.checkpoint import new_state, newest_state, staged, states
+from hf_osd.system.files import new_state, newest_state, staged, states
 
 kind, place = sys.argv[1], Path(sys.argv[2])
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "fcntl.flock", "shutil.rmtree", "os.scandir"}

@@ -9,8 +9,8 @@ import torch
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.default_device import default_device
-from hf_osd.intervals import interval
+from hf_osd.metrics.intervals import interval
+from hf_osd.system.default_device import default_device
 
 PROMPTS = torch.randint(2, 64, (4, 1, 9), generator=torch.Generator().manual_seed(0))
 DEFAULTS = ["float64", "bfloat16", "meta"]
@@ -122,8 +122,8 @@ def test_models_of_two_sizes(target, tiny_llama, name):
     """The draft's tokens are others than the target's."""
     small = tiny_llama(layers=1, vocab_size=48, eos_token_id=None)
     plain = [target.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0) for prompt in PROMPTS[:2]]
-    from hf_osd.recording import record_answers
-    from hf_osd.translation import Translation
+    from hf_osd.drafting.vocab_mapping import Translation
+    from hf_osd.feedback.recording import record_answers
 
     with default(name):
         translation = Translation.of_sizes(64, 48)

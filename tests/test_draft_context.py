@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.draft_context import DraftContext
-from hf_osd.properties import draft_window
+from hf_osd.drafting.context import DraftContext
+from hf_osd.models.properties import draft_window
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

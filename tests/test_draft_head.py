@@ -39,9 +39,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_osd import OnlineConfig, draft_head
-from hf_osd.draft_head import DraftHead, can_select_rows, with_head
-from hf_osd.vocabulary import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
+from hf_osd import OnlineConfig
+from hf_osd.models import draft_head
+from hf_osd.models.draft_head import DraftHead, can_select_rows, with_head
+from hf_osd.models.draft_vocab import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
 
 # Views of models
 

@@ -6,7 +6,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
-from hf_osd.drafting import Drafting
+from hf_osd.drafting.draft_model import Drafting
 
 PROMPT = torch.tensor([[5, 9, 17, 3, 40, 22]])
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

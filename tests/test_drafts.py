@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant
-from hf_osd.blueprint import depth_of
-from hf_osd.drafts import grow_draft
+from hf_osd.models.blueprint import depth_of
+from hf_osd.saving.drafts import grow_draft
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 SHAPE = TOKENS | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}

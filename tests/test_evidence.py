@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.evidence import _SKEW, BLOCK, Evidence, gathered
+from hf_osd.learning.evidence import _SKEW, BLOCK, Evidence, gathered
 
 NAN = math.nan
 ODDS = 20.0

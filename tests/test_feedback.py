@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.feedback import ACCEPTED, TAIL_FLOOR, UNTESTED, Feedback, SparseRows
+from hf_osd.feedback.feedback import ACCEPTED, TAIL_FLOOR, UNTESTED, Feedback, SparseRows
 
 
 def logits_of(n: int, vocab: int, scale: float, seed: int) -> torch.Tensor:

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_osd import OnlineAssistant, forks
-from hf_osd.orphan import Orphan
-from hf_osd.separate import SeparateLearner
+from hf_osd import OnlineAssistant
+from hf_osd.learning.orphan import Orphan
+from hf_osd.remote.roles import SeparateLearner
+from hf_osd.system import forks
 
 from .served import PROMPTS, serve
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.distributed import Ranks
-from hf_osd.evidence import Evidence
-from hf_osd.gate import BACK, ODDS, WINDOW, Gate, Looks, Verdict
+from hf_osd.distill.ranks import Ranks
+from hf_osd.learning.evidence import Evidence
+from hf_osd.learning.gate import BACK, ODDS, WINDOW, Gate, Looks, Verdict
 
 N = 45  # positions of a request
 NAN = math.nan

@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationMixin
 
 import hf_osd
-from hf_osd import OnlineAssistant, integration
+from hf_osd import OnlineAssistant
+from hf_osd.generation import patch as integration
 
 PROMPT = torch.tensor([[5, 9, 17, 3]])
 

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.intervals import Comparison, Estimate, bootstrap, compare, figures_from_json, figures_to_json, interval
+from hf_osd.metrics.intervals import (
+    Comparison,
+    Estimate,
+    bootstrap,
+    compare,
+    figures_from_json,
+    figures_to_json,
+    interval,
+)
 
 NAN = math.nan
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_osd import FeedbackBuffer, OnlineConfig, feedback
-from hf_osd import ensemble as ensemble_module
-from hf_osd.learner import Learner
-from hf_osd.random_state import isolated_random_state
-from hf_osd.scoring import score
+from hf_osd import FeedbackBuffer, OnlineConfig
+from hf_osd.distill import ensemble as ensemble_module
+from hf_osd.distill.scoring import score
+from hf_osd.feedback import feedback
+from hf_osd.learning.learner import Learner
+from hf_osd.system.random_state import isolated_random_state
 
 
 def cloned(weights) -> dict[str, torch.Tensor]:
@@ -208,7 +209,7 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
     learner, make_feedback, monkeypatch, cold, tried
 ):
     """Of a draft that knows much each rate is tried; of one that knows little the fastest is enough."""
-    monkeypatch.setattr("hf_osd.rate._COLD", cold)
+    monkeypatch.setattr("hf_osd.learning.rate._COLD", cold)
     made, learnt, judged = learner(learning_rate="auto", **PLAIN), [], []
     requests = [make_feedback(n=4, seed=i) for i in range(6)]
     member, contenders = made.ensemble.members[0], made.contenders

@@ -9,7 +9,7 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausa
 
 from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.distill.loss_head import LossHead
-from hf_osd.draft_head import can_select_rows
+from hf_osd.models.draft_head import can_select_rows
 
 from .served import GREEDY, PROMPTS
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.lookahead import (
+from hf_osd.policy.lookahead import (
     PLAIN_EVERY,
     PROBE_EVERY,
     Lookahead,

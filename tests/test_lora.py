@@ -21,11 +21,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_osd import OnlineAssistant, grow_draft, memory
-from hf_osd.copies import embedding_names
-from hf_osd.lora import Adapter, adaptable
-from hf_osd.plain import merged as merged_by_peft
-from hf_osd.serving import ServingDraft
+from hf_osd import OnlineAssistant, grow_draft
+from hf_osd.learning import memory
+from hf_osd.models.copies import embedding_names
+from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.lora import Adapter, adaptable
+from hf_osd.models.plain import merged as merged_by_peft
 
 from .served import GREEDY, PROMPTS, serve
 
@@ -332,7 +333,7 @@ def test_an_adapter_of_another_rank_is_refused(draft):
 
 def test_a_draft_without_layers_that_can_have_one_is_refused(target, monkeypatch):
     draft = grow_draft(target)
-    monkeypatch.setattr("hf_osd.lora.adaptable", lambda *args: {})
+    monkeypatch.setattr("hf_osd.models.lora.adaptable", lambda *args: {})
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no linear layer .*adapter='off'"):
         OnlineAssistant(draft, adapter="lora")
     assert OnlineAssistant(draft).adapter is None
@@ -402,7 +403,9 @@ def test_an_adapter_on_a_quantised_head_is_refused_and_serves_frozen(target, noi
 
 def warnings_of(caplog):
     return [
-        record for record in caplog.records if record.levelno >= logging.WARNING and record.name == "hf_osd.teachable"
+        record
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name == "hf_osd.remote.teachable"
     ]
 
 
@@ -448,7 +451,7 @@ def test_a_small_draft_learns_with_all_weights_by_itself(draft):
 
 def test_a_draft_too_large_for_what_is_free_learns_in_an_adapter_by_itself(target, draft, monkeypatch):
     needed = memory.learning_bytes(_facts(draft))
-    monkeypatch.setattr("hf_osd.lora.available", lambda device: 4 * needed)
+    monkeypatch.setattr("hf_osd.models.lora.available", lambda device: 4 * needed)
     assistant = OnlineAssistant(draft, seed=0)
     assert assistant.adapter.rank == 16
     assert all("lora_" in name for name in assistant.serving.trainable)

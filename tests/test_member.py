@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from hf_osd import ensemble as ensemble_module
-from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
-from hf_osd.learner import Learner
-from hf_osd.member import Member
-from hf_osd.scoring import judge
+from hf_osd.distill import ensemble as ensemble_module
+from hf_osd.distill.scoring import judge
+from hf_osd.distill.student import Member
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.learning.learner import Learner
 
 # One request a step, and no draws: a run can be repeated by hand, or resumed.
 PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay": 0.0, "averaging": 0.0}

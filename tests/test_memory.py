@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from hf_osd import OnlineConfig, memory
-from hf_osd.lora import adaptable, merges
-from hf_osd.memory import GIB, LearningFacts, available, cgroup_left, choose, learning_bytes
+from hf_osd import OnlineConfig
+from hf_osd.learning import memory
+from hf_osd.learning.memory import GIB, LearningFacts, available, cgroup_left, choose, learning_bytes
+from hf_osd.models.lora import adaptable, merges
 
 # Of the size of a model of 1.2 billion weights in bfloat16.
 LARGE = LearningFacts(

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 from hf_osd import OnlineConfig
-from hf_osd.intervals import Comparison, Estimate
-from hf_osd.lookahead import Lookahead
-from hf_osd.model_card import machine_facts, model_card
-from hf_osd.report import observed_speedup
-from hf_osd.stats import CallStats, Stats
+from hf_osd.metrics.intervals import Comparison, Estimate
+from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.report import observed_speedup
+from hf_osd.saving.model_card import machine_facts, model_card
 
 SQL = {"requests": 40, "held_back": 16, "alpha_before": 0.31, "alpha_after": 0.62, "compared": 12}
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_osd.open_calls import OpenCalls
+from hf_osd.generation.open_calls import OpenCalls
 
 
 class Record:
@@ -73,7 +73,7 @@ def test_so_may_garbage_collection(calls):
 
 def test_calls_of_this_thread_that_have_come_back_are_over_though_something_holds_them(calls, monkeypatch):
     here, running = threading.get_ident(), object()
-    monkeypatch.setattr("hf_osd.open_calls.integration", SimpleNamespace(running_calls=lambda: [running]))
+    monkeypatch.setattr("hf_osd.generation.open_calls.integration", SimpleNamespace(running_calls=lambda: [running]))
     back, runs, elsewhere = Record(here, object()), Record(here, running), Record(here + 1, object())
     generators = [Generator() for _ in range(3)]
     for record, generator in zip((back, runs, elsewhere), generators, strict=True):
@@ -85,7 +85,7 @@ def test_calls_of_this_thread_that_have_come_back_are_over_though_something_hold
 
 def test_the_late_end_of_a_call_taken_in_already_hides_none_that_runs(calls, monkeypatch):
     """A traceback held its generator."""
-    monkeypatch.setattr("hf_osd.open_calls.integration", SimpleNamespace(running_calls=lambda: []))
+    monkeypatch.setattr("hf_osd.generation.open_calls.integration", SimpleNamespace(running_calls=lambda: []))
     late, generator = Generator(), Generator()
     calls.add(Record(threading.get_ident(), object()), late)
     assert len(calls.take_over(here=True)) == 1

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hf_osd.output_paths import check_apart, check_writable
+from hf_osd.system.output_paths import check_apart, check_writable
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.parity import compare_outputs, is_near_tie
+from hf_osd.metrics.parity import compare_outputs, is_near_tie
 
 
 class Said:

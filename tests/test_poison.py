@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, record_answers
-from hf_osd.learner import Learner
-from hf_osd.scoring import score
+from hf_osd.distill.scoring import score
+from hf_osd.learning.learner import Learner
 
 MARGIN = 0.06  # α of the static draft on 40 prompts, less chance
 MOST = 16  # requests that anything poisoned may serve

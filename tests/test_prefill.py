@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant, grow_draft, record_answers
-from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.prefill import KnownTexts, Prefill
+from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.prompt_states import KnownTexts, Prefill
 
 PROMPT = torch.randint(2, 64, (9,), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(2, 64, (7,), generator=torch.Generator().manual_seed(1))

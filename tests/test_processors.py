@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
     WhisperNoSpeechDetection,
 )
 
-from hf_osd.processors import VerifiedProcessors
+from hf_osd.drafting.processors import VerifiedProcessors
 
 
 class Noting(LogitsProcessor):

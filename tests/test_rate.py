@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.evidence import BLOCK
-from hf_osd.rate import ADAPTER, WEIGHTS, Rate, Trial
+from hf_osd.learning.evidence import BLOCK
+from hf_osd.learning.rate import ADAPTER, WEIGHTS, Rate, Trial
 
 N = 10 * BLOCK  # positions by which trials are judged
 STEPS = ("lower", "higher")

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant
-from hf_osd.feedback import UNTESTED
-from hf_osd.recording import record_answers
-from hf_osd.scoring import score
-from hf_osd.translation import Translation
+from hf_osd.distill.scoring import score
+from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.feedback.feedback import UNTESTED
+from hf_osd.feedback.recording import record_answers
 
 LENGTHS = [9, 3, 14, 3, 6]
 
@@ -205,7 +205,7 @@ def test_recording_leaves_no_trace_on_the_target(tiny_llama, prompts):
 
 def test_long_prompts_come_in_batches_of_their_own(tiny_llama, prompts, monkeypatch):
     """A batch is padded to its longest prompt: a few long ones would make one of dozens take gigabytes."""
-    import hf_osd.recording as recording
+    import hf_osd.feedback.recording as recording
 
     target = tiny_llama(layers=2)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.lookahead import Lookahead
-from hf_osd.regret import Driven, Fixed, Trace, regrets, simulate
+from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.regret import Driven, Fixed, Trace, regrets, simulate
 
 
 def trace_of(hits: list[int], sure: float = 0.5) -> Trace:

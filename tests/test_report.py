@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.intervals import Comparison, Estimate
-from hf_osd.lookahead import Lookahead
-from hf_osd.report import report
-from hf_osd.stats import CallStats, Stats
+from hf_osd.metrics.intervals import Comparison, Estimate
+from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.report import report
 
 
 def served(lookahead: Lookahead, rounds: list[tuple[int, int]], target_ms=10.0, draft_ms=1.0, **call) -> Stats:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig
-from hf_osd import ensemble as ensemble_module
+from hf_osd.distill import ensemble as ensemble_module
 from hf_osd.distill import trainer as trainer_module
-from hf_osd.gate import Verdict
-from hf_osd.learner import Learner
-from hf_osd.serving import ServingDraft
+from hf_osd.learning.gate import Verdict
+from hf_osd.learning.learner import Learner
+from hf_osd.models.hot_swap import ServingDraft
 
 
 @pytest.fixture

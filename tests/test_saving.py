@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.model_card import model_card
+from hf_osd.saving.model_card import model_card
 
 from .served import GREEDY, PROMPTS, serve
 
@@ -119,7 +119,7 @@ def test_a_card_that_cannot_be_made_is_a_warning_and_the_draft_is_saved(draft, t
     def broken(*args, **kwargs):
         raise RuntimeError("no words")
 
-    monkeypatch.setattr("hf_osd.saving.model_card", broken)
+    monkeypatch.setattr("hf_osd.saving.pretrained.model_card", broken)
     OnlineAssistant(draft).save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
     assert "no words" in caplog.text

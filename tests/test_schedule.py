@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.config import OnlineConfig
-from hf_osd.schedule import Schedule
+from hf_osd.learning.schedule import Schedule
 
 PROMPT = 5
 

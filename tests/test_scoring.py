@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfig
 
-from hf_osd import scoring
-from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.heads import contiguous_head
-from hf_osd.scoring import judge, score
+from hf_osd.distill import scoring
+from hf_osd.distill.scoring import judge, score
+from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.models.heads import contiguous_head
 
 SHAPES = [(9, 4), (3, 7), (12, 1), (5, 6), (3, 2)]  # (prompt, answer); not in the order of their lengths
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_osd.copies import copy_draft, embedding_names
-from hf_osd.serving import ServingDraft
+from hf_osd.models.copies import copy_draft, embedding_names
+from hf_osd.models.hot_swap import ServingDraft
 
 IDS = torch.arange(2, 12)[None]
 
@@ -157,7 +157,7 @@ def test_a_copy_that_broke_off_half_written_is_written_whole_by_the_next_refresh
             return super().__getitem__(name) + 1
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_osd.copies.check_weights", lambda *_: None)
+        patch.setattr("hf_osd.models.copies.check_weights", lambda *_: None)
         with pytest.raises(RuntimeError, match="out of memory"):
             serving.refresh(BreaksOff(weights))
     assert same(serving.active, before)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.distributed import Ranks
-from hf_osd.feedback import Feedback
-from hf_osd.shadow import RECENT, Reservoir, Shadow
+from hf_osd.distill.ranks import Ranks
+from hf_osd.feedback.feedback import Feedback
+from hf_osd.learning.shadow import RECENT, Reservoir, Shadow
 
 NAN = math.nan
 N = 20

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.checkpoint import new_state, newest_state, states
-from hf_osd.state import saved_progress
+from hf_osd.saving.state import saved_progress
+from hf_osd.system.files import new_state, newest_state, states
 
 from .served import GREEDY, PROMPTS, serve
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from hf_osd.intervals import Comparison, Estimate
-from hf_osd.stats import ROLLING, CallStats, Stats
+from hf_osd.metrics.intervals import Comparison, Estimate
+from hf_osd.metrics.stats import ROLLING, CallStats, Stats
 
 
 def call(alpha: float = 0.5, tokens: int = 6) -> CallStats:

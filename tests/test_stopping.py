@@ -5,7 +5,7 @@ import torch
 from transformers import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from hf_osd.stopping import DraftStops
+from hf_osd.drafting.stopping import DraftStops
 
 
 class Own(StoppingCriteria):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hf_osd.strict_json import dumps, loads, write_json
+from hf_osd.system.strict_json import dumps, loads, write_json
 
 
 def strict(text: str):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.suffix_cache import CallText, Continuation, SuffixCache, SuffixCaches
+from hf_osd.drafting.suffix_cache import CallText, Continuation, SuffixCache, SuffixCaches
 
 ROOMY = 2**24
 tokens = st.integers(0, 3)  # few, so that phrases recur

@@ -10,8 +10,8 @@ LONG = 120  # seconds in which anything has happened, on any machine
 
 BEGIN = """
 import os, sys, threading, time
-from hf_osd import threads
-from hf_osd.threads import start_thread
+from hf_osd.system import threads
+from hf_osd.system.threads import start_thread
 """
 
 

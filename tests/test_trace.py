@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.trace import read_trace, write_trace
+from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.trace import read_trace, write_trace
 
 LOGPS = ("top_logps", "tail_logp", "draft_logps", "drafted_logp")
 
@@ -230,7 +230,7 @@ def weights_of_a_model(path):
 
 def of_another_version(path):
     tensors, metadata = stored(path)
-    save_file(tensors, path, metadata={**metadata, "format": "hf_osd.trace.99"})
+    save_file(tensors, path, metadata={**metadata, "format": "hf_osd.feedback.trace.99"})
 
 
 def lacks_a_tensor(path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_osd.translation import Translation
+from hf_osd.drafting.vocab_mapping import Translation
 
 
 def words(*vocabulary, eos=None, bos=None, sign=None):

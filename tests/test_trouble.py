@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.trouble import FAILS, STANDS, WAITS, trouble
+from hf_osd.learning.trouble import FAILS, STANDS, WAITS, trouble
 
 from .served import GREEDY, PROMPTS, serve
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_osd.vocabulary import LowRank, LowRankHead, SpeculativeVocabulary
+from hf_osd.models.draft_vocab import LowRank, LowRankHead, SpeculativeVocabulary
 
 NO_PROMPT = torch.tensor([], dtype=torch.long)
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig, grow_draft
 from hf_osd.distill.collator import FeedbackCollator
-from hf_osd.feedback import ACCEPTED, REJECTED
-from hf_osd.learner import Learner
-from hf_osd.lookahead import Plan
-from hf_osd.scoring import judge
-from hf_osd.windows import Windows, cut
+from hf_osd.distill.scoring import judge
+from hf_osd.distill.windows import Windows, cut
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED
+from hf_osd.learning.learner import Learner
+from hf_osd.policy.lookahead import Plan
 
 
 @pytest.fixture(scope="module")

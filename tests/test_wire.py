@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.wire import FrameWriter, from_bytes, read_frame, to_bytes
+from hf_osd.remote.frames import FrameWriter, from_bytes, read_frame, to_bytes
 
 TENSORS = {
     "floats": torch.randn(3, 2),

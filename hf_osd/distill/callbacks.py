@@ -16,7 +16,7 @@ class Refreshable(Protocol):
 
 
 class Follower(Protocol):
-    """What keeps weights beside those that train: a [`hf_osd.member.Member`]."""
+    """What keeps weights beside those that train: a [`hf_osd.distill.student.Member`]."""
 
     def before_step(self, last: bool): ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_osd.feedback import Feedback
+from hf_osd.feedback.feedback import Feedback
 
 
 class FeedbackCollator:

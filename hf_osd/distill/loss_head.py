@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_osd.draft_head import can_select_rows
+from hf_osd.models.draft_head import can_select_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

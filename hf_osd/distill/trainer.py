@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.muon import MuonWithAdamW
-from hf_osd.distributed import Ranks
-from hf_osd.feedback import Feedback, SparseRows
-from hf_osd.scoring import answer_logits, learners_autocast
+from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.scoring import answer_logits, learners_autocast
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.feedback.feedback import Feedback, SparseRows
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin

@@ -176,14 +176,14 @@ def same_length(**lists: list):
 def share_interval(name: str, scores: Sequence[Tensor], level: float | None) -> dict[str, float]:
     """`<name>_low` and `<name>_high` of a mean of numbers from 0 to 1, `(N,)` a request: a bootstrap over requests, 0 to 1 with fewer than
     two of them. Nothing with `level=None`."""
-    from hf_osd.intervals import interval
+    from hf_osd.metrics.intervals import interval
 
     return {} if level is None else _ends(name, *interval(scores, level)[1:])
 
 
 def length_interval(name: str, lengths: Sequence[Tensor], level: float | None) -> dict[str, float]:
     """The same of lengths, which have no largest one: 0 to infinity with fewer than two requests."""
-    from hf_osd.intervals import compare
+    from hf_osd.metrics.intervals import compare
 
     if level is None:
         return {}

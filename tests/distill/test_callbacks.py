@@ -5,10 +5,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_osd.assistant import OnlineAssistant
-from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.callbacks import FollowStepsCallback, RefreshAssistantCallback
 from hf_osd.distill.trainer import OnlineGKDTrainer, training_args
+from hf_osd.feedback.buffer import FeedbackBuffer
 
 
 class Assistant:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.distill.collator import FeedbackCollator
-from hf_osd.feedback import ACCEPTED
+from hf_osd.feedback.feedback import ACCEPTED
 
 # (prompt, answer, and how many of the prompt's positions have a target, where it has as many)
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=5)

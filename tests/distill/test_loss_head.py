@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.trainer import OnlineGKDTrainer
-from hf_osd.learner import Learner
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.learning.learner import Learner
 
 VOCAB = 512
 

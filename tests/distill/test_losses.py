@@ -16,7 +16,7 @@ from hf_osd.distill.losses import (
     target_buckets,
     total_variation,
 )
-from hf_osd.feedback import SparseRows
+from hf_osd.feedback.feedback import SparseRows
 
 # At k = V the stored tail is exp(-16) = 1.1e-7 and the draft's 1e-6 of mass where dense ones are 0: at most 16·1e-6 of loss. The rest
 # is float32 over terms of up to about 30.

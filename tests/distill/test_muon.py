@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.muon import MuonWithAdamW
 from hf_osd.distill.trainer import OnlineGKDTrainer
-from hf_osd.learner import Learner
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.learning.learner import Learner
 
 
 def owners(model: nn.Module, optimizer: MuonWithAdamW) -> dict[str, str]:

@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_osd.buffer import FeedbackBuffer
 from hf_osd.config import OnlineConfig
 from hf_osd.distill import trainer as trainer_module
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.scoring import score
 from hf_osd.distill.trainer import OnlineGKDTrainer, training_args
-from hf_osd.feedback import ACCEPTED
-from hf_osd.scoring import score
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.feedback.feedback import ACCEPTED
 
 VOCAB = 64
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_osd import OnlineAssistant
-from hf_osd.separate import LearningRank, Roles, serve_separately
-from hf_osd.wire import to_bytes
+from hf_osd.remote.frames import to_bytes
+from hf_osd.remote.roles import LearningRank, Roles, serve_separately
 
 CONFIG = {"update_interval": 4, "draft_cost": 0.1, "gate": False, "warmup_steps": 0, "seed": 0}
 CONFIG |= {"learning_rate": 1e-3}

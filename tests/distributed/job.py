@@ -19,11 +19,11 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
-from hf_osd.contenders import Contenders, Point
-from hf_osd.distributed import Ranks
-from hf_osd.learner import Learner
-from hf_osd.scoring import Judged
-from hf_osd.trace import read_trace
+from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.scoring import Judged
+from hf_osd.feedback.trace import read_trace
+from hf_osd.learning.contenders import Contenders, Point
+from hf_osd.learning.learner import Learner
 
 # One step over all requests, by plain gradients: nothing that could hide a factor.
 PLAIN = {

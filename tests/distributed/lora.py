@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import distributed as dist
 
-from hf_osd import OnlineAssistant, lora
+from hf_osd import OnlineAssistant
+from hf_osd.models import lora
 
 GIB = 2**30
 

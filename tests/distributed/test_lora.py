@@ -3,8 +3,8 @@
 import torch
 
 from hf_osd import OnlineConfig
-from hf_osd.lora import adaptable
-from hf_osd.memory import LearningFacts, learning_bytes
+from hf_osd.learning.memory import LearningFacts, learning_bytes
+from hf_osd.models.lora import adaptable
 
 
 def test_ranks_learn_the_same_adapter_by_the_memory_of_the_poorest(run_job, tmp_path, tiny_llama, make_feedback):

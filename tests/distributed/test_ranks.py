@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_osd.distributed import Ranks
-from hf_osd.trace import write_trace
+from hf_osd.distill.ranks import Ranks
+from hf_osd.feedback.trace import write_trace
 
 VOCAB = 512  # enough columns of the head for some of them to be drawn
 

@@ -54,7 +54,7 @@ def test_where_the_learning_rank_dies_the_draft_serves_on_as_it_is(job):
 
 
 def test_one_process_is_not_enough(monkeypatch):
-    from hf_osd.separate import Roles
+    from hf_osd.remote.roles import Roles
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="at least 2 processes"):
@@ -63,7 +63,7 @@ def test_one_process_is_not_enough(monkeypatch):
 
 def test_an_assistant_that_learns_elsewhere_already_is_refused(tiny_llama):
     from hf_osd import OnlineAssistant
-    from hf_osd.separate import serve_separately
+    from hf_osd.remote.roles import serve_separately
 
     with pytest.raises(ValueError, match="learn='off'"):
         serve_separately(OnlineAssistant(tiny_llama(), learn=False), SimpleNamespace(learning_rank=1))

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, StoppingCriteria, TextStreamer
 
 import hf_osd
-from hf_osd import OnlineAssistant, grow_draft, integration
-from hf_osd.custom_generate import write_custom_generate
+from hf_osd import OnlineAssistant, grow_draft
+from hf_osd.generation import patch as integration
+from hf_osd.saving.custom_generate import write_custom_generate
 
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(0))
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
@@ -245,7 +246,7 @@ def test_what_is_written_needs_the_package_and_nothing_else(tmp_path):
     assert requirement == f"hf-osd>={hf_osd.__version__}\n"
     code = ast.parse((tmp_path / "custom_generate" / "generate.py").read_text())
     [imported] = [node for node in ast.walk(code) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert imported.module == "hf_osd.integration"
+    assert imported.module == "hf_osd.generation.patch"
 
 
 def test_requirements_that_are_not_met_are_named(target, folder):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from hf_osd import OnlineAssistant, grow_draft, integration
+from hf_osd import OnlineAssistant, grow_draft
+from hf_osd.generation import patch as integration
 
 PAGE = Path(__file__).parents[2] / "docs" / "hub.md"
 

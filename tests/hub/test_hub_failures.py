@@ -147,7 +147,7 @@ def test_an_upload_that_was_cut_is_sent_whole(hub, assistant, waits):
 
 
 def test_a_wait_that_the_hub_asks_for_has_an_end(hub, assistant, waits, monkeypatch):
-    from hf_osd import hub as room
+    from hf_osd.saving import hub as room
 
     monkeypatch.setattr(room, "_seconds_asked_for", lambda headers: 10**6)
     hub.fail(*STEPS["commit"], 429)

@@ -108,7 +108,11 @@ def test_each_push_warns_once_that_weights_memorise(hub, target, caplog, private
     assistant = make(target)
     for pushes in (1, 2):
         assistant.push_to_hub("me/draft", private=private)
-        said = [r.getMessage() for r in caplog.records if r.name == "hf_osd.saving" and "memorised" in r.getMessage()]
+        said = [
+            r.getMessage()
+            for r in caplog.records
+            if r.name == "hf_osd.saving.pretrained" and "memorised" in r.getMessage()
+        ]
         assert len(said) == pushes
         assert words in said[-1]
     assert hub.private == {"me/draft": private}

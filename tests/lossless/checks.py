@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from hf_osd import OnlineAssistant
-from hf_osd.feedback import ACCEPTED, TAIL_FLOOR, UNTESTED, Feedback
-from hf_osd.stats import CallStats
+from hf_osd.feedback.feedback import ACCEPTED, TAIL_FLOOR, UNTESTED, Feedback
+from hf_osd.metrics.stats import CallStats
 
 from .reference import Block, blocks_of, exact_distribution, p_value, processors_of, scores_of, speculate
 

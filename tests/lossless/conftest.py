@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from hf_osd import Feedback, OnlineAssistant
-    from hf_osd.stats import Stats
+    from hf_osd.metrics.stats import Stats
 
 HERE = Path(__file__).parent
 

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
 
 
 def processors_of(prompt_length: int, eos: Sequence[int] = (), extra=(), **kwargs) -> LogitsProcessorList:

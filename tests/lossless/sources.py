@@ -11,10 +11,10 @@ from transformers import LogitsProcessor, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
-from hf_osd.drafting import Drafting
-from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
-from hf_osd.lookahead import Plan
-from hf_osd.suffix_cache import CallText
+from hf_osd.drafting.draft_model import Drafting
+from hf_osd.drafting.suffix_cache import CallText
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
+from hf_osd.policy.lookahead import Plan
 
 from . import checks
 from .checks import assistant_of, check_feedback, check_sampling, unpadded

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from hf_osd import OnlineCandidateGenerator, draft_head
+from hf_osd import OnlineCandidateGenerator
+from hf_osd.models import draft_head
 
 from .checks import assistant_of
 from .models import one_layer

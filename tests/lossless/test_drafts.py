@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_osd import OnlineAssistant, compare_outputs
-from hf_osd.drafts import load_draft
+from hf_osd.saving.drafts import load_draft
 
 from .checks import SERVES_AT_ONCE
 

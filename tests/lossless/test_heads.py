@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_osd import draft_head
+from hf_osd.models import draft_head
 
 from .checks import assistant_of
 from .sources import (

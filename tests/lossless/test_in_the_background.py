@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hf_osd import background
+from hf_osd.learning import background
 
 from .checks import assistant_of, check_sampling, unpadded
 from .models import one_layer

@@ -9,16 +9,17 @@ from transformers import LogitsProcessor, StoppingCriteriaList
 from transformers.generation import utils as generation
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from hf_osd import OnlineCandidateGenerator, processors
-from hf_osd.call_record import CallRecord
-from hf_osd.draft_context import DraftContext, DraftRows
-from hf_osd.drafting import Drafting
-from hf_osd.feedback import ACCEPTED, REJECTED, TAIL_FLOOR, SparseRows
-from hf_osd.processors import VerifiedProcessors
-from hf_osd.serving import ServingDraft
-from hf_osd.stopping import DraftStops
-from hf_osd.suffix_cache import SuffixCaches
-from hf_osd.translation import Translation
+from hf_osd import OnlineCandidateGenerator
+from hf_osd.drafting import processors
+from hf_osd.drafting.context import DraftContext, DraftRows
+from hf_osd.drafting.draft_model import Drafting
+from hf_osd.drafting.processors import VerifiedProcessors
+from hf_osd.drafting.stopping import DraftStops
+from hf_osd.drafting.suffix_cache import SuffixCaches
+from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, TAIL_FLOOR, SparseRows
+from hf_osd.generation.recorder import CallRecord
+from hf_osd.models.hot_swap import ServingDraft
 
 from .checks import assistant_of, check_greedy, check_lease, check_sampling
 from .models import InMidCall, one_layer, retrained

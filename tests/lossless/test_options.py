@@ -10,7 +10,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, TextIterat
 from transformers.generation.streamers import BaseStreamer
 
 from hf_osd import OnlineAssistant, compare_outputs
-from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
 
 from .checks import SERVES_AT_ONCE
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_osd.feedback import ACCEPTED, REJECTED, UNTESTED
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
 
 from .checks import check_greedy
 from .models import with_logits

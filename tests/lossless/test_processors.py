@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant
-from hf_osd.feedback import ACCEPTED
+from hf_osd.feedback.feedback import ACCEPTED
 
 from .models import one_layer
 from .processors import (

@@ -5,7 +5,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hf_osd.lookahead import Plan
+from hf_osd.policy.lookahead import Plan
 
 from .checks import assistant_of, check_greedy, check_padded, check_sampled
 from .processors import Biased

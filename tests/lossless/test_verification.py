@@ -12,8 +12,9 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_osd import OnlineAssistant, grow_draft, verification
-from hf_osd.lookahead import Plan
+from hf_osd import OnlineAssistant, grow_draft
+from hf_osd.generation import verification
+from hf_osd.policy.lookahead import Plan
 
 from .models import OneLayer, one_layer
 

@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_osd import OnlineAssistant, record_answers
-from hf_osd.feedback import UNTESTED
-from hf_osd.translation import Translation
+from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.feedback.feedback import UNTESTED
 
 from .checks import SERVES_AT_ONCE
 

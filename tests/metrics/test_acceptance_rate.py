@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd import metrics
-from hf_osd.feedback import ACCEPTED, REJECTED
-from hf_osd.intervals import interval
-from hf_osd.stats import CallStats
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED
+from hf_osd.metrics.intervals import interval
+from hf_osd.metrics.stats import CallStats
 
 
 def rate(config: str = "default", **kwargs) -> dict:

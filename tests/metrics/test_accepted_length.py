@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd import metrics
-from hf_osd.stats import CallStats
+from hf_osd.metrics.stats import CallStats
 
 
 def length(config: str = "default", **kwargs) -> dict:

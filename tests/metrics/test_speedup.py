@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd import metrics
-from hf_osd.lookahead import ideal_speedup
-from hf_osd.stats import Stats
+from hf_osd.metrics.stats import Stats
+from hf_osd.policy.lookahead import ideal_speedup
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -14,8 +14,8 @@ import distill
 import pytest
 from transformers import TrainerCallback, integrations
 
-from hf_osd import saving
 from hf_osd.distill.trainer import OnlineGKDTrainer
+from hf_osd.saving import pretrained as saving
 
 WINDOW = 5  # tokens of a prompt in a row: no five are there by chance
 

@@ -10,7 +10,7 @@ import torch
 from workload import WARM_UP, Workload
 
 from hf_osd import OnlineConfig
-from hf_osd.stats import CallStats
+from hf_osd.metrics.stats import CallStats
 
 ONLINE_FIGURES = {
     "alpha",
@@ -250,7 +250,7 @@ def test_traces_are_what_the_assistant_scores(target_dir, stream):
 
 
 def test_ideal_speedup_is_the_formulas_at_a_fixed_length():
-    from hf_osd.lookahead import Lookahead, ideal_speedup
+    from hf_osd.policy.lookahead import Lookahead, ideal_speedup
 
     # Ten rounds of 2 drafts: in 5 both are accepted, in 3 the first, in 2 none; a_1 = .8 and a_2 = 5/8.
     stats = CallStats()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.background import BackgroundLearner
+from hf_osd.learning.background import BackgroundLearner
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import kill
 import pytest
 from run_log import RunLog
 
-from hf_osd.checkpoint import new_state, states
+from hf_osd.system.files import new_state, states
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import lossless
 import pytest
 import torch
 
-from hf_osd.state import saved_progress
+from hf_osd.saving.state import saved_progress
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_near_tie_is_counted_and_no_failure(run, monkeypatch):
 
 
 def test_a_failed_update_is_told_and_is_no_mismatch(run, monkeypatch):
-    from hf_osd.member import Member
+    from hf_osd.distill.student import Member
 
     def failing(self, requests):
         raise RuntimeError("planted")

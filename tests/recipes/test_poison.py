@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_osd import record_answers
-from hf_osd.trace import write_trace
+from hf_osd.feedback.trace import write_trace
 
 TOKENS = 12
 

@@ -10,7 +10,7 @@ from models import encode, load_target
 from run_folder import LOCK, locked
 
 from hf_osd import record_answers
-from hf_osd.trace import read_trace
+from hf_osd.feedback.trace import read_trace
 
 STREAMS = {"one": 14, "two": 7}
 FILES = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.trace import read_trace, write_trace
+from hf_osd.feedback.trace import read_trace, write_trace
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def test_rows_after_a_rejection_are_the_targets_on_the_drafts_text(target_dir, t
     from replay import load_trace
 
     from hf_osd import OnlineAssistant
-    from hf_osd.replaying import as_drafted
+    from hf_osd.learning.replaying import as_drafted
 
     target, _ = load_target(str(target_dir), "float32")
     draft, config = load_draft("grow:0,1", target), OnlineConfig(seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from run_folder import RunFolder, folder_name, locked
 
-from hf_osd.checkpoint import new_state
+from hf_osd.system.files import new_state
 
 RECIPES = str(Path(__file__).parents[2] / "recipes")
 

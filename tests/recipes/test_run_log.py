@@ -12,8 +12,8 @@ import run_log
 from run_log import RunLog
 
 from hf_osd import OnlineAssistant
-from hf_osd.checkpoint import new_state, states
-from hf_osd.stats import CallStats, Stats
+from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.system.files import new_state, states
 
 
 class Assistant:

@@ -5,10 +5,10 @@ import weakref
 import pytest
 
 from hf_osd import OnlineConfig
-from hf_osd import worker as worker_module
-from hf_osd.buffer import FeedbackBuffer
-from hf_osd.remote import RemoteLearner
-from hf_osd.serving import ServingDraft
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.remote import worker as worker_module
+from hf_osd.remote.learner import RemoteLearner
 
 from .processes import INTERVAL, Process
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from hf_osd.trace import unpack
-from hf_osd.wire import BUSY, FrameWriter, read_frame
+from hf_osd.feedback.trace import unpack
+from hf_osd.remote.frames import BUSY, FrameWriter, read_frame
 
 LONG = 120  # seconds in which anything has happened, on any machine
 INTERVAL = 2

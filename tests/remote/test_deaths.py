@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant
-from hf_osd import worker as worker_module
-from hf_osd.buffer import FeedbackBuffer
-from hf_osd.learner import Learner
-from hf_osd.lora import Adapter
-from hf_osd.serving import ServingDraft
-from hf_osd.wire import to_bytes
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.learning.learner import Learner
+from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.lora import Adapter
+from hf_osd.remote import worker as worker_module
+from hf_osd.remote.frames import to_bytes
 
 from .processes import INTERVAL, LONG, Process, dies, obedient, offer, reads_on, same, wait_for_death, weights_of
 

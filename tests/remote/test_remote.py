@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd import worker as worker_module
-from hf_osd.buffer import FeedbackBuffer
-from hf_osd.forks import on_fork
-from hf_osd.learner_process import LearnerProcess
-from hf_osd.lora import Adapter
-from hf_osd.remote import RemoteLearner
-from hf_osd.serving import ServingDraft
-from hf_osd.wire import ADAPTER, BEGIN, BUSY, DRAFT, FrameWriter, read_frame
+from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.lora import Adapter
+from hf_osd.remote import worker as worker_module
+from hf_osd.remote.frames import ADAPTER, BEGIN, BUSY, DRAFT, FrameWriter, read_frame
+from hf_osd.remote.learner import RemoteLearner
+from hf_osd.remote.process import LearnerProcess
+from hf_osd.system.forks import on_fork
 
 from .processes import FIGURES, INTERVAL, LONG, obedient, offer, reads_on, same, wait_for_death, weights_of
 
@@ -398,7 +398,7 @@ def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(ti
 PARENT = """
 import os, subprocess, sys
 from pathlib import Path
-child = subprocess.Popen([sys.executable, "-m", "hf_osd.learner_process", sys.argv[1], "1", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[int(sys.argv[2])])
+child = subprocess.Popen([sys.executable, "-m", "hf_osd.remote.process", sys.argv[1], "1", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[int(sys.argv[2])])
 if not os.fork():  # it has the pipe too, and lives on
     os.close(int(sys.argv[2]))
     sys.stdin.read()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.metrics.columns import CheckedRows, Layout, items, real, same_length, share_interval, whole, wholes
-from hf_osd.stats import CallStats
+from hf_osd.metrics.stats import CallStats
 
 _DESCRIPTION = """\
 How often the target of speculative decoding accepts what a draft proposes: `alpha`, at every position of the target's own text, or

@@ -9,7 +9,7 @@ import evaluate
 import torch
 
 from hf_osd.metrics.columns import CheckedRows, Layout, length_interval, same_length, whole, wholes
-from hf_osd.stats import CallStats
+from hf_osd.metrics.stats import CallStats
 
 _DESCRIPTION = """\
 How far a round of speculative decoding gets, a round being one forward of the target: `accepted_length`, the drafted tokens that were

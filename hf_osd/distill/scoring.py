@@ -1,0 +1,143 @@
+"""`score`: a draft's α on recorded feedback, teacher-forced: what learning is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.feedback.feedback import Feedback
+from hf_osd.models.heads import contiguous_head
+from hf_osd.models.properties import forward_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_osd.config import OnlineConfig
+
+
+# Bytes of float32 logits that judging makes at once, unless one request has more.
+_LOGITS = 64 * 2**20
+
+
+def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
+    """The draft's logits at the teaching rows of a batch made by [`FeedbackCollator`]: `(R, V)`.
+
+    The LM head runs over the last `keep` columns alone where the model can do that.
+    """
+    base = getattr(model, "module", model)  # under DDP the forward must go through the wrapper, facts are the module's
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if "decoder_input_ids" in batch:
+        inputs["decoder_input_ids"] = batch["decoder_input_ids"]
+    elif "position_ids" in forward_parameters(base):
+        inputs["position_ids"] = batch["position_ids"]
+    if base._supports_logits_to_keep():
+        inputs["logits_to_keep"] = batch["keep"]
+    logits = model(**inputs, use_cache=False).logits[:, -batch["keep"] :].flatten(0, 1)  # (B·keep, V)
+    return logits if len(batch["rows"]) == len(logits) else logits[batch["rows"]]
+
+
+class Judged(NamedTuple):
+    """What a draft says of one request, teacher-forced: float32 `(N,)` each, NaN where a position has no target.
+
+    `overlap` is its expected acceptance, see [`score`]; `confidence` the probability of its likeliest token; `shared` Σ min(p, q) over the stored top k at
+    temperature 1, which says more of small differences than whether a token is right.
+    """
+
+    overlap: Tensor
+    confidence: Tensor
+    shared: Tensor
+
+
+def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Tensor]:
+    """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean. NaN where a
+    position has no target (see [`Feedback`]).
+
+    Greedy requests: 1 where the draft's argmax is the target's token, else 0; 0 as well where that token is several of the draft's. Of a draft with another
+    tokenizer that is a lower bound: where its likeliest token is none of the target's, a call takes the next one. Sampled ones: Σ min(p, q) over the
+    stored top k at temperature 1, a lower bound too, for dense rows are not stored.
+
+    Args:
+        model (`PreTrainedModel`): any draft over the feedback's vocabulary; no gradient, no cache.
+        feedback (`Sequence[Feedback]`): the requests.
+        batch_size (`int`): requests a forward, at most.
+    """
+    return [judged.overlap for judged in judge(model, feedback, batch_size)]
+
+
+def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Judged]:
+    """[`score`], and what else there is to know of it; arguments as there."""
+    judged: list[Judged | None] = [None] * len(feedback)
+    order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
+    collate, training = FeedbackCollator("all", prompts=False), model.training
+    model.eval()
+    with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
+        for chosen in _batches([feedback[i] for i in order], order, batch_size, model):
+            batch = collate([feedback[i] for i in chosen])
+            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            logits = answer_logits(model, batch).float()  # (R, V)
+            total, argmax = logits.logsumexp(-1), logits.argmax(-1).cpu()  # (R,)
+            sure = (logits.amax(-1) - total).exp().cpu()
+            kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
+            taught = [feedback[i].teaches("all") for i in chosen]
+            split = torch.arange(len(logits), device="cpu").split([int(mask.sum()) for mask in taught])
+            for i, mask, rows in zip(chosen, taught, split, strict=True):
+                overlap, confidence, shared = (
+                    torch.full((len(feedback[i]),), torch.nan, dtype=torch.float32, device="cpu") for _ in range(3)
+                )
+                confidence[mask] = sure[rows]
+                shared[mask] = torch.minimum(kept[rows], feedback[i].top_logps[mask].float().exp()).sum(-1)
+                if feedback[i].sampled:
+                    overlap[mask] = shared[mask]
+                else:
+                    overlap[mask] = (argmax[rows] == feedback[i].answer[mask]).float()
+                    overlap[_spelled(feedback[i])] = 0.0
+                judged[i] = Judged(overlap, confidence, shared)
+    model.train(training)
+    return judged
+
+
+def _batches(
+    feedback: Sequence[Feedback], at: Sequence[int], size: int, model: PreTrainedModel
+) -> Iterator[list[int]]:
+    """`at` in batches of up to `size`, of fewer where the logits of their requests would be too many."""
+    vocabulary, batch, rows = getattr(model.get_output_embeddings(), "out_features", 0), [], 0
+    for request, i in zip(feedback, at, strict=True):
+        if batch and (len(batch) == size or (rows + len(request)) * vocabulary * 4 > _LOGITS):
+            yield batch
+            batch, rows = [], 0
+        batch.append(i)
+        rows += len(request)
+    if batch:
+        yield batch
+
+
+def _spelled(feedback: Feedback) -> Tensor:
+    """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`Translation`])."""
+    taught = feedback.teaches("all")
+    return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
+
+
+def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
+    the optimizer's steps, and the draft would be trained on weights it no longer has."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def learners_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype | None:
+    """bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
+    if config.learner_dtype == "bfloat16":
+        return torch.bfloat16
+    if config.learner_dtype == "float32" or draft.dtype == torch.float32:
+        return None
+    if draft.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif draft.device.type == "cpu":
+        # Emulated bfloat16 is several times slower than float32 there.
+        native = any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else None

@@ -1,0 +1,124 @@
+"""`cut`: the part of a long request that is worth the time it takes to judge and to learn it; and `Windows`, such parts to be judged by. They know Feedback, no
+model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_osd.config import OnlineConfig
+from hf_osd.distill.scoring import Judged
+from hf_osd.feedback.feedback import Feedback
+
+# Of a window, the share that is read for what comes after it; and tokens of the text's beginning that are read too, for models attend to these wherever they
+# are (Xiao et al. 2023, arXiv 2309.17453).
+_CONTEXT = 1 / 4
+_FIRST = 4
+
+
+def cut(
+    request: Feedback,
+    most: int | None,
+    positions: str = "all",
+    prompts: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Feedback, slice]:
+    """Of a request whose text is longer than `most` tokens, the window that teaches at most positions: the text's first tokens, what comes before these
+    positions, and them. Itself, and all of its answer, if its text is no longer. An encoder's source is never cut, and of the text after it the beginning is left.
+
+    Args:
+        most (`int`, *optional*): tokens of the window; `None` for all.
+        positions (`str`), prompts (`bool`): what teaches, as [`hf_osd.distill.collator.FeedbackCollator`] takes it.
+        generator (`torch.Generator`, *optional*): chooses among windows that teach alike; the first of them if left out.
+
+    Returns:
+        the request that is left, whose tokens keep the places that they had (`gap`), and the positions of the answer that it has.
+    """
+    length, start = len(request.tokens), request.prompt_length
+    if most is None or length <= most:
+        return request, slice(0, len(request))
+    most = max(most, 4 * _FIRST)
+    taught = torch.zeros(length, dtype=torch.bool, device="cpu")
+    taught[start:] = request.teaches(positions)
+    rows = len(request.prompt_rows) if prompts and request.prompt_rows is not None else 0
+    taught[start - rows : start] = True
+    begin, first = _place(taught, most, generator if request.source is None else None, request.source is None)
+    end = begin + most - (_FIRST if begin else 0)
+    a, b = min(max(first - start, 0), len(request)), max(end - start, 0)  # of the answer
+    kept = {
+        name: getattr(request, name)[a:b]
+        for name in (
+            "top_ids",
+            "top_logps",
+            "tail_logp",
+            "draft_logps",
+            "drafted",
+            "drafted_logp",
+            "outcome",
+            "overlap",
+        )
+    }
+    tokens = request.tokens[begin:end]
+    if begin:
+        tokens = torch.cat([request.tokens[:_FIRST], tokens])
+    of_prompt = range(max(first, start - rows), min(end, start)) if not a else range(0)
+    at = torch.tensor([token - (start - rows) for token in of_prompt], dtype=torch.long, device="cpu")
+    return replace(
+        request,
+        tokens=tokens,
+        prompt_length=len(tokens) - (b - a),
+        prompt_rows=request.prompt_rows.at(at) if len(at) else None,
+        gap=(_FIRST, begin - _FIRST) if begin else None,
+        **kept,
+    ), slice(a, b)
+
+
+def what_is_read(requests: Sequence[Feedback], config: OnlineConfig, generator: torch.Generator) -> list[Feedback]:
+    """What is learnt of requests, where they are long: another part each time, if several teach alike."""
+    return [cut(one, config.learning_window, config.positions, generator=generator)[0] for one in requests]
+
+
+class Windows:
+    """What is judged of requests, where they are long: `requests`, cut to `most` tokens each, if given."""
+
+    def __init__(self, whole: Sequence[Feedback], most: int | None):
+        cuts = [cut(one, most, prompts=False) for one in whole]
+        self.requests, self._at = [one for one, _ in cuts], [at for _, at in cuts]
+        self._whole = whole
+
+    def spread(self, judged: Sequence[Judged]) -> list[Judged]:
+        """What is said of them, among all positions of the whole requests; NaN where nothing was judged."""
+        return [self._within(*each) for each in zip(self._whole, self.requests, self._at, judged, strict=True)]
+
+    @staticmethod
+    def _within(whole: Feedback, part: Feedback, at: slice, said: Judged) -> Judged:
+        if part is whole:
+            return said
+        spread = [one.new_full((len(whole),), torch.nan) for one in said]
+        taught = whole.teaches("all")
+        # Of a token that is several of the draft's, the first of these counts as wrong; that the others are there must be seen.
+        if at.start < at.stop < len(taught) and not taught[at.stop]:
+            at = slice(at.start, at.stop - 1)
+        for wide, one in zip(spread, said, strict=True):
+            wide[at] = one[: at.stop - at.start]
+        return Judged(*spread)
+
+
+def _place(taught: Tensor, most: int, generator: torch.Generator | None, anywhere: bool) -> tuple[int, int]:
+    """Where a window of the text begins, and the first token in it that may teach: the text's own beginning, or one with as much before that as is read only."""
+    body = most - _FIRST
+    context = int(_CONTEXT * body)
+    upto = torch.cat([taught.new_zeros(1, dtype=torch.long), taught.long().cumsum(0)])  # taught before each
+    if not anywhere or len(taught) - body <= _FIRST:
+        return 0, 1
+    begins = torch.arange(_FIRST + 1, len(taught) - body + 1, device="cpu")
+    teach = upto[begins + body] - upto[begins + context]
+    best = int(teach.max())
+    if int(upto[most] - upto[1]) >= best:
+        return 0, 1
+    alike = begins[teach == best]
+    at = 0 if generator is None else int(torch.randint(len(alike), (1,), generator=generator, device="cpu"))
+    return int(alike[at]), int(alike[at]) + context

@@ -1,0 +1,163 @@
+"""`FeedbackBuffer`: bounded memory of recent feedback. It is thread-safe and knows nothing of models or training."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+
+import torch
+
+from hf_osd.feedback.feedback import Feedback
+from hf_osd.feedback.trace import read_trace, write_trace
+from hf_osd.system.forks import released
+
+# Requests after which one is half as likely to be replayed by recency.
+HALF_LIFE = 64
+
+
+class FeedbackBuffer:
+    """The most recent [`Feedback`], bounded by bytes and by age; what no update has seen yet is *new*.
+
+    Args:
+        max_bytes (`int`): bound on the tensors held; the oldest requests go first.
+        max_age (`float`, *optional*): seconds after which a request is dropped.
+    """
+
+    def __init__(self, max_bytes: int = 64 * 2**20, max_age: float | None = None):
+        self.max_bytes, self.max_age = max_bytes, max_age
+        self.nbytes = 0
+        self.dropped = 0  # requests that left before any update had seen them
+        self._held: deque[Feedback] = deque()  # oldest first
+        self._new = 0  # the last `_new` of them are new
+        self._lock = released(threading.RLock())
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def tokens(self) -> int:
+        """Verified positions held."""
+        with self._lock:
+            return sum(map(len, self._held))
+
+    def add(self, feedback: Feedback):
+        """Append one request. A request without a verified position teaches nothing and is left out."""
+        if not len(feedback):
+            return
+        with self._lock:
+            self._held.append(feedback)
+            self._new += 1
+            self.nbytes += feedback.nbytes
+            self._keep_bounds()
+
+    def requests(self) -> list[Feedback]:
+        """All that is held, oldest first."""
+        with self._lock:
+            return list(self._held)
+
+    def new(self) -> list[Feedback]:
+        """The requests no update has seen, oldest first."""
+        with self._lock:
+            self._keep_bounds()
+            return list(self._held)[len(self._held) - self._new :] if self._new else []
+
+    def mark_seen(self, feedback: list[Feedback]):
+        """Say that an update has seen these requests. What arrived meanwhile stays new."""
+        seen = set(map(id, feedback))
+        with self._lock:
+            self._new = sum(id(held) not in seen for held in self.new())
+
+    def discard(self, feedback: list[Feedback]):
+        """Forget these requests, wherever they are."""
+        gone = set(map(id, feedback))
+        with self._lock:
+            new = self.new()
+            self._new = sum(id(held) not in gone for held in new)
+            self._held = deque(held for held in self._held if id(held) not in gone)
+            self.nbytes = sum(held.nbytes for held in self._held)
+
+    def sample(self, count: int, generator: torch.Generator | None = None, by: str = "uniform") -> list[Feedback]:
+        """`count` requests: without repetition in each pass over the buffer, as many passes as needed.
+
+        Args:
+            count (`int`): how many.
+            generator (`torch.Generator`, *optional*): of the draws.
+            by (`str`): `"uniform"`; `"recency"`, where a request that `HALF_LIFE` others have followed is half as likely; `"loss"`, in proportion to
+                the rejection rate that it had when it was served.
+        """
+        with self._lock:
+            self._keep_bounds()
+            held = list(self._held)
+        if by == "recency":
+            weights = torch.arange(1 - len(held), 1, dtype=torch.float32, device="cpu").div(HALF_LIFE).exp2()
+        elif by == "loss":
+            rates = [_rejection_rate(feedback) for feedback in held]
+            weights = torch.tensor(rates, dtype=torch.float32, device="cpu")
+        else:
+            weights = torch.ones(len(held), dtype=torch.float32, device="cpu")
+        drawn: list[Feedback] = []
+        while held and len(drawn) < count:
+            # An exponential race: whose clock of rate `weight` rings first. It is a weighted draw without repetition.
+            times = torch.empty_like(weights).exponential_(generator=generator) / weights
+            drawn += [held[i] for i in times.argsort()[: count - len(drawn)].tolist()]
+        return drawn
+
+    def clear(self):
+        """Forget everything."""
+        with self._lock:
+            self._held.clear()
+            self._new = self.nbytes = 0
+
+    def save(self, path: str | os.PathLike):
+        """Write the buffer to a trace that only its owner may read (see [`hf_osd.feedback.trace.write_trace`]). It holds the prompts as token ids:
+        whoever calls this has asked for that."""
+        with self._lock:
+            held, new = list(self._held), self._new
+        write_trace(path, held, {"new": str(new)})
+
+    def restore(self, path: str | os.PathLike):
+        """Add what `save` wrote, as old as it was then, before what is held. What was new then is new again, unless requests
+        that an update has seen already come after it.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is not a saved buffer.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No saved buffer at {path}.")
+        try:
+            restored, facts = read_trace(path)
+            new = int(facts["new"])
+        except (LookupError, ValueError) as error:
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"{path} is not a buffer saved by hf_osd ({reason}); delete it to start empty."
+            ) from error
+        with self._lock:
+            if self._new == len(self._held):
+                self._new += min(new, len(restored))
+            self._held.extendleft(reversed(restored))
+            self.nbytes += sum(feedback.nbytes for feedback in restored)
+            self._keep_bounds()
+
+    def _drop_oldest(self):
+        oldest = self._held.popleft()
+        self.nbytes -= oldest.nbytes
+        if self._new > len(self._held):
+            self._new -= 1
+            self.dropped += 1
+
+    def _keep_bounds(self):
+        while self.nbytes > self.max_bytes and self._held:
+            self._drop_oldest()
+        if self.max_age is not None:
+            while self._held and time.monotonic() - self._held[0].created > self.max_age:
+                self._drop_oldest()
+
+
+def _rejection_rate(feedback: Feedback) -> float:
+    """1 - α as it was served; 1 where nothing was predicted. Never 0: what is known well may be forgotten."""
+    known = feedback.overlap[~feedback.overlap.isnan()]
+    return max(1.0 - float(known.mean()), 0.02) if len(known) else 1.0

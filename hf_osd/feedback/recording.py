@@ -1,0 +1,173 @@
+"""`record_answers`: the target's own answers to prompts, generated in batches and kept as [`Feedback`]. For prompts that are to be held
+back, for warming a draft up, and for rehearsal. Nothing is drafted."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
+from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.prompt_states import Prefill
+from hf_osd.models.heads import contiguous_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Prompt tokens a batch, padding included: a few long prompts would otherwise make a batch of dozens take minutes, and gigabytes.
+_BATCH_TOKENS = 8192
+
+
+class _RawRows:
+    """While open, keeps top k and tail of the logits `(B, V)` that each forward of `target` ends with: of the model's own
+    distribution, before the logits processors that its generation settings may ask for."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        top_k: int,
+        dtype: torch.dtype,
+        translation: Translation,
+        prefill: Prefill | None = None,
+    ):
+        self.top_k, self.dtype, self._translation, self._prefill = top_k, dtype, translation, prefill
+        self.steps: list[SparseRows] = []  # a row a request
+        self._thread = threading.get_ident()  # the target may serve others meanwhile
+        self._handle = target.register_forward_hook(self._keep)
+
+    def _keep(self, target, inputs, output):
+        if threading.get_ident() == self._thread:
+            if self._prefill is not None and not self.steps:
+                self._prefill.settle(0, output.logits[0, -1])
+            logits = output.logits[:, -1].float()
+            columns = self._translation.shared_columns(logits.device)
+            self.steps.append(SparseRows.of_logits(logits, self.top_k, self.dtype, columns).cpu())
+
+    def __enter__(self) -> _RawRows:
+        return self
+
+    def __exit__(self, *exception):
+        self._handle.remove()
+        if self._prefill is not None:
+            self._prefill.close()
+
+
+def record_answers(
+    target: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    top_k: int = 64,
+    dtype: torch.dtype = torch.float16,
+    prompt_positions: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+    temperature: float = 0.0,
+    translation: Translation | None = None,
+) -> list[Feedback]:
+    """Answers of `target` to `prompts`, greedy ones if not said otherwise, in their order.
+
+    Args:
+        target (`PreTrainedModel`): a causal LM, or an encoder-decoder, whose encoder reads the prompts.
+        prompts (`Sequence[Tensor]`): token ids, int64 `(L,)` each.
+        max_new_tokens (`int`): the longest answer; an answer ends with its first end-of-sequence token.
+        batch_size (`int`): prompts a `generate` call, at most; long prompts come in smaller batches.
+        top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
+        prompt_positions (`int`): of each prompt, its last ones, that teach as well, at most; none where the draft has another tokenizer, or an encoder reads
+            the prompts.
+        on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
+        temperature (`float`): above 0, answers are sampled at it, from all tokens, with the process's random numbers. What is kept of the target is its
+            distribution at temperature 1 either way.
+        translation (`Translation`, *optional*): to the draft's vocabulary, where that is not the target's: see [`Translation.of_models`]. What is kept is then
+            in the draft's ids, as a generate call keeps it: a token of the target may be several of them, of which the first one teaches.
+
+    Returns:
+        `list[Feedback]`: without drafts; all tokens of the answers teach.
+
+    Raises:
+        ValueError: if `target` is an encoder-decoder and the draft's vocabulary another, or `temperature` is negative or not finite.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"`temperature` is {temperature!r}; give 0 for greedy answers, or a number above, such as 0.7."
+        )
+    if translation is None:
+        size = target.config.get_text_config().vocab_size
+        translation = Translation.of_sizes(size, size)
+    check_vocabularies(target, translation)
+    encodes = target.config.is_encoder_decoder
+    if encodes or not translation.has_one_tokenizer:
+        prompt_positions = 0
+    how = (
+        {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    answers: list[Feedback | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    eos = target.generation_config.eos_token_id
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ends = torch.tensor(ends, dtype=torch.long, device="cpu")
+    pad = int(ends[0]) if len(ends) else 0
+    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch_size):
+        longest = max(len(prompts[i]) for i in chosen)
+        input_ids = torch.full((len(chosen), longest), pad, dtype=torch.long, device="cpu")
+        mask = torch.zeros_like(input_ids)
+        for row, i in enumerate(chosen):
+            # Answers go on where a decoder's prompts end; an encoder counts positions from its first column.
+            columns = slice(0, len(prompts[i])) if encodes else slice(longest - len(prompts[i]), longest)
+            input_ids[row, columns] = prompts[i]
+            mask[row, columns] = 1
+        prefill = Prefill(target, prompt_positions) if prompt_positions and Prefill.offers(target) else None
+        with _RawRows(target, top_k, dtype, translation, prefill) as raw, contiguous_head(target):
+            sequences = target.generate(
+                input_ids=input_ids.to(target.device),
+                attention_mask=mask.to(target.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                **how,
+            ).cpu()
+        begin = sequences.shape[1] - len(raw.steps)  # each step gave a token
+        for row, i in enumerate(chosen):
+            answer = sequences[row, begin:]
+            end = torch.isin(answer, ends).nonzero()
+            n = int(end[0]) + 1 if len(end) else len(answer)
+            rows = SparseRows(
+                *(
+                    torch.stack([getattr(s, f)[row] for s in raw.steps[:n]])
+                    for f in ("top_ids", "top_logps", "tail_logp")
+                )
+            )
+            source = prompts[i].cpu() if encodes else None
+            prompt, of_prompt = sequences[row, :begin] if encodes else prompts[i].cpu(), None
+            if prefill is not None:  # its first token follows nothing
+                of_prompt = prefill.rows(len(prompt) - 1, top_k, dtype, row, translation.shared_columns)
+            prompt, pieces = translation.prompt(prompt), translation.tokens(answer[:n].tolist())
+            answers[i] = Feedback.of_target(
+                torch.cat([prompt, torch.tensor([token for piece in pieces for token in piece], device="cpu")]),
+                len(prompt),
+                translation.rows(rows, pieces),
+                prompt_rows=of_prompt,
+                sampled=temperature > 0,
+                source=source,
+            )
+        if on_batch is not None:
+            on_batch(len(chosen))
+    return answers
+
+
+def _batches(order: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
+    """`order`, which is by ascending length, in parts of at most `size` prompts and `_BATCH_TOKENS` tokens, or of one prompt."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == size or lengths[i] * (len(batch) + 1) > _BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

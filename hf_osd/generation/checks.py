@@ -1,0 +1,88 @@
+"""What hf_osd serves, and what it refuses: every refusal names the thing, its value and the mend, before anything has run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from hf_osd.generation.verification import only_looks_stateful
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+
+def check_draft(draft):
+    """Whether `draft` can draft at all: a `ValueError` if not."""
+    config = getattr(draft, "config", None)
+    if not isinstance(draft, nn.Module) or config is None:
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}; give a model, such as AutoModelForCausalLM.from_pretrained(...)."
+        )
+    if draft.get_output_embeddings() is None:
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}, which has no LM head. Load it with AutoModelForCausalLM, or AutoModelForSeq2SeqLM if "
+            "the target is an encoder-decoder."
+        )
+    if getattr(draft, "_is_stateful", False) and not only_looks_stateful(draft):
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an "
+            "attention model throughout."
+        )
+
+
+def check_call(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    *,
+    input_ids: Tensor,
+    inputs_tensor: Tensor | None,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    logits_processor: LogitsProcessorList,
+):
+    """Whether `draft` can assist this generate call of `target`: a `ValueError` if not."""
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"The batch has {input_ids.shape[0]} prompts; assisted generation takes one a call. Call generate for each prompt, "
+            "from several threads if you like."
+        )
+    if target.device.type == "meta":
+        raise ValueError(
+            f"The first weights of the target ({type(target).__name__}) are offloaded, so `target.device` is meta, and transformers' assisted generation moves "
+            "tokens there. Load it with its embeddings on a device (a device_map that offloads later layers alone), or leave assistant_model out."
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
+            "on top of them and answer wrongly. Leave past_key_values out."
+        )
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and not target.config.is_encoder_decoder and embeds.shape[1] != input_ids.shape[1]:
+        raise ValueError(
+            f"`inputs_embeds` holds {embeds.shape[1]} positions and `input_ids` {input_ids.shape[1]} tokens; the draft reads the tokens. "
+            "Pass the `input_ids` of the same prompt beside `inputs_embeds`, or leave assistant_model out."
+        )
+    if generation_config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            f"`assistant_ensemble_weight` is {generation_config.assistant_ensemble_weight}, which makes the output another than the "
+            "target's own. Leave it out, or pass a plain model as assistant_model."
+        )
+    guided = [p for p in logits_processor if isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor)]
+    if guided:
+        raise ValueError(
+            f"`guidance_scale` is {guided[0].guidance_scale}: classifier-free guidance keeps a cache of its own, in which transformers' "
+            "assisted generation leaves rejected tokens. Leave guidance_scale or assistant_model out."
+        )
+    if draft.config.is_encoder_decoder:
+        if not target.config.is_encoder_decoder:
+            raise ValueError(
+                f"The draft is an encoder-decoder ({type(draft).__name__}) and the target is none ({type(target).__name__}). Choose a draft "
+                "loaded with AutoModelForCausalLM."
+            )
+        if inputs_tensor is None or (not inputs_tensor.is_floating_point() and bool((inputs_tensor < 0).any())):
+            raise ValueError(
+                "`encoder_outputs` came without the encoder's inputs, which the draft's own encoder has to read. Pass `input_ids` in its place."
+            )

@@ -1,0 +1,249 @@
+"""`CallRecord`: what one generate call observed, round by round, to be sealed into [`Feedback`]. It outlives the call's generator."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_osd.drafting.vocab_mapping import starts
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseRows
+from hf_osd.metrics.stats import CallStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_osd.drafting.draft_model import Block, HeadUsage
+    from hf_osd.drafting.suffix_cache import CallText, SuffixCache
+    from hf_osd.drafting.vocab_mapping import Translation
+    from hf_osd.feedback.prompt_states import Prefill
+    from hf_osd.generation.running import RunningCall
+
+logger = logging.getLogger(__name__)
+
+# Likeliest tokens noted a position where no distributions are kept.
+_LIKELY = 16
+
+
+class CallRecord:
+    """One call's observations.
+
+    Args:
+        prompt (`Tensor` int64 `(L,)`): the prompt as the draft reads it.
+        translation (`Translation`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
+        sampled (`bool`): whether the call samples.
+        processed (`bool`): whether logits processors stand between the models' distributions and what was chosen from.
+        capture (`bool`): whether to keep the target's distributions; statistics are kept anyway.
+        note_likely (`bool`): whether, where they are not kept, to note the target's likeliest tokens all the same.
+        top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
+        source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        translation: Translation,
+        sampled: bool,
+        processed: bool,
+        capture: bool,
+        note_likely: bool,
+        top_k: int,
+        dtype: torch.dtype,
+        source: Tensor | None = None,
+    ):
+        self.stats = CallStats(requests=1)
+        self.thread = threading.get_ident()
+        self.model: PreTrainedModel | None = None  # the leased draft
+        self.private = False  # whether nothing of it is to be kept
+        # Whether the target reads a prompt of tokens that are the draft's too, and nothing else.
+        self.of_tokens = False
+        self.running: RunningCall | None = None  # None if generate's own loop does not run it
+        self.head_usage: HeadUsage | None = None  # of a head of some rows
+        self.text: CallText | None = None  # as the suffix cache has it,
+        self.cache: SuffixCache | None = None  # and where it goes when the call is over
+        self.prefill: Prefill | None = None  # what the target makes of the prompt, where that is to teach
+        self.sampled, self.processed = sampled, processed
+        self._translation = translation
+        self._capture, self._note_likely, self._top_k, self._dtype = capture, note_likely, top_k, dtype
+        self._prompt = prompt.to("cpu", torch.int32)
+        self._source = None if source is None else source.to("cpu", torch.int32)
+        self._tokens: list[int] = []  # the draft's ids, N so far
+        self._starts: list[int] = []  # where in them each of the target's tokens starts
+        self._overlap: list[float] = []  # N
+        self._rows: list[SparseRows] = []
+        self._likely: list[tuple[Tensor, Tensor]] = []  # ids and shares, (positions of a round, 16) each
+        self._draft_rows: list[Tensor] = []  # log q of the kept tokens, (positions of a round, k) each
+        self._drafted_logp: list[Tensor] = []  # (positions of a round,) each
+        self._positions: list[tuple[int, int]] = []  # drafted token and outcome; N
+        self._stream: torch.cuda.Stream | None = None
+
+    def add_round(
+        self,
+        pieces: list[list[int]],
+        raw: Tensor,
+        block: Block,
+        accepted: int,
+        tested: int,
+        overlap: list[float],
+        log_q: Callable[[Tensor], Tensor] | None,
+    ):
+        """One verification.
+
+        Args:
+            pieces: the m+1 verified tokens, each as the draft's ids of it.
+            raw: the target's logits there before any processor, float32 `(m+1, V)`.
+            block: what was drafted.
+            accepted, tested: how many of its n tokens were.
+            overlap: expected acceptance of the draft at the first verified positions, those it was asked about.
+            log_q: log-probs of ids `(t, k)` under what the t tested tokens of the draft's own were taken from, `(t, k)`; `None` if t is 0.
+        """
+        own = min(tested, len(block.own))
+        self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.own), block.steps)
+        tokens = [token for piece in pieces for token in piece]
+        at = starts(pieces)
+        self._starts += [len(self._tokens) + i for i in at]
+        self._tokens += tokens
+        self._overlap += _spread(overlap, at, len(tokens), torch.nan)
+        if not self._capture:
+            if self._note_likely:
+                with self._aside(raw):
+                    top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
+                    self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
+            return
+        if self.prefill is not None and not self._rows:
+            self.prefill.settle(block.n, raw[0])
+        # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
+        drafted = block.tokens[:own]
+        with self._aside(raw, *block.scores, *(said.logits for said in block.said)):
+            columns = self._translation.shared_columns(raw.device)
+            rows = SparseRows.of_logits(raw, self._top_k, self._dtype, columns)  # in the target's ids
+            draft_rows = torch.full_like(rows.top_logps, torch.nan)  # (m+1, k)
+            drafted_logp = torch.full_like(rows.tail_logp, torch.nan)  # (m+1,)
+            if log_q is not None:
+                ids = torch.tensor(drafted, device=raw.device)[:, None]
+                said = log_q(torch.cat([rows.top_ids[:own].long(), ids], dim=-1)).to(raw.device, self._dtype)
+                draft_rows[:own], drafted_logp[:own] = said[:, :-1], said[:, -1]
+            rows = self._translation.rows(rows, pieces)
+            if not self._translation.is_identity:
+                drafted = [self._translation.tokens([token])[0][0] for token in drafted]
+            if len(tokens) > len(pieces):
+                wide = [x.new_full((len(tokens), *x.shape[1:]), torch.nan) for x in (draft_rows, drafted_logp)]
+                wide[0][at], wide[1][at] = draft_rows, drafted_logp
+                draft_rows, drafted_logp = wide
+        self._rows.append(rows)
+        self._draft_rows.append(draft_rows)
+        self._drafted_logp.append(drafted_logp)
+        seen = [(drafted[j], ACCEPTED if j < accepted else REJECTED) for j in range(own)]
+        self._positions += _spread(seen, at, len(tokens), (-1, UNTESTED))
+
+    @contextlib.contextmanager
+    def _aside(self, raw: Tensor, *others: Tensor):
+        """Beside what the device does next, where it can: on CUDA in a stream of its own, which reads `raw` and, of the others, those that lie
+        there too. What is kept stays on the device until the call ends, so that no round waits for it."""
+        if raw.device.type != "cuda":
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(raw.device)
+        self._stream.wait_stream(torch.cuda.current_stream(raw.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        for tensor in (raw, *others):  # their memory is not to be given away before this stream has read them
+            if tensor.device == raw.device:
+                tensor.record_stream(self._stream)
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt as the draft reads it, int32 `(L,)`."""
+        return self._prompt
+
+    @property
+    def answer(self) -> list[int]:
+        """The verified tokens so far, in the draft's ids."""
+        return self._tokens
+
+    def fill_overlap(self, values: list[float]):
+        """Expected acceptance at the last of the target's tokens, which the draft had not been asked about in their own round."""
+        for i, value in zip(self._starts[len(self._starts) - len(values) :], values, strict=True):
+            if self._overlap[i] != self._overlap[i]:  # NaN: still unknown
+                self._overlap[i] = value
+
+    def likely(self) -> tuple[Tensor, Tensor] | None:
+        """What the target found likely at the verified positions, in the draft's ids, and how likely: two `(N,)`. `None` if that is not
+        known."""
+        if self._capture and self._rows:
+            rows = self._kept()
+            return rows.top_ids.flatten(), rows.top_logps.flatten().float().exp().nan_to_num()
+        if not self._likely or not self._translation.is_identity:
+            return None
+        if self._stream is not None:
+            self._stream.synchronize()
+        ids, shares = (torch.cat(parts).flatten().cpu() for parts in zip(*self._likely, strict=True))
+        return ids, shares
+
+    def _kept(self) -> SparseRows:
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._rows = [SparseRows.cat(self._rows).cpu()]  # in one piece, for whoever asks next
+        return self._rows[0]
+
+    def seal(self, shared: int = 0) -> Feedback | None:
+        """The request's feedback; `None` if nothing was verified or captured. Also settles the figures of `stats`.
+
+        Args:
+            shared (`int`): tokens that the prompt begins with and that do not teach.
+        """
+        known = [value for value in self._overlap if value == value]
+        self.stats.overlap_sum, self.stats.overlap_count = float(sum(known)), len(known)
+        if self.head_usage is not None:
+            self.head_usage.settle(self.stats)
+        prefill, self.prefill = self.prefill, None
+        if prefill is not None:
+            prefill.close()
+        if not self._rows:
+            return None
+        rows = self._kept()
+        drafted, outcome = zip(*self._positions, strict=True)
+        return Feedback(
+            tokens=torch.cat([self._prompt, torch.tensor(self._tokens, dtype=torch.int32, device="cpu")]),
+            prompt_length=len(self._prompt),
+            top_ids=rows.top_ids,
+            top_logps=rows.top_logps,
+            tail_logp=rows.tail_logp,
+            draft_logps=torch.cat(self._draft_rows).cpu(),
+            drafted=torch.tensor(drafted, dtype=torch.int32, device="cpu"),
+            drafted_logp=torch.cat(self._drafted_logp).cpu(),
+            outcome=torch.tensor(outcome, dtype=torch.int8, device="cpu"),
+            overlap=torch.tensor(self._overlap, dtype=torch.float32, device="cpu"),
+            sampled=self.sampled,
+            source=self._source,
+            prompt_rows=None if prefill is None else self._of_prompt(prefill, shared),
+        )
+
+    def _of_prompt(self, prefill: Prefill, shared: int) -> SparseRows | None:
+        start = time.perf_counter()
+        try:
+            # Its first token follows nothing.
+            count = len(self._prompt) - max(shared, 1)
+            return prefill.rows(count, self._top_k, self._dtype, columns=self._translation.shared_columns)
+        except Exception:  # out of memory, say: a lesson less, and no reason to break the user's call
+            logger.exception(
+                "What the target makes of a prompt could not be kept; this request teaches by its answer alone."
+            )
+            return None
+        finally:
+            self.stats.capture_seconds += time.perf_counter() - start
+
+
+def _spread(values: list, at: list[int], n: int, fill) -> list:
+    """n values: the given ones at the first of the places `at`, `fill` at all others."""
+    spread = [fill] * n
+    for i, value in zip(at, values, strict=False):
+        spread[i] = value
+    return spread

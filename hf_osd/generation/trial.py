@@ -1,0 +1,277 @@
+"""`Trial`: decodes a short text with a target by transformers' own two loops, plainly and in blocks that are right in part, and compares what it says. It
+knows nothing of the call it is made for but its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+
+from hf_osd.system.random_state import isolated_random_state
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Blocks of the trial: how many tokens of each are right, and how many wrong ones follow. Each round gives a row more than it has right tokens.
+_ROUNDS = ((0, 2), (3, 2), (1, 0))
+_PROMPT = 6  # tokens
+_ROWS = sum(right + 1 for right, _ in _ROUNDS)
+# A row is another one if it is further from what it should be than rounding in matrix products of other shapes takes it, as a share of its spread: in float32
+# and in coarser arithmetic, up to float16's (or TF32's) and beyond;
+_FINE, _COARSE, _COARSEST = 1e-3, 1e-2, 3e-2
+_NOISE = 6  # or than so many times what two plain decodings of the text differ by,
+_MOST_FINE, _MOST = 3e-2, 1.0  # but then no more than this, the former in float32.
+# Where arithmetic is coarse, an expert may be chosen by a hair, and be another one in a block: of so many texts most must show the fault.
+_TEXTS = 5
+_SMALL = 2**16  # numbers: a model's tensors up to this size are put back if a forward wrote into them
+RECURRENT = "its layers have recurrent states, which no token can be taken back out of"
+
+
+class _Forced(LogitsProcessor):
+    """Has a loop say a given text."""
+
+    def __init__(self, text: Tensor):
+        self._text, self.calls = text, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self._text[0, input_ids.shape[1]]] = 0.0
+        return scores
+
+
+class _Scripted:
+    """Stands for an assistant, and for its candidate generator: drafts what `_ROUNDS` say of the text `(1, T)`, wrong tokens from `wrong` `(1, T)`."""
+
+    requires_model_outputs = False
+
+    def __init__(self, text: Tensor, wrong: Tensor):
+        self._text, self._wrong, self.calls = text, wrong, 0
+
+    def open_call(self, target, **kwargs) -> _Scripted:
+        return self
+
+    def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
+        right, wrong = _ROUNDS[self.calls]
+        self.calls += 1
+        at = input_ids.shape[1]
+        drafts = self._text[:, at : at + right], self._wrong[:, at + right : at + right + wrong]
+        return torch.cat([input_ids, *drafts], dim=-1), None
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int):
+        pass
+
+
+class Trial:
+    """Decodes short texts with a target both ways, on caches of their own.
+
+    Args:
+        target, input_ids, config, kwargs: the call's.
+        cache (`Cache`, *optional*): an empty one like the call's; generate makes one if left out.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict, cache: object
+    ):
+        self._target, self._given, self.forwards = target, cache, 0
+        self._encodes = target.config.is_encoder_decoder
+        self._start = input_ids[:, :_PROMPT] if self._encodes else input_ids[:, :0]
+        plain = (bool, int, float, str)
+        self._kwargs = {name: value for name, value in kwargs.items() if value is None or isinstance(value, plain)}
+        if self._encodes:  # what the encoder made is read and not written
+            self._kwargs |= {name: kwargs[name] for name in ("encoder_outputs", "attention_mask") if name in kwargs}
+        self._positions = not self._encodes and kwargs.get("position_ids") is not None
+        self._device, self._was = input_ids.device, config
+
+    def run(self) -> str | None:
+        """Why the target fails; `None` if it does not, or if it cannot be told."""
+        try:
+            with isolated_random_state(), _left_as_it_was(self._target):
+                return self._compare()
+        except Exception:  # out of memory, say: a trial that fails itself must not break the user's call
+            logger.debug("%s could not be tried in blocks.", type(self._target).__name__, exc_info=True)
+            return None
+
+    def _compare(self) -> str | None:
+        unit = _unit(self._target)
+        is_fine = unit <= torch.finfo(torch.float32).eps
+        tolerance = _FINE if is_fine else _COARSE if unit <= torch.finfo(torch.float16).eps else _COARSEST
+        most = _MOST_FINE if is_fine else _MOST
+        texts = 1 if is_fine else _TEXTS
+        shown = passed = 0
+        while max(shown, passed) <= texts // 2:
+            text, wrong = self._texts(shown + passed)
+            plain, cache = self._plainly(text, text.shape[1] - _ROWS)  # raises where it needs more than tokens
+            if _has_recurrent_states(cache):
+                return RECURRENT
+            fed = text.shape[1] - 1
+            if (held := _seq_length(cache)) > fed:
+                return f"its cache holds {held - fed} positions more than it has read tokens"
+            try:
+                blocks = self._in_blocks(text, wrong)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # as it would in the call
+                logger.debug("%s failed in blocks.", type(self._target).__name__, exc_info=True)
+                return f"several tokens at once end in {type(error).__name__}: {error}".splitlines()[0]
+            apart = float(_apart(plain, blocks).max())
+            if apart > tolerance and apart > min(self._rounding(text, plain), most):
+                shown += 1
+            elif shown:
+                passed += 1
+            else:
+                return None
+        if passed > shown:
+            return None
+        return f"what it says of several tokens at once is not what it says of them one at a time (apart by {apart:.0%} of the logits' spread)"
+
+    def _rounding(self, text: Tensor, plain: Tensor) -> float:
+        """How far apart rows may be by rounding alone, by what plain decoding from a longer prompt says of the same text."""
+        skipped = _ROWS // 2
+        rows, _ = self._plainly(text, text.shape[1] - _ROWS + skipped)
+        return _NOISE * float(_apart(plain[skipped:], rows).max())
+
+    def _texts(self, seed: int) -> tuple[Tensor, Tensor]:
+        """A text of random tokens `(1, T)`, none of which means something to the model, and another that differs from it everywhere."""
+        config = self._target.config.get_text_config(decoder=True)
+        rows = getattr(self._target.get_input_embeddings(), "num_embeddings", config.vocab_size)
+        named = {value for part in (self._target.config, config) for value in _special_ids(part)}
+        ids = range(min(rows, config.vocab_size, 2**15))
+        free = [i for i in ids if i not in named]
+        on = {"dtype": torch.long, "device": "cpu"}
+        allowed, random = torch.tensor(free if len(free) > 1 else ids, **on), torch.Generator("cpu").manual_seed(seed)
+        length = _ROWS + (self._start.shape[1] or _PROMPT)
+        at = torch.randint(len(allowed), (1, length), generator=random, **on)
+        aside = torch.randint(1, len(allowed), (1, length), generator=random, **on)
+        text, wrong = (allowed[i % len(allowed)].to(self._device) for i in (at, at + aside))
+        text[:, : self._start.shape[1]] = self._start
+        return text, wrong
+
+    def _plainly(self, text: Tensor, prompt: int) -> tuple[Tensor, object]:
+        """The rows that plain decoding has after the first `prompt` tokens of `text`, float32 `(T-prompt, V)`; and the cache it leaves."""
+        forced = _Forced(text)
+        try:
+            return self._decode("_sample", forced, text, prompt)
+        finally:
+            self.forwards += forced.calls
+
+    def _in_blocks(self, text: Tensor, wrong: Tensor) -> Tensor:
+        """The same rows, of blocks."""
+        scripted = _Scripted(text, wrong)
+        try:
+            rows, _ = self._decode(
+                "_assisted_decoding", _Forced(text), text, text.shape[1] - _ROWS, assistant_model=scripted
+            )
+        finally:
+            self.forwards += scripted.calls
+        return rows
+
+    def _decode(self, loop: str, forced: _Forced, text: Tensor, prompt: int, **extra) -> tuple[Tensor, object]:
+        target, length, ids = self._target, text.shape[1], text[:, :prompt]
+        config = copy.copy(self._was)
+        settings = {
+            "do_sample": False, "max_length": length, "max_new_tokens": None, "return_dict_in_generate": True, "output_logits": True,
+            "output_scores": False, "output_attentions": False, "output_hidden_states": False, "prefill_chunk_size": None,
+            "disable_compile": True, "assistant_ensemble_weight": None, "_eos_token_tensor": None, "_mask_length": prompt,
+        }  # fmt: skip
+        for name, value in settings.items():
+            setattr(config, name, value)
+        kwargs = dict(self._kwargs)
+        if self._positions:
+            kwargs["position_ids"] = target._prepare_position_ids_for_generation(ids, kwargs)
+        if self._given is not None:
+            kwargs["past_key_values"] = copy.deepcopy(self._given)
+        else:
+            kwargs.pop("past_key_values", None)
+            target._prepare_cache_for_generation(config, kwargs, GenerationMode.ASSISTED_GENERATION, 1, length - 1)
+        output = getattr(type(target), loop)(
+            target,
+            ids,
+            logits_processor=LogitsProcessorList([forced]),
+            stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(length)]),
+            generation_config=config,
+            **extra,
+            **kwargs,
+        )
+        return torch.cat(output.logits), output.past_key_values
+
+
+def _special_ids(config) -> Iterator[int]:
+    """Ids that a config names: ends of text, and what stands for an image or a sound."""
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_index", "token_ids")):
+            yield from value if isinstance(value, (list, tuple)) else [value]
+
+
+def _apart(rows: Tensor, others: Tensor) -> Tensor:
+    """How far `others` `(R, V)` are from `rows` `(R, V)`, each as a share of the spread of its row, `(R,)`; infinite where one is finite alone."""
+    finite = rows.isfinite()
+    same = (finite == others.isfinite()).all(-1)
+    rows, others = rows.masked_fill(~finite, 0.0).double(), others.masked_fill(~finite, 0.0).double()
+    spread = (rows - rows.mean(-1, keepdim=True)).norm(dim=-1)
+    apart = (rows - others).norm(dim=-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(same, apart, torch.inf)
+
+
+def _unit(target: PreTrainedModel) -> float:
+    """A unit in the last place of the coarsest arithmetic that the target computes in, relative to the number."""
+    kind = target.device.type
+    dtypes = {p.dtype for p in target.parameters() if p.is_floating_point() and p.dtype.itemsize > 1} or {target.dtype}
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    if getattr(target, "hf_quantizer", None) is not None:
+        dtypes.add(torch.bfloat16)
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if torch.get_float32_matmul_precision() != "highest":
+        unit = max(unit, torch.finfo(torch.float16).eps)  # TF32, or less
+    return unit
+
+
+@contextlib.contextmanager
+def _left_as_it_was(target: PreTrainedModel) -> Iterator[None]:
+    """Put back what forwards leave in modules: position offsets of the last prompt, say, which the call has still to read."""
+    homes = [home for module in target.modules() for home in (vars(module), module._buffers)]
+    before = [dict(home) for home in homes]
+    copies = [
+        (value, value.clone())
+        for home in before
+        for value in home.values()
+        if isinstance(value, Tensor) and not value.is_meta and value.numel() <= _SMALL
+    ]
+    try:
+        yield
+    finally:
+        for home, then in zip(homes, before, strict=True):
+            for name in [name for name, value in home.items() if name not in then and not callable(value)]:
+                del home[name]
+            for name, value in then.items():
+                if home.get(name, home) is not value and not callable(value):
+                    home[name] = value
+        for value, was in copies:
+            if not torch.equal(value, was):
+                value.copy_(was)
+
+
+def layers_of(cache) -> list:
+    """The layers that tokens are taken back out of."""
+    return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
+
+
+def _seq_length(cache) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except Exception:  # a cache without positions
+        return 0
+
+
+def _has_recurrent_states(cache) -> bool:
+    return any(any(getattr(layer, "is_recurrent_states_initialized", {}).values()) for layer in layers_of(cache))

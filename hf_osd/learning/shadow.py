@@ -1,0 +1,117 @@
+"""`Shadow`: how the draft that serves does beside the one before any learning, on requests that neither has learnt from; and `Reservoir`: some requests of
+before, to see that what they need is not unlearnt. They are given scores and requests, and know neither models nor clocks."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_osd.distill.ranks import Ranks
+from hf_osd.feedback.feedback import Feedback
+from hf_osd.metrics.intervals import Estimate
+
+# Requests that the estimate of α is of: the last ones.
+RECENT = 64
+_SUMS = ("requests", "positions", "static", "served")
+
+
+class Shadow:
+    """Sums over all requests judged so far, and the scores of the last `RECENT`.
+
+    Attributes:
+        requests (`int`), positions (`int`): judged.
+        static (`float`), served (`float`): of these positions, expected accepted tokens of the draft before any learning, and of what served.
+    """
+
+    def __init__(self, ranks: Ranks | None = None):
+        self._ranks = ranks or Ranks()
+        self.requests = self.positions = 0
+        self.static = self.served = 0.0
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
+        self._estimate: Estimate | None = None  # of these, once asked for: statistics are asked for at each request
+
+    def observe(self, static: Sequence[Tensor], served: Sequence[Tensor]):
+        """Scores of both on new requests, float `(N,)` each, NaN without a target."""
+        sums = [0, 0, 0.0, 0.0]
+        for a, b in zip(static, served, strict=True):
+            known = ~a.isnan()
+            if known.any():
+                one = (
+                    1,
+                    int(known.sum()),
+                    float(a[known].double().sum()),
+                    float(b[known].nan_to_num(0.0).double().sum()),
+                )
+                sums = [total + number for total, number in zip(sums, one, strict=True)]
+        requests, positions, before, after = self._ranks.sum(*sums)
+        self.requests, self.positions = self.requests + int(requests), self.positions + int(positions)
+        self.static, self.served = self.static + before, self.served + after
+        pairs = zip(self._ranks.gather(static), self._ranks.gather(served), strict=True)
+        self._recent.extend(pair for pair in pairs if not pair[0].isnan().all())
+        self._estimate = None
+
+    @property
+    def regret(self) -> float:
+        """`regret_vs_static`: accepted tokens that the draft before any learning would have had and what served had not, net, as a share of what it had.
+        Below 0 where learning has gained."""
+        return (self.static - self.served) / max(self.served, 1.0)
+
+    def estimate(self) -> Estimate | None:
+        """α of the last requests; `None` before there are two."""
+        if self._estimate is None and len(self._recent) > 1:
+            self._estimate = Estimate.of(*zip(*self._recent, strict=True))
+        return self._estimate
+
+    def state(self) -> dict:
+        """What a restart needs, as JSON has it: the sums."""
+        return {name: getattr(self, name) for name in _SUMS}
+
+    def load_state(self, values: dict):
+        """Go on from `state()`; the estimate begins anew."""
+        for name in _SUMS:
+            setattr(self, name, values[name])
+        self._recent.clear()
+        self._estimate = None
+
+
+class Reservoir:
+    """A sample of all requests ever offered, each equally likely to be in it (algorithm R, Vitter 1985).
+
+    Args:
+        size (`int`): requests, at most.
+        seed (`int`, *optional*): of the draws.
+    """
+
+    def __init__(self, size: int, seed: int | None = None):
+        self.size, self.seen = size, 0
+        self._random = random.Random(seed)
+        self._held: list[tuple[int, Feedback]] = []  # with the number it came as
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def offer(self, feedback: Feedback):
+        """Take a request in, or leave it; one without a position that teaches is left, and does not count."""
+        if not feedback.teaches("all").any():
+            return
+        self.seen += 1
+        if len(self._held) < self.size:
+            self._held.append((self.seen, feedback))
+        elif (slot := self._random.randrange(self.seen)) < self.size:
+            self._held[slot] = (self.seen, feedback)
+
+    def requests(self) -> list[Feedback]:
+        """What is held, oldest first."""
+        return [feedback for _, feedback in sorted(self._held, key=lambda item: item[0])]
+
+    def discard(self, feedback: Sequence[Feedback]):
+        """Forget these requests."""
+        gone = set(map(id, feedback))
+        self._held = [item for item in self._held if id(item[1]) not in gone]
+
+    def clear(self):
+        """Forget all."""
+        self._held, self.seen = [], 0

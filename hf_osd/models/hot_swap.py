@@ -1,0 +1,207 @@
+"""`ServingDraft`: the two copies of the draft that serve, of which one is active. It knows weights and leases, nothing of
+generation or learning.
+
+A generate call leases the active copy for as long as it lasts; new weights go into the idle copy, and then a reference is
+flipped. A leased copy is never written, so weights never change under a call's KV cache. Of a draft that learns in an adapter,
+which is large, there is an idle copy only while it is written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from hf_osd.models.copies import check_weights, copy_draft
+from hf_osd.system.forks import released
+
+if TYPE_CHECKING:
+    from hf_osd.models.lora import Adapter
+
+
+class ServingDraft:
+    """Two serving copies of a draft.
+
+    What has not been written is shared: a draft that has learnt nothing yet is one base, whatever serves and learns of it.
+
+    Args:
+        model (`PreTrainedModel`): the draft. It is never written here, and is not to be written elsewhere: until a refresh the copies share its weights.
+        trainable (`set[str]`): names of the parameters that refreshes will write. All others are shared with `model` for good.
+        adapter ([`hf_osd.models.lora.Adapter`], *optional*): what learns in place of `trainable`. Refreshes then bring its weights, and the copies, which are plain,
+            have them in theirs.
+    """
+
+    def __init__(self, model: nn.Module, trainable: set[str], adapter: Adapter | None = None):
+        self.adapter = adapter
+        self.trainable = trainable if adapter is None else adapter.trainable
+        self.version = 0  # refreshes so far
+        self._copies = [self._sharing(model) for _ in range(2)]
+        self._owned: list[set[str]] = [set(), set()]  # what of each copy is in storage of its own
+        self._learnt = None if adapter is None else adapter.weights()  # what the active copy has in its weights
+        self._leases: dict[int, int] = {}  # id of a copy -> calls that hold it
+        self._active = 0
+        self._lock = released(threading.Lock())  # of leases and the active index
+        self._refreshing = released(threading.Lock())  # one refresh at a time
+
+    @property
+    def active(self) -> nn.Module:
+        """The copy that serves the next call. To read, not to write."""
+        return self._copies[self._active]
+
+    def lease(self) -> nn.Module:
+        """The active copy, not to be written until `release`."""
+        with self._lock:
+            model = self.active
+            self._leases[id(model)] = self._leases.get(id(model), 0) + 1
+            return model
+
+    def release(self, model: nn.Module):
+        with self._lock:
+            left = self._leases.pop(id(model)) - 1
+            if left:
+                self._leases[id(model)] = left
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What has been learnt and serves, by name: the active copy's trainable weights, or the adapter's."""
+        if self._learnt is not None:
+            return iter(self._learnt.items())
+        return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
+
+    def begin(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A draft of plain weights that a learner elsewhere can begin with, and the adapter's weights on it, if there is one. To read, not to write."""
+        with self._refreshing:
+            if self.adapter is None:
+                return self.active, {}
+            return self._sharing(self.adapter.base), dict(self._learnt)
+
+    def refresh(self, weights: Mapping[str, Tensor]):
+        """Write `weights` (any dtype and device) into the idle copy and make it the active one.
+
+        Raises:
+            ValueError: if a trainable parameter is missing, or has another shape or a value that is not finite. The
+                serving draft is then as it was.
+        """
+        check_weights(weights, dict(self.weights()))
+        with self._refreshing:
+            at = 1 - self._active
+            if self.adapter is None:
+                self._write(at, weights)
+                learnt = None
+            else:
+                self._copies[at] = self._merged(weights)
+                learnt = _copies({name: weights[name] for name in self.trainable})
+            with self._lock:
+                self._active, self._learnt = at, learnt
+                self.version += 1
+                if self.adapter is not None:  # the old one is gone with the last call that holds it
+                    self._copies[1 - at] = self._copies[at]
+
+    def rebase(self, base: Mapping[str, Tensor]):
+        """Serve other weights of the plain draft, by name, with an adapter that begins anew. Calls that run keep the old ones."""
+        with self._refreshing:
+            self.adapter.rebase(base)
+            copies = [self._sharing(self.adapter.base) for _ in range(2)]
+            with self._lock:
+                self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
+                self.version += 1
+
+    def _write(self, at: int, weights: Mapping[str, Tensor]):
+        """Put `weights` into the idle copy, number `at`."""
+        with self._lock:
+            leased = id(self._copies[at]) in self._leases  # else nobody can lease it before the flip
+        if leased:  # by a call older than the last refresh: it keeps that copy, we go on with a fresh one
+            self._copies[at], self._owned[at] = self._sharing(self._copies[at]), set()
+        parameters = dict(self._copies[at].named_parameters())
+        with torch.inference_mode(False), torch.no_grad():
+            for name in self.trainable:
+                old, tensor = parameters[name], weights[name]
+                if name in self._owned[at]:
+                    old.copy_(tensor)
+                else:
+                    old.data = tensor.detach().to(old.device, old.dtype, copy=True)
+                    self._owned[at].add(name)
+
+    def _merged(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A copy with the adapter `weights` in its own. These lie in one piece, which goes back to the machine as soon as nobody serves it: as many small
+        ones, made anew at each refresh, leave gaps that add up to another copy."""
+        model = self._sharing(self.adapter.base)
+        changed = [model.get_parameter(f"{module}.weight") for module in self.adapter.modules]
+        with torch.inference_mode(False), torch.no_grad():
+            whole = {
+                key: torch.empty(sum(p.numel() for p in changed if _kind(p) == key), device=key[0], dtype=key[1])
+                for key in set(map(_kind, changed))
+            }
+            for name, tensor in self.adapter.merged(weights):
+                old = model.get_parameter(name)
+                piece, rest = whole[_kind(old)].tensor_split([old.numel()])
+                old.data, whole[_kind(old)] = piece.view_as(old).copy_(tensor), rest
+        return model
+
+    @staticmethod
+    def _sharing(model: nn.Module) -> nn.Module:
+        """A copy to serve, in the same storage."""
+        model = copy_draft(model, {name for name, _ in model.named_parameters()})
+        model.requires_grad_(False)
+        return model.eval()
+
+
+def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:
+    return weight.device, weight.dtype
+
+
+def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
+
+
+class NoDraft:
+    """What transformers reads on an assistant model, where there is none and the suffix cache drafts alone."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self):
+        self.config = _NoConfig()
+        self.generation_config = GenerationConfig()
+
+    def _supports_logits_to_keep(self) -> bool:
+        return True
+
+
+class _NoConfig:
+    is_encoder_decoder = False
+
+    def get_text_config(self, **kwargs) -> _NoConfig:
+        return self
+
+    @property
+    def vocab_size(self) -> _AnySize:
+        return _AnySize()
+
+
+class _AnySize:
+    """The size of every vocabulary: cached tokens are the target's own, and `generate` compares sizes before it says which target it is."""
+
+    def __eq__(self, other) -> bool:
+        return True
+
+    __hash__ = None
+
+
+class NoServing:
+    """[`ServingDraft`] where there is no draft."""
+
+    trainable: frozenset[str] = frozenset()
+    version = 0
+
+    def __init__(self):
+        self.active = NoDraft()
+
+    def lease(self) -> NoDraft:
+        return self.active
+
+    def release(self, model: NoDraft):
+        pass

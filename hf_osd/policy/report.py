@@ -1,0 +1,149 @@
+"""`report`: what an assistant has observed of its speed, in words that a user can act on."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from hf_osd.policy.lookahead import best_length, break_even
+
+if TYPE_CHECKING:
+    from hf_osd.metrics.stats import CallStats, Stats
+    from hf_osd.policy.lookahead import Lookahead
+
+
+def report(stats: Stats, lookahead: Lookahead, learning: str | None = None) -> str:
+    """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, what learns of it (`learning`), and what was gained."""
+    rolling, costs = stats.rolling, lookahead.costs
+    if not stats.total.rounds and not stats.total.plain_requests:
+        return "Nothing was served yet: pass this assistant to generate(..., assistant_model=assistant)."
+    lines = []
+    if plain := stats.total.plain_requests:
+        lines.append(
+            f"{plain} of {stats.total.requests} requests were decoded plainly, for their target cannot verify a block of drafts; a warning says why."
+        )
+    if costs.step_seconds is None and not costs.are_fixed:
+        lines.append("The cost of a plain step is not known yet: serve a few more tokens.")
+    else:
+        lines += _of_costs(lookahead)
+        lines += _of_draft(rolling, lookahead) if lookahead.has_draft else []
+    lines += [learning] if learning is not None and lookahead.has_draft else []
+    lines += _of_learning(stats)
+    lines += _of_sources(rolling)
+    lines += _of_speed(rolling, lookahead)
+    return "\n".join(lines)
+
+
+def observed_speedup(calls: CallStats, lookahead: Lookahead) -> float | None:
+    """How much faster than plain decoding these calls were, prompts included in their time; `None` until a plain step was measured."""
+    step = lookahead.costs.step_seconds
+    return None if step is None or not calls.seconds else calls.new_tokens * step / calls.seconds
+
+
+def _of_costs(lookahead: Lookahead) -> list[str]:
+    costs, longest = lookahead.costs, lookahead.most + 1
+    step = "" if costs.step_seconds is None else f" (one-token target step: {1e3 * costs.step_seconds:.1f} ms)"
+    v = ", ".join(f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest))
+    lines = [f"Verifying several tokens, in one-token target steps: {v}{step}."]
+    if lookahead.has_draft:
+        c = "not measured yet" if costs.c is None else f"c = {costs.c:.2f} of one"
+        lines.append(f"A draft step: {c}.")
+    return lines
+
+
+def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
+    c, v, most = lookahead.c, lookahead.v, lookahead.most
+    if c is None:
+        return ["The draft was not asked yet, so what it is worth is not known."]
+    first = lookahead.acceptance()[0]
+    alpha = (
+        f"α = {rolling.alpha:.2f} over the last requests" if not math.isnan(rolling.alpha) else "α is not known yet"
+    )
+    gamma, expected = best_length([first] * most, c, v)
+    needed = break_even(c, v, most)
+    lines = [f"The draft: {alpha}; its next token is accepted with probability {first:.2f}, of late."]
+    if needed is None:
+        lines.append(
+            f"No draft pays at these costs: even one that is always right would not be faster. Take a smaller draft than c = {c:.2f}, or "
+            "hardware on which verifying several tokens costs little more than one."
+        )
+    elif gamma:
+        lines.append(
+            f"Drafting pays from α = {needed:.2f} on. Best fixed γ: {gamma}, expected speed-up of the draft alone {expected:.2f}×."
+        )
+    else:
+        lines.append(
+            f"Drafting pays from α = {needed:.2f} on, so the target decodes plainly and still teaches the draft. Let it learn from more requests, "
+            "or warm it up on prompts like yours; a draft with a cheaper step would pay sooner."
+        )
+    if gamma == most and expected > 1.2:
+        lines.append(f"The best γ is the largest allowed: try num_assistant_tokens={2 * most}.")
+    if rolling.head_alpha_loss > 0.01:
+        lines.append(
+            f"The rows that its LM head left out cost {rolling.head_alpha_loss:.3f} of α: try more draft_head_rows, or draft_head='full'."
+        )
+    return lines
+
+
+def _of_learning(stats: Stats) -> list[str]:
+    lines, estimate = [], stats.estimate
+    if estimate is not None:
+        gain = estimate.gain
+        lines.append(
+            f"On the last {estimate.requests} requests, each before it was learnt, the draft had α = {estimate.alpha:.2f} ({estimate.low:.2f} to "
+            f"{estimate.high:.2f}); without learning it would have had {gain.before:.2f}: {gain.difference:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})."
+        )
+        lines.append(
+            f"Over all requests learning has {'cost' if stats.regret_vs_static > 0 else 'gained'} {abs(stats.regret_vs_static):.1%} of the tokens accepted "
+            f"(regret_vs_static {stats.regret_vs_static:+.4f})."
+        )
+    if stats.learning_rate is not None:
+        lines.append(f"Learning rate {stats.learning_rate:.1e}: {stats.learning_rate_reason}.")
+    if stats.updates or stats.failed_updates:
+        lines.append(
+            f"{stats.updates} updates, {stats.failed_updates} more failed; what they learnt was let through to serve {stats.accepted_updates} times and dropped "
+            f"{stats.rejected_updates} times. The longest took {stats.longest_update:.1f} s. No call waited longer than {stats.longest_wait:.1f} s for learning."
+        )
+    if stats.trouble:
+        lines.append(stats.trouble)
+    if stats.serves_static:
+        lines.append("The draft as it was before any learning serves: on what comes now it is better.")
+    if stats.learning_over:
+        lines.append(f"Nothing is learnt any more: {stats.learning_over}.")
+    if stats.too_slow:
+        lines.append(
+            f"This machine is too slow to learn this draft, and serves it as it is: {stats.too_slow}. Raise learning_budget, learn beside serving "
+            "(learn='background'), or take a smaller draft."
+        )
+    return lines
+
+
+def _of_sources(rolling: CallStats) -> list[str]:
+    lines = []
+    for source, name in (("draft", "The draft"), ("cache", "The suffix cache")):
+        if drafted := rolling.drafted_by[source]:
+            accepted = rolling.accepted_by[source]
+            lines.append(
+                f"{name} drafted {drafted} tokens, of which {accepted} were accepted: {accepted / max(rolling.new_tokens, 1):.0%} of what was "
+                "generated."
+            )
+    return lines
+
+
+def _of_speed(rolling: CallStats, lookahead: Lookahead) -> list[str]:
+    observed = observed_speedup(rolling, lookahead)
+    if observed is None:
+        return []
+    c = lookahead.c or 0.0
+    expected = rolling.new_tokens / max(rolling.draft_steps * c + _verification(rolling, lookahead), 1e-9)
+    return [
+        f"Speed-up over plain decoding, prompts included in the time: observed {observed:.2f}× over the last {rolling.requests} requests, "
+        f"{rolling.tokens_per_round:.2f} tokens a round; {expected:.2f}× expected of c, v and these rounds."
+    ]
+
+
+def _verification(rolling: CallStats, lookahead: Lookahead) -> float:
+    """What the rounds' verifications take, in one-token target steps."""
+    longest = max(rolling.verified_lengths, default=1)
+    v = lookahead.costs.v_upto(longest)
+    return sum(count * v[n - 1] for n, count in rolling.verified_lengths.items())

@@ -1,0 +1,131 @@
+"""`TeachableAssistant`: what of an assistant's draft learns, and where; and how weights that were trained elsewhere come into it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_osd.learning.background import BackgroundLearner
+from hf_osd.learning.learner import Learner
+from hf_osd.learning.memory import choose_learning
+from hf_osd.learning.orphan import Orphan
+from hf_osd.models.copies import check_weights, copy_draft
+from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.lora import Adapter
+from hf_osd.models.own_draft import unwrapped
+from hf_osd.remote.learner import RemoteLearner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class TeachableAssistant:
+    """The part of [`OnlineAssistant`] that makes its learner, and takes in weights."""
+
+    def _serve(self, own: PreTrainedModel, trainable: set[str]):
+        """Make what serves of the draft, and what learns of it: all that is `trainable`, an adapter, or nothing, by the memory there is."""
+        config = self.osd_config
+        if not config.learns:
+            self.serving, self.learning_choice = ServingDraft(own, trainable), "Nothing learns, as asked."
+            return
+        choice = choose_learning(own, trainable, config)
+        self.learning_choice = choice.sentence
+        if choice.rank is None:
+            self.serving = ServingDraft(own, trainable)
+        else:
+            self.adapter = adapter = Adapter(own, choice.rank, config.seed, trainable)
+            # Where the weights cannot take it in, the adapter serves beside them.
+            merged, apart = (own, trainable, adapter), (adapter.draft, adapter.trainable)
+            self.serving = ServingDraft(*(merged if adapter.merges else apart))
+            self._base = trainable
+            own = adapter.draft
+        if choice.learns:
+            logger.info(choice.sentence)
+            self.learner = self._make_learner(own, self.serving.trainable)
+        else:
+            logger.warning(choice.sentence)
+
+    def _make_learner(
+        self, draft: PreTrainedModel, trainable: set[str]
+    ) -> Learner | BackgroundLearner | RemoteLearner:
+        config = self.osd_config
+        if config.learn == "process":
+            learner = RemoteLearner(self.serving, self.buffer, config)
+            self._calls.on_change = learner.note_busy
+            return learner
+        if config.learner_device is not None:
+            try:
+                draft = copy_draft(draft, frozen=set()).to(config.learner_device)
+            except (
+                RuntimeError,
+                AssertionError,
+            ) as error:  # the second where torch was built without that kind of device
+                raise ValueError(
+                    f"`learner_device` is {config.learner_device!r}, where the draft cannot be put ({error}); name a device of this machine, or leave it "
+                    "out to learn where the draft is."
+                ) from error
+        if config.learn == "background":
+            return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
+        return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
+
+    def after_fork(self):
+        """In a forked child: go on learning, with a learner of its own, or say that there is none."""
+        if self.learner is not None and (reason := self.learner.after_fork()) is not None:
+            self.learner = Orphan(self.learner, reason)
+
+    def refresh(self, model: nn.Module):
+        """Serve the weights of `model`, a draft of the same architecture trained elsewhere, from the next call on.
+
+        Where the draft learns in an adapter that hf_osd has put on it, `model` may be a plain one, whose weights then take the place of the draft's, and
+        the adapter begins anew; or one with such an adapter.
+
+        Raises:
+            ValueError: if `model` does not fit, has values that are not finite, or has changed weights that this assistant
+                holds fixed.
+        """
+        self._needs_draft("refresh")
+        model = unwrapped(model)
+        adapter = self.adapter
+        # Of a PeftModel the adapter's names are those of what it wraps.
+        if adapter is not None and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        if adapter is not None and not adapter.trainable & weights.keys():
+            self._rebase(weights)
+            return
+        served = self.serving.active if adapter is None else adapter.draft
+        self._check_fixed(weights, served, self.serving.trainable)
+        self.serving.refresh(weights)
+        if self.learner is not None:
+            self.learner.take(weights)
+
+    def _rebase(self, weights: dict[str, Tensor]):
+        """Serve a plain model's weights, and go on learning from them in an adapter that begins anew."""
+        adapter = self.adapter
+        if not adapter.merges:
+            raise ValueError(
+                "The trained model has no adapter, and this assistant learns in one over weights that it cannot write (quantised ones). Refresh from a model "
+                "with the adapter, or make a new assistant with the trained model."
+            )
+        base = {name: p for name, p in adapter.base.named_parameters() if name in self._base}
+        check_weights(weights, base)
+        self._check_fixed(weights, adapter.base, self._base)
+        base = {name: weights[name] for name in base}
+        # Learning first: what it learns meanwhile over the new weights, the old ones serve with for a moment.
+        if self.learner is not None:
+            self.learner.take(adapter.weights(), base)
+        self.serving.rebase(base)
+
+    def _check_fixed(self, weights: dict[str, Tensor], served: nn.Module, trainable: set[str]):
+        """See that a trained model has not changed what this assistant holds fixed."""
+        for name, p in served.named_parameters():
+            if name not in trainable and name in weights and not torch.equal(p, weights[name].to(p)):
+                raise ValueError(
+                    f"The trained model has changed {name!r}, which this assistant holds fixed. Make it with freeze_embeddings=False "
+                    "and a draft whose weights require gradients, or freeze these weights in training."
+                )

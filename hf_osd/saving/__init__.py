@@ -1,0 +1,1 @@
+"""Disk and Hub: checkpoints, states that survive a kill, repositories, cards."""

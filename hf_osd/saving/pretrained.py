@@ -1,0 +1,187 @@
+"""`SavableAssistant`: how an assistant's draft comes and goes: checkpoints and the Hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.saving.adapters import describe_adapter
+from hf_osd.saving.custom_generate import write_custom_generate
+from hf_osd.saving.drafts import CHECKPOINT_FILES, drop_older, load_draft, save_draft
+from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, license_of, open_repository, push_folder
+from hf_osd.saving.model_card import machine_facts, model_card
+from hf_osd.saving.state import ResumableAssistant
+from hf_osd.system.files import staged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+
+class SavableAssistant(ResumableAssistant):
+    """The part of [`OnlineAssistant`] that touches disk and Hub."""
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        card: dict | None = None,
+        custom_generate: bool = False,
+        merge: bool | None = None,
+    ):
+        """Write the serving draft as a transformers checkpoint, with `osd_config.json` and a model card beside it.
+
+        Of a draft that came with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it.
+        Of one that learns in an adapter of hf_osd's own (`adapter="lora"`) it is a plain checkpoint, which serving engines read.
+
+        Args:
+            directory: where to. Files of the same names are replaced, whole; those of an older checkpoint that this one lacks are removed; others
+                stay.
+            processing_class: the tokenizer, to be saved with it.
+            card (`dict`, *optional*): facts for the model card, see [`hf_osd.saving.model_card.model_card`].
+            custom_generate: also write the generation strategy, see [`hf_osd.saving.custom_generate.write_custom_generate`].
+            merge: put an adapter into the weights, or, with `False`, write it as an adapter, which `from_pretrained` goes on learning in. By where it came
+                from if left out.
+
+        Raises:
+            OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
+            ValueError: if the assistant has no draft, or several adapters of it are active.
+        """
+        self._save(directory, processing_class, card, custom_generate, merge=merge)
+
+    def _save(
+        self,
+        directory: str | os.PathLike,
+        processing_class: PreTrainedTokenizerBase | None,
+        card: dict | None,
+        custom_generate: bool,
+        repo_id: str | None = None,
+        merge: bool | None = None,
+    ):
+        self._needs_draft("save")
+        draft, adapter = self.serving.active, self.adapter
+        if adapter is not None and merge is False:
+            draft = adapter.with_weights(dict(self.serving.weights()))
+        with staged(directory) as staging:
+            save_draft(draft, staging, repo_id, bool(merge))
+            self.osd_config.save_pretrained(staging)
+            self._write_card(staging, staging, card, repo_id=repo_id, custom_generate=custom_generate)
+            if processing_class is not None:
+                processing_class.save_pretrained(staging)
+            if custom_generate:
+                write_custom_generate(staging)
+            written = {path.name for path in staging.iterdir()}
+        drop_older(directory, written)
+
+    def write_card(self, directory: str | os.PathLike, card: dict | None = None):
+        """Write the model card anew beside a draft that `save_pretrained` has written: with figures that were not known then.
+
+        Args:
+            directory: where the draft is.
+            card (`dict`, *optional*): facts for it, see [`hf_osd.saving.model_card.model_card`].
+
+        Raises:
+            OSError: if it cannot be written; the older card is then unchanged.
+        """
+        with staged(directory) as staging:
+            self._write_card(staging, Path(directory), card)
+
+    def _write_card(self, into: Path, draft_folder: Path, card: dict | None, **facts):
+        """The card is words: what cannot be said is a warning, and no reason to lose the weights."""
+        draft = self.serving.active
+        try:
+            facts |= {
+                "lookahead": self.lookahead,
+                "config": self.osd_config,
+                "adapter": describe_adapter(draft_folder),
+            }
+            facts["machine"] = machine_facts(draft.device, draft.dtype)
+            text = model_card(self.stats, **{**facts, **(card or {})})
+        except Exception as error:
+            logger.warning("The draft is saved without a new model card, which could not be made: %r.", error)
+            return
+        (into / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs) -> Self:
+        """An assistant around a saved draft, or any causal LM or encoder-decoder of the Hub.
+
+        Args:
+            name_or_path: a directory or a Hub id.
+            config ([`OnlineConfig`], *optional*): replaces the one saved beside the draft, if there is one.
+            **kwargs: for `from_pretrained` of transformers, such as `dtype`, `device_map`, `revision`, `token`.
+
+        Raises:
+            OSError: if there is no such draft, its weights are damaged, or the Hub refuses or cannot be reached; the message says how to mend that.
+            ValueError: if it is neither, or its OnlineConfig does not fit.
+        """
+
+        def load():
+            draft = load_draft(name_or_path, **kwargs)
+            if config is not None:
+                return draft, config
+            where = {key: kwargs[key] for key in (*FROM_WHERE, "subfolder") if key in kwargs}
+            found = find_file(name_or_path, CONFIG_NAME, **where)  # `None` of a draft that hf_osd did not save
+            return draft, OnlineConfig.from_json(found) if found is not None else None
+
+        return cls(*from_hub(name_or_path, load))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        token: str | None = None,
+        commit_message: str | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        card: dict | None = None,
+        custom_generate: bool = False,
+        merge: bool | None = None,
+    ) -> str:
+        """Push what `save_pretrained` writes, in one commit: weights, config and figures, no feedback. Returns the commit's address, whose last part is
+        a `revision` for `from_pretrained`.
+
+        The repository is private unless you say otherwise: weights that learnt from traffic can have memorised some of it. Whatever the Hub passes
+        over for a moment is tried again, and a push that is repeated uploads no weights a second time.
+
+        Args:
+            repo_id: where to; made if it is not there.
+            private: whether the repository is to be private.
+            token: of the Hub; the one you are logged in with if left out.
+            commit_message: says how much was learnt from if left out.
+            processing_class, card, custom_generate, merge: as in `save_pretrained`. The licence, if `card` has none, is that of its `target` on the Hub.
+
+        Raises:
+            OSError: if the Hub refuses or cannot be reached: huggingface_hub's `HfHubHTTPError`, or a `ConnectionError`; the message says how to mend it.
+            ValueError: if the repository exists, is public, and `private` is set; or as in `save_pretrained`. Nothing is pushed then.
+        """
+        from huggingface_hub import HfApi
+
+        self._needs_draft("push")
+        memorised = (
+            "weights that learnt from traffic can have memorised some of it, and give it away to whoever reads them"
+        )
+        if private:
+            logger.warning(
+                "Pushing to %s: %s. The repository is private; think of who has access.", repo_id, memorised
+            )
+        else:
+            logger.warning(
+                "Pushing to %s FOR ALL TO READ: %s. What is public once cannot be called back. Push only what learnt from traffic that may be public.",
+                repo_id,
+                memorised,
+            )
+        api, card, stats = HfApi(token=token), dict(card or {}), self.stats
+        repo_id = open_repository(api, repo_id, private)
+        if card.get("license") is None and card.get("target"):
+            card |= license_of(api, card["target"])
+        message = commit_message or f"Draft after {stats.updates} updates on {stats.total.requests} requests"
+        with tempfile.TemporaryDirectory() as directory:
+            self._save(directory, processing_class, card, custom_generate, repo_id, merge)
+            return push_folder(api, repo_id, Path(directory), message, CHECKPOINT_FILES)
