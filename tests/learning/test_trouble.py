@@ -17,7 +17,7 @@ from transformers import (
 from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.learning.trouble import FAILS, STANDS, WAITS, trouble
 
-from .served import GREEDY, PROMPTS, serve
+from ..served import GREEDY, PROMPTS, serve
 
 LEARNS = {"gate": False, "seed": 0, "learning_rate": 1e-2, "learning_budget": 1.0, "warmup_steps": 0}
 

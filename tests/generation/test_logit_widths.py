@@ -11,7 +11,7 @@ from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.distill.loss_head import LossHead
 from hf_osd.models.draft_head import can_select_rows
 
-from .served import GREEDY, PROMPTS
+from ..served import GREEDY, PROMPTS
 
 WIDTH = 50  # of 64
 LEARNS = {"update_interval": 1, "gate": False, "seed": 0, "learning_rate": 1e-2, "learning_budget": 1.0}

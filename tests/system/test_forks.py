@@ -17,7 +17,7 @@ from hf_osd.learning.orphan import Orphan
 from hf_osd.remote.roles import SeparateLearner
 from hf_osd.system import forks
 
-from .served import PROMPTS, serve
+from ..served import PROMPTS, serve
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 LONG = 120  # seconds in which anything has happened, on any machine

@@ -28,7 +28,7 @@ from hf_osd.models.hot_swap import ServingDraft
 from hf_osd.models.lora import Adapter, adaptable
 from hf_osd.models.plain import merged as merged_by_peft
 
-from .served import GREEDY, PROMPTS, serve
+from ..served import GREEDY, PROMPTS, serve
 
 LORA = {"learning_budget": 1.0, "adapter": "lora", "lora": 4, "gate": False, "seed": 0, "learning_rate": 1e-2}
 

@@ -7,7 +7,7 @@ import transformers
 
 from hf_osd import OnlineAssistant
 
-from .served import GREEDY, PROMPTS
+from ..served import GREEDY, PROMPTS
 
 
 def test_bad_calls_are_refused_before_anything_runs(target, draft, tiny_llama):

@@ -15,7 +15,7 @@ from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.saving.state import saved_progress
 from hf_osd.system.files import new_state, newest_state, states
 
-from .served import GREEDY, PROMPTS, serve
+from ..served import GREEDY, PROMPTS, serve
 
 # What is learnt serves at once, and however long learning takes, all is learnt.
 AT_ONCE = {"gate": False, "learning_rate": 1e-3, "learning_budget": 1.0}

@@ -5,7 +5,7 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig, Rehearsal, grow_draft
 
-from .served import PROMPTS, serve
+from ..served import PROMPTS, serve
 
 
 @pytest.fixture(scope="module")

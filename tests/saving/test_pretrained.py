@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.saving.model_card import model_card
 
-from .served import GREEDY, PROMPTS, serve
+from ..served import GREEDY, PROMPTS, serve
 
 
 def test_a_saved_draft_is_a_plain_checkpoint(target, draft, tmp_path):

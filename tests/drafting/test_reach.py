@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_osd import OnlineAssistant
 
-from .served import PROMPTS
+from ..served import PROMPTS
 
 SIZES = {
     "vocab_size": 64,

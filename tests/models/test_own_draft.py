@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_osd import OnlineAssistant, grow_draft
 
-from .served import PROMPTS, serve
+from ..served import PROMPTS, serve
 
 LEARNS = {
     "update_interval": 10**6,
