@@ -25,7 +25,9 @@ def logit_width(model: PreTrainedModel) -> int | None:
     model.eval()
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return DraftContext(model, torch.zeros(1, dtype=torch.long)).catch_up(0).logits.shape[-1]
+            return (
+                DraftContext(model, torch.zeros(1, dtype=torch.long, device=model.device)).catch_up(0).logits.shape[-1]
+            )
     except Exception:
         return None
     finally:

@@ -216,7 +216,7 @@ class Translation:
         ids = []
         if self._tokenizers is not None and 0 <= token < self.target_size:
             ids = self._tokenizers[1](self._text([token]), add_special_tokens=False)["input_ids"]
-            ids = self.shown(torch.tensor(ids, dtype=torch.long)).tolist()
+            ids = self.shown(torch.tensor(ids, dtype=torch.long, device="cpu")).tolist()
         return ids or [self._stand_in]
 
     def _text(self, tokens: list[int]) -> str:

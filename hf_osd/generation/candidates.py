@@ -1,7 +1,13 @@
 """`OnlineCandidateGenerator`: proposes tokens in each round of one generate call, from the draft or the suffix cache, and tells a `CallRecord`
 what the target said of them.
 
-It lives as long as the call, and knows nothing of training.
+It lives as long as the call, and knows nothing of training. A round (Algorithm 1 of arXiv 2211.17192, with the number of drafts chosen and what is verified kept):
+
+1. `get_candidates`: the policy says how many tokens are worth drafting, and whether the draft model or the suffix cache is to propose them (`_fill`);
+2. the block is cut where the text must end: at its limit, with an EOS, before a stop string (`_cut`);
+3. generate has the target read the block in one forward, and accepts or rejects token by token;
+4. `update_candidate_strategy`: what the target said of each verified position goes to the record, from which the draft will learn;
+5. the draft takes back what it had read of rejected tokens, and the policy hears what was accepted and what it cost.
 
 Symbols of a round: L tokens stand; n are drafted, d_0..d_{n-1}; the target's row j is its distribution of the token at absolute
 position L+j; m+1 positions are verified, of which the first ones are accepted drafts. V are the target's tokens, W the draft's.

@@ -147,11 +147,11 @@ class Trial:
         named = {value for part in (self._target.config, config) for value in _special_ids(part)}
         ids = range(min(rows, config.vocab_size, 2**15))
         free = [i for i in ids if i not in named]
-        on = {"dtype": torch.long, "device": "cpu"}
-        allowed, random = torch.tensor(free if len(free) > 1 else ids, **on), torch.Generator("cpu").manual_seed(seed)
+        allowed = torch.tensor(free if len(free) > 1 else ids, dtype=torch.long, device="cpu")
+        random = torch.Generator("cpu").manual_seed(seed)
         length = _ROWS + (self._start.shape[1] or _PROMPT)
-        at = torch.randint(len(allowed), (1, length), generator=random, **on)
-        aside = torch.randint(1, len(allowed), (1, length), generator=random, **on)
+        at = torch.randint(len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
+        aside = torch.randint(1, len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
         text, wrong = (allowed[i % len(allowed)].to(self._device) for i in (at, at + aside))
         text[:, : self._start.shape[1]] = self._start
         return text, wrong

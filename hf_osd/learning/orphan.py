@@ -43,6 +43,9 @@ class Orphan:
     def update(self, wait: bool = True) -> bool:
         return self.due()
 
+    def trouble(self) -> None:
+        """None but that it learns nothing, which has been said."""
+
     def note_served(self, seconds: float):
         pass
 

@@ -98,7 +98,7 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = vars(module).get("_hf_hook")
     for one in getattr(hook, "hooks", [hook]):
         if getattr(one, "execution_device", None) is not None:
-            return torch.empty(0, device=one.execution_device).device
+            return torch.empty(0, dtype=torch.float32, device=one.execution_device).device
     return next(module.parameters()).device
 
 

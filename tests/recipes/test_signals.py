@@ -173,7 +173,9 @@ def test_a_job_saves_what_was_learnt_and_leaves_no_process_behind(job, tmp_path,
     assert ended == status, log
     assert not psutil.wait_procs(children, timeout=LONG)[1]
     assert (out / "draft" / "model.safetensors").is_file()
-    [state] = (out / "checkpoint").glob("state-*")
+    states = list((out / "checkpoint").glob("state-*"))
+    assert len(states) == 1, log
+    [state] = states
     values = json.loads((state / "state.json").read_text())
     assert values["progress"]["rows"] >= served
     if "process" in flags:
