@@ -34,10 +34,10 @@ def check() -> int:
     import torch
     import transformers
 
-    from hf_osd.generation import patch as integration
+    from hf_osd.generation import patch as seam
 
-    integration.enable()
-    integration.disable()
+    seam.enable()
+    seam.disable()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}: hf_osd can work with these.")
     return 0
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import distributed as dist
 
 from hf_osd import OnlineAssistant
-from hf_osd.models import lora
+from hf_osd.learning import memory
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def main(folder: Path):
     Accelerator(cpu=True)
     given = torch.load(folder / "given.pt", weights_only=False)
     # Where there is the least, half of it is what the adapter of rank 2 takes.
-    lora.available = lambda device: [64 * GIB, given["least"]][rank]
+    memory.available = lambda device: [64 * GIB, given["least"]][rank]
     torch.manual_seed(rank)  # whatever else is random differs
     assistant = OnlineAssistant(
         given["draft"], adapter="lora", lora=8, update_interval=2, warmup_steps=0, gate=False, learning_rate=1e-3

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 
 import hf_osd
 from hf_osd import OnlineAssistant
-from hf_osd.generation import patch as integration
+from hf_osd.generation import patch as seam
 
 PROMPT = torch.tensor([[5, 9, 17, 3]])
 
@@ -84,7 +84,7 @@ def test_a_changed_contract_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(AssistedCandidateGenerator, "update_candidate_strategy", lambda self, input_ids: None)
     with pytest.raises(RuntimeError, match=r"update_candidate_strategy.*scores.*[Ii]nstall"):
         hf_osd.enable()
-    assert not integration.is_enabled()
+    assert not seam.is_enabled()
 
 
 def test_importing_hf_osd_loads_no_heavy_library():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, StoppingCriteria
 
 import hf_osd
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.generation import patch as integration
+from hf_osd.generation import patch as seam
 from hf_osd.saving.custom_generate import write_custom_generate
 
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(0))
@@ -21,9 +21,9 @@ GREEDY = {"max_new_tokens": 16, "do_sample": False}
 
 @pytest.fixture(autouse=True)
 def _the_seam_is_as_it_was():
-    was = integration.is_enabled()
+    was = seam.is_enabled()
     yield
-    (integration.enable if was else integration.disable)()
+    (seam.enable if was else seam.disable)()
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_it_does_what_the_open_seam_does_and_patches_nothing(target, folder):
     methods, instance = [vars(GenerationMixin)[name] for name in names], set(vars(target))
     for prompt in PROMPTS:
         output = target.generate(prompt, assistant_model=by_strategy, **folder, **GREEDY)
-        assert not integration.is_enabled()
+        assert not seam.is_enabled()
         assert [vars(GenerationMixin)[name] for name in names] == methods
         assert set(vars(target)) == instance
         assert torch.equal(output, target.generate(prompt, **GREEDY))
@@ -142,7 +142,7 @@ def test_a_call_is_over_when_it_has_come_back(target, folder):
     target.generate(PROMPTS[0], assistant_model=assistant, **folder, **GREEDY)
     assistant.take_in()
     assert assistant.stats.total.requests == 1
-    assert integration.running_calls() == []
+    assert seam.running_calls() == []
     assert assistant.flush()
 
 
@@ -155,7 +155,7 @@ def test_a_call_that_breaks_off_is_taken_in(target, folder):
     with pytest.raises(RuntimeError, match="broken"):
         target.generate(PROMPTS[0], assistant_model=assistant, stopping_criteria=[Broken()], **folder, **GREEDY)
     assistant.take_in()
-    assert integration.running_calls() == []
+    assert seam.running_calls() == []
     assert assistant.stats.total.requests == 1
 
 
@@ -212,7 +212,7 @@ def test_hooks_and_a_replaced_forward_of_the_target_are_kept(target, folder, mon
 
 def test_any_other_assistant_drafts_as_ever_and_is_told_of(target, folder, caplog):
     stock = grow_draft(target)
-    integration._say_that_it_learns_nothing.cache_clear()
+    seam._say_that_it_learns_nothing.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
         for prompt in PROMPTS[:2]:
             output = target.generate(prompt, assistant_model=stock, **folder, **GREEDY)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from hf_osd import OnlineAssistant, grow_draft
-from hf_osd.generation import patch as integration
+from hf_osd.generation import patch as seam
 
 PAGE = Path(__file__).parents[2] / "docs" / "hub.md"
 
@@ -30,7 +30,7 @@ def test_code_on_the_page_about_the_hub_runs(hub, tiny_llama, tmp_path, monkeypa
     hub.make("org/target", private=False, files={"README.md": b"---\nlicense: mit\n---\n"})
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(compile(block, str(PAGE), "exec"), names)
-    assert not integration.is_enabled()
+    assert not seam.is_enabled()
     assert hub.private["me/my-draft"]
     assert {"adapter_config.json", "model.safetensors"} <= set(hub.files("me/my-lora-draft")), "its base was grown"
     assert any(b"license: mit" in commit["tree"].get("README.md", (b"",))[0] for commit in hub.commits["me/my-draft"])

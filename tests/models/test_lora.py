@@ -451,7 +451,7 @@ def test_a_small_draft_learns_with_all_weights_by_itself(draft):
 
 def test_a_draft_too_large_for_what_is_free_learns_in_an_adapter_by_itself(target, draft, monkeypatch):
     needed = memory.learning_bytes(_facts(draft))
-    monkeypatch.setattr("hf_osd.models.lora.available", lambda device: 4 * needed)
+    monkeypatch.setattr("hf_osd.learning.memory.available", lambda device: 4 * needed)
     assistant = OnlineAssistant(draft, seed=0)
     assert assistant.adapter.rank == 16
     assert all("lora_" in name for name in assistant.serving.trainable)

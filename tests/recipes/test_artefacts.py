@@ -15,7 +15,7 @@ import pytest
 from transformers import TrainerCallback, integrations
 
 from hf_osd.distill.trainer import OnlineGKDTrainer
-from hf_osd.saving import pretrained as saving
+from hf_osd.saving import pretrained
 
 WINDOW = 5  # tokens of a prompt in a row: no five are there by chance
 
@@ -84,10 +84,10 @@ def run(target_dir, prompts, words, tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.chdir(places["here"])
     monkeypatch.setattr(tempfile, "tempdir", str(places["temporary"]))
     monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", lambda self: None)
-    monkeypatch.setattr(saving, "open_repository", lambda api, repo_id, private: repo_id)
-    monkeypatch.setattr(saving, "license_of", lambda api, name: {})
+    monkeypatch.setattr(pretrained, "open_repository", lambda api, repo_id, private: repo_id)
+    monkeypatch.setattr(pretrained, "license_of", lambda api, name: {})
     monkeypatch.setattr(
-        saving, "push_folder", lambda api, repo_id, folder, *rest: shutil.copytree(folder, places["hub"] / repo_id)
+        pretrained, "push_folder", lambda api, repo_id, folder, *rest: shutil.copytree(folder, places["hub"] / repo_id)
     )
     monkeypatch.setattr(OnlineGKDTrainer, "learn", failing_once)
     monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [Tracker])
