@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_osd.feedback.feedback import Feedback, SparseRows
 from hf_osd.system.files import staged
 
-_FORMAT = "hf_osd.feedback.trace.1"
+_FORMAT = "hf_osd.trace.1"
 # Fields with a row a position, in the order in which `Feedback` has them; those `(N, k)` are stored flat, for k may differ by request.
 _SPARSE = ("top_ids", "top_logps", "draft_logps")
 _DENSE = ("tail_logp", "drafted", "drafted_logp", "outcome", "overlap")
