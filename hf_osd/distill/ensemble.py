@@ -107,20 +107,24 @@ class Ensemble:
             if count:
                 self.losses[i] += 1.0 - total / count
 
-    def judge(self, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None) -> list[Judged]:
+    def judge(
+        self, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None, whole: bool = True
+    ) -> list[Judged]:
         """What is said of requests, see [`hf_osd.distill.scoring.judge`], of `weights`, or of what is to serve."""
         if weights is None and not (len(self.members) == 1 and self.members[0].serves_as_is):
             weights = self.serving_weights()
-        return self._judge(self.members[0], feedback, weights)
+        return self._judge(self.members[0], feedback, weights, whole)
 
-    def _judge(self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None) -> list[Judged]:
+    def _judge(
+        self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None, whole: bool = False
+    ) -> list[Judged]:
         """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
         kept = None if weights is None else swap_weights(member.module, weights)
         try:
             # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
             with learners_autocast(member.module.device.type, self.autocast_dtype):
                 windows = Windows(feedback, self._window)
-                return windows.spread(judge(member.module, windows.requests))
+                return windows.spread(judge(member.module, windows.requests, whole=whole))
         finally:
             if kept is not None:
                 swap_weights(member.module, kept)

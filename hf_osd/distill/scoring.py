@@ -65,11 +65,14 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
         feedback (`Sequence[Feedback]`): the requests.
         batch_size (`int`): requests a forward, at most.
     """
-    return [judged.overlap for judged in judge(model, feedback, batch_size)]
+    return [judged.overlap for judged in judge(model, feedback, batch_size, whole=False)]
 
 
-def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Judged]:
-    """[`score`], and what else there is to know of it; arguments as there."""
+def judge(
+    model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8, whole: bool = True
+) -> list[Judged]:
+    """[`score`], and, if `whole`, what else there is to know of it; arguments as there. A greedy request's overlap takes the likeliest tokens alone, and
+    passes once over the logits of a vocabulary, where the rest takes five; without `whole` that is NaN."""
     judged: list[Judged | None] = [None] * len(feedback)
     order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
     collate, training = FeedbackCollator("all", prompts=False), model.training
@@ -78,18 +81,23 @@ def judge(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
         for chosen in _batches([feedback[i] for i in order], order, batch_size, model):
             batch = collate([feedback[i] for i in chosen])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            logits = answer_logits(model, batch).float()  # (R, V)
-            total, argmax = logits.logsumexp(-1), logits.argmax(-1).cpu()  # (R,)
-            sure = (logits.amax(-1) - total).exp().cpu()
-            kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
+            logits = answer_logits(model, batch)  # (R, V)
+            argmax = logits.argmax(-1).cpu()  # (R,)
+            measures = whole or any(feedback[i].sampled for i in chosen)
+            if measures:
+                logits = logits.float()
+                total = logits.logsumexp(-1)
+                sure = (logits.amax(-1) - total).exp().cpu()
+                kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
             taught = [feedback[i].teaches("all") for i in chosen]
             split = torch.arange(len(logits), device="cpu").split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
                 overlap, confidence, shared = (
                     torch.full((len(feedback[i]),), torch.nan, dtype=torch.float32, device="cpu") for _ in range(3)
                 )
-                confidence[mask] = sure[rows]
-                shared[mask] = torch.minimum(kept[rows], feedback[i].top_logps[mask].float().exp()).sum(-1)
+                if measures:
+                    confidence[mask] = sure[rows]
+                    shared[mask] = torch.minimum(kept[rows], feedback[i].top_logps[mask].float().exp()).sum(-1)
                 if feedback[i].sampled:
                     overlap[mask] = shared[mask]
                 else:

@@ -153,10 +153,10 @@ class Contenders:
             )
         return Point(weights, self._ensemble.snapshot())
 
-    def judge(self, requests: Sequence[Feedback], point: Point) -> list[Judged]:
+    def judge(self, requests: Sequence[Feedback], point: Point, whole: bool = True) -> list[Judged]:
         """What a draft says of requests, see [`hf_osd.distill.scoring.judge`]."""
         start = time.perf_counter()
-        judged = self._ensemble.judge(list(requests), point.weights) if requests else []
+        judged = self._ensemble.judge(list(requests), point.weights, whole) if requests else []
         self._judged(requests, time.perf_counter() - start)
         if self._pause is not None:
             self._pause()
@@ -233,4 +233,4 @@ class Contenders:
         return self.gate.breaks(static, candidate)
 
     def _scores(self, requests: Sequence[Feedback], point: Point) -> list[Tensor]:
-        return [judged.overlap for judged in self.judge(requests, point)]
+        return [judged.overlap for judged in self.judge(requests, point, whole=False)]

@@ -120,6 +120,17 @@ def test_greedy_and_sampled_requests_may_share_a_batch(tiny_llama, answer_of):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
+def test_the_overlap_is_the_same_without_the_rest(tiny_llama, answer_of):
+    target = tiny_llama()
+    draft = noised(target, 0.1)
+    greedy, random = requests_of(target, answer_of), sampled(target, answer_of, 16)
+    for requests in (greedy, random, [*greedy, *random]):
+        for part, whole in zip(judge(draft, requests, whole=False), judge(draft, requests), strict=True):
+            assert torch.equal(part.overlap, whole.overlap)
+            assert not whole.confidence.isnan().any()
+    assert all(one.confidence.isnan().all() and one.shared.isnan().all() for one in judge(draft, greedy, whole=False))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_scoring_leaves_the_draft_in_its_mode_and_without_gradients(tiny_llama, answer_of, training):
     draft = tiny_llama().train(training)

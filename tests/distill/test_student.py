@@ -158,7 +158,7 @@ def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, r
         assert all(map(torch.equal, now, expected))
     assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
 
-    def breaks(*args):
+    def breaks(*args, **kwargs):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(ensemble_module, "judge", breaks)

@@ -145,7 +145,7 @@ class Job:
         }
         self.facts["estimate"] = learner.figures()["estimate"].to_dict()
 
-    def says(self, contenders: Contenders, i: int, requests: list, point: Point) -> list[Judged]:
+    def says(self, contenders: Contenders, i: int, requests: list, point: Point, whole: bool = True) -> list[Judged]:
         alpha = 0.5
         if point is contenders.static:
             alpha = 0.1

@@ -50,7 +50,7 @@ class FakeEnsemble:
         [(self.number,)] = snapshot
         self.went_back.append(self.number)
 
-    def judge(self, requests, weights):
+    def judge(self, requests, weights, whole=True):
         number = round(weights["w"].item(), 4)
         self.judged.append(number)
         alphas = [self.alpha(request, number) for request in requests]
@@ -447,9 +447,9 @@ def test_where_the_static_draft_knew_next_to_nothing_there_is_nothing_to_unlearn
     one.ensemble.alpha = lambda request, number: static if number == STATIC else number
     judge = one.ensemble.judge
 
-    def judge_and_tell(requests, weights):
+    def judge_and_tell(requests, weights, whole):
         of_before.extend([weights["w"].item()] * (len(requests) == 16))
-        return judge(requests, weights)
+        return judge(requests, weights, whole)
 
     one.ensemble.judge = judge_and_tell
     for number in (0.8, 0.9):

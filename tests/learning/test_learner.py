@@ -221,7 +221,9 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
         learn(batch)
 
     monkeypatch.setattr(member, "learn", learning)
-    monkeypatch.setattr(contenders, "judge", lambda batch, point: (judged.append(batch), judge(batch, point))[1])
+    monkeypatch.setattr(
+        contenders, "judge", lambda batch, point, **how: (judged.append(batch), judge(batch, point, **how))[1]
+    )
     offer(made, *requests)
     assert made.update()
     *trials, (rate, last) = learnt
@@ -335,7 +337,7 @@ def test_without_a_gate_nothing_is_judged_and_there_is_no_estimate(learner, make
     assert made.failed == 0
 
 
-def breaks(*args):
+def breaks(*args, **kwargs):
     raise RuntimeError("out of memory")
 
 

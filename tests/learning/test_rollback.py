@@ -255,7 +255,7 @@ def a_loss(times):
 
 @contextlib.contextmanager
 def an_error(error):
-    def raising(*args):
+    def raising(*args, **kwargs):
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
@@ -280,7 +280,7 @@ def weights_of_nan(made):
 
 @contextlib.contextmanager
 def a_judge_that_raises(made):
-    def raising(*args):
+    def raising(*args, **kwargs):
         raise RuntimeError("cannot be judged")
 
     with pytest.MonkeyPatch.context() as patch:
