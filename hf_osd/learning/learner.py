@@ -328,11 +328,12 @@ class Learner:
         start = self.ensemble.snapshot()
         with self.ranks.together():
             static = self.contenders.judge(judged, self.contenders.static)
-        taught = self.schedule.within(taught, len(self.rate.ladder), bounded)
         before = self._gathered(static)
+        rates = self.rate.to_try(before)
+        taught = self.schedule.within(taught, rates, bounded)
         if not len(before):
             return  # nobody can be judged by these
-        tokens, beside = (len(self.rate.ladder) * self.schedule.tokens(part) for part in (taught, judged))
+        tokens, beside = (rates * self.schedule.tokens(part) for part in (taught, judged))
         most = self.schedule.passes(round(self.config.passes), tokens, bounded, beside)
         trials: list[Trial] = []
         best: tuple[Point, list[Judged]] | None = None
@@ -359,7 +360,7 @@ class Learner:
             self._trying = False
         if best is None:
             raise ArithmeticError("The loss was not finite at any learning rate that was tried.")
-        self.rate.settle(len(trials), before)
+        self.rate.settle(len(trials), before, most)
         logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
         self.ensemble.set_rate(self.rate.value)
         self.ensemble.go_back(best[0].snapshot)

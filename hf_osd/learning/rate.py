@@ -76,10 +76,17 @@ class Rate:
             return False
         return _mean(best.shared) - _mean(static) >= -_chance(best.shared, static)
 
-    def settle(self, trials: int, static: Tensor):
-        """Go on with the best of so many trials."""
+    def to_try(self, static: Tensor) -> int:
+        """How many rates there will be to try, most likely, on a draft that says `static`."""
+        return 1 if _mean(static) < _COLD else len(self.ladder)
+
+    def settle(self, trials: int, static: Tensor, most: int | None = None):
+        """Go on with the best of so many trials, of up to `most` passes, which was as many as there was time for. If it is one of the most, later updates may
+        make as many passes as there are to try."""
         best, self._best = self._best, None
         self.value, self.passes, self.found = best.rate, best.passes, True
+        if most is not None and self.passes >= most:
+            self.passes = max(self.tried_passes)
         self.reason = f"the best of {trials} tried on the first requests, by what the next share with the target: {best}, from {_mean(static):.3f}"
 
     def lower(self):

@@ -36,7 +36,7 @@ class Schedule:
         self.misses = 0  # failed updates in a row
         self._rest = 0  # turns without learning
         self.served: float | None = None  # seconds that calls took; None where nobody says
-        self._calls = 0
+        self._calls, self._served_before = 0, 0.0  # how many calls, and their seconds before the last update
         self.spent = self.longest = 0.0  # seconds that updates took, in all and at most
         self._before = 0.0  # of the seconds in all, those before the first call
         self._since: float | None = None  # when the update that runs began
@@ -83,19 +83,21 @@ class Schedule:
     def note_update(self, seconds: float):
         """An update, with all that it judged, took so long."""
         self._since = None
+        self._served_before = self.served or 0.0
         self.spent += seconds
         self.longest = max(self.longest, seconds)
 
     def room(self) -> float:
-        """Tokens that may be learnt now for all learning so far to stay within its share, and this update within that of the calls between two; infinite where
-        nothing is known of the time, or it is not bounded."""
+        """Tokens that may be learnt now for all learning so far to stay within its share, and this update within that of the calls between two, or since the last one if these are more, up to twice as
+        many, for so many pass before the first; infinite where nothing is known of the time, or it is not bounded."""
         if self._share >= 1 or self.served is None or not self.seconds:
             return math.inf
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         spent = self.spent - self._before + running
         earned = self._share / (1 - self._share)
-        # One call waits for it: what many calls have left over is not to be spent on one.
-        most = earned * self.config.update_interval * self.served / self._calls
+        # One call waits for it: what earlier updates have left over is not to be spent on one.
+        between = self.config.update_interval * self.served / self._calls
+        most = earned * min(max(between, self.served - self._served_before), 2 * between)
         return max(min(earned * self.served - spent, most - running), 0.0) / self.seconds
 
     def tokens(self, requests: Sequence[Feedback]) -> int:

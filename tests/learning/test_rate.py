@@ -102,6 +102,29 @@ def test_the_reason_says_what_was_tried_and_from_where():
     assert str(trial(2e-4, 0.4)) == "2e-04 and 1 pass: 0.400"
 
 
+def test_the_best_of_as_many_passes_as_there_was_time_for_is_no_preference_for_few():
+    def settled(most: int | None, *passes: int) -> int:
+        rate, before = Rate("auto", adapter=False), torch.full((N,), 0.1)
+        for n in passes:
+            rate.prefers(trial(1e-3, 0.2 + 0.1 * n, n), before)
+        rate.settle(len(passes), before, most)
+        return rate.passes
+
+    assert settled(1, 1) == 7
+    assert settled(3, 1, 3) == 7
+    assert settled(None, 1, 3) == 3
+    rate, before = Rate("auto", adapter=False), torch.full((N,), 0.1)
+    for n, shared in ((1, 0.5), (3, 0.2)):
+        rate.prefers(trial(1e-3, shared, n, noise=0.02), before)
+    rate.settle(2, before, 3)
+    assert rate.passes == 1, "beyond chance"
+
+
+@pytest.mark.parametrize(("static", "rates"), [(0.05, 1), (0.49, 1), (0.5, 3), (0.9, 3)])
+def test_a_draft_that_knows_little_is_likely_to_try_one_rate(static, rates):
+    assert Rate("auto", adapter=False).to_try(torch.full((N,), static)) == rates
+
+
 def test_passes_double_with_each_gain_up_to_the_most_that_are_tried():
     rate = chosen(0.5, trial(1e-3, 0.6))
     passes = []

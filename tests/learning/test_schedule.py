@@ -226,9 +226,16 @@ def test_what_one_update_may_take_is_what_the_calls_between_two_of_them_earn():
     for _ in range(10):
         made.note_served(4.0)
     made.note_learned(10, 1.0, first=True)
-    assert made.room() == pytest.approx(20), "a quarter of two calls of 4 seconds"
-    made.note_update(9.5)
+    assert made.room() == pytest.approx(40), (
+        "a quarter of four calls of 4 seconds, as many as pass before the first update"
+    )
+    made.note_update(2.0)
+    assert made.room() == pytest.approx(20), "of two between two updates"
+    made.note_update(7.5)
     assert made.room() == pytest.approx(5), "and no more than is left of all"
+    for _ in range(3):
+        made.note_served(4.0)
+    assert made.room() == pytest.approx(30), "of three since the last one"
 
 
 def test_what_an_update_has_taken_is_not_there_for_the_rest_of_it(monkeypatch):
