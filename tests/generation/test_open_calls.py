@@ -2,7 +2,6 @@
 
 import gc
 import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -73,7 +72,7 @@ def test_so_may_garbage_collection(calls):
 
 def test_calls_of_this_thread_that_have_come_back_are_over_though_something_holds_them(calls, monkeypatch):
     here, running = threading.get_ident(), object()
-    monkeypatch.setattr("hf_osd.generation.open_calls.integration", SimpleNamespace(running_calls=lambda: [running]))
+    monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", lambda: [running])
     back, runs, elsewhere = Record(here, object()), Record(here, running), Record(here + 1, object())
     generators = [Generator() for _ in range(3)]
     for record, generator in zip((back, runs, elsewhere), generators, strict=True):
@@ -85,7 +84,7 @@ def test_calls_of_this_thread_that_have_come_back_are_over_though_something_hold
 
 def test_the_late_end_of_a_call_taken_in_already_hides_none_that_runs(calls, monkeypatch):
     """A traceback held its generator."""
-    monkeypatch.setattr("hf_osd.generation.open_calls.integration", SimpleNamespace(running_calls=lambda: []))
+    monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", list)
     late, generator = Generator(), Generator()
     calls.add(Record(threading.get_ident(), object()), late)
     assert len(calls.take_over(here=True)) == 1
