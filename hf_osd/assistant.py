@@ -9,7 +9,8 @@ import threading
 import time
 import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -48,14 +49,9 @@ from hf_osd.saving.pretrained import SavableAssistant
 from hf_osd.system.forks import on_fork, released
 
 if TYPE_CHECKING:
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessorList,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedModel
 
-    from hf_osd.generation.running import RunningCall
+    from hf_osd.generation.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -187,49 +183,30 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return View(self, private=True)
 
     def open_call(
-        self,
-        target: PreTrainedModel,
-        *,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        inputs_tensor: Tensor | None,
-        logits_processor: LogitsProcessorList,
-        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-        running: RunningCall | None = None,
-        tenant: Hashable = None,
-        private: bool = False,
+        self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
     ) -> OnlineCandidateGenerator:
         """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
 
         Raises:
             ValueError: for what assisted generation, or hf_osd, cannot serve; nothing has run by then.
         """
-        check_call(
-            target,
-            self.serving.active,
-            input_ids=input_ids,
-            inputs_tensor=inputs_tensor,
-            generation_config=generation_config,
-            model_kwargs=model_kwargs,
-            logits_processor=logits_processor,
-        )
+        check_call(request, self.serving.active)
+        target = request.target
         width = self._widths.of(target)
-        translation = self._translation(width or self._widths.least(target), tokenizers)
+        translation = self._translation(width or self._widths.least(target), request.tokenizers)
         check_vocabularies(target, translation)
         began = time.perf_counter()
         self.update()
         self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
         config = self.osd_config
-        encodes = target.config.is_encoder_decoder
-        mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
-        said = without_padding(input_ids, mask)
+        said = without_padding(request.input_ids, request.mask)
         prompt = translation.prompt(said)
         source, teaches = None, True
-        if encodes and self.lookahead.has_draft:
-            if inputs_tensor is not None and not inputs_tensor.is_floating_point():
-                inputs_tensor = translation.shown(inputs_tensor)
-            source = encoder_source(self.serving.active, inputs_tensor, model_kwargs.get("attention_mask"))
+        if request.encodes and self.lookahead.has_draft:
+            if (inputs := request.inputs_tensor) is not None and not inputs.is_floating_point():
+                request = replace(request, inputs_tensor=translation.shown(inputs))
+            mask = request.model_kwargs.get("attention_mask")
+            source = encoder_source(self.serving.active, request.inputs_tensor, mask)
             teaches = source is not None or not encoder_parameters(self.serving.active)
         if not teaches and self.learner is not None:
             self._warn_once(
@@ -240,38 +217,32 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         record = CallRecord(
             prompt,
             translation,
-            sampled=generation_config.do_sample,
-            processed=bool(logits_processor),
+            sampled=request.generation_config.do_sample,
+            processed=bool(request.logits_processor),
             capture=capture,
             note_likely=self.head is not None and not private,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
             source=source,
         )
-        record.running, record.private = running, private
+        record.running, record.private = request.running, private
         if self.texts is not None:
             cache = self.texts.of(tenant)
             record.text = CallText(said.tolist(), cache)
             record.cache = None if private else cache
         record.model = self.serving.lease()
-        call = target, input_ids, generation_config, model_kwargs, running
         try:
             generator = OnlineCandidateGenerator(
-                input_ids=input_ids,
-                assistant_model=record.model,
-                generation_config=generation_config,
-                model_kwargs=model_kwargs,
-                inputs_tensor=inputs_tensor,
-                logits_processor=logits_processor,
+                request,
+                record.model,
                 prompt=prompt,
                 translation=translation,
                 record=record,
                 lookahead=self.lookahead,
                 confidence_threshold=config.assistant_confidence_threshold,
-                stopping_criteria=None if running is None else running.stopping_criteria,
                 text=record.text,
                 make_head=None if self.head is None else functools.partial(self.head.view, record.model),
-                verification=Verification(*call, config.verify_target, self.decodes_plainly),
+                verification=Verification(request, config.verify_target, self.decodes_plainly),
                 reach=self.reach,
                 see_width=None if width else functools.partial(self._widths.note, target),
                 warn=self._warn_once,
@@ -284,9 +255,9 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
                 f"Nothing is drafted in calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate asks them once a block of "
                 "tokens, and would overshoot. Drafts go with EOS ids, length and time limits and, when greedy, with stop_strings."
             )
-        record.of_tokens = capture and not encodes and translation.has_one_tokenizer and generator.reads_tokens
+        record.of_tokens = capture and not request.encodes and translation.has_one_tokenizer and request.reads_tokens
         if record.of_tokens:
-            record.prefill = Prefill.of_call(target, record.model, config.prompt_positions, mask, len(said))
+            record.prefill = Prefill.of_call(target, record.model, config.prompt_positions, request.mask, len(said))
         self._calls.add(record, generator)
         return generator
 
