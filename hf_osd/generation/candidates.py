@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd.drafting.context import DraftContext, encoder_source
-from hf_osd.drafting.draft_model import Block, Drafting
+from hf_osd.drafting.draft_model import Block, Drafting, HeadUsage
 from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
 from hf_osd.models.hot_swap import NoDraft
@@ -128,6 +128,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._first_alone = states or not request.reads_tokens
 
         self._drafting: Drafting | None = None  # None without a draft
+        self.head_usage: HeadUsage | None = None  # of a head of some rows
         self._reach = reach
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
@@ -143,7 +144,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 home=input_ids.device,  # the processors' own tensors are there
                 make_head=make_head,
             )
-            record.head_usage = self._drafting.usage if make_head is not None else None
+            self.head_usage = self._drafting.usage if make_head is not None else None
         self._block = Block()
         self._prefill = True  # the target's: its next forward takes the prompt as well
         self._verification = verification  # None once it is known

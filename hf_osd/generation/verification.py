@@ -63,10 +63,10 @@ class Verification:
     Args:
         request (`GenerateRequest`): the call's.
         tries (`bool`): whether to try what the cache does not tell.
-        warn (`Callable[[PreTrainedModel, str], None]`): says why a target decodes plainly, once.
+        warn (`Callable[[str], None]`): gives a warning, once.
     """
 
-    def __init__(self, request: GenerateRequest, tries: bool, warn: Callable[[PreTrainedModel, str], None]):
+    def __init__(self, request: GenerateRequest, tries: bool, warn: Callable[[str], None]):
         target, running = request.target, request.running
         self._request, self._target, self._running, self._warn = request, target, running, warn
         self._cache = request.model_kwargs.get("past_key_values")
@@ -105,7 +105,7 @@ class Verification:
 
     def _fail(self, why: str, record: CallRecord):
         record.stats.plain_requests = 1
-        self._warn(self._target, why)
+        self._warn(plain_warning(self._target, why))
 
     def _find(self, record: CallRecord) -> str | None:
         """Why the target fails; known, or tried now."""
@@ -118,11 +118,16 @@ class Verification:
             if key not in verdicts:
                 start = time.perf_counter()
                 trial = Trial(self._request, self._given)
-                with contextlib.nullcontext() if record.prefill is None else record.prefill.paused():
+                with contextlib.nullcontext() if record.prompt_states is None else record.prompt_states.paused():
                     verdicts[key] = trial.run()
                 record.stats.verification_forwards += trial.forwards
                 record.stats.verification_seconds += time.perf_counter() - start
             return verdicts[key]
+
+
+def plain_warning(target: PreTrainedModel, why: str) -> str:
+    """Says of the calls of a target that they are not drafted for."""
+    return f"{type(target).__name__} decodes plainly, and nothing is drafted for it: it cannot verify a block of drafts, for {why}."
 
 
 def only_looks_stateful(target: PreTrainedModel) -> bool:
