@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill.scoring import Judged, judge, learners_autocast
-from hf_osd.distill.windows import Windows
+from hf_osd.distill.scoring import judge_served
 from hf_osd.drafting.draft_trial import try_draft
 from hf_osd.drafting.reach import Reach
 from hf_osd.drafting.suffix_cache import SuffixCaches
@@ -32,6 +31,7 @@ from hf_osd.generation.open_calls import OpenCalls
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import View
 from hf_osd.learning.trouble import WAITS
+from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.draft_head import DraftHead
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.generation.candidates import OnlineCandidateGenerator
-    from hf_osd.generation.recorder import CallRecord
     from hf_osd.generation.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._stats = Stats()
         self._lock = released(threading.RLock())
         self._warn_once = WarnOnce(logger)
-        # Of what calls taught: where the target read a prompt of tokens that are the draft's too, and nothing else.
+        # Feedback whose prompt is plain token ids of a shared vocabulary: it alone can be rehearsed.
         self.of_tokens: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.known_texts = KnownTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
@@ -305,7 +304,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         See [`hf_osd.distill.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
         """
         self._needs_draft("score")
-        return [judged.overlap for judged in self._judge(feedback)]
+        return [judged.overlap for judged in judge_served(self.serving, feedback)]
 
     # How calls end.
 
@@ -319,7 +318,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         for call in over:
             record, feedback = call.record, call.finish(keep_text=self.texts is not None)
             if feedback is not None and self.learner is not None:
-                feedback = self._in_shadow(feedback, record)
+                window = self.osd_config.learning_window
+                feedback = score_undrafted(feedback, record, self.serving, self.lookahead, self.head, window)
             if self.head is not None and not call.private:
                 self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:
@@ -330,38 +330,6 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
                 if call.of_tokens:
                     self.of_tokens.add(feedback)
                 self.learner.offer(feedback)
-
-    def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:
-        """Where the call drafted nothing for long, ask the draft afterwards what it would have said, before it learns it."""
-        unknown = feedback.overlap.isnan() & feedback.teaches("all")
-        if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
-            return feedback
-        try:
-            windows = Windows([feedback], self.osd_config.learning_window)
-            [(overlap, confidence, _)] = windows.spread(self._judge(windows.requests))
-        except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
-            logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
-            return feedback
-        if self.head is not None:  # judged was a whole head: the draft as it serves could not have said all that
-            overlap *= self.head.could_say(record.prompt, record.answer)
-        unknown &= ~overlap.isnan()
-        self.lookahead.observe_shadow(overlap[unknown].tolist(), confidence[unknown].tolist())
-        # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.
-        if feedback.sampled or record.processed:
-            return feedback
-        feedback = feedback.with_overlap(overlap)
-        known = feedback.overlap[~feedback.overlap.isnan()]
-        record.stats.overlap_sum, record.stats.overlap_count = float(known.sum()), len(known)
-        return feedback
-
-    def _judge(self, feedback: list[Feedback]) -> list[Judged]:
-        """What the draft that serves says, see [`hf_osd.distill.scoring.judge`]."""
-        model = self.serving.lease()
-        try:
-            with learners_autocast(model.device.type, None):
-                return judge(model, feedback)
-        finally:
-            self.serving.release(model)
 
     def _needs_draft(self, what: str):
         if not self.lookahead.has_draft:
