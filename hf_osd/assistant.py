@@ -9,53 +9,47 @@ import threading
 import time
 import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill.scoring import Judged, judge, learners_autocast
-from hf_osd.distill.windows import Windows
-from hf_osd.drafting.context import encoder_source, without_padding
+from hf_osd.distill.scoring import judge_served
 from hf_osd.drafting.draft_trial import try_draft
 from hf_osd.drafting.reach import Reach
-from hf_osd.drafting.suffix_cache import CallText, SuffixCaches
+from hf_osd.drafting.suffix_cache import SuffixCaches
 from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
-from hf_osd.feedback.prompt_states import KnownTexts, Prefill
+from hf_osd.feedback.prompt_states import KnownTexts
 from hf_osd.generation import patch as integration
-from hf_osd.generation.candidates import OnlineCandidateGenerator
+from hf_osd.generation.call import Call, Parts
 from hf_osd.generation.checks import check_call, check_draft
 from hf_osd.generation.logit_widths import LogitWidths
 from hf_osd.generation.open_calls import OpenCalls
-from hf_osd.generation.recorder import CallRecord
-from hf_osd.generation.verification import Verification
+from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import View
 from hf_osd.learning.trouble import WAITS
+from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.hot_swap import NoServing
 from hf_osd.models.lora import Adapter
 from hf_osd.models.own_draft import own_draft, unwrapped
-from hf_osd.models.properties import encoder_parameters
 from hf_osd.policy.lookahead import Lookahead
 from hf_osd.policy.report import report
 from hf_osd.remote.teachable import TeachableAssistant
 from hf_osd.saving.pretrained import SavableAssistant
 from hf_osd.system.forks import on_fork, released
+from hf_osd.system.warn_once import WarnOnce
 
 if TYPE_CHECKING:
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessorList,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedModel
 
-    from hf_osd.generation.running import RunningCall
+    from hf_osd.generation.candidates import OnlineCandidateGenerator
+    from hf_osd.generation.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +128,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
         self._stats = Stats()
         self._lock = released(threading.RLock())
-        self._said: set[str] = set()  # warnings given
-        # Of what calls taught: where the target read a prompt of tokens that are the draft's too, and nothing else.
+        self._warn_once = WarnOnce(logger)
+        # Feedback whose prompt is plain token ids of a shared vocabulary: it alone can be rehearsed.
         self.of_tokens: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.known_texts = KnownTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
@@ -187,107 +181,36 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return View(self, private=True)
 
     def open_call(
-        self,
-        target: PreTrainedModel,
-        *,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        inputs_tensor: Tensor | None,
-        logits_processor: LogitsProcessorList,
-        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-        running: RunningCall | None = None,
-        tenant: Hashable = None,
-        private: bool = False,
+        self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
     ) -> OnlineCandidateGenerator:
         """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
 
         Raises:
             ValueError: for what assisted generation, or hf_osd, cannot serve; nothing has run by then.
         """
-        check_call(
-            target,
-            self.serving.active,
-            input_ids=input_ids,
-            inputs_tensor=inputs_tensor,
-            generation_config=generation_config,
-            model_kwargs=model_kwargs,
-            logits_processor=logits_processor,
-        )
+        check_call(request, self.serving.active)
+        target = request.target
         width = self._widths.of(target)
-        translation = self._translation(width or self._widths.least(target), tokenizers)
+        translation = self._translation(width or self._widths.least(target), request.tokenizers)
         check_vocabularies(target, translation)
         began = time.perf_counter()
         self.update()
         self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
-        config = self.osd_config
-        encodes = target.config.is_encoder_decoder
-        mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
-        said = without_padding(input_ids, mask)
-        prompt = translation.prompt(said)
-        source, teaches = None, True
-        if encodes and self.lookahead.has_draft:
-            if inputs_tensor is not None and not inputs_tensor.is_floating_point():
-                inputs_tensor = translation.shown(inputs_tensor)
-            source = encoder_source(self.serving.active, inputs_tensor, model_kwargs.get("attention_mask"))
-            teaches = source is not None or not encoder_parameters(self.serving.active)
-        if not teaches and self.learner is not None:
-            self._warn_once(
-                "This draft attends to an encoder's states or to features, of which feedback keeps none: it is served, and learns nothing from "
-                "these calls. A draft with an encoder of its own learns where the source is tokens."
-            )
-        capture = teaches and self.learner is not None and not private
-        record = CallRecord(
-            prompt,
-            translation,
-            sampled=generation_config.do_sample,
-            processed=bool(logits_processor),
-            capture=capture,
-            note_likely=self.head is not None and not private,
-            top_k=config.top_k,
-            dtype=getattr(torch, config.feedback_dtype),
-            source=source,
+        parts = Parts(
+            config=self.osd_config,
+            serving=self.serving,
+            lookahead=self.lookahead,
+            translation=translation,
+            known_texts=self.known_texts,
+            warn=self._warn_once,
+            learns=self.learner is not None,
+            reach=self.reach,
+            head=self.head,
+            texts=self.texts,
+            see_width=None if width else functools.partial(self._widths.note, target),
         )
-        record.running, record.private = running, private
-        if self.texts is not None:
-            cache = self.texts.of(tenant)
-            record.text = CallText(said.tolist(), cache)
-            record.cache = None if private else cache
-        record.model = self.serving.lease()
-        call = target, input_ids, generation_config, model_kwargs, running
-        try:
-            generator = OnlineCandidateGenerator(
-                input_ids=input_ids,
-                assistant_model=record.model,
-                generation_config=generation_config,
-                model_kwargs=model_kwargs,
-                inputs_tensor=inputs_tensor,
-                logits_processor=logits_processor,
-                prompt=prompt,
-                translation=translation,
-                record=record,
-                lookahead=self.lookahead,
-                confidence_threshold=config.assistant_confidence_threshold,
-                stopping_criteria=None if running is None else running.stopping_criteria,
-                text=record.text,
-                make_head=None if self.head is None else functools.partial(self.head.view, record.model),
-                verification=Verification(*call, config.verify_target, self.decodes_plainly),
-                reach=self.reach,
-                see_width=None if width else functools.partial(self._widths.note, target),
-                warn=self._warn_once,
-            )
-        except BaseException:
-            self.serving.release(record.model)
-            raise
-        if generator.stops.unasked:
-            self._warn_once(
-                f"Nothing is drafted in calls with the stopping criteria {', '.join(generator.stops.unasked)}: generate asks them once a block of "
-                "tokens, and would overshoot. Drafts go with EOS ids, length and time limits and, when greedy, with stop_strings."
-            )
-        record.of_tokens = capture and not encodes and translation.has_one_tokenizer and generator.reads_tokens
-        if record.of_tokens:
-            record.prefill = Prefill.of_call(target, record.model, config.prompt_positions, mask, len(said))
-        self._calls.add(record, generator)
+        call, generator = Call.open(request, parts, tenant, private)
+        self._calls.add(call, generator)
         return generator
 
     def _translate(self, target_size: int, tokenizers: tuple | None) -> Translation:
@@ -300,14 +223,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     def decodes_plainly(self, target: PreTrainedModel, why: str):
         """Say once of calls that they are not drafted for."""
-        self._warn_once(
-            f"{type(target).__name__} decodes plainly, and nothing is drafted for it: it cannot verify a block of drafts, for {why}."
-        )
-
-    def _warn_once(self, message: str):
-        if message not in self._said:
-            self._said.add(message)
-            logger.warning(message)
+        self._warn_once(plain_warning(target, why))
 
     def update(self, force: bool = False) -> bool:
         """Take in the calls that have ended, and learn if an update is due, or if anything is new and `force` is set.
@@ -388,7 +304,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         See [`hf_osd.distill.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
         """
         self._needs_draft("score")
-        return [judged.overlap for judged in self._judge(feedback)]
+        return [judged.overlap for judged in judge_served(self.serving, feedback)]
 
     # How calls end.
 
@@ -397,69 +313,23 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._take_in(self._calls.take_over(here=True))
 
     @torch.autocast("cpu", enabled=False)
-    def _take_in(self, over: list[CallRecord]):
-        """Release the leases of calls that are over, and take in their statistics and feedback."""
-        for record in over:
-            if record.cache is not None and self.texts is not None:
-                record.cache.add(record.text.tokens)
-            record.text = record.cache = None
-            try:
-                prefill, feedback = record.prefill, record.seal(self.known_texts.shared(record.prompt))
-            finally:
-                self.serving.release(record.model)
-                record.model = None
-            if prefill is not None and prefill.differs:
-                self._warn_once(
-                    "This target does more to its logits than its LM head does (it scales or caps them, say): prompts teach nothing, answers do."
-                )
-            if feedback is not None:
-                self.known_texts.add(feedback.tokens)
-            if feedback is not None and self.reach is not None and not self.reach.covers(feedback):
-                feedback = None  # the draft has no positions to learn the end of it at
+    def _take_in(self, over: list[Call]):
+        """Finish calls that are over, and take in their statistics and feedback."""
+        for call in over:
+            record, feedback = call.record, call.finish(keep_text=self.texts is not None)
             if feedback is not None and self.learner is not None:
-                feedback = self._in_shadow(feedback, record)
-            if self.head is not None and not record.private:
+                window = self.osd_config.learning_window
+                feedback = score_undrafted(feedback, record, self.serving, self.lookahead, self.head, window)
+            if self.head is not None and not call.private:
                 self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:
                 self._stats.observe_call(record.stats)
             if self.learner is not None:
                 self.learner.note_served(record.stats.seconds)
             if feedback is not None and self.learner is not None:
-                if record.of_tokens:
+                if call.of_tokens:
                     self.of_tokens.add(feedback)
                 self.learner.offer(feedback)
-
-    def _in_shadow(self, feedback: Feedback, record: CallRecord) -> Feedback:
-        """Where the call drafted nothing for long, ask the draft afterwards what it would have said, before it learns it."""
-        unknown = feedback.overlap.isnan() & feedback.teaches("all")
-        if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
-            return feedback
-        try:
-            windows = Windows([feedback], self.osd_config.learning_window)
-            [(overlap, confidence, _)] = windows.spread(self._judge(windows.requests))
-        except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
-            logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
-            return feedback
-        if self.head is not None:  # judged was a whole head: the draft as it serves could not have said all that
-            overlap *= self.head.could_say(record.prompt, record.answer)
-        unknown &= ~overlap.isnan()
-        self.lookahead.observe_shadow(overlap[unknown].tolist(), confidence[unknown].tolist())
-        # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.
-        if feedback.sampled or record.processed:
-            return feedback
-        feedback = feedback.with_overlap(overlap)
-        known = feedback.overlap[~feedback.overlap.isnan()]
-        record.stats.overlap_sum, record.stats.overlap_count = float(known.sum()), len(known)
-        return feedback
-
-    def _judge(self, feedback: list[Feedback]) -> list[Judged]:
-        """What the draft that serves says, see [`hf_osd.distill.scoring.judge`]."""
-        model = self.serving.lease()
-        try:
-            with learners_autocast(model.device.type, None):
-                return judge(model, feedback)
-        finally:
-            self.serving.release(model)
 
     def _needs_draft(self, what: str):
         if not self.lookahead.has_draft:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.config import OnlineConfig
+    from hf_osd.models.hot_swap import ServingDraft
 
 
 # Bytes of float32 logits that judging makes at once, unless one request has more.
@@ -106,6 +107,16 @@ def judge(
                 judged[i] = Judged(overlap, confidence, shared)
     model.train(training)
     return judged
+
+
+def judge_served(serving: ServingDraft, feedback: Sequence[Feedback]) -> list[Judged]:
+    """[`judge`] of the draft that serves, which is leased meanwhile; not under the caller's autocast."""
+    model = serving.lease()
+    try:
+        with learners_autocast(model.device.type, None):
+            return judge(model, feedback)
+    finally:
+        serving.release(model)
 
 
 def _batches(

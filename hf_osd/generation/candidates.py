@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd.drafting.context import DraftContext, encoder_source
-from hf_osd.drafting.draft_model import Block, Drafting
+from hf_osd.drafting.draft_model import Block, Drafting, HeadUsage
 from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
 from hf_osd.models.hot_swap import NoDraft
@@ -35,12 +34,13 @@ from hf_osd.models.hot_swap import NoDraft
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+    from transformers import PreTrainedModel
 
     from hf_osd.drafting.reach import Reach
     from hf_osd.drafting.suffix_cache import CallText, Continuation
     from hf_osd.drafting.vocab_mapping import Translation
     from hf_osd.generation.recorder import CallRecord
+    from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.verification import Verification
     from hf_osd.policy.lookahead import Lookahead
 
@@ -49,16 +49,14 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
     """Drafts with direct forwards on a cache of its own, in place of one `assistant.generate` a round, or from a suffix cache.
 
     Args:
-        input_ids, generation_config, model_kwargs, inputs_tensor, logits_processor: as upstream's
-            `AssistedCandidateGenerator` takes them. The processors in `logits_processor` are put behind one that keeps the target's raw
-            logits, if there are any.
+        request (`GenerateRequest`): what generate asks for. The processors in its `logits_processor` are put behind one that keeps the
+            target's raw logits, if there are any.
         assistant_model (`PreTrainedModel`): the leased draft, or a [`NoDraft`].
         prompt (`Tensor` int64 `(L',)`): the prompt as the draft reads it.
         translation (`Translation`): between the target's tokens and the draft's.
         record (`CallRecord`): where observations go.
         lookahead (`Lookahead`): chooses source and γ.
         confidence_threshold (`float`): stop drafting after a token less likely than this.
-        stopping_criteria (`StoppingCriteriaList`, *optional*): the call's, if known.
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
         verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
@@ -69,18 +67,13 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
     def __init__(
         self,
-        input_ids: Tensor,
+        request: GenerateRequest,
         assistant_model: PreTrainedModel,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        inputs_tensor: Tensor | None,
-        logits_processor: LogitsProcessorList,
         prompt: Tensor,
         translation: Translation,
         record: CallRecord,
         lookahead: Lookahead,
         confidence_threshold: float = 0.0,
-        stopping_criteria: StoppingCriteriaList | None = None,
         text: CallText | None = None,
         make_head: Callable | None = None,
         verification: Verification | None = None,
@@ -88,10 +81,12 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         see_width: Callable[[int], None] | None = None,
         warn: Callable[[str], None] | None = None,
     ):
+        input_ids, inputs_tensor = request.input_ids, request.inputs_tensor
+        model_kwargs, logits_processor = request.model_kwargs, request.logits_processor
         upstreams = functools.partial(
             super().__init__,
             input_ids=input_ids,
-            generation_config=generation_config,
+            generation_config=request.generation_config,
             model_kwargs=model_kwargs,
             logits_processor=logits_processor,
         )
@@ -114,8 +109,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             upstreams(assistant_model=assistant_model)
         self.num_assistant_tokens = tokens
         self.record, self.lookahead, self._translation, self._text = record, lookahead, translation, text
-        self._sample = generation_config.do_sample
-        eos = getattr(generation_config, "_eos_token_tensor", None)
+        self._sample = request.generation_config.do_sample
+        eos = getattr(request.generation_config, "_eos_token_tensor", None)
         self._eos = set() if eos is None else set(eos.flatten().tolist())
 
         self._verified: VerifiedProcessors | None = None
@@ -124,16 +119,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 list(logits_processor), self._sample, self._eos, **({} if warn is None else {"warn": warn})
             )
             logits_processor[:] = [self._verified]  # the list is the call's own: generate made it
-        self.stops = DraftStops(stopping_criteria or [], self._sample, self._eos, self.main_model_max_length)
+        self.stops = DraftStops(request.stopping_criteria, self._sample, self._eos, self.main_model_max_length)
         self._may_draft = self.stops.allow_drafts and see_width is None
         self._see_width = see_width
         # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
         # takes the prompt's first hidden states and attentions for those of the drafts.
-        states = generation_config.output_hidden_states or generation_config.output_attentions
-        self.reads_tokens = not _has_other_inputs(model_kwargs)
-        self._first_alone = states or not self.reads_tokens
+        states = request.generation_config.output_hidden_states or request.generation_config.output_attentions
+        self._first_alone = states or not request.reads_tokens
 
         self._drafting: Drafting | None = None  # None without a draft
+        self.head_usage: HeadUsage | None = None  # of a head of some rows
         self._reach = reach
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
@@ -149,7 +144,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 home=input_ids.device,  # the processors' own tensors are there
                 make_head=make_head,
             )
-            record.head_usage = self._drafting.usage if make_head is not None else None
+            self.head_usage = self._drafting.usage if make_head is not None else None
         self._block = Block()
         self._prefill = True  # the target's: its next forward takes the prompt as well
         self._verification = verification  # None once it is known
@@ -307,9 +302,3 @@ def _split(values: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
     for size in sizes:
         yield values[start : start + size]
         start += size
-
-
-def _has_other_inputs(model_kwargs: dict) -> bool:
-    """Whether the target reads more than tokens: embeddings, or images encoded already or not."""
-    floating = any(isinstance(value, Tensor) and value.is_floating_point() for value in model_kwargs.values())
-    return floating or model_kwargs.get("mm_encoder_outputs") is not None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_osd.generation.verification import only_looks_stateful
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from hf_osd.generation.request import GenerateRequest
 
 
 def check_draft(draft):
@@ -32,17 +34,9 @@ def check_draft(draft):
         )
 
 
-def check_call(
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    *,
-    input_ids: Tensor,
-    inputs_tensor: Tensor | None,
-    generation_config: GenerationConfig,
-    model_kwargs: dict,
-    logits_processor: LogitsProcessorList,
-):
-    """Whether `draft` can assist this generate call of `target`: a `ValueError` if not."""
+def check_call(request: GenerateRequest, draft: PreTrainedModel):
+    """Whether `draft` can assist this generate call: a `ValueError` if not."""
+    target, input_ids, inputs_tensor = request.target, request.input_ids, request.inputs_tensor
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"The batch has {input_ids.shape[0]} prompts; assisted generation takes one a call. Call generate for each prompt, "
@@ -53,31 +47,31 @@ def check_call(
             f"The first weights of the target ({type(target).__name__}) are offloaded, so `target.device` is meta, and transformers' assisted generation moves "
             "tokens there. Load it with its embeddings on a device (a device_map that offloads later layers alone), or leave assistant_model out."
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = request.model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
             "on top of them and answer wrongly. Leave past_key_values out."
         )
-    embeds = model_kwargs.get("inputs_embeds")
-    if embeds is not None and not target.config.is_encoder_decoder and embeds.shape[1] != input_ids.shape[1]:
+    embeds = request.model_kwargs.get("inputs_embeds")
+    if embeds is not None and not request.encodes and embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(
             f"`inputs_embeds` holds {embeds.shape[1]} positions and `input_ids` {input_ids.shape[1]} tokens; the draft reads the tokens. "
             "Pass the `input_ids` of the same prompt beside `inputs_embeds`, or leave assistant_model out."
         )
-    if generation_config.assistant_ensemble_weight is not None:
+    if (weight := request.generation_config.assistant_ensemble_weight) is not None:
         raise ValueError(
-            f"`assistant_ensemble_weight` is {generation_config.assistant_ensemble_weight}, which makes the output another than the "
+            f"`assistant_ensemble_weight` is {weight}, which makes the output another than the "
             "target's own. Leave it out, or pass a plain model as assistant_model."
         )
-    guided = [p for p in logits_processor if isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor)]
+    guided = [p for p in request.logits_processor if isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor)]
     if guided:
         raise ValueError(
             f"`guidance_scale` is {guided[0].guidance_scale}: classifier-free guidance keeps a cache of its own, in which transformers' "
             "assisted generation leaves rejected tokens. Leave guidance_scale or assistant_model out."
         )
     if draft.config.is_encoder_decoder:
-        if not target.config.is_encoder_decoder:
+        if not request.encodes:
             raise ValueError(
                 f"The draft is an encoder-decoder ({type(draft).__name__}) and the target is none ({type(target).__name__}). Choose a draft "
                 "loaded with AutoModelForCausalLM."

@@ -13,11 +13,11 @@ from hf_osd.generation.running import running_calls
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
-    from hf_osd.generation.recorder import CallRecord
+    from hf_osd.generation.call import Call
 
 
 class OpenCalls:
-    """The records of calls that run, and of those that are over and not taken in yet. Thread-safe.
+    """The calls that run, and those that are over and not taken in yet. Thread-safe.
 
     Args:
         on_change (`Callable[[bool], None]`, *optional*): told whether any call runs, as calls begin and end. It may be called anywhere, in the middle of
@@ -26,32 +26,32 @@ class OpenCalls:
 
     def __init__(self, on_change: Callable[[bool], None] | None = None):
         self.on_change = on_change
-        self._open: set[CallRecord] = set()
+        self._open: set[Call] = set()
         # What finalizers append to: they may run anywhere, so they take no lock.
-        self._ended: deque[CallRecord] = deque()
+        self._ended: deque[Call] = deque()
         self._lock = released(threading.Lock())
 
-    def add(self, record: CallRecord, generator: object):
+    def add(self, call: Call, generator: object):
         """A call begins; it is over when its candidate generator is gone."""
         with self._lock:
-            self._open.add(record)
+            self._open.add(call)
         if self.on_change is not None:
             self.on_change(True)
-        weakref.finalize(generator, self._over, record).atexit = False
+        weakref.finalize(generator, self._over, call).atexit = False
 
     def any(self) -> bool:
         """Whether a call runs, as far as is known. Takes no lock."""
         return len(self._open) > len(self._ended)
 
-    def _over(self, record: CallRecord):
-        if record in self._open:  # else it was taken in as one that had come back, and would be counted twice
-            self._ended.append(record)
+    def _over(self, call: Call):
+        if call in self._open:  # else it was taken in as one that had come back, and would be counted twice
+            self._ended.append(call)
         if self.on_change is not None and not self.any():
             self.on_change(False)
             if self.any():  # one began in between, and may have said so before
                 self.on_change(True)
 
-    def take_over(self, here: bool = False) -> list[CallRecord]:
+    def take_over(self, here: bool = False) -> list[Call]:
         """Those that are over, each once: their generator is gone. And, with `here`, those of this thread that have come back, though a
         traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
         thread, ended = threading.get_ident() if here else None, set()
@@ -61,9 +61,7 @@ class OpenCalls:
                 ended.add(self._ended.popleft())
         with self._lock:
             over = [
-                record
-                for record in self._open
-                if record in ended or (record.thread == thread and record.running not in running)
+                call for call in self._open if call in ended or (call.thread == thread and call.running not in running)
             ]
             self._open.difference_update(over)
         return over

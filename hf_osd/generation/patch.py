@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hf_osd.generation.request import GenerateRequest
 from hf_osd.generation.running import RunningCall, running_calls
 
 if TYPE_CHECKING:
@@ -20,17 +21,14 @@ logger = logging.getLogger(__name__)
 
 # What the seam relies on, by what has it: names of parameters. Checked when the seam opens.
 _OF_A_LOOP = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
+_OF_A_REQUEST = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
 _CONTRACT = {
     "GenerationMixin._assisted_decoding": ("stopping_criteria", "assistant_model", "synced_gpus"),
     "GenerationMixin._sample": _OF_A_LOOP,
     "GenerationMixin._validate_generation_mode": ("generation_mode_kwargs",),
     "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs", "max_cache_length"),
     "GenerationMixin._get_candidate_generator": (
-        "generation_config",
-        "input_ids",
-        "inputs_tensor",
-        "logits_processor",
-        "model_kwargs",
+        *_OF_A_REQUEST,
         "assistant_model",
         "target_tokenizer",
         "assistant_tokenizer",
@@ -155,16 +153,13 @@ def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
         if not hasattr(assistant, "open_call"):
             return original(self, *args, **kwargs)
         tokenizers = arguments.get("target_tokenizer"), arguments.get("assistant_tokenizer")
-        return assistant.open_call(
-            self,
-            input_ids=arguments["input_ids"],
-            generation_config=arguments["generation_config"],
-            model_kwargs=arguments["model_kwargs"],
-            inputs_tensor=arguments["inputs_tensor"],
-            logits_processor=arguments["logits_processor"],
+        request = GenerateRequest(
+            target=self,
+            **{name: arguments[name] for name in _OF_A_REQUEST},
             tokenizers=None if None in tokenizers else tokenizers,
             running=running_calls()[-1] if running_calls() else None,
         )
+        return assistant.open_call(request)
 
     return get_candidate_generator
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,13 +16,9 @@ from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, Spa
 from hf_osd.metrics.stats import CallStats
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hf_osd.drafting.draft_model import Block, HeadUsage
-    from hf_osd.drafting.suffix_cache import CallText, SuffixCache
+    from hf_osd.drafting.draft_model import Block
     from hf_osd.drafting.vocab_mapping import Translation
     from hf_osd.feedback.prompt_states import Prefill
-    from hf_osd.generation.running import RunningCall
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +38,7 @@ class CallRecord:
         note_likely (`bool`): whether, where they are not kept, to note the target's likeliest tokens all the same.
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
+        prompt_states (`Prefill`, *optional*): what the target makes of the prompt, where that is to teach.
     """
 
     def __init__(
@@ -56,19 +52,10 @@ class CallRecord:
         top_k: int,
         dtype: torch.dtype,
         source: Tensor | None = None,
+        prompt_states: Prefill | None = None,
     ):
         self.stats = CallStats(requests=1)
-        self.thread = threading.get_ident()
-        self.model: PreTrainedModel | None = None  # the leased draft
-        self.private = False  # whether nothing of it is to be kept
-        # Whether the target reads a prompt of tokens that are the draft's too, and nothing else.
-        self.of_tokens = False
-        self.running: RunningCall | None = None  # None if generate's own loop does not run it
-        self.head_usage: HeadUsage | None = None  # of a head of some rows
-        self.text: CallText | None = None  # as the suffix cache has it,
-        self.cache: SuffixCache | None = None  # and where it goes when the call is over
-        self.prefill: Prefill | None = None  # what the target makes of the prompt, where that is to teach
-        self.sampled, self.processed = sampled, processed
+        self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
         self._translation = translation
         self._capture, self._note_likely, self._top_k, self._dtype = capture, note_likely, top_k, dtype
         self._prompt = prompt.to("cpu", torch.int32)
@@ -116,8 +103,8 @@ class CallRecord:
                     top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
                     self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
             return
-        if self.prefill is not None and not self._rows:
-            self.prefill.settle(block.n, raw[0])
+        if self.prompt_states is not None and not self._rows:
+            self.prompt_states.settle(block.n, raw[0])
         # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
         drafted = block.tokens[:own]
         with self._aside(raw, *block.scores, *(said.logits for said in block.said)):
@@ -201,11 +188,9 @@ class CallRecord:
         """
         known = [value for value in self._overlap if value == value]
         self.stats.overlap_sum, self.stats.overlap_count = float(sum(known)), len(known)
-        if self.head_usage is not None:
-            self.head_usage.settle(self.stats)
-        prefill, self.prefill = self.prefill, None
-        if prefill is not None:
-            prefill.close()
+        states, self.prompt_states = self.prompt_states, None
+        if states is not None:
+            states.close()
         if not self._rows:
             return None
         rows = self._kept()
@@ -223,15 +208,15 @@ class CallRecord:
             overlap=torch.tensor(self._overlap, dtype=torch.float32, device="cpu"),
             sampled=self.sampled,
             source=self._source,
-            prompt_rows=None if prefill is None else self._of_prompt(prefill, shared),
+            prompt_rows=None if states is None else self._of_prompt(states, shared),
         )
 
-    def _of_prompt(self, prefill: Prefill, shared: int) -> SparseRows | None:
+    def _of_prompt(self, states: Prefill, shared: int) -> SparseRows | None:
         start = time.perf_counter()
         try:
             # Its first token follows nothing.
             count = len(self._prompt) - max(shared, 1)
-            return prefill.rows(count, self._top_k, self._dtype, columns=self._translation.shared_columns)
+            return states.rows(count, self._top_k, self._dtype, columns=self._translation.shared_columns)
         except Exception:  # out of memory, say: a lesson less, and no reason to break the user's call
             logger.exception(
                 "What the target makes of a prompt could not be kept; this request teaches by its answer alone."

@@ -17,7 +17,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from hf_osd.system.random_state import isolated_random_state
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from hf_osd.generation.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class _Scripted:
     def __init__(self, text: Tensor, wrong: Tensor):
         self._text, self._wrong, self.calls = text, wrong, 0
 
-    def open_call(self, target, **kwargs) -> _Scripted:
+    def open_call(self, request: GenerateRequest) -> _Scripted:
         return self
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
@@ -75,22 +77,21 @@ class Trial:
     """Decodes short texts with a target both ways, on caches of their own.
 
     Args:
-        target, input_ids, config, kwargs: the call's.
+        request (`GenerateRequest`): the call's.
         cache (`Cache`, *optional*): an empty one like the call's; generate makes one if left out.
     """
 
-    def __init__(
-        self, target: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict, cache: object
-    ):
-        self._target, self._given, self.forwards = target, cache, 0
-        self._encodes = target.config.is_encoder_decoder
+    def __init__(self, request: GenerateRequest, cache: object):
+        self._target, self._given, self.forwards = request.target, cache, 0
+        self._encodes = request.encodes
+        input_ids, kwargs = request.input_ids, request.model_kwargs
         self._start = input_ids[:, :_PROMPT] if self._encodes else input_ids[:, :0]
         plain = (bool, int, float, str)
         self._kwargs = {name: value for name, value in kwargs.items() if value is None or isinstance(value, plain)}
         if self._encodes:  # what the encoder made is read and not written
             self._kwargs |= {name: kwargs[name] for name in ("encoder_outputs", "attention_mask") if name in kwargs}
         self._positions = not self._encodes and kwargs.get("position_ids") is not None
-        self._device, self._was = input_ids.device, config
+        self._device, self._was = input_ids.device, request.generation_config
 
     def run(self) -> str | None:
         """Why the target fails; `None` if it does not, or if it cannot be told."""

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
@@ -24,9 +24,10 @@ from hf_osd.feedback.prompt_states import is_compiled
 from hf_osd.generation.trial import RECURRENT, Trial, layers_of
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from hf_osd.generation.recorder import CallRecord
+    from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.running import RunningCall
 
 # Of target (by a part that all views of it share), by configuration and kind of cache: why it cannot verify a block, `None` if it can.
@@ -60,28 +61,18 @@ class Verification:
     """Whether the target of one call can verify a block, found out when it first matters.
 
     Args:
-        target (`PreTrainedModel`), input_ids, generation_config, model_kwargs: the call's.
-        running (`RunningCall`, *optional*): the same, if generate's own loop runs it.
+        request (`GenerateRequest`): the call's.
         tries (`bool`): whether to try what the cache does not tell.
-        warn (`Callable[[PreTrainedModel, str], None]`): says why a target decodes plainly, once.
+        warn (`Callable[[str], None]`): gives a warning, once.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        running: RunningCall | None,
-        tries: bool,
-        warn: Callable[[PreTrainedModel, str], None],
-    ):
-        self._target, self._running, self._warn = target, running, warn
-        self._cache = model_kwargs.get("past_key_values")
+    def __init__(self, request: GenerateRequest, tries: bool, warn: Callable[[str], None]):
+        target, running = request.target, request.running
+        self._request, self._target, self._running, self._warn = request, target, running, warn
+        self._cache = request.model_kwargs.get("past_key_values")
         # Other processes would wait for as many forwards; another shape would compile anew; dropout is another one each time.
         synced = running is not None and running.synced_gpus
         self._tries = tries and not (synced or target.training or any(map(is_compiled, (target, target.base_model))))
-        self._input_ids, self._config, self._kwargs = input_ids, generation_config, model_kwargs
         self._given = None  # a copy of the caller's own cache, while that is empty
 
     def begin(self, record: CallRecord):
@@ -114,7 +105,7 @@ class Verification:
 
     def _fail(self, why: str, record: CallRecord):
         record.stats.plain_requests = 1
-        self._warn(self._target, why)
+        self._warn(plain_warning(self._target, why))
 
     def _find(self, record: CallRecord) -> str | None:
         """Why the target fails; known, or tried now."""
@@ -126,12 +117,17 @@ class Verification:
             verdicts = _verdicts.setdefault(part, {})
             if key not in verdicts:
                 start = time.perf_counter()
-                trial = Trial(self._target, self._input_ids, self._config, self._kwargs, self._given)
-                with contextlib.nullcontext() if record.prefill is None else record.prefill.paused():
+                trial = Trial(self._request, self._given)
+                with contextlib.nullcontext() if record.prompt_states is None else record.prompt_states.paused():
                     verdicts[key] = trial.run()
                 record.stats.verification_forwards += trial.forwards
                 record.stats.verification_seconds += time.perf_counter() - start
             return verdicts[key]
+
+
+def plain_warning(target: PreTrainedModel, why: str) -> str:
+    """Says of the calls of a target that they are not drafted for."""
+    return f"{type(target).__name__} decodes plainly, and nothing is drafted for it: it cannot verify a block of drafts, for {why}."
 
 
 def only_looks_stateful(target: PreTrainedModel) -> bool:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from hf_osd.generation.candidates import OnlineCandidateGenerator
+    from hf_osd.generation.request import GenerateRequest
 
 
 class OpensCalls(Protocol):
     """What the seam asks of an assistant, and a view of its own."""
 
-    def open_call(self, *args, **kwargs) -> OnlineCandidateGenerator: ...
+    def open_call(
+        self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
+    ) -> OnlineCandidateGenerator: ...
 
 
 class View:
@@ -28,8 +31,8 @@ class View:
     def __init__(self, assistant: OpensCalls, tenant: Hashable = None, private: bool = False):
         self._assistant, self._tenant, self._private = assistant, tenant, private
 
-    def open_call(self, *args, **kwargs) -> OnlineCandidateGenerator:
-        return self._assistant.open_call(*args, **kwargs, tenant=self._tenant, private=self._private)
+    def open_call(self, request: GenerateRequest) -> OnlineCandidateGenerator:
+        return self._assistant.open_call(request, tenant=self._tenant, private=self._private)
 
     def tenant(self, name: Hashable) -> View:
         return View(self._assistant, name, self._private)

@@ -8,7 +8,7 @@ import pytest
 from hf_osd.generation.open_calls import OpenCalls
 
 
-class Record:
+class Call:
     def __init__(self, thread=0, running=None):
         self.thread, self.running = thread, running
 
@@ -28,7 +28,7 @@ def calls(told):
 
 
 def test_calls_run_from_their_beginning_to_the_end_of_their_generator(calls, told):
-    one, two, first, second = Generator(), Generator(), Record(), Record()
+    one, two, first, second = Generator(), Generator(), Call(), Call()
     assert not calls.any()
     calls.add(first, one)
     calls.add(second, two)
@@ -47,7 +47,7 @@ def test_calls_run_from_their_beginning_to_the_end_of_their_generator(calls, tol
 def test_an_end_takes_no_lock(calls):
     """A finalizer may run while the same thread is in the middle of anything."""
     held = [Generator()]
-    calls.add(Record(), held[0])
+    calls.add(Call(), held[0])
     done = threading.Event()
 
     def end():
@@ -63,7 +63,7 @@ def test_an_end_takes_no_lock(calls):
 def test_so_may_garbage_collection(calls):
     generator = Generator()
     generator.itself = generator
-    calls.add(Record(), generator)
+    calls.add(Call(), generator)
     del generator
     assert calls.any()
     gc.collect()
@@ -73,10 +73,10 @@ def test_so_may_garbage_collection(calls):
 def test_calls_of_this_thread_that_have_come_back_are_over_though_something_holds_them(calls, monkeypatch):
     here, running = threading.get_ident(), object()
     monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", lambda: [running])
-    back, runs, elsewhere = Record(here, object()), Record(here, running), Record(here + 1, object())
+    back, runs, elsewhere = Call(here, object()), Call(here, running), Call(here + 1, object())
     generators = [Generator() for _ in range(3)]
-    for record, generator in zip((back, runs, elsewhere), generators, strict=True):
-        calls.add(record, generator)
+    for call, generator in zip((back, runs, elsewhere), generators, strict=True):
+        calls.add(call, generator)
     assert calls.take_over() == []
     assert calls.take_over(here=True) == [back]
     assert calls.any()
@@ -84,11 +84,11 @@ def test_calls_of_this_thread_that_have_come_back_are_over_though_something_hold
 
 def test_the_late_end_of_a_call_taken_in_already_hides_none_that_runs(calls, monkeypatch):
     """A traceback held its generator."""
-    monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", lambda: [])
+    monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", list)
     late, generator = Generator(), Generator()
-    calls.add(Record(threading.get_ident(), object()), late)
+    calls.add(Call(threading.get_ident(), object()), late)
     assert len(calls.take_over(here=True)) == 1
-    calls.add(Record(), generator)
+    calls.add(Call(), generator)
     del late
     assert calls.any()
     assert calls.take_over() == []
@@ -102,12 +102,12 @@ def test_a_call_that_begins_while_another_ends_is_not_missed():
         if not busy and generators:
             generators.clear()
             generators_of_next.append(Generator())
-            calls.add(Record(), generators_of_next[0])
+            calls.add(Call(), generators_of_next[0])
         told.append(busy)
 
     generators_of_next = []
     calls = OpenCalls(tell)
-    calls.add(Record(), generators[0])
+    calls.add(Call(), generators[0])
     last = generators.pop()
     generators.append(None)
     del last
