@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-import vllm_check
-from models import answer, encode, load_draft, load_target
-from vllm_check import Counts, table, walk
 
 from hf_osd import OnlineAssistant
+from recipes.benchmarks import vllm_check
+from recipes.benchmarks.vllm_check import Counts, table, walk
+from recipes.common.models import answer, encode, load_draft, load_target
 
 # Answers as the target does, from a file, so that its process starts at once. Every draft of it is accepted whole. What it has counted goes on
 # through the engine's life, as vLLM's does.

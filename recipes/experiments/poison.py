@@ -1,6 +1,6 @@
 """Poisoned streams: how long a draft that has learnt from poison serves good traffic, on recorded answers and without the target.
 
-    python recipes/poison.py --trace runs/traces/sql --draft Qwen/Qwen3-0.6B --target Qwen/Qwen3-0.6B
+    python -m recipes.experiments.poison --trace runs/traces/sql --draft Qwen/Qwen3-0.6B --target Qwen/Qwen3-0.6B
 
 Each stream is poisoned from its first request on: `--poisoned` requests of poison and then as many good ones (*first*), or one after the other (*mixed*). After
 every change of what serves, α on good requests that are held back says whether that is worse than the draft before any learning.
@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from command import check_learns, check_numbers, run_command
-from models import ModelArguments, load_draft, load_target, use_threads
-from replay import load_trace
-from row_log import RowLog
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.learning.replaying import replay
+from recipes.common.command import check_learns, check_numbers, run_command
+from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
+from recipes.common.row_log import RowLog
+from recipes.experiments.replay import load_trace
 
 logger = logging.getLogger("hf_osd.recipes.poison")
 
@@ -42,7 +42,7 @@ class PoisonArguments(ModelArguments):
         super().__post_init__()
         check_numbers(self, {"poisoned": 1, "held_back": 1, "threads": 1})
         if not self.trace:
-            raise ValueError("`trace` is empty; name a folder that recipes/record.py has made.")
+            raise ValueError("`trace` is empty; name a folder that `python -m recipes.experiments.record` has made.")
         if unknown := set(filter(None, self.poisons.split(","))) - set(POISONS):
             raise ValueError(f"`poisons` has {sorted(unknown)}; choose from {', '.join(POISONS)}.")
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: PoisonArguments, config: OnlineConfig):
     """A line a stream."""
-    check_learns(config.learn, "recipes/poison.py")
+    check_learns(config.learn, "recipes/experiments/poison.py")
     log = RowLog(args.log, ("poison", "stream", "longest"))
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype, args.device)

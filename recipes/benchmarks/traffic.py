@@ -1,6 +1,6 @@
 """What learning costs on the wire: bytes of feedback a token, bytes and milliseconds of a swap of weights, and what that comes to for many replicas.
 
-    python recipes/traffic.py --threads 2 --seed 0
+    python -m recipes.benchmarks.traffic --threads 2 --seed 0
 
 The source of every figure of docs/scale.md. A few requests are served on one process, so that their feedback has drafts in it as in service; it is
 packed in frames as hf_osd.remote.roles sends them. Frames are not sent anywhere: bytes are those of the frames, without what a network adds.
@@ -15,14 +15,14 @@ from itertools import pairwise
 from statistics import median
 
 import torch
-from command import check_numbers, run_command
-from models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
 
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import unpack
 from hf_osd.remote.frames import from_bytes, to_bytes
 from hf_osd.remote.roles import feedback_frame
 from hf_osd.system.strict_json import write_json
+from recipes.common.command import check_numbers, run_command
+from recipes.common.models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
 
 TOP_K = (64, 16, 4, 1)
 
@@ -31,7 +31,7 @@ TOP_K = (64, 16, 4, 1)
 class TrafficArguments(ModelArguments):
     """What to measure, and of how many replicas to think. Of `OnlineConfig` `update_interval` is how many requests go into a frame."""
 
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see prompts.py."})
+    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
     requests: int = field(default=8, metadata={"help": "Requests served."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer, in tokens."})
     chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: TrafficArguments, config: OnlineConfig):
     """Serve, pack, swap; print the tables."""
-    from prompts import load_streams
+    from recipes.common.prompts import load_streams
 
     use_threads(args.threads)
     torch.manual_seed(config.seed or 0)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from command import check_kinds
 from torch import Tensor
 
 from hf_osd.saving import drafts
 from hf_osd.saving.hub import find_file
+from recipes.common.command import check_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,8 +111,9 @@ def load_target(
         ValueError: if it is one and may not.
         OSError: if there is no such target.
     """
-    from embedded import embedded_target
     from transformers import AutoTokenizer
+
+    from recipes.common.embedded import embedded_target
 
     where = embedded_target() if name == EMBEDDED else name
     target = drafts.load_model(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from models import draft_tokenizers, encode_rows, load_draft, load_target, use_threads
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
+
+from recipes.common.models import draft_tokenizers, encode_rows, load_draft, load_target, use_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +104,7 @@ class Workload:
         self.tokenizers = draft_tokenizers(args.draft, self.draft, self.target, self.tokenizer)
 
     def _load_requests(self, args, count: int):
-        from prompts import load_streams, split_held_back
+        from recipes.common.prompts import load_streams, split_held_back
 
         if args.warm > args.skip:
             raise ValueError(
@@ -168,9 +167,3 @@ class Workload:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def peak_rss_mb() -> float:
-    """The most memory that this process, with all that it has loaded, ever had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

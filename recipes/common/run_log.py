@@ -9,12 +9,11 @@ import os
 import time
 from pathlib import Path
 
-from run_folder import CHECKPOINT
-
 from hf_osd.metrics.stats import Stats
 from hf_osd.saving.state import saved_progress
 from hf_osd.system.files import discard_states, states
 from hf_osd.system.strict_json import dumps
+from recipes.common.run_folder import CHECKPOINT
 
 logger = logging.getLogger("hf_osd.recipes.run_log")
 

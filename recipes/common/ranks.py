@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from run_folder import DRAFT, RunFolder
-from run_log import METRICS, RunLog
 
 from hf_osd.distill.ranks import Ranks, RanksParted
 from hf_osd.remote.roles import Roles
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import dumps
+from recipes.common.run_folder import DRAFT, RunFolder
+from recipes.common.run_log import METRICS, RunLog
 
 if TYPE_CHECKING:
     from torch import Tensor

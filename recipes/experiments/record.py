@@ -1,6 +1,6 @@
-"""Record once: the target's greedy answers to streams of prompts, as traces that `recipes/replay.py` learns from as often as you like.
+"""Record once: the target's greedy answers to streams of prompts, as traces that `recipes/experiments/replay.py` learns from as often as you like.
 
-    python recipes/record.py --stream sql.jsonl,maths.jsonl --requests 1000 --held_back 100 --output_dir runs/traces
+    python -m recipes.experiments.record --stream sql.jsonl,maths.jsonl --requests 1000 --held_back 100 --output_dir runs/traces
 
 A trace holds the prompts and answers as token ids. An interrupted recording goes on where it stopped when the command is given again.
 """
@@ -17,16 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command import check_numbers, check_temperature, run_command
-from domains import digest
-from models import TargetArguments, draft_tokenizers, encode_rows, load_draft, load_target, shuffled, use_threads
-from run_folder import LOCK, folder_name, locked
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
 from hf_osd.drafting.vocab_mapping import Translation
 from hf_osd.feedback.trace import read_trace, write_trace
 from hf_osd.system.output_paths import check_apart
+from recipes.common.command import check_numbers, check_temperature, run_command
+from recipes.common.domains import digest
+from recipes.common.models import (
+    TargetArguments,
+    draft_tokenizers,
+    encode_rows,
+    load_draft,
+    load_target,
+    shuffled,
+    use_threads,
+)
+from recipes.common.run_folder import LOCK, folder_name, locked
 
 logger = logging.getLogger("hf_osd.recipes.record")
 
@@ -40,7 +48,9 @@ _SINCE = ("prompts", "top_k", "feedback_dtype", "prompt_positions")  # which old
 class RecordArguments(TargetArguments):
     """What to record. Of `OnlineConfig` only `top_k`, `feedback_dtype` and `seed` matter here."""
 
-    stream: str = field(default="stdlib", metadata={"help": "Streams with ',' between, see prompts.py."})
+    stream: str = field(
+        default="stdlib", metadata={"help": "Streams with ',' between, see recipes/common/prompts.py."}
+    )
     draft: str = field(
         default="",
         metadata={
@@ -87,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def record(args: RecordArguments, config: OnlineConfig):
     """A trace `held_back` and a trace `stream` for each domain, in shards."""
-    from prompts import load_streams, split_held_back
+    from recipes.common.prompts import load_streams, split_held_back
 
     use_threads(args.threads)
     target, tokenizer = load_target(args.target, args.dtype, args.device)

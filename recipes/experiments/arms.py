@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from models import load_draft
 
 from hf_osd import OnlineConfig
+from recipes.common.models import load_draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

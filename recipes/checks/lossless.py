@@ -1,6 +1,6 @@
 """The promise, at length: requests served while the draft learns, each decoded plainly too, and the two outputs compared.
 
-    python recipes/lossless.py --stream one.jsonl,two.jsonl --requests 200 --output_dir runs/lossless
+    python -m recipes.checks.lossless --stream one.jsonl,two.jsonl --requests 200 --output_dir runs/lossless
 
 The exit status is 1 if any output differs by more than a near-tie. What it writes is described in docs/recipes.md.
 """
@@ -15,9 +15,14 @@ from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
-from command import check_numbers, run_command
-from domains import content_of, digest
-from models import (
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.system.strict_json import dumps, write_json
+from recipes.common.command import check_numbers, run_command
+from recipes.common.domains import content_of, digest
+from recipes.common.models import (
     ModelArguments,
     answer,
     draft_tokenizers,
@@ -27,14 +32,9 @@ from models import (
     print_of,
     use_threads,
 )
-from report import shown
-from run_folder import RunFolder
-from run_log import RunLog, mean, or_none
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.system.strict_json import dumps, write_json
+from recipes.common.report import shown
+from recipes.common.run_folder import RunFolder
+from recipes.common.run_log import RunLog, mean, or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,9 @@ DEFAULTS = {"lookahead": "constant", "num_assistant_tokens": 3, "seed": 0}
 class LosslessArguments(ModelArguments):
     """What to serve and compare; all other arguments are those of `OnlineConfig`."""
 
-    stream: str = field(default="stdlib", metadata={"help": "JSONL files or built-in streams, see prompts.py."})
+    stream: str = field(
+        default="stdlib", metadata={"help": "JSONL files or built-in streams, see recipes/common/prompts.py."}
+    )
     requests: int = field(default=200, metadata={"help": "Requests in all, taken from the streams in turn."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     output_dir: str = field(default="runs/lossless", metadata={"help": "Where rows, summary and checkpoint go."})
@@ -147,7 +149,7 @@ class Job:
 
     def _load_requests(self) -> tuple[list[dict], dict[str, int]]:
         """The requests in serving order, and the prompts skipped a domain."""
-        from prompts import load_streams
+        from recipes.common.prompts import load_streams
 
         args, streams, skipped, contents = self.args, [], {}, []
         for name, rows in load_streams(args.stream, self.config.seed):

@@ -1,6 +1,6 @@
 """Drafts in vLLM: the target served with each on the same held-back prompts, and what vLLM accepts by position beside what hf_osd does.
 
-    python recipes/vllm_check.py --vllm_python vllm-env/bin/python --drafts before,after --stream sql.jsonl --prompts 32
+    python -m recipes.benchmarks.vllm_check --vllm_python vllm-env/bin/python --drafts before,after --stream sql.jsonl --prompts 32
 
 vLLM runs in an environment of its own, by vllm_engine.py. docs/engines.md says how to make one.
 """
@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from command import check_numbers, run_command
-from embedded import embedded_target
-from models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, load_target, use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.system.strict_json import write_json
+from recipes.common.command import check_numbers, run_command
+from recipes.common.embedded import embedded_target
+from recipes.common.models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, load_target, use_threads
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 
@@ -45,7 +45,7 @@ class VllmArguments(TargetArguments):
 
     vllm_python: str = field(default="", metadata={"help": "The Python of an environment that has vllm."})
     drafts: str = field(default="", metadata={"help": "Folders of drafts with ',' between, such as before,after."})
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see prompts.py."})
+    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
     held_back: int = field(default=100, metadata={"help": "Prompts kept from learning: as where the draft learnt."})
     prompts: int | None = field(default=None, metadata={"help": "So many of these are served; all if left out."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
@@ -155,7 +155,7 @@ def find_vllm(python: str):
 
 def held_back(args: VllmArguments, seed: int | None, target, tokenizer) -> list[Tensor]:
     """The prompts that recipes/distill.py, record.py and replay.py keep from learning, as token ids."""
-    from prompts import load_streams, split_held_back
+    from recipes.common.prompts import load_streams, split_held_back
 
     streams = load_streams(args.stream, seed)
     if len(streams) > 1:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from workload import Workload, spread
-
 from hf_osd import OnlineAssistant, OnlineConfig
+from recipes.benchmarks.workload import Workload, spread
 
 MODES = ("off", "background", "process")
 # The whole of learning runs and nothing is learnt: what is drafted, and so how fast, must be the same in every mode.

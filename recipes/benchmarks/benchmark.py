@@ -1,9 +1,9 @@
 """The one source of figures about speed: everything is measured in one process, interleaved, and reported as medians.
 
-    python recipes/benchmark.py --methods plain,assisted,online --draft my-draft --stream my.jsonl --json methods.json
-    python recipes/benchmark.py --what overhead --json overhead.json
-    python recipes/benchmark.py --what lookahead --json lookahead.json
-    python recipes/benchmark.py --what background --json background.json
+    python -m recipes.benchmarks.benchmark --methods plain,assisted,online --draft my-draft --stream my.jsonl --json methods.json
+    python -m recipes.benchmarks.benchmark --what overhead --json overhead.json
+    python -m recipes.benchmarks.benchmark --what lookahead --json lookahead.json
+    python -m recipes.benchmarks.benchmark --what background --json background.json
 
 `methods` serves the same requests by each method in turn; `overhead` is what hf_osd adds to the models' own work; `lookahead` what each policy
 for γ would have made of recorded answers; `background` what learning in a thread or a process takes from serving. What they write is described in docs/recipes.md.
@@ -17,12 +17,6 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
-from beside import Beside
-from command import check_numbers, numbers_of, run_command
-from methods import METHODS, Contest, names_of
-from models import ModelArguments
-from overhead import BareForwards, Overhead
-from workload import WARM_UP, Workload, peak_rss_mb
 
 from hf_osd import OnlineConfig, record_answers
 from hf_osd.distill.collator import FeedbackCollator
@@ -30,6 +24,13 @@ from hf_osd.distill.scoring import answer_logits
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.policy.regret import Trace, regrets
 from hf_osd.system.strict_json import dumps, write_json
+from recipes.benchmarks.beside import Beside
+from recipes.benchmarks.methods import METHODS, Contest, names_of
+from recipes.benchmarks.overhead import BareForwards, Overhead
+from recipes.benchmarks.workload import WARM_UP, Workload
+from recipes.common.command import check_numbers, numbers_of, run_command
+from recipes.common.memory import peak_rss_mb
+from recipes.common.models import ModelArguments
 
 # A benchmark serves a draft as it is, unless told otherwise.
 DEFAULTS = {"learn": "off"}
@@ -48,7 +49,9 @@ class BenchmarkArguments(ModelArguments):
         default="plain,assisted,prompt_lookup,online",
         metadata={"help": f"Methods to compare, with ',' between: {', '.join(METHODS)}."},
     )
-    stream: str = field(default="stdlib", metadata={"help": "A JSONL file or a built-in stream, see prompts.py."})
+    stream: str = field(
+        default="stdlib", metadata={"help": "A JSONL file or a built-in stream, see recipes/common/prompts.py."}
+    )
     requests: int = field(default=8, metadata={"help": "Requests served with each setting, each repeat."})
     skip: int = field(default=0, metadata={"help": "Prompts left out before the first request."})
     held_back: int = field(

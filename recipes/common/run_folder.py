@@ -17,7 +17,7 @@ from hf_osd.system.output_paths import check_writable
 logger = logging.getLogger("hf_osd.recipes.run_folder")
 
 CHECKPOINT, DRAFT = "checkpoint", "draft"
-SERVICES = ("service", "straight")  # of recipes/kill.py
+SERVICES = ("service", "straight")  # of recipes/checks/kill.py
 # What recipes leave in one.
 RUN_FILES = (
     "metrics*.jsonl",

@@ -6,10 +6,9 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from run_log import RunLog, mean, or_none, ratio
-
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import write_json
+from recipes.common.run_log import RunLog, mean, or_none, ratio
 
 _LONGEST = 40  # letters of a name in a picture or a table
 

@@ -7,10 +7,8 @@ import statistics
 import time
 
 import torch
-from methods import Assisted, Method, Online
 from torch import Tensor
 from transformers import DynamicCache
-from workload import Workload, spread
 
 from hf_osd import OnlineAssistant, OnlineConfig, record_answers
 from hf_osd.drafting.context import DraftContext
@@ -18,6 +16,8 @@ from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.rate import WEIGHTS
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.draft_vocab import LowRankHead
+from recipes.benchmarks.methods import Assisted, Method, Online
+from recipes.benchmarks.workload import Workload, spread
 
 HEADS = ("full", "traffic", "low_rank")
 # Tokens of text that the draft has read where its step is timed.

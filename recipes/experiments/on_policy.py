@@ -1,7 +1,7 @@
 """Whose text teaches: the target's answers, or also what the draft itself would have said. These arms need the draft's own trajectory as it learns, and
 the target to judge it, so they are no replay.
 
-    python recipes/on_policy.py --trace runs/traces/sql --requests 150 --seeds 0 --log runs/on_policy.jsonl
+    python -m recipes.experiments.on_policy --trace runs/traces/sql --requests 150 --seeds 0 --log runs/on_policy.jsonl
 
 | arm | beside its share of the target's own answers, an update learns |
 |---|---|
@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command import check_learns, check_numbers, numbers_of, run_command
-from models import ModelArguments, load_draft, load_target, shuffled, use_threads
-from replay import Traced, hits_of, learning_of, load_trace, table
-from row_log import RowLog
 from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, SparseRows
 from hf_osd.learning.replaying import as_drafted
 from hf_osd.models.heads import contiguous_head
+from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
+from recipes.common.models import ModelArguments, load_draft, load_target, shuffled, use_threads
+from recipes.common.row_log import RowLog
+from recipes.experiments.replay import Traced, hits_of, learning_of, load_trace, table
 
 ARMS = ("teacher", "drafted", "student", "mixed")
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: OnPolicyArguments, config: OnlineConfig):
     """Every run, and the table against the first arm."""
-    check_learns(config.learn, "recipes/on_policy.py")
+    check_learns(config.learn, "recipes/experiments/on_policy.py")
     seeds, log = numbers_of(args.seeds, "seeds", least=0), RowLog(args.log, ("arm", "seed", "scores"))
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype)
@@ -85,7 +85,7 @@ def measure(args: OnPolicyArguments, config: OnlineConfig):
 
 
 def run(args: OnPolicyArguments, config: OnlineConfig, arm: str, seed: int, target, traced: Traced) -> dict:
-    """One arm with one seed, a row as `recipes/replay.py` writes it."""
+    """One arm with one seed, a row as `recipes/experiments/replay.py` writes it."""
     began = time.perf_counter()
     config = dataclasses.replace(config, seed=seed, suffix_cache=False)
     assistant = OnlineAssistant(load_draft(args.draft, target), config)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from models import encode_rows, print_of, shuffled
 from torch import Tensor
+
+from recipes.common.models import encode_rows, print_of, shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def load_domains(
     Raises:
         ValueError, OSError: if one cannot be read, or has too few prompts.
     """
-    from prompts import load_streams, split_held_back
+    from recipes.common.prompts import load_streams, split_held_back
 
     domains = []
     for name, rows in load_streams(args.stream, seed):

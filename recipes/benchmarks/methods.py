@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from command import numbers_of
-from models import load_draft
-from run_log import or_none
-from workload import Call, Workload, peak_rss_mb, spread
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.metrics.stats import CallStats
+from recipes.benchmarks.workload import Call, Workload, spread
+from recipes.common.command import numbers_of
+from recipes.common.memory import peak_rss_mb
+from recipes.common.models import load_draft
+from recipes.common.run_log import or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

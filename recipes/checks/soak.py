@@ -1,9 +1,9 @@
 """Soak: what only many calls show. Many threads on one assistant while it learns, memory over thousands of requests, and how long new weights hold up a
 call.
 
-    python recipes/soak.py --what threads --callers 8 --calls 200
-    python recipes/soak.py --what memory --requests 5000
-    python recipes/soak.py --what flip --refreshes 200
+    python -m recipes.checks.soak --what threads --callers 8 --calls 200
+    python -m recipes.checks.soak --what memory --requests 5000
+    python -m recipes.checks.soak --what flip --refreshes 200
 
 Models are random and made on the spot; it all runs on the CPU. The exit status is 1 if an output is not the target's own, a call fails, or memory grows.
 """
@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from command import check_kinds, check_numbers, run_command
-from models import use_threads
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.hot_swap import ServingDraft
 from hf_osd.system.strict_json import write_json
+from recipes.common.command import check_kinds, check_numbers, run_command
+from recipes.common.models import use_threads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from run_folder import RUN_FILES
-from signals import ended_by_signals, exit_status
-
 from hf_osd import OnlineConfig
 from hf_osd.system.output_paths import check_apart, check_writable
+from recipes.common.run_folder import RUN_FILES
+from recipes.common.signals import ended_by_signals, exit_status
 
 logger = logging.getLogger("hf_osd.recipes")
 

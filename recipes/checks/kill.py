@@ -1,6 +1,6 @@
 """A service that learns, killed again and again with SIGKILL, and what is on disk after each kill.
 
-    python recipes/kill.py --kills 100 --output_dir runs/kill
+    python -m recipes.checks.kill --kills 100 --output_dir runs/kill
 
 A child process serves an endless stream on a tiny random model and checkpoints every few requests, as recipes/distill.py does. It is killed after a
 random delay, every other time within a save. Then a process of its own loads what is there into a fresh assistant and compares it with what was
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from command import check_kinds, check_numbers
-from run_folder import RunFolder
-from run_log import METRICS, RunLog
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
 from hf_osd.system.files import newest_state, states
 from hf_osd.system.strict_json import write_json
+from recipes.common.command import check_kinds, check_numbers
+from recipes.common.run_folder import RunFolder
+from recipes.common.run_log import METRICS, RunLog
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
-"""Learner settings side by side on recorded answers: `recipes/record.py` has let the target answer once, and every arm learns from that.
+"""Learner settings side by side on recorded answers: `recipes/experiments/record.py` has let the target answer once, and every arm learns from that.
 
-    python recipes/replay.py --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay=6.0,batch_size=4" --seeds 0,1,2
+    python -m recipes.experiments.replay --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay=6.0,batch_size=4" --seeds 0,1,2
 
 Greedy answers do not depend on the draft, so what an arm learns here is what it would have learnt serving. Only learning is timed.
 """
@@ -18,18 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from arms import Arm, intervals, read_arm
-from command import check_learns, check_numbers, numbers_of, run_command
-from models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
-from record import again_part
-from row_log import RowLog
-from workload import peak_rss_mb
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import read_trace
 from hf_osd.learning.replaying import replay
 from hf_osd.saving.drafts import files_of_checkpoint
 from hf_osd.system.output_paths import check_apart
+from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
+from recipes.common.memory import peak_rss_mb
+from recipes.common.models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
+from recipes.common.row_log import RowLog
+from recipes.experiments.arms import Arm, intervals, read_arm
+from recipes.experiments.record import again_part
 
 logger = logging.getLogger("hf_osd.recipes.replay")
 
@@ -80,7 +80,7 @@ class ReplayArguments(ModelArguments):
         check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1, "again": 0})
         if not self.trace:
             raise ValueError(
-                "`trace` is empty; name a folder that recipes/record.py has made, such as --trace runs/traces/sql."
+                "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."
             )
 
 
@@ -107,7 +107,7 @@ def measure(args: ReplayArguments, base: OnlineConfig):
     arms = [read_arm(arm, base, args.draft) for arm in args.arms.split(";")]
     seeds = numbers_of(args.seeds, "seeds", least=0)
     for arm in arms:
-        check_learns(arm.config.learn, f"recipes/replay.py's arm {arm.label!r}")
+        check_learns(arm.config.learn, f"recipes/experiments/replay.py's arm {arm.label!r}")
     log = RowLog(args.log, ("key", "arm", "seed", "scores"))
     experiment = Experiment(args, top_k=max(arm.config.top_k for arm in arms))
     done = {row["key"]: row for row in log.rows}
@@ -289,7 +289,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         if not parts[part]:
             flag = f" --again 0.7 --times {again}" if part in others else ""
             raise FileNotFoundError(
-                f"No trace {part}-….safetensors in {folder}; make one with recipes/record.py{flag}."
+                f"No trace {part}-….safetensors in {folder}; make one with `python -m recipes.experiments.record{flag}`."
             )
     if len(parts["held_back"]) < held_back:
         raise ValueError(
