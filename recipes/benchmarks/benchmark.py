@@ -22,11 +22,11 @@ from hf_osd import OnlineConfig, record_answers
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.scoring import answer_logits
 from hf_osd.models.draft_head import DraftHead
-from hf_osd.policy.regret import Trace, regrets
 from hf_osd.system.strict_json import dumps, write_json
 from recipes.benchmarks.beside import Beside
 from recipes.benchmarks.methods import METHODS, Contest, names_of
 from recipes.benchmarks.overhead import BareForwards, Overhead
+from recipes.benchmarks.regret import Trace, regrets
 from recipes.benchmarks.workload import WARM_UP, Workload
 from recipes.common.command import check_numbers, numbers_of, run_command
 from recipes.common.memory import peak_rss_mb

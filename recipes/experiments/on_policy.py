@@ -24,12 +24,12 @@ from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, SparseRows
-from hf_osd.learning.replaying import as_drafted
 from hf_osd.models.heads import contiguous_head
 from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, shuffled, use_threads
 from recipes.common.row_log import RowLog
 from recipes.experiments.replay import Traced, hits_of, learning_of, load_trace, table
+from recipes.experiments.replaying import as_drafted
 
 ARMS = ("teacher", "drafted", "student", "mixed")
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.learning.replaying import replay
 from recipes.common.command import check_learns, check_numbers, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
 from recipes.common.row_log import RowLog
 from recipes.experiments.replay import load_trace
+from recipes.experiments.replaying import replay
 
 logger = logging.getLogger("hf_osd.recipes.poison")
 

@@ -21,7 +21,6 @@ import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import read_trace
-from hf_osd.learning.replaying import replay
 from hf_osd.saving.drafts import files_of_checkpoint
 from hf_osd.system.output_paths import check_apart
 from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
@@ -30,6 +29,7 @@ from recipes.common.models import ModelArguments, draft_tokenizers, load_target,
 from recipes.common.row_log import RowLog
 from recipes.experiments.arms import Arm, intervals, read_arm
 from recipes.experiments.record import again_part
+from recipes.experiments.replaying import replay
 
 logger = logging.getLogger("hf_osd.recipes.replay")
 

@@ -306,10 +306,10 @@ def test_rows_after_a_rejection_are_the_targets_on_the_drafts_text(target_dir, t
     from pathlib import Path
 
     from hf_osd import OnlineAssistant
-    from hf_osd.learning.replaying import as_drafted
     from recipes.common.models import load_draft, load_target
     from recipes.experiments import on_policy
     from recipes.experiments.replay import load_trace
+    from recipes.experiments.replaying import as_drafted
 
     target, _ = load_target(str(target_dir), "float32")
     draft, config = load_draft("grow:0,1", target), OnlineConfig(seed=0)

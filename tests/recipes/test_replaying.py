@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
 from hf_osd.feedback.trace import read_trace, write_trace
-from hf_osd.learning.replaying import as_drafted, replay
+from recipes.experiments.replaying import as_drafted, replay
 
 PROMPTS = torch.randint(2, 64, (16, 7), generator=torch.Generator().manual_seed(4))
 LONGEST = 20

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.policy.lookahead import Lookahead
-from hf_osd.policy.regret import Driven, Fixed, Trace, regrets, simulate
+from recipes.benchmarks.regret import Driven, Fixed, Trace, regrets, simulate
 
 
 def trace_of(hits: list[int], sure: float = 0.5) -> Trace:
