@@ -16,24 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run by its path, which has Python look in this folder and not in the one that holds `recipes`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from command import check_numbers, check_repository, check_temperature, run_command
-from domains import Domain, load_domains, prints_of
-from models import (
-    EMBEDDED,
-    EMBEDDED_FACTS,
-    ModelArguments,
-    answer,
-    draft_tokenizers,
-    load_draft,
-    load_target,
-    use_threads,
-)
-from ranks import MODES, Processes
-from report import RunReport, cell, shown
-from run_folder import DRAFT, RunFolder
-from run_log import RunLog, Tracking, or_none
-from signals import check_signals, exit_status, hold_signals
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -43,6 +29,23 @@ from hf_osd.feedback.prompt_states import KnownTexts
 from hf_osd.models.properties import draft_window
 from hf_osd.remote.roles import LearningRank, serve_separately
 from hf_osd.system.output_paths import check_apart
+from recipes.common.command import check_numbers, check_repository, check_temperature, run_command
+from recipes.common.domains import Domain, load_domains, prints_of
+from recipes.common.models import (
+    EMBEDDED,
+    EMBEDDED_FACTS,
+    ModelArguments,
+    answer,
+    draft_tokenizers,
+    load_draft,
+    load_target,
+    use_threads,
+)
+from recipes.common.ranks import MODES, Processes
+from recipes.common.report import RunReport, cell, shown
+from recipes.common.run_folder import DRAFT, RunFolder
+from recipes.common.run_log import RunLog, Tracking, or_none
+from recipes.common.signals import check_signals, exit_status, hold_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +58,7 @@ class DistillArguments(ModelArguments):
     """The job's own arguments; all others are those of `OnlineConfig`."""
 
     stream: str = field(
-        default="", metadata={"help": "JSONL files (field `prompt`), comma-separated; see prompts.py."}
+        default="", metadata={"help": "JSONL files (field `prompt`), comma-separated; see recipes/common/prompts.py."}
     )
     requests: int | None = field(default=None, metadata={"help": "Requests served a stream; all if left out."})
     held_back: int = field(

@@ -11,7 +11,7 @@ from hf_osd import metrics
 from hf_osd.metrics.stats import Stats
 from hf_osd.policy.lookahead import ideal_speedup
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
 
 
 def speedup(config: str = "default", **kwargs) -> dict:
@@ -41,9 +41,9 @@ def test_learning_is_shared_by_all_requests_and_borne_by_pairs():
 
 
 def test_rows_of_the_main_job_give_what_its_summary_has(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES)
-    from report import RunReport
-    from run_log import RunLog
+    monkeypatch.syspath_prepend(ROOT)
+    from recipes.common.report import RunReport
+    from recipes.common.run_log import RunLog
 
     log, plain = RunLog(tmp_path, {}), {}
     for i in range(6):

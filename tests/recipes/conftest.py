@@ -1,4 +1,4 @@
-"""The recipes are scripts, not a package: their tests find them as `python recipes/….py` would."""
+"""The recipes are no part of what is installed: their tests find them where `python -m recipes.…` does, in the root of the repository."""
 
 import sys
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-RECIPES = str(Path(__file__).parents[2] / "recipes")
-if RECIPES not in sys.path:
-    sys.path.insert(0, RECIPES)
+ROOT = str(Path(__file__).parents[2])
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
 
 WORDS = [f"w{i}" for i in range(62)]
 

@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import distill
 import pytest
 from transformers import TrainerCallback, integrations
 
 from hf_osd.distill.trainer import OnlineGKDTrainer
 from hf_osd.saving import pretrained
+from recipes import distill
 
 WINDOW = 5  # tokens of a prompt in a row: no five are there by chance
 

@@ -2,15 +2,14 @@
 
 import json
 
-import benchmark
-import methods
-import prompts
 import pytest
 import torch
-from workload import WARM_UP, Workload
 
 from hf_osd import OnlineConfig
 from hf_osd.metrics.stats import CallStats
+from recipes.benchmarks import benchmark, methods
+from recipes.benchmarks.workload import WARM_UP, Workload
+from recipes.common import prompts
 
 ONLINE_FIGURES = {
     "alpha",

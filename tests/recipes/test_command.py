@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from command import check_kinds, check_paths, check_repository, numbers_of, run_command
+
+from recipes.common.command import check_kinds, check_paths, check_repository, numbers_of, run_command
 
 
 @dataclass

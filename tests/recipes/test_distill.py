@@ -4,14 +4,14 @@ import json
 import logging
 from types import SimpleNamespace
 
-import distill
 import pytest
-import run_log
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.learning.background import BackgroundLearner
+from recipes import distill
+from recipes.common import run_log
 
 
 @pytest.fixture
@@ -119,11 +119,11 @@ def test_rehearsal_teaches_more_of_the_same_requests(run):
 
 
 def test_a_stream_can_be_served_in_random_order(run, monkeypatch):
-    import models
+    from recipes.common import models
 
     assert run("--requests", "6") == 0
     in_turn = [row["alpha"] for row in read(run.out / "metrics.jsonl")]
-    monkeypatch.setattr("domains.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
+    monkeypatch.setattr("recipes.common.domains.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
     asked = []
     monkeypatch.setattr(
         "distill.answer", lambda *args, **kwargs: (asked.append(args[1].tolist()), models.answer(*args, **kwargs))[1]

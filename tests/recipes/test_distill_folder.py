@@ -8,15 +8,13 @@ import os
 import re
 from pathlib import Path
 
-import distill
 import pytest
-import report
-import run_folder
-import run_log
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, integrations
 
 from hf_osd import OnlineAssistant
+from recipes import distill
+from recipes.common import report, run_folder, run_log
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distill
 import pytest
-import ranks
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM
+
+from recipes import distill
+from recipes.common import ranks
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill.py"
 # Not a multiple of the processes: their shares differ.

@@ -4,9 +4,10 @@ import errno
 import hashlib
 from importlib.machinery import ModuleSpec
 
-import embedded
 import pytest
-from embedded import embedded_target, find_gguf
+
+from recipes.common import embedded
+from recipes.common.embedded import embedded_target, find_gguf
 
 CONTENT = b"a model"
 

@@ -6,19 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kill
 import pytest
-from run_log import RunLog
 
 from hf_osd.system.files import new_state, states
+from recipes.checks import kill
+from recipes.common.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A run of three kills, by a process of its own: what forks should have had no other threads."""
     out = tmp_path_factory.mktemp("kill")
-    command = [sys.executable, kill.__file__, "--kills", "3", "--longest", "0.2", "--output_dir", str(out)]
-    return out, subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "recipes.checks.kill", "--kills", "3", "--longest", "0.2", "--output_dir", out]
+    root = Path(kill.__file__).parents[2]
+    return out, subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
 def test_three_kills_leave_no_corrupt_state_and_cost_an_interval_at_most(killed):

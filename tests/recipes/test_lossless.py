@@ -2,11 +2,11 @@
 
 import json
 
-import lossless
 import pytest
 import torch
 
 from hf_osd.saving.state import saved_progress
+from recipes.checks import lossless
 
 
 @pytest.fixture

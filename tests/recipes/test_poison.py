@@ -1,4 +1,4 @@
-"""`recipes/poison.py`: streams with poison in them, and how long it serves good traffic."""
+"""`recipes/experiments/poison.py`: streams with poison in them, and how long it serves good traffic."""
 
 import json
 
@@ -35,7 +35,7 @@ def flags(target_dir, trace, *more) -> list[str]:
 
 
 def test_every_poison_and_order_is_a_row_and_without_a_gate_poison_serves(target_dir, trace, tmp_path, capsys):
-    import poison
+    from recipes.experiments import poison
 
     rows = {}
     for gate in ("true", "false"):
@@ -53,7 +53,7 @@ def test_every_poison_and_order_is_a_row_and_without_a_gate_poison_serves(target
 
 
 def test_poison_is_what_its_name_says(make_feedback):
-    from poison import POISONS
+    from recipes.experiments.poison import POISONS
 
     good = [make_feedback(n=5, prompt=4, seed=i) for i in range(3)]
     made = {name: [poison(good, i, 64) for i in range(3)] for name, poison in POISONS.items()}
@@ -79,6 +79,6 @@ def test_poison_is_what_its_name_says(make_feedback):
     ],
 )
 def test_bad_flags_are_refused(target_dir, trace, refused, more, says):
-    import poison
+    from recipes.experiments import poison
 
     refused(poison.main, flags(target_dir, trace, *more), says=says)

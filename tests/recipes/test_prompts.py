@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
-import prompts
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import load_streams, read_stream, split_held_back, stdlib_prompts, word_problems
+
+from recipes.common import prompts
+from recipes.common.prompts import load_streams, read_stream, split_held_back, stdlib_prompts, word_problems
 
 needs_reasoning_gym = pytest.mark.skipif(
     find_spec("reasoning_gym") is None, reason="pip install --no-deps reasoning-gym==0.1.25"
@@ -323,10 +325,10 @@ def test_word_problems_are_short_distinct_and_leave_no_package_half_imported():
 
 @needs_reasoning_gym
 def test_word_problems_do_not_hang_on_the_order_of_sets():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import prompts; print(prompts.word_problems(300, 0))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from recipes.common import prompts; print(prompts.word_problems(300, 0))"
     outputs = [
         subprocess.run(
-            [sys.executable, "-c", code, os.path.dirname(prompts.__file__)],
+            [sys.executable, "-c", code, Path(prompts.__file__).parents[2]],
             env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True,
             check=True,

@@ -4,13 +4,13 @@ import json
 import stat
 
 import pytest
-import record
 import torch
-from models import encode, load_target
-from run_folder import LOCK, locked
 
 from hf_osd import record_answers
 from hf_osd.feedback.trace import read_trace
+from recipes.common.models import encode, load_target
+from recipes.common.run_folder import LOCK, locked
+from recipes.experiments import record
 
 STREAMS = {"one": 14, "two": 7}
 FILES = {

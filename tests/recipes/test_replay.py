@@ -1,4 +1,4 @@
-"""`recipes/replay.py` and `recipes/on_policy.py`: arms on one trace, runs that are not run twice, and differences with their intervals."""
+"""`recipes/experiments/replay.py` and `recipes/experiments/on_policy.py`: arms on one trace, runs that are not run twice, and differences with their intervals."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from hf_osd.feedback.trace import read_trace, write_trace
 @pytest.fixture(scope="module")
 def traces(target_dir, words, tmp_path_factory):
     """Two domains of recorded answers."""
-    import record
+    from recipes.experiments import record
 
     folder = tmp_path_factory.mktemp("traces")
     for name, some in (("left", words[:30]), ("right", words[30:])):
@@ -33,10 +33,9 @@ def flags(target_dir, traces, *more) -> list[str]:
 def test_a_draft_of_another_vocabulary_learns_from_a_trace_in_its_tokens(
     target_dir, traces, tmp_path, refused, brought_draft, kind
 ):
-    import on_policy
-    import record
-    import replay
     from transformers import AutoTokenizer
+
+    from recipes.experiments import on_policy, record, replay
 
     brought, log = brought_draft(kind), tmp_path / "runs.jsonl"
     recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
@@ -62,7 +61,7 @@ def test_a_draft_of_another_vocabulary_learns_from_a_trace_in_its_tokens(
 
 
 def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_path, capsys, monkeypatch):
-    import replay
+    from recipes.experiments import replay
 
     log = tmp_path / "runs.jsonl"
     given = flags(
@@ -106,7 +105,7 @@ def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_pat
 
 
 def test_another_recording_of_the_same_name_is_run_anew(target_dir, traces, tmp_path):
-    import replay
+    from recipes.experiments import replay
 
     shutil.copytree(traces, tmp_path / "traces")
     log = tmp_path / "runs.jsonl"
@@ -123,8 +122,7 @@ def test_another_recording_of_the_same_name_is_run_anew(target_dir, traces, tmp_
 
 @pytest.mark.parametrize("mixed", ["false", "true"])
 def test_other_answers_are_learnt_beside_their_requests(target_dir, traces, tmp_path, monkeypatch, mixed):
-    import record
-    import replay
+    from recipes.experiments import record, replay
 
     shutil.copytree(traces, tmp_path / "traces")
     both = ",".join(str(tmp_path / "traces" / name) for name in ("left", "right"))
@@ -153,7 +151,7 @@ def test_other_answers_are_learnt_beside_their_requests(target_dir, traces, tmp_
 
 
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
-    import replay
+    from recipes.experiments import replay
 
     both = f"{traces / 'left'},{traces / 'right'}"
     log = tmp_path / "runs.jsonl"
@@ -183,20 +181,20 @@ def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, trace
 
 
 def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
-    import replay
+    from recipes.experiments import replay
 
     for more, words in (
         (["--requests", "99"], "left has 12 recorded requests and `requests` asks for 99"),
         (["--requests", "4,4"], "give one number, or one for each"),
         (["--held_back", "6"], "5 prompts held back and `held_back` is 6"),
-        (["--trace", str(traces / "nothing")], "make one with recipes/record.py"),
+        (["--trace", str(traces / "nothing")], "make one with `python -m recipes.experiments.record"),
         (["--arms", "replay"], "write field=value"),
         (["--arms", "preset=other"], "the preset is 'paper'"),
         (["--seeds", "0,x"], "`seeds` is '0,x'"),
         (["--requests", "some"], "`requests` is 'some'"),
         (["--at", "3"], "`at` is '3', and α is measured after 0, "),
         (["--at", "4-"], "`at` is '4-'"),
-        (["--learn", "off"], "`learn` is 'off' and recipes/replay.py's arm 'base' learns in this process"),
+        (["--learn", "off"], "`learn` is 'off' and recipes/experiments/replay.py's arm 'base' learns in this process"),
         (["--arms", "base;learn=process"], "`learn` is 'process'"),
         (["--log", str(traces / "left.jsonl")], "line 1: a row without `key`"),
         (["--log", str(traces / "left" / "rows.jsonl")], "lies within --trace"),
@@ -208,7 +206,7 @@ def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
 
 
 def test_what_cannot_be_run_is_said_before_anything_is(target_dir, traces, monkeypatch, caplog):
-    import replay
+    from recipes.experiments import replay
 
     monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("something was learnt"))
     for more in (
@@ -221,7 +219,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(target_dir, traces, monke
 
 
 def test_a_draft_that_cannot_be_saved_costs_no_row(target_dir, traces, tmp_path, monkeypatch, caplog):
-    import replay
+    from recipes.experiments import replay
 
     def full(*args, **kwargs):
         raise OSError("No space left on device")
@@ -235,8 +233,7 @@ def test_a_draft_that_cannot_be_saved_costs_no_row(target_dir, traces, tmp_path,
 
 
 def test_poison_and_on_policy_name_what_they_cannot_do_with(target_dir, traces, refused):
-    import on_policy
-    import poison
+    from recipes.experiments import on_policy, poison
 
     for recipe in (poison, on_policy):
         given = ["--target", str(target_dir), "--trace", str(traces / "left"), "--held_back", "5", "--threads", "1"]
@@ -246,7 +243,7 @@ def test_poison_and_on_policy_name_what_they_cannot_do_with(target_dir, traces, 
 
 
 def test_arms_are_fields_over_the_base():
-    from arms import read_arm
+    from recipes.experiments.arms import read_arm
 
     base = OnlineConfig(replay=5.0)
     assert read_arm("base", base, "grow:0").config == base
@@ -261,8 +258,8 @@ def test_arms_are_fields_over_the_base():
 
 
 def test_a_lora_arm_learns_in_an_adapter_alone(target_dir):
-    from arms import read_arm
-    from models import load_target
+    from recipes.common.models import load_target
+    from recipes.experiments.arms import read_arm
 
     target, _ = load_target(str(target_dir), "float32")
     arm = read_arm("lora=2", OnlineConfig(seed=0), "grow:0,1")
@@ -273,7 +270,7 @@ def test_a_lora_arm_learns_in_an_adapter_alone(target_dir):
 
 
 def test_intervals_are_paired():
-    from arms import intervals
+    from recipes.experiments.arms import intervals
 
     random = torch.Generator().manual_seed(0)
     # Prompts differ far more than arms do: only pairing shows a gain of one position in ten each.
@@ -291,7 +288,7 @@ def test_intervals_are_paired():
 
 
 def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_path):
-    import on_policy
+    from recipes.experiments import on_policy
 
     log = tmp_path / "runs.jsonl"
     given = f"--target {target_dir} --trace {traces / 'left'} --requests 8 --held_back 5 --threads 1 --update_interval 4 --log {log}"
@@ -308,12 +305,11 @@ def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_p
 def test_rows_after_a_rejection_are_the_targets_on_the_drafts_text(target_dir, traces):
     from pathlib import Path
 
-    import on_policy
-    from models import load_draft, load_target
-    from replay import load_trace
-
     from hf_osd import OnlineAssistant
-    from hf_osd.learning.replaying import as_drafted
+    from recipes.common.models import load_draft, load_target
+    from recipes.experiments import on_policy
+    from recipes.experiments.replay import load_trace
+    from recipes.experiments.replaying import as_drafted
 
     target, _ = load_target(str(target_dir), "float32")
     draft, config = load_draft("grow:0,1", target), OnlineConfig(seed=0)

@@ -4,7 +4,8 @@ import json
 import threading
 
 import pytest
-from row_log import RowLog
+
+from recipes.common.row_log import RowLog
 
 FIELDS = ("key", "value")
 

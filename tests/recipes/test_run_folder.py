@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_folder import RunFolder, folder_name, locked
 
 from hf_osd.system.files import new_state
+from recipes.common.run_folder import RunFolder, folder_name, locked
 
-RECIPES = str(Path(__file__).parents[2] / "recipes")
+ROOT = str(Path(__file__).parents[2])
 
 
 def leave(folder: Path, *names: str):
@@ -112,8 +112,8 @@ def test_what_a_job_left_that_has_just_ended_is_seen(tmp_path):
 
 def test_the_lock_is_gone_with_a_job_that_was_killed(tmp_path):
     code = (
-        f"import sys, time; sys.path.insert(0, {RECIPES!r})\n"
-        "from run_folder import RunFolder\n"
+        f"import sys, time; sys.path.insert(0, {ROOT!r})\n"
+        "from recipes.common.run_folder import RunFolder\n"
         f"with RunFolder({str(tmp_path)!r}): print('in', flush=True); time.sleep(60)"
     )
     job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

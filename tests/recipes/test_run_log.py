@@ -6,14 +6,14 @@ import logging
 import os
 from pathlib import Path
 
-import distill
 import pytest
-import run_log
-from run_log import RunLog
 
 from hf_osd import OnlineAssistant
 from hf_osd.metrics.stats import CallStats, Stats
 from hf_osd.system.files import new_state, states
+from recipes import distill
+from recipes.common import run_log
+from recipes.common.run_log import RunLog
 
 
 class Assistant:

@@ -8,18 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-import distill
 import psutil
 import pytest
-import signals
+
+from recipes import distill
+from recipes.common import signals
 
 LONG = 120  # seconds in which anything has happened, on any machine
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 BEGIN = f"""
 import os, signal, sys
-sys.path.insert(0, {str(Path(signals.__file__).parent)!r})
-from signals import Ended, check_signals, ended_by_signals, exit_status, hold_signals
+sys.path.insert(0, {str(Path(signals.__file__).parents[2])!r})
+from recipes.common.signals import Ended, check_signals, ended_by_signals, exit_status, hold_signals
 
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))

@@ -1,4 +1,4 @@
-"""`recipes/soak.py`, with small numbers: what it counts, prints and writes, and when its exit status is not 0."""
+"""`recipes/checks/soak.py`, with small numbers: what it counts, prints and writes, and when its exit status is not 0."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def soak():
-    import soak
+    from recipes.checks import soak
 
     return soak
 

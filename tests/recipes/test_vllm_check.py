@@ -5,15 +5,16 @@ import sys
 
 import pytest
 import torch
-import vllm_check
-from models import answer, encode, load_draft, load_target
-from vllm_check import Counts, table, walk
 
 from hf_osd import OnlineAssistant
+from recipes.benchmarks import vllm_check
+from recipes.benchmarks.vllm_check import Counts, table, walk
+from recipes.common.models import answer, encode, load_draft, load_target
 
 # Answers as the target does, from a file, so that its process starts at once. Every draft of it is accepted whole. What it has counted goes on
 # through the engine's life, as vLLM's does.
 STAND_IN = """
+import importlib
 import json
 import pathlib
 from types import SimpleNamespace as Made
@@ -25,7 +26,9 @@ SamplingParams = Made
 
 class LLM:
     def __init__(self, model, speculative_config, worker_extension_cls, max_model_len, **kwargs):
-        assert worker_extension_cls == "vllm_engine.DraftRefresh" and not kwargs["disable_log_stats"]
+        module, name = worker_extension_cls.rsplit(".", 1)
+        self.worker = getattr(importlib.import_module(module), name)
+        assert not kwargs["disable_log_stats"]
         self.answers = dict(json.loads(pathlib.Path(__file__).with_name("answers.json").read_text()))
         self.gamma, self.window, self.rounds, self.refreshed = speculative_config["num_speculative_tokens"], max_model_len, 7, []
 
@@ -44,6 +47,7 @@ class LLM:
         return [Made(name="vllm:other", value=1), vector] + [Made(name="vllm:spec_decode_" + n, value=v) for n, v in counts.items()]
 
     def collective_rpc(self, method, args=()):
+        assert callable(getattr(self.worker, method))
         self.refreshed += args
         return [1]
 

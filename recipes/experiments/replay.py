@@ -1,0 +1,384 @@
+"""Learner settings side by side on recorded answers: `recipes/experiments/record.py` has let the target answer once, and every arm learns from that.
+
+    python -m recipes.experiments.replay --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay=6.0,batch_size=4" --seeds 0,1,2
+
+Greedy answers do not depend on the draft, so what an arm learns here is what it would have learnt serving. Only learning is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hf_osd import Feedback, OnlineAssistant, OnlineConfig
+from hf_osd.feedback.trace import read_trace
+from hf_osd.saving.drafts import files_of_checkpoint
+from hf_osd.system.output_paths import check_apart
+from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
+from recipes.common.memory import peak_rss_mb
+from recipes.common.models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
+from recipes.common.row_log import RowLog
+from recipes.experiments.arms import Arm, intervals, read_arm
+from recipes.experiments.record import again_part
+from recipes.experiments.replaying import replay
+
+logger = logging.getLogger("hf_osd.recipes.replay")
+
+
+@dataclass
+class ReplayArguments(ModelArguments):
+    """What to learn from, and what to try on it. `OnlineConfig`'s own flags are the base of all arms."""
+
+    trace: str = field(
+        default="", metadata={"help": "Folders made by record.py with ',' between, learnt one after another."}
+    )
+    arms: str = field(
+        default="base", metadata={"help": "Arms with ';' between, each 'field=value,…' over the base, see arms.py."}
+    )
+    seeds: str = field(default="0", metadata={"help": "Of request order and learning, with ',' between; a run each."})
+    requests: str = field(
+        default="250",
+        metadata={"help": "Requests to learn from, in turn; one number a trace, with ',' between, or one for all."},
+    )
+    mixed: bool = field(
+        default=False,
+        metadata={"help": "Learn from the traces all at once, in random order, rather than in turn: a warm-up."},
+    )
+    again: int = field(
+        default=0,
+        metadata={
+            "help": "Beside each request learn so many of the other answers to it that record.py --again kept: a rehearsal."
+        },
+    )
+    held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
+    also: str = field(default="", metadata={"help": "Traces to score on that are not learnt from, with ',' between."})
+    score_every: int = field(default=50, metadata={"help": "Requests between two scores on held-back prompts."})
+    at: str = field(
+        default="",
+        metadata={"help": "Also a table after so many requests, with ',' between; '500-1000' is from 500 to 1000."},
+    )
+    save_to: str | None = field(
+        default=None, metadata={"help": "Also save each run's draft, in a folder '<arm's number>-<seed>' here."}
+    )
+    log: str | None = field(
+        default=None,
+        metadata={"help": "Append a row a run to this JSONL file; runs that it has already are not run again."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace drafts that are in --save_to already."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1, "again": 0})
+        if not self.trace:
+            raise ValueError(
+                "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."
+            )
+
+
+@dataclass
+class Traced:
+    """One domain's recording."""
+
+    name: str
+    stream: list[Feedback]
+    again: list[tuple[Feedback, ...]]  # other answers to each
+    held_back: list[Feedback]
+    max_new_tokens: int
+    digest: str  # of the files: another recording of that name is another one
+    draft_size: int | None = None  # of the vocabulary that it is in, where that is not the target's
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Learn with each arm and seed, print a line for each and a table at the end; the exit status."""
+    return run_command(ReplayArguments, measure, argv)
+
+
+def measure(args: ReplayArguments, base: OnlineConfig):
+    """Every run, and the table of all arms against the first."""
+    arms = [read_arm(arm, base, args.draft) for arm in args.arms.split(";")]
+    seeds = numbers_of(args.seeds, "seeds", least=0)
+    for arm in arms:
+        check_learns(arm.config.learn, f"recipes/experiments/replay.py's arm {arm.label!r}")
+    log = RowLog(args.log, ("key", "arm", "seed", "scores"))
+    experiment = Experiment(args, top_k=max(arm.config.top_k for arm in arms))
+    done = {row["key"]: row for row in log.rows}
+    runs = [[(arm, seed, experiment.key(arm, seed), f"{i}-{seed}") for seed in seeds] for i, arm in enumerate(arms)]
+    to_save = (
+        [Path(args.save_to) / folder for some in runs for _, _, key, folder in some if key not in done]
+        if args.save_to
+        else []
+    )
+    for folder in to_save:
+        check_apart(
+            {"--save_to": folder},
+            {"--target": args.target, **{f"the draft of the arm {arm.label!r},": arm.name for arm in arms}},
+        )
+    if (found := [folder for folder in to_save if files_of_checkpoint(folder)]) and not args.overwrite:
+        raise ValueError(
+            f"--save_to has a draft already in {found[0]}; choose another folder, or pass --overwrite to replace what is there."
+        )
+    results: list[list[dict]] = []
+    for some in runs:
+        results.append([])
+        for arm, seed, key, folder in some:
+            row = done.get(key)
+            if row is None:
+                row = {"key": key} | experiment.run(arm, seed, folder)
+                log.append(row)
+            results[-1].append(row)
+            print(_line(row), flush=True)
+    print(table(results, args.at))
+    if experiment.unsaved is not None:
+        raise experiment.unsaved
+
+
+class Experiment:
+    """What all runs share: target, traces, and how many requests of each."""
+
+    def __init__(self, args: ReplayArguments, top_k: int):
+        use_threads(args.threads)
+        self.args = args
+        self.target, self.tokenizer = load_target(args.target, args.dtype, args.device)
+        self.traces = [
+            load_trace(Path(folder), top_k, args.held_back, again=args.again) for folder in args.trace.split(",")
+        ]
+        also = filter(None, args.also.split(","))
+        self.judged = [
+            *self.traces,
+            *(load_trace(Path(folder), top_k, args.held_back, stream=False) for folder in also),
+        ]
+        sizes = {traced.draft_size for traced in self.judged}
+        if len(sizes) > 1:
+            raise ValueError(
+                "The traces are in the tokens of several vocabularies; name those that were recorded with one --draft."
+            )
+        [self.draft_size] = sizes
+        counts = numbers_of(args.requests, "requests")
+        self.counts = counts * len(self.traces) if len(counts) == 1 else counts
+        if len(self.counts) != len(self.traces):
+            raise ValueError(
+                f"`requests` is {args.requests!r} for {len(self.traces)} traces; give one number, or one for each."
+            )
+        for traced, count in zip(self.traces, self.counts, strict=True):
+            if count > len(traced.stream):
+                raise ValueError(
+                    f"{traced.name} has {len(traced.stream)} recorded requests and `requests` asks for {count}; record more, or lower it."
+                )
+        _spans(args.at, [0, *range(args.score_every, sum(self.counts), args.score_every), sum(self.counts)])
+        self.unsaved: OSError | None = None  # why a draft could not be
+        self._first: dict[tuple, dict] = {}  # what drafts score before they learn, by draft
+
+    def run(self, arm: Arm, seed: int, folder: str) -> dict:
+        """One arm with one seed: α on what is held back every `score_every` requests, of each request before it was learnt, and what learning took."""
+        began = time.perf_counter()
+        config = dataclasses.replace(arm.config, seed=seed, suffix_cache=False)
+        draft = arm.draft(self.target, self.draft_size)
+        tokenizers = draft_tokenizers(arm.name, draft, self.target, self.tokenizer)
+        assistant = OnlineAssistant(draft, config)
+        kind = (arm.name, config.learner_dtype)
+        if kind not in self._first:
+            self._first[kind] = self._score(assistant)
+        points, peak = {0: self._first[kind]}, peak_rss_mb()
+        served, prequential = 0, []
+        for requests, again, limit in self._turns(seed):
+            for request in replay(assistant, requests, limit, again):
+                served += 1
+                prequential.append(round(float(request.overlap.nanmean()), 4))
+                if served % self.args.score_every == 0 or served == sum(self.counts):
+                    points[served] = self._score(assistant)
+                    means = " ".join(f"{name} {_mean(hits):.3f}" for name, hits in points[served].items())
+                    logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
+        if self.args.save_to is not None:
+            tokenizer = tokenizers.get("assistant_tokenizer", self.tokenizer)
+            try:
+                assistant.save_pretrained(Path(self.args.save_to) / folder, tokenizer)
+            except OSError as error:  # the figures of the run are worth their row
+                logger.error("%s", error)
+                self.unsaved = error
+        return {
+            "arm": arm.label,
+            "seed": seed,
+            "traces": [traced.name for traced in self.traces],
+            "requests": self.counts,
+            "mixed": self.args.mixed,
+            "again": self.args.again,
+            "scores": {
+                traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
+            },
+            "prequential": prequential,
+            **learning_of(assistant, began),
+            "peak_rss_mb": [round(peak), round(peak_rss_mb())],
+            "shares": [round(share, 4) for share in assistant.learner.ensemble.shares],
+            "losses": [round(loss, 4) for loss in assistant.learner.ensemble.losses],
+        }
+
+    def key(self, arm: Arm, seed: int) -> str:
+        """What makes two runs the same run."""
+        args = self.args
+        facts = [args.target, args.dtype, args.held_back, args.score_every, args.also, arm.facts(), seed]
+        facts += [[(traced.name, traced.digest) for traced in self.judged], self.counts, args.mixed, args.again]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def _score(self, assistant: OnlineAssistant) -> dict[str, list]:
+        """`[accepted, positions]` of each held-back prompt, by domain."""
+        return {traced.name: hits_of(assistant, traced.held_back) for traced in self.judged}
+
+    def _turns(self, seed: int) -> list[tuple[list[Feedback], list[tuple[Feedback, ...]], int]]:
+        """The requests to learn, in turn, with the other answers to each and the limit they were recorded with: a list a trace, or one of all."""
+        chosen = []
+        for traced, count in zip(self.traces, self.counts, strict=True):
+            pairs = list(zip(traced.stream, traced.again, strict=True))
+            chosen.append((shuffled(pairs, seed)[:count], traced.max_new_tokens))
+        if self.args.mixed:
+            together = [pair for pairs, _ in chosen for pair in pairs]
+            chosen = [(shuffled(together, seed), max(limit for _, limit in chosen))]
+        return [([request for request, _ in pairs], [again for _, again in pairs], limit) for pairs, limit in chosen]
+
+
+def learning_of(assistant: OnlineAssistant, began: float) -> dict:
+    """What learning came to in a run that began at `began` (`time.perf_counter`), for its row."""
+    stats = assistant.stats
+    return {
+        "updates": stats.updates,
+        "failed": stats.failed_updates,
+        "accepted": stats.accepted_updates,
+        "dropped": stats.rejected_updates,
+        "regret_vs_static": round(stats.regret_vs_static, 5),
+        "learning_rate": stats.learning_rate,
+        "learning_rate_reason": stats.learning_rate_reason,
+        "longest_update": round(stats.longest_update, 2),
+        "learned_tokens": stats.learned_tokens,
+        "learning_seconds": round(stats.learning_seconds, 2),
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[int]]:
+    """`[accepted, positions]` of each request, as the draft serves now."""
+    return [[int(hits.nansum()), int((~hits.isnan()).sum())] for hits in assistant.score(held_back)]
+
+
+def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, again: int = 0) -> Traced:
+    """A domain's shards, cut to `top_k`, with those of its parts that are asked for: of other answers to its requests so many to each.
+
+    Raises:
+        OSError: if there are none.
+        ValueError: if one is damaged, too few prompts are held back, or not every request has been answered again.
+    """
+    others = [again_part(n) for n in range(again if stream else 0)]
+    names = ["held_back", *(["stream"] if stream else []), *others]
+    parts: dict[str, list[Feedback]] = {name: [] for name in names}
+    limits, sizes, digest = set(), set(), hashlib.sha256()
+    for part in names:
+        for path in sorted(folder.glob(f"{part}-*.safetensors")):
+            requests, facts = read_trace(path)
+            digest.update(path.read_bytes())
+            parts[part] += [request.sparser(top_k) for request in requests]
+            limits.add(int(facts["max_new_tokens"]))
+            sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
+        if not parts[part]:
+            flag = f" --again 0.7 --times {again}" if part in others else ""
+            raise FileNotFoundError(
+                f"No trace {part}-….safetensors in {folder}; make one with `python -m recipes.experiments.record{flag}`."
+            )
+    if len(parts["held_back"]) < held_back:
+        raise ValueError(
+            f"{folder} has {len(parts['held_back'])} prompts held back and `held_back` is {held_back}; lower it."
+        )
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder} has shards in the tokens of several vocabularies; record them again with one --draft."
+        )
+    requests = parts.get("stream", [])
+    for part in others:
+        if [one.prompt_length for one in parts[part]] != [one.prompt_length for one in requests]:
+            raise ValueError(
+                f"{folder} has {len(requests)} requests and {len(parts[part])} in {part}-…, not of the same; record both with one command."
+            )
+    return Traced(
+        folder.name,
+        requests,
+        list(zip(*(parts[part] for part in others), strict=True)) if others else [()] * len(requests),
+        parts["held_back"][:held_back],
+        max(limits),
+        digest.hexdigest(),
+        sizes.pop(),
+    )
+
+
+def table(results: list[list[dict]], at: str = "") -> str:
+    """An arm a line: α on each domain's held-back prompts before and after, mean of the seeds, and the difference to the first arm, paired. `at`: as the flag.
+
+    Raises:
+        ValueError: if α was not measured at a point that `at` names.
+    """
+    lines = []
+    for name, points in results[0][0]["scores"].items():
+        for first, last in [*_spans(at, list(points)), ("0", max(points, key=int))]:
+            lines += _table(results, name, first, last)
+    if all("prequential" in row for rows in results for row in rows):
+        lines += [
+            "\n| arm | prequential α, all requests | regret against the best arm, accepted tokens of 100 |",
+            "|---|---|---|",
+        ]
+        means = [statistics.fmean(statistics.fmean(row["prequential"]) for row in rows) for rows in results]
+        lines += [
+            f"| {rows[0]['arm']} | {mean:.3f} | {100 * (max(means) - mean):.1f} |"
+            for rows, mean in zip(results, means, strict=True)
+        ]
+    return "\n".join(lines)
+
+
+def _spans(at: str, points: list) -> list[tuple[str, str]]:
+    """From which requests to which the flag `at` asks for tables, all of them among the points at which α is measured."""
+    spans = [span.split("-") if "-" in span else ["0", span] for span in filter(None, map(str.strip, at.split(",")))]
+    known = [str(point) for point in points]
+    if any(len(span) != 2 or not set(span) <= set(known) for span in spans):
+        raise ValueError(f"`at` is {at!r}, and α is measured after {', '.join(known)} requests; see --score_every.")
+    return [(first, last) for first, last in spans]
+
+
+def _table(results: list[list[dict]], name: str, first: str, last: str) -> list[str]:
+    lines = [
+        f"\nheld back of {name}, {len(results[0][0]['scores'][name][first])} prompts, from {first} to {last} requests, {len(results[0])} seeds",
+        "| arm | α before | α after | by seed | gain (95%) | against the first arm (95%) | learning in all, s | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for rows in results:
+        before, after = ([row["scores"][name][n] for row in rows] for n in (first, last))
+        gain, versus = intervals(before, after), intervals([row["scores"][name][last] for row in results[0]], after)
+        seconds = [row["learning_seconds"] for row in rows]
+        rate = statistics.median(row["learned_tokens"] / max(row["learning_seconds"], 1e-9) for row in rows)
+        seeds = " ".join(f"{_mean(scores):.3f}" for scores in after)
+        lines.append(
+            f"| {rows[0]['arm']} | {statistics.fmean(map(_mean, before)):.3f} | {statistics.fmean(map(_mean, after)):.3f} | {seeds} "
+            f"| {gain} | {'' if rows is results[0] else versus} | {statistics.median(seconds):.0f} | {rate:.0f} |"
+        )
+    return lines
+
+
+def _line(row: dict) -> str:
+    curves = "; ".join(
+        f"{name} "
+        + " ".join(f"{_mean(hits):.3f}" for _, hits in sorted(points.items(), key=lambda item: int(item[0])))
+        for name, points in row["scores"].items()
+    )
+    return f"{row['arm']:<40} seed {row['seed']} α {curves}  ({row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all)"
+
+
+def _mean(hits: list[list[int]]) -> float:
+    return sum(hit for hit, _ in hits) / max(sum(n for _, n in hits), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
