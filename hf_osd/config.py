@@ -6,17 +6,26 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hf_osd.system.strict_json import dumps, loads
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
-REPLAYS = ("uniform", "recency", "loss")
 LOOKAHEADS = ("cost", "heuristic", "constant")
 HEADS = ("auto", "full", "traffic", "low_rank")
 LEARNS = ("inline", "background", "process", "off")
 ADAPTERS = ("auto", "lora", "off")
 CONFIG_NAME = "osd_config.json"
+# Fields of before: the values that asked for what is done now, with which a saved config still loads, and what is to be done with others.
+_BY_REQUESTS = "an update is due after `update_interval` requests; set that, or call `update()` or `flush()`"
+REMOVED = {
+    "held_back_share": ([0.0625], "every request is judged before it is learnt, and none is held back; leave it out"),
+    "learner_threads": ([1], "a process that learns has one thread; leave it out"),
+    "replay_by": (["uniform"], "past requests are drawn uniformly; leave it out"),
+    "update_age": ([None], _BY_REQUESTS),
+    "update_tokens": ([None], _BY_REQUESTS),
+}
 
 
 @dataclass
@@ -66,8 +75,6 @@ class OnlineConfig:
             first tokens. `None` reads all of it, however long that takes.
         learner_device (`str`, *optional*):
             Where to learn, such as `"cuda:1"`; the draft's device if left out.
-        learner_threads (`int`, defaults to 1):
-            CPU threads of a process that learns.
         top_k (`int`, defaults to 64):
             How many of the target's log-probs are kept a position; the rest is one tail bucket.
         feedback_dtype (`str`, defaults to `"float16"`):
@@ -78,10 +85,6 @@ class OnlineConfig:
             Feedback older than this many seconds is dropped. `None` keeps it.
         update_interval (`int`, defaults to 8):
             I in the paper: an update is due after this many requests.
-        update_tokens (`int`, *optional*):
-            An update is also due once this many new tokens wait.
-        update_age (`float`, *optional*):
-            An update is also due once the oldest new feedback is this many seconds old.
         gate (`bool`, defaults to `True`):
             Whether what was learnt serves only once requests that came since, judged before they are learnt, say that it is better, or no worse. Without
             it all that is learnt serves at once, as in the paper.
@@ -99,10 +102,7 @@ class OnlineConfig:
         total_variation_weight (`float`, defaults to 1.0):
             Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).
         replay (`float`, defaults to 6.0):
-            Replayed requests for each new one in an update, drawn from the buffer.
-        replay_by (`str`, defaults to `"uniform"`):
-            How they are drawn: `"uniform"`; `"recency"`, a request that 64 others have followed being half as likely; `"loss"`, in
-            proportion to the rejection rate it had when it was served.
+            Replayed requests for each new one in an update, drawn uniformly from the buffer.
         clear_after_update (`bool`, defaults to `False`):
             Empty the buffer after an update, as Algorithm 1 does.
         batch_size (`int`, *optional*, defaults to 2):
@@ -167,14 +167,11 @@ class OnlineConfig:
     learning_budget: float | None = None
     learning_window: int | None = 1024
     learner_device: str | None = None
-    learner_threads: int = 1
     top_k: int = 64
     feedback_dtype: str = "float16"
     buffer_bytes: int = 64 * 2**20
     buffer_age: float | None = None
     update_interval: int = 8
-    update_tokens: int | None = None
-    update_age: float | None = None
     gate: bool = True
     gate_tolerance: float = 0.01
     positions: str = "all"
@@ -183,7 +180,6 @@ class OnlineConfig:
     beta: float = 0.5
     total_variation_weight: float = 1.0
     replay: float = 6.0
-    replay_by: str = "uniform"
     clear_after_update: bool = False
     batch_size: int | None = 2
     learning_rate: str = "auto"  # or a number; flags know one type
@@ -205,6 +201,10 @@ class OnlineConfig:
     seed: int | None = None
     verify_target: bool = True
 
+    def __new__(cls, *args, **values):
+        check_removed(values)
+        return super().__new__(cls)
+
     def __post_init__(self):
         # As flags, YAML and users write it.
         self.learn = {"true": "inline", "false": "off"}.get(str(self.learn).lower(), self.learn)
@@ -225,12 +225,11 @@ class OnlineConfig:
         self._choice("feedback_dtype", ("float16", "bfloat16", "float32"))
         self._choice("positions", ("all", "error"))
         self._choice("divergence", DIVERGENCES)
-        self._choice("replay_by", REPLAYS)
         self._choice("learner_dtype", ("auto", "float32", "bfloat16"))
         sizes = ("suffix_cache_bytes", "suffix_cache_tokens", "draft_head_rows", "draft_head_rank")
-        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", "learner_threads", *sizes):
+        for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", *sizes):
             self._at_least(name, 1, whole=True)
-        for name in ("update_tokens", "batch_size", "decay_steps", "tail_samples", "learning_window"):
+        for name in ("batch_size", "decay_steps", "tail_samples", "learning_window"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1, whole=True)
         for name in ("warmup_steps", "prompt_positions"):
@@ -246,7 +245,7 @@ class OnlineConfig:
             "gate_tolerance",
         ):
             self._at_least(name, 0)
-        for name in ("draft_cost", "buffer_age", "update_age"):
+        for name in ("draft_cost", "buffer_age"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise ValueError(f"`{name}` is {value!r}; give a number above 0.")
@@ -341,7 +340,13 @@ class OnlineConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> OnlineConfig:
-        """The config of a dict, or a `ValueError` that names the keys it does not know."""
+        """The config of a dict, an older one too whose removed keys asked for what is done now.
+
+        Raises:
+            ValueError: for a key it does not know, or no longer; the message names it.
+        """
+        values = {key: value for key, value in values.items() if key not in REMOVED or value not in REMOVED[key][0]}
+        check_removed(values)
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(
@@ -374,6 +379,16 @@ class OnlineConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no JSON object; save the config again.")
         return cls.from_dict(values)
+
+
+def check_removed(names: Iterable[str]):
+    """None of the names is a field that there was.
+
+    Raises:
+        ValueError: if one is; the message says what to do in its place.
+    """
+    if gone := sorted(REMOVED.keys() & set(names)):
+        raise ValueError("; ".join(f"`{name}` is no field any more: {REMOVED[name][1]}" for name in gone) + ".")
 
 
 def _is_number(value) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from run_folder import CHECKPOINT
 
+from hf_osd import OnlineConfig
 from hf_osd.metrics.stats import Stats
 from hf_osd.saving.state import saved_progress
 from hf_osd.system.files import discard_states, states
@@ -148,6 +149,12 @@ class RunLog:
 
     def _load(self):
         progress = saved_progress(self.checkpoint)
+        try:  # it may have begun with fields that there are no more
+            OnlineConfig.from_dict(progress["identity"].get("config", {}))
+        except ValueError as error:
+            raise ValueError(
+                f"The run in {self.directory} cannot go on as it began: {error} Start anew in its place with --overwrite, or choose another --output_dir."
+            ) from error
         if changed := _changed(progress["identity"], self.identity):
             held_back = (
                 " Prompts that have been learnt may now be held back to score on."

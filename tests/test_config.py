@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.config import CONFIG_NAME, REMOVED, OnlineConfig
 
 NUMBERS = [
     f.name for f in dataclasses.fields(OnlineConfig) if f.type in ("int", "float", "int | None", "float | None")
@@ -31,8 +31,6 @@ NUMBERS = [
         ("buffer_bytes", 0),
         ("buffer_age", 0),
         ("update_interval", 0),
-        ("update_tokens", 0),
-        ("update_age", -1.0),
         ("positions", "some"),
         ("divergence", "kl"),
         ("beta", 1.5),
@@ -46,7 +44,6 @@ NUMBERS = [
         ("warmup_steps", -1),
         ("warmup_steps", 1.5),
         ("learner_dtype", "float16"),
-        ("replay_by", "age"),
         ("decay_steps", 0),
         ("decay_steps", 2.5),
         ("averaging", 1),
@@ -92,8 +89,6 @@ def test_text_in_place_of_a_number_is_refused_by_field(field):
     [
         ("draft_cost", None),
         ("buffer_age", None),
-        ("update_tokens", None),
-        ("update_age", None),
         ("batch_size", None),
         ("seed", None),
         ("assistant_confidence_threshold", 1),
@@ -102,8 +97,6 @@ def test_text_in_place_of_a_number_is_refused_by_field(field):
         ("warmup_steps", 0),
         ("max_grad_norm", 0),
         ("num_assistant_tokens", 1),
-        ("replay_by", "loss"),
-        ("replay_by", "recency"),
         ("decay_steps", None),
         ("decay_steps", 1),
         ("averaging", 0),
@@ -163,18 +156,29 @@ def test_the_replayed_preset_is_the_default_recipe():
 
 
 def test_a_saved_config_comes_back_the_same(tmp_path):
-    config = OnlineConfig.paper(seed=3, draft_cost=0.2, buffer_age=60.0, update_tokens=100)
+    config = OnlineConfig.paper(seed=3, draft_cost=0.2, buffer_age=60.0)
     config.save_pretrained(tmp_path / "new")
     assert OnlineConfig.from_json(tmp_path / "new" / CONFIG_NAME) == config
 
 
 def test_an_ensemble_comes_back_the_same(tmp_path):
-    config = OnlineConfig(ensemble=[1, 2.5], averaging=0.95, replay_by="loss", tail_samples=None, decay_steps=100)
+    config = OnlineConfig(ensemble=[1, 2.5], averaging=0.95, tail_samples=None, decay_steps=100)
     assert OnlineConfig.from_dict(config.to_dict()) == config
     config.save_pretrained(tmp_path)
     assert OnlineConfig.from_json(tmp_path / CONFIG_NAME) == config
     config.to_dict()["ensemble"].append(3)
     assert config.ensemble == [1, 2.5], "a dict of one's own"
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_field_that_is_gone_is_refused_by_name_and_loads_where_it_asked_for_what_is_done_now(name):
+    said = re.escape(f"`{name}` is no field any more: {REMOVED[name][1]}.")
+    for make in (OnlineConfig, OnlineConfig.paper, lambda **values: OnlineConfig.from_dict(values)):
+        with pytest.raises(ValueError, match=said):
+            make(**{name: "what it never was"})
+    for value in REMOVED[name][0]:
+        assert OnlineConfig.from_dict({"top_k": 7, name: value}) == OnlineConfig(top_k=7)
+    assert name not in {field.name for field in dataclasses.fields(OnlineConfig)}
 
 
 def test_an_unknown_key_is_refused_by_name():

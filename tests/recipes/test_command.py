@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pytest
 from command import check_kinds, check_paths, check_repository, numbers_of, run_command
 
+from hf_osd.config import REMOVED
+
 
 @dataclass
 class Arguments:
@@ -159,6 +161,16 @@ def test_a_config_file_that_cannot_be_read_is_named_by_its_line(tmp_path, refuse
     config.write_bytes(text.encode("latin-1"))
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=says)
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=str(config))
+
+
+@pytest.mark.parametrize("flags", [["--replay-by=loss"], ["--update_age", "3"], ["--held_back_share", "0.1"]])
+def test_a_flag_that_is_gone_is_named_with_what_to_do_in_its_place(tmp_path, refused, flags):
+    name, _, value = "=".join(flags).removeprefix("--").replace("-", "_").partition("=")
+    says = f"`{name}` is no field any more: {REMOVED[name][1]}"
+    refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), flags, says=says)
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"{name}: {value}\n")
+    refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=says)
 
 
 def test_a_config_file_with_a_byte_order_mark_is_read_and_one_that_is_not_named_is_asked_for(tmp_path, refused):
