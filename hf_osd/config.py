@@ -19,12 +19,16 @@ ADAPTERS = ("auto", "lora", "off")
 CONFIG_NAME = "osd_config.json"
 # Fields of before: the values that asked for what is done now, with which a saved config still loads, and what is to be done with others.
 _BY_REQUESTS = "an update is due after `update_interval` requests; set that, or call `update()` or `flush()`"
+_OWN_ARGS = "leave it out, or train with `OnlineGKDTrainer(args=...)`"
 REMOVED = {
     "held_back_share": ([0.0625], "every request is judged before it is learnt, and none is held back; leave it out"),
     "learner_threads": ([1], "a process that learns has one thread; leave it out"),
+    "max_grad_norm": ([1.0], f"gradients are clipped to a norm of 1; {_OWN_ARGS}"),
+    "optim": (["adamw_torch_fused", "adamw_torch"], f"the optimizer is AdamW, and Muon is gone; {_OWN_ARGS}"),
     "replay_by": (["uniform"], "past requests are drawn uniformly; leave it out"),
     "update_age": ([None], _BY_REQUESTS),
     "update_tokens": ([None], _BY_REQUESTS),
+    "weight_decay": ([0.0], f"weights do not decay; {_OWN_ARGS}"),
 }
 
 
@@ -110,12 +114,10 @@ class OnlineConfig:
         learning_rate (`float` or `"auto"`, defaults to `"auto"`):
             `"auto"` tries a few rates, each with one pass and with as many as replay makes, on the first requests, goes on with the one that did best on the
             next, goes lower where what was learnt was worse, and up again where it was better. A number is obeyed.
-        weight_decay (`float`, defaults to 0.0),
-        max_grad_norm (`float`, defaults to 1.0), warmup_steps (`int`, defaults to 10), optim (`str`, defaults to
-        `"adamw_torch_fused"`):
-            As in `TrainingArguments`; the warm-up runs once, not once an update.
+        warmup_steps (`int`, defaults to 10):
+            Optimizer steps in which the learning rate rises to what it is; once, not once an update.
         decay_steps (`int`, *optional*):
-            The learning rate falls as 1/√(1 + steps after the warm-up / decay_steps). `None` keeps it.
+            After the warm-up the learning rate falls as 1/√(1 + steps since / decay_steps). `None` keeps it.
         averaging (`float`, defaults to 0.98):
             What serves is an average of the weights over optimizer steps, of which each step keeps this share. 0 serves the weights as they are.
         optimism (`float`, defaults to 0.0):
@@ -183,10 +185,7 @@ class OnlineConfig:
     clear_after_update: bool = False
     batch_size: int | None = 2
     learning_rate: str = "auto"  # or a number; flags know one type
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     warmup_steps: int = 10
-    optim: str = "adamw_torch_fused"
     decay_steps: int | None = None
     averaging: float = 0.98
     optimism: float = 0.0
@@ -238,8 +237,6 @@ class OnlineConfig:
             "verify_cost",
             "total_variation_weight",
             "replay",
-            "weight_decay",
-            "max_grad_norm",
             "optimism",
             "ensemble_sharpness",
             "gate_tolerance",

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill import ensemble as ensemble_module
@@ -217,7 +218,9 @@ def test_other_weights_come_without_a_past(learner, requests):
 
 def test_members_train_at_multiples_of_the_rate(learner, requests):
     """Plain descent: from one start, on one batch, the steps are as the rates."""
-    made = learner(ensemble=[1, 4], optim="sgd", max_grad_norm=0.0, batch_size=None)
+    made = learner(ensemble=[1, 4], batch_size=None)
+    for member in made.ensemble.members:
+        member.trainer.args.optim, member.trainer.args.max_grad_norm = OptimizerNames.SGD, 0.0
     before = cloned(made.ensemble.members[0].weights())
     assert learn(made, requests[:2])
     one, four = ({name: p - before[name] for name, p in member.weights().items()} for member in made.ensemble.members)
@@ -333,6 +336,18 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(learner, requests, f
         assert one.trainer.lr_scheduler.get_last_lr() == other.trainer.lr_scheduler.get_last_lr()
         assert same(one.weights(), other.weights())
         assert same(one.serving_weights(), other.serving_weights())
+
+
+def test_a_state_of_another_optimizer_is_refused_and_nothing_is_changed(learner, requests):
+    made = learner()
+    assert learn(made, requests[:2])
+    tensors, values = saved(made)
+    of_muon = {name.replace("exp_avg_sq", "momentum_buffer"): tensor for name, tensor in tensors.items()}
+    other = learner()
+    before = cloned(other.ensemble.serving_weights())
+    with pytest.raises(ValueError, match="not AdamW, for it has momentum_buffer"):
+        other.load_state(of_muon, values)
+    assert same(other.ensemble.serving_weights(), before)
 
 
 def test_a_state_of_another_number_of_members_is_refused(learner, requests):
