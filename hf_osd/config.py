@@ -21,11 +21,16 @@ CONFIG_NAME = "osd_config.json"
 _BY_REQUESTS = "an update is due after `update_interval` requests; set that, or call `update()` or `flush()`"
 _OWN_ARGS = "leave it out, or train with `OnlineGKDTrainer(args=...)`"
 REMOVED = {
+    "assistant_confidence_threshold": ([0.0], "`lookahead='cost'` stops where the draft is not sure enough to pay"),
+    "clear_after_update": ([False, True], "what has been learnt is learnt again as `replay` says; set `replay=0`"),
+    "draft_head_rank": ([64], "it is 64; leave it out"),
+    "ensemble_sharpness": ([10.0], "it is 10; leave it out"),
     "held_back_share": ([0.0625], "every request is judged before it is learnt, and none is held back; leave it out"),
     "learner_threads": ([1], "a process that learns has one thread; leave it out"),
     "max_grad_norm": ([1.0], f"gradients are clipped to a norm of 1; {_OWN_ARGS}"),
     "optim": (["adamw_torch_fused", "adamw_torch"], f"the optimizer is AdamW, and Muon is gone; {_OWN_ARGS}"),
     "replay_by": (["uniform"], "past requests are drawn uniformly; leave it out"),
+    "suffix_cache_tokens": ([16], "it is 16; leave it out"),
     "update_age": ([None], _BY_REQUESTS),
     "update_tokens": ([None], _BY_REQUESTS),
     "weight_decay": ([0.0], f"weights do not decay; {_OWN_ARGS}"),
@@ -44,8 +49,6 @@ class OnlineConfig:
             suffix cache proposes, and drafts nothing while that is below plain decoding; `"heuristic"` is transformers'
             rule (+2 when all is accepted, else -1, at least 1); `"constant"` always drafts `num_assistant_tokens`. These
             two draft with the draft alone, if there is one.
-        assistant_confidence_threshold (`float`, defaults to 0.0):
-            Stop drafting after a token whose probability under the draft is below this. 0 never stops early.
         draft_cost (`float`, *optional*):
             c, the time of one draft step over the time of a one-token target step. Measured while serving if `None`;
             a fixed value makes γ, and so a seeded run, independent of the clock.
@@ -56,8 +59,6 @@ class OnlineConfig:
             learns at once; it is kept in memory, apart by tenant.
         suffix_cache_bytes (`int`, defaults to 64 MiB):
             Bound on what it holds, over all tenants. The oldest text goes first.
-        suffix_cache_tokens (`int`, defaults to 16):
-            The most tokens it drafts a round.
         draft_head (`str`, defaults to `"auto"`):
             Which rows of the draft's LM head are computed: `"full"`, all of them; `"traffic"`, those of the tokens that
             the traffic used of late, and the prompt's; `"low_rank"`, at each step those whose logits a low-rank
@@ -65,8 +66,6 @@ class OnlineConfig:
             `draft_head_rows` rows, else `"full"`. The output stays exact: a token that is not among them is not drafted.
         draft_head_rows (`int`, defaults to 8192):
             How many rows that is, beside the prompt's; of `"low_rank"`, an eighth of it.
-        draft_head_rank (`int`, defaults to 64):
-            The rank of the projection of `"low_rank"`.
         learn (`str` or `bool`, defaults to `"inline"`):
             When to learn: `"inline"` (or `True`), between requests, in the thread that serves; `"background"`, in a thread beside it; `"process"`, in
             a process of its own, which is kinder to a CPU that serves; `"off"` (or `False`) captures nothing and serves the draft as it is.
@@ -107,8 +106,6 @@ class OnlineConfig:
             Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).
         replay (`float`, defaults to 6.0):
             Replayed requests for each new one in an update, drawn uniformly from the buffer.
-        clear_after_update (`bool`, defaults to `False`):
-            Empty the buffer after an update, as Algorithm 1 does.
         batch_size (`int`, *optional*, defaults to 2):
             Requests an optimizer step. `None` puts the whole update into one step.
         learning_rate (`float` or `"auto"`, defaults to `"auto"`):
@@ -125,9 +122,7 @@ class OnlineConfig:
             online learning, arXiv 2603.12617).
         ensemble (`list[float]`, *optional*):
             Learn at several rates at once, these multiples of `learning_rate`, and serve the average of the weights, each with a share ∝
-            exp(-`ensemble_sharpness` · its loss so far on requests new to it) (the same). Learning takes that many times as long.
-        ensemble_sharpness (`float`, defaults to 10.0):
-            ε of that. The loss of an update is the mean rejection rate on its new requests.
+            exp(-10 · its loss so far, the mean rejection rate on the new requests of each update) (the same). Learning takes that many times as long.
         tail_samples (`int`, *optional*, defaults to 2048):
             Columns of the LM head drawn, at each optimizer step, to stand for all those outside the targets' top k; the gradient is then an
             estimate, and the head no longer most of the work. `None` computes them all, as does a head of few columns.
@@ -156,15 +151,12 @@ class OnlineConfig:
 
     num_assistant_tokens: int = 5
     lookahead: str = "cost"
-    assistant_confidence_threshold: float = 0.0
     draft_cost: float | None = None
     verify_cost: float = 0.0
     suffix_cache: bool = True
     suffix_cache_bytes: int = 64 * 2**20
-    suffix_cache_tokens: int = 16
     draft_head: str = "auto"
     draft_head_rows: int = 8192
-    draft_head_rank: int = 64
     learn: str = "inline"
     learning_budget: float | None = None
     learning_window: int | None = 1024
@@ -182,7 +174,6 @@ class OnlineConfig:
     beta: float = 0.5
     total_variation_weight: float = 1.0
     replay: float = 6.0
-    clear_after_update: bool = False
     batch_size: int | None = 2
     learning_rate: str = "auto"  # or a number; flags know one type
     warmup_steps: int = 10
@@ -190,7 +181,6 @@ class OnlineConfig:
     averaging: float = 0.98
     optimism: float = 0.0
     ensemble: list[float] | None = None
-    ensemble_sharpness: float = 10.0
     tail_samples: int | None = 2048
     freeze_embeddings: bool = True
     adapter: str = "auto"
@@ -225,7 +215,7 @@ class OnlineConfig:
         self._choice("positions", ("all", "error"))
         self._choice("divergence", DIVERGENCES)
         self._choice("learner_dtype", ("auto", "float32", "bfloat16"))
-        sizes = ("suffix_cache_bytes", "suffix_cache_tokens", "draft_head_rows", "draft_head_rank")
+        sizes = ("suffix_cache_bytes", "draft_head_rows")
         for name in ("num_assistant_tokens", "top_k", "buffer_bytes", "update_interval", *sizes):
             self._at_least(name, 1, whole=True)
         for name in ("batch_size", "decay_steps", "tail_samples", "learning_window"):
@@ -238,7 +228,6 @@ class OnlineConfig:
             "total_variation_weight",
             "replay",
             "optimism",
-            "ensemble_sharpness",
             "gate_tolerance",
         ):
             self._at_least(name, 0)
@@ -251,10 +240,8 @@ class OnlineConfig:
             self.learning_rate = "auto" if self.learning_rate == "auto" else float(self.learning_rate)
         if self.learning_rate != "auto" and not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
             raise ValueError(f"`learning_rate` is {self.learning_rate!r}; give a number above 0, or 'auto'.")
-        for name in ("assistant_confidence_threshold", "beta"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"`{name}` is {value!r}; give a number from 0 to 1.")
+        if not (_is_number(self.beta) and 0 <= self.beta <= 1):
+            raise ValueError(f"`beta` is {self.beta!r}; give a number from 0 to 1.")
         if self.learning_budget is not None and not (
             _is_number(self.learning_budget) and 0 < self.learning_budget <= 1
         ):
@@ -273,11 +260,6 @@ class OnlineConfig:
             self.ensemble = list(self.ensemble)  # as JSON gives it back
         if self.seed is not None:
             self._at_least("seed", 0, whole=True)
-        if self.clear_after_update and self.replay:
-            raise ValueError(
-                f"`replay` is {self.replay!r} with `clear_after_update=True`: a cleared buffer holds nothing to replay. "
-                "Set `replay=0` or `clear_after_update=False`."
-            )
 
     def _choice(self, name: str, allowed: tuple[str, ...]):
         if getattr(self, name) not in allowed:
@@ -310,7 +292,7 @@ class OnlineConfig:
     @classmethod
     def paper(cls, **overrides) -> OnlineConfig:
         """Algorithm 1 of Online Speculative Decoding (arXiv 2310.07177, section 4.2): γ=5, I=8, forward KL at the error
-        positions, lr 1e-4, one optimizer step an update, and a buffer cleared after it."""
+        positions, lr 1e-4, one optimizer step an update, and no request learnt twice."""
         preset = {
             "num_assistant_tokens": 5,
             "lookahead": "constant",
@@ -320,7 +302,6 @@ class OnlineConfig:
             "divergence": "forward_kl",
             "total_variation_weight": 0.0,
             "replay": 0.0,
-            "clear_after_update": True,
             "batch_size": None,
             "learning_rate": 1e-4,
             "warmup_steps": 0,
@@ -329,11 +310,6 @@ class OnlineConfig:
             "gate": False,
         }
         return cls(**{**preset, **overrides})
-
-    @classmethod
-    def replayed(cls, **overrides) -> OnlineConfig:
-        """All verified positions teach, and past requests are replayed: the default recipe, by name."""
-        return cls(**{"positions": "all", "replay": cls.replay, "clear_after_update": False, **overrides})
 
     @classmethod
     def from_dict(cls, values: dict) -> OnlineConfig:

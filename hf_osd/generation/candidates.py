@@ -57,7 +57,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         translation (`Translation`): between the target's tokens and the draft's.
         record (`CallRecord`): where observations go.
         lookahead (`Lookahead`): chooses source and γ.
-        confidence_threshold (`float`): stop drafting after a token less likely than this.
         stopping_criteria (`StoppingCriteriaList`, *optional*): the call's, if known.
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
@@ -79,7 +78,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         translation: Translation,
         record: CallRecord,
         lookahead: Lookahead,
-        confidence_threshold: float = 0.0,
         stopping_criteria: StoppingCriteriaList | None = None,
         text: CallText | None = None,
         make_head: Callable | None = None,
@@ -145,7 +143,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 self.stops,
                 self._eos,
                 sample=self._sample,
-                threshold=confidence_threshold,
                 home=input_ids.device,  # the processors' own tensors are there
                 make_head=make_head,
             )

@@ -413,8 +413,6 @@ class Learner:
         self.unmoved = 0 if have_moved(self.ensemble.members, before) else self.unmoved + 1
         self.learned_tokens += rows
         self._since_accepted.update(new)
-        if config.clear_after_update:
-            self.buffer.clear()
 
     def _train(self, requests: list[Feedback]):
         requests = what_is_read(requests, self.config, self._generator)

@@ -229,16 +229,16 @@ def test_members_train_at_multiples_of_the_rate(learner, requests):
         torch.testing.assert_close(four[name], 4 * step, atol=1e-6, rtol=1e-3, msg=name)  # differences of float32
 
 
-@given(losses=st.lists(st.floats(0, 1e4), min_size=1, max_size=5), sharpness=st.floats(0, 50))
-def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses, sharpness):
+@given(losses=st.lists(st.floats(0, 1e4), min_size=1, max_size=5))
+def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses):
     draft = tiny_llama(layers=1)
-    config = OnlineConfig(ensemble=[1.0] * len(losses), ensemble_sharpness=sharpness)
+    config = OnlineConfig(ensemble=[1.0] * len(losses))
     made = Learner(draft, trainable_of(draft), FeedbackBuffer(), config, print)
     made.ensemble.losses = losses
     assert sum(made.ensemble.shares) == pytest.approx(1.0)
     best = losses.index(min(losses))
     for share, loss in zip(made.ensemble.shares, losses, strict=True):
-        assert share == pytest.approx(made.ensemble.shares[best] * math.exp(-sharpness * (loss - losses[best])))
+        assert share == pytest.approx(made.ensemble.shares[best] * math.exp(-10 * (loss - losses[best])))
 
 
 def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny_llama):
@@ -257,7 +257,7 @@ def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny
 
 
 def test_the_mean_by_shares_serves(learner, taught):
-    made = learner(ensemble=[0.1, 1, 2], averaging=0.9, ensemble_sharpness=3.0)
+    made = learner(ensemble=[0.1, 1, 2], averaging=0.9)
     for _ in range(2):
         assert learn(made, taught)
     shares, parts = made.ensemble.shares, [member.serving_weights() for member in made.ensemble.members]
@@ -271,7 +271,7 @@ def test_the_mean_by_shares_serves(learner, taught):
 
 
 def test_who_did_better_has_the_larger_share(learner, taught):
-    made = learner(ensemble=[1e-4, 1], ensemble_sharpness=5.0)
+    made = learner(ensemble=[1e-4, 1])
     assert made.ensemble.shares == [0.5, 0.5]
     for _ in range(8):  # the same requests over and over: one member learns them
         assert learn(made, taught)

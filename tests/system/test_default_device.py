@@ -21,7 +21,7 @@ SETTINGS = {
     "part of the head": {"tail_samples": 4},
     "an adapter": {"adapter": "lora", "lora": 2},
     "rows of a head": {"draft_head": "traffic", "draft_head_rows": 16},
-    "a low-rank head": {"draft_head": "low_rank", "draft_head_rows": 16, "draft_head_rank": 4},
+    "a low-rank head": {"draft_head": "low_rank", "draft_head_rows": 16},
     "in a thread": {"learn": "background"},
     "by cost": {"lookahead": "cost", "draft_cost": 0.05},
 }
