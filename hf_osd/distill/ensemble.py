@@ -138,11 +138,6 @@ class Ensemble:
         for member in self.members:
             set_base(member.module, base)
 
-    def forget_optimizers(self):
-        """Go on with new optimizers."""
-        for member in self.members:
-            member.forget_optimizer()
-
     def snapshot(self) -> list[tuple]:
         """What `go_back` needs; without the losses, which are what requests said."""
         return [member.snapshot() for member in self.members]

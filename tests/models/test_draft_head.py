@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from hf_osd import OnlineConfig
+from hf_osd.drafting.context import DraftRows
 from hf_osd.models import draft_head
 from hf_osd.models.draft_head import DraftHead, can_select_rows, with_head
 from hf_osd.models.draft_vocab import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
@@ -249,4 +250,4 @@ def test_a_projection_takes_the_sets_place_once_enough_states_were_seen(tiny_lla
     logits = view(input_ids=ids).logits[0]
     assert rows.ids.shape == (6, 4)
     whole = model(input_ids=ids).logits[0]
-    assert rows.token(logits.argmax(-1, keepdim=True)).squeeze(-1).tolist() == whole.argmax(-1).tolist()
+    assert DraftRows(logits, rows.ids).likeliest().tolist() == whole.argmax(-1).tolist()
