@@ -111,6 +111,25 @@ def test_the_edge_of_each_range_is_accepted(field, value):
     assert getattr(OnlineConfig(**{field: value}), field) == value
 
 
+def test_there_are_forty_fields_at_most_in_four_parts_and_each_default_is_within_its_bound():
+    fields = dataclasses.fields(OnlineConfig)
+    assert len(fields) <= 40
+    assert [field.name for part in reversed(OnlineConfig.__bases__) for field in dataclasses.fields(part)] == [
+        field.name for field in fields
+    ]
+    for field in fields:
+        bound = field.metadata["help"].bound
+        assert bound.holds(bound.read(field.default))
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(OnlineConfig) if f.type == "bool"])
+def test_a_switch_is_read_from_its_word_and_no_other(field):
+    """`"gate": "false"` of a file edited by hand would be true."""
+    assert getattr(OnlineConfig(**{field: "false"}), field) is False
+    with pytest.raises(ValueError, match=f"`{field}` is 'no'; choose one of True, False"):
+        OnlineConfig(**{field: "no"})
+
+
 def test_a_learning_rate_that_came_as_text_is_a_number():
     """Flags know one type, and it may also be a word."""
     assert OnlineConfig(learning_rate="5e-3").learning_rate == 5e-3

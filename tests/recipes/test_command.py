@@ -1,12 +1,13 @@
 """Flags and config files: what is refused says which value and how to mend it, before any work."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
 import pytest
 from command import check_kinds, check_paths, check_repository, numbers_of, run_command
 
-from hf_osd.config import REMOVED
+from hf_osd.config import REMOVED, OnlineConfig
 
 
 @dataclass
@@ -161,6 +162,15 @@ def test_a_config_file_that_cannot_be_read_is_named_by_its_line(tmp_path, refuse
     config.write_bytes(text.encode("latin-1"))
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=says)
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=str(config))
+
+
+def test_the_help_of_a_flag_is_that_of_the_field_and_says_its_bound(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_command(Arguments, lambda *args: pytest.fail("it ran"), ["--help"])
+    said = "".join(capsys.readouterr().out.split())  # argparse breaks lines, also at hyphens
+    for field in dataclasses.fields(OnlineConfig):
+        assert f"--{field.name}" in said
+        assert "".join(field.metadata["help"].split()) in said
 
 
 @pytest.mark.parametrize("flags", [["--replay-by=loss"], ["--update_age", "3"], ["--held_back_share", "0.1"]])
