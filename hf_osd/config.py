@@ -186,9 +186,7 @@ class LearningConfig:
         "head no longer most of the work. None computes them all, as does a head of few columns.",
     )
     freeze_embeddings: bool = option(
-        True,
-        switch(),
-        "Do not train input embeddings and LM head. They are then shared by all copies of the draft.",
+        True, switch(), "Do not train input embeddings and LM head. They are then shared by all copies of the draft."
     )
     adapter: str = option(
         "auto",
@@ -197,9 +195,7 @@ class LearningConfig:
         "weights where that takes at most a fifth of the memory there is, and 4 GiB, else the adapter. What serves has the adapter in its weights.",
     )
     lora: int = option(
-        16,
-        whole(1),
-        "The rank of that adapter; it comes down by halves where learning would not fit into memory.",
+        16, whole(1), "The rank of that adapter; it comes down by halves where learning would not fit into memory."
     )
     gate: bool = option(
         True,
@@ -208,9 +204,7 @@ class LearningConfig:
         "all that is learnt serves at once, as in the paper.",
     )
     gate_tolerance: float = option(
-        0.01,
-        number(0),
-        "By how much α may be lower for 'no worse'. 1 lets through all that is not found to be worse.",
+        0.01, number(0), "By how much α may be lower for 'no worse'. 1 lets through all that is not found to be worse."
     )
     optimism: float = option(
         0.0,

@@ -122,7 +122,7 @@ def test_there_are_forty_fields_at_most_in_four_parts_and_each_default_is_within
         assert bound.holds(bound.read(field.default))
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(OnlineConfig) if f.type == "bool"])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(OnlineConfig) if isinstance(f.default, bool)])
 def test_a_switch_is_read_from_its_word_and_no_other(field):
     """`"gate": "false"` of a file edited by hand would be true."""
     assert getattr(OnlineConfig(**{field: "false"}), field) is False

@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True)
 class Bound:
     """Which values an option takes.
@@ -26,7 +22,7 @@ class Bound:
 
     words: str
     holds: Callable[[Any], bool]
-    read: Callable[[Any], Any] = _same
+    read: Callable[[Any], Any] = lambda value: value
 
     def or_none(self) -> Bound:
         """The same, and `None`."""
