@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Tokens of the suffix cache a round, at most.
+_MOST_CACHED = 16
+
 
 class OnlineAssistant(TeachableAssistant, SavableAssistant):
     """A draft model, and a cache of recent text, that learn from the requests they assist.
@@ -122,7 +125,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             config.num_assistant_tokens,
             config.draft_cost,
             config.verify_cost,
-            most_cached=config.suffix_cache_tokens if config.suffix_cache else 0,
+            most_cached=_MOST_CACHED if config.suffix_cache else 0,
             has_draft=draft is not None,
         )
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.config import CONFIG_NAME, REMOVED, OnlineConfig
 
 NUMBERS = [
     f.name for f in dataclasses.fields(OnlineConfig) if f.type in ("int", "float", "int | None", "float | None")
@@ -21,8 +21,6 @@ NUMBERS = [
         ("num_assistant_tokens", 2.5),
         ("num_assistant_tokens", True),
         ("lookahead", "dynamic"),
-        ("assistant_confidence_threshold", 1.1),
-        ("assistant_confidence_threshold", -0.1),
         ("draft_cost", 0.0),
         ("verify_cost", -0.1),
         ("verify_target", "sometimes"),
@@ -31,8 +29,6 @@ NUMBERS = [
         ("buffer_bytes", 0),
         ("buffer_age", 0),
         ("update_interval", 0),
-        ("update_tokens", 0),
-        ("update_age", -1.0),
         ("positions", "some"),
         ("divergence", "kl"),
         ("beta", 1.5),
@@ -41,12 +37,9 @@ NUMBERS = [
         ("replay", float("nan")),
         ("batch_size", 0),
         ("learning_rate", 0.0),
-        ("weight_decay", -1),
-        ("max_grad_norm", -1),
         ("warmup_steps", -1),
         ("warmup_steps", 1.5),
         ("learner_dtype", "float16"),
-        ("replay_by", "age"),
         ("decay_steps", 0),
         ("decay_steps", 2.5),
         ("averaging", 1),
@@ -60,7 +53,6 @@ NUMBERS = [
         ("ensemble", [float("nan")]),
         ("ensemble", 2),
         ("ensemble", "12"),
-        ("ensemble_sharpness", -1),
         ("tail_samples", 0),
         ("tail_samples", 100.0),
         ("gate_tolerance", -0.1),
@@ -92,18 +84,12 @@ def test_text_in_place_of_a_number_is_refused_by_field(field):
     [
         ("draft_cost", None),
         ("buffer_age", None),
-        ("update_tokens", None),
-        ("update_age", None),
         ("batch_size", None),
         ("seed", None),
-        ("assistant_confidence_threshold", 1),
         ("beta", 0),
         ("replay", 0),
         ("warmup_steps", 0),
-        ("max_grad_norm", 0),
         ("num_assistant_tokens", 1),
-        ("replay_by", "loss"),
-        ("replay_by", "recency"),
         ("decay_steps", None),
         ("decay_steps", 1),
         ("averaging", 0),
@@ -111,7 +97,6 @@ def test_text_in_place_of_a_number_is_refused_by_field(field):
         ("optimism", 0),
         ("ensemble", None),
         ("ensemble", [0.5]),
-        ("ensemble_sharpness", 0),
         ("tail_samples", None),
         ("tail_samples", 1),
         ("gate_tolerance", 0),
@@ -126,23 +111,35 @@ def test_the_edge_of_each_range_is_accepted(field, value):
     assert getattr(OnlineConfig(**{field: value}), field) == value
 
 
+def test_there_are_forty_fields_at_most_in_four_parts_and_each_default_is_within_its_bound():
+    fields = dataclasses.fields(OnlineConfig)
+    assert len(fields) <= 40
+    assert [field.name for part in reversed(OnlineConfig.__bases__) for field in dataclasses.fields(part)] == [
+        field.name for field in fields
+    ]
+    for field in fields:
+        bound = field.metadata["help"].bound
+        assert bound.holds(bound.read(field.default))
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(OnlineConfig) if isinstance(f.default, bool)])
+def test_a_switch_is_read_from_its_word_and_no_other(field):
+    """`"gate": "false"` of a file edited by hand would be true."""
+    assert getattr(OnlineConfig(**{field: "false"}), field) is False
+    with pytest.raises(ValueError, match=f"`{field}` is 'no'; choose one of True, False"):
+        OnlineConfig(**{field: "no"})
+
+
 def test_a_learning_rate_that_came_as_text_is_a_number():
     """Flags know one type, and it may also be a word."""
     assert OnlineConfig(learning_rate="5e-3").learning_rate == 5e-3
     assert OnlineConfig().learning_rate == OnlineConfig(learning_rate="auto").learning_rate == "auto"
 
 
-def test_a_cleared_buffer_cannot_be_replayed():
-    with pytest.raises(ValueError, match=r"`replay` is 6\.0 with `clear_after_update=True`"):
-        OnlineConfig(clear_after_update=True)
-    assert OnlineConfig(clear_after_update=True, replay=0).clear_after_update
-
-
 def test_the_paper_preset_is_algorithm_1():
     config = OnlineConfig.paper()
     assert (config.num_assistant_tokens, config.lookahead, config.update_interval) == (5, "constant", 8)
     assert (config.positions, config.divergence, config.total_variation_weight) == ("error", "forward_kl", 0.0)
-    assert config.clear_after_update
     assert config.batch_size is None, "one optimizer step an update"
 
 
@@ -153,28 +150,34 @@ def test_the_paper_preset_has_nothing_that_came_later():
     assert (config.ensemble, config.decay_steps, config.tail_samples) == (None, None, None)
 
 
-def test_presets_take_overrides():
+def test_the_paper_preset_takes_overrides():
     assert OnlineConfig.paper(learning_rate=3e-3).learning_rate == 3e-3
-    assert OnlineConfig.replayed(replay=2.0).replay == 2.0
-
-
-def test_the_replayed_preset_is_the_default_recipe():
-    assert OnlineConfig.replayed() == OnlineConfig()
 
 
 def test_a_saved_config_comes_back_the_same(tmp_path):
-    config = OnlineConfig.paper(seed=3, draft_cost=0.2, buffer_age=60.0, update_tokens=100)
+    config = OnlineConfig.paper(seed=3, draft_cost=0.2, buffer_age=60.0)
     config.save_pretrained(tmp_path / "new")
     assert OnlineConfig.from_json(tmp_path / "new" / CONFIG_NAME) == config
 
 
 def test_an_ensemble_comes_back_the_same(tmp_path):
-    config = OnlineConfig(ensemble=[1, 2.5], averaging=0.95, replay_by="loss", tail_samples=None, decay_steps=100)
+    config = OnlineConfig(ensemble=[1, 2.5], averaging=0.95, tail_samples=None, decay_steps=100)
     assert OnlineConfig.from_dict(config.to_dict()) == config
     config.save_pretrained(tmp_path)
     assert OnlineConfig.from_json(tmp_path / CONFIG_NAME) == config
     config.to_dict()["ensemble"].append(3)
     assert config.ensemble == [1, 2.5], "a dict of one's own"
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_field_that_is_gone_is_refused_by_name_and_loads_where_it_asked_for_what_is_done_now(name):
+    said = re.escape(f"`{name}` is no field any more: {REMOVED[name][1]}.")
+    for make in (OnlineConfig, OnlineConfig.paper, lambda **values: OnlineConfig.from_dict(values)):
+        with pytest.raises(ValueError, match=said):
+            make(**{name: "what it never was"})
+    for value in REMOVED[name][0]:
+        assert OnlineConfig.from_dict({"top_k": 7, name: value}) == OnlineConfig(top_k=7)
+    assert name not in {field.name for field in dataclasses.fields(OnlineConfig)}
 
 
 def test_an_unknown_key_is_refused_by_name():
@@ -184,7 +187,7 @@ def test_an_unknown_key_is_refused_by_name():
 
 
 def test_a_config_without_a_bound_is_json_that_every_reader_takes(tmp_path):
-    config = OnlineConfig(max_grad_norm=math.inf)
+    config = OnlineConfig(gate_tolerance=math.inf)
     config.save_pretrained(tmp_path)
     text = (tmp_path / CONFIG_NAME).read_text()
     json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))

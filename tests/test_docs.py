@@ -1,5 +1,6 @@
 """Every Python block of README and docs is run, a page at a time, on a tiny random model."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 import hf_osd
 from hf_osd import grow_draft
+from hf_osd.config import DraftingConfig, FeedbackConfig, LearningConfig, RunningConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,6 +62,25 @@ def _tokenizer():
     )
 
 
+def test_all_options_are_on_the_page_as_the_config_has_them():
+    """`python tests/test_docs.py` prints that part of the page."""
+    page = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
+    assert options() == page.split("## All options\n\n", 1)[1].split("\n## ", 1)[0]
+
+
+def options() -> str:
+    """A table for each part of `OnlineConfig`: name, default, and what its help says."""
+    lines = ["Given to `OnlineConfig(...)`, as flags of the recipes and in their YAML.\n"]
+    for part in (DraftingConfig, FeedbackConfig, LearningConfig, RunningConfig):
+        lines += [f"### {part.__doc__.removesuffix('.')}\n", "| field | default | |", "|---|---|---|"]
+        for field in dataclasses.fields(part):
+            about = field.metadata["help"]
+            assert "|" not in about
+            lines.append(f"| `{field.name}` | `{field.default!r}` | {about} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
@@ -82,3 +103,7 @@ def test_reliability_names_the_tests_there_are_for_two_dozen_faults():
     faults = page.split("## Faults", 1)[1]
     assert not set(re.findall(r"`(test_\w+)`", faults)) - _tests("**/test_*.py")
     assert faults.count("\n| ") - 1 >= 24
+
+
+if __name__ == "__main__":
+    print(options())

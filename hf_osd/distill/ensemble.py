@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from hf_osd.distill.callbacks import Refreshable
 
+# ε of the shares: how fast a member's falls with its loss.
+_SHARPNESS = 10.0
+
 
 class Ensemble:
     """One copy of a draft that trains, or with `config.ensemble` several, at several rates. The average of their weights serves, a member's share falling
@@ -51,7 +54,7 @@ class Ensemble:
         ranks: Ranks,
     ):
         self.autocast_dtype = learners_dtype(config, draft)
-        self._sharpness, self._ranks, self._window = config.ensemble_sharpness, ranks, config.learning_window
+        self._ranks, self._window = ranks, config.learning_window
         factors = config.ensemble or [1.0]
         self.members = [
             Member(
@@ -77,7 +80,7 @@ class Ensemble:
     def shares(self) -> list[float]:
         """The weight of each member in what serves: ∝ exp(-sharpness · its loss so far)."""
         least = min(self.losses)
-        raw = [math.exp(-self._sharpness * (loss - least)) for loss in self.losses]
+        raw = [math.exp(-_SHARPNESS * (loss - least)) for loss in self.losses]
         return [weight / sum(raw) for weight in raw]
 
     def serving_weights(self) -> dict[str, Tensor]:
@@ -138,11 +141,6 @@ class Ensemble:
         """Go on over other weights of the plain draft, by its names."""
         for member in self.members:
             set_base(member.module, base)
-
-    def forget_optimizers(self):
-        """Go on with new optimizers."""
-        for member in self.members:
-            member.forget_optimizer()
 
     def snapshot(self) -> list[tuple]:
         """What `go_back` needs; without the losses, which are what requests said."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # The average of the first steps is over few of them: its decay at step t is at most (1 + t) / (10 + t), or it would long stay near where
 # the draft began.
 _AVERAGE_WARM_UP = 10
+# What AdamW keeps of a parameter.
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class Member:
@@ -205,7 +207,7 @@ class Member:
         """Go on from `state()`.
 
         Raises:
-            ValueError: if the state is that of another draft.
+            ValueError: if the state is that of another draft or optimizer.
         """
         kinds: dict[str, dict[str, Tensor]] = {
             name: {} for name in ("weights", "average", "last_step", "optimizer", "draws")
@@ -216,6 +218,11 @@ class Member:
         if {n: t.shape for n, t in kinds["weights"].items()} != {n: t.shape for n, t in self.weights().items()}:
             raise ValueError(
                 "The saved learner is that of another draft; resume with the --draft it was started with, or start afresh."
+            )
+        if other := sorted({name.split(".", 1)[1] for name in kinds["optimizer"]} - _MOMENTS):
+            raise ValueError(
+                f"The saved learner's optimizer is not AdamW, for it has {', '.join(other)}, and there is no other any more (such as Muon); start afresh "
+                "from the draft that was saved with it."
             )
         self.set_weights(kinds["weights"])
         self.forget_optimizer()

@@ -22,7 +22,6 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
-from hf_osd.distill.muon import MuonWithAdamW
 from hf_osd.distill.ranks import Ranks
 from hf_osd.distill.scoring import answer_logits, learners_autocast
 from hf_osd.feedback.buffer import FeedbackBuffer
@@ -215,13 +214,6 @@ class OnlineGKDTrainer(GKDTrainer):
         self.accelerator.step = 0
         return list(objects)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Upstream's, or Muon, which upstream does not know."""
-        if self.config.optim == "muon" and self.optimizer is None:
-            args = self.args
-            self.optimizer = MuonWithAdamW(model or self.model, args.learning_rate, args.weight_decay)
-        return super().create_optimizer(*(() if model is None else (model,)))
-
     def scale_rate(self, factor: float):
         """Learn at so many times the rate from now on; the optimizer's moments and the warm-up stay."""
         self.args.learning_rate *= factor
@@ -281,9 +273,9 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "num_train_epochs": 1,
         # "auto" is found beside serving, from this one down.
         "learning_rate": 1e-3 if config.learning_rate == "auto" else config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": "adamw_torch" if config.optim == "muon" else config.optim,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
         "seed": config.seed if config.seed is not None else 42,
         "lmbda": 0.0,
         "router_aux_loss_coef": 0.0,  # the loss here has none; trl would ask layers for router logits that may have no router

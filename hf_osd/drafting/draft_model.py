@@ -105,7 +105,6 @@ class Drafting:
         stops (`DraftStops`): where a draft must end.
         eos (`set[int]`): token ids that end the text.
         sample (`bool`): whether the call samples.
-        threshold (`float`): stop drafting after a token less likely than this.
         home (`torch.device`): where scores are processed and chosen from.
         make_head (`Callable`, *optional*): the head to compute in place of the model's own, and the view of the model with it, for a text `(L,)`
             in the draft's tokens; called when the draft is first asked.
@@ -120,18 +119,17 @@ class Drafting:
         stops: DraftStops,
         eos: set[int],
         sample: bool,
-        threshold: float,
         home: torch.device,
         make_head: Callable | None = None,
     ):
         self.context, self.translation = context, translation
         self._lookahead, self._verified, self._stops, self._eos = lookahead, verified, stops, eos
-        self._sample, self._threshold, self._home, self._make_head = sample, threshold, home, make_head
+        self._sample, self._home, self._make_head = sample, home, make_head
         # Whether tokens may be chosen from what the head computes as it is; else from scores over all of V.
         self._needs_scores = sample or verified is not None or not translation.is_identity
         # To look at a token as it is drafted waits for the device. On the CPU that costs nothing.
         is_local = context.ids.device.type == home.type == "cpu"
-        self._looks = is_local or threshold > 0 or stops.asks or not translation.is_identity
+        self._looks = is_local or stops.asks or not translation.is_identity
         self.usage = HeadUsage()
         self._lag = 0  # last verified positions that the draft was not asked about, at most MOST_LAG
         self._lag_targets: deque[Tensor] = deque(maxlen=MOST_LAG)  # p there, (1, V) each; only when sampling
@@ -180,7 +178,7 @@ class Drafting:
             block.own.append(token)
             if self._looks:
                 tokens.append(int(token))
-                if tokens[-1] in self._eos or self._is_unsure(said, scores, tokens[-1]):
+                if tokens[-1] in self._eos:
                     break
             if len(block.own) == plan.length:
                 break
@@ -268,13 +266,6 @@ class Drafting:
         if scores is None:
             return said.likeliest()[:, None].to(self._home)
         return torch.multinomial(scores.softmax(-1), 1) if self._sample else scores.argmax(-1, keepdim=True)
-
-    def _is_unsure(self, said: DraftRows, scores: Tensor | None, token: int) -> bool:
-        if not self._threshold:
-            return False
-        if scores is None:  # the token is the likeliest one
-            return float(said.confidence()) < self._threshold
-        return float(scores.softmax(-1)[0, token]) < self._threshold
 
     def _take_tail(self, block: Block, text: CallText, tokens: list[int], reach: float) -> bool:
         """End the block with cached tokens, if that is worth more than drafting on."""

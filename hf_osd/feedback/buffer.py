@@ -13,9 +13,6 @@ from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.trace import read_trace, write_trace
 from hf_osd.system.forks import released
 
-# Requests after which one is half as likely to be replayed by recency.
-HALF_LIFE = 64
-
 
 class FeedbackBuffer:
     """The most recent [`Feedback`], bounded by bytes and by age; what no update has seen yet is *new*.
@@ -78,29 +75,19 @@ class FeedbackBuffer:
             self._held = deque(held for held in self._held if id(held) not in gone)
             self.nbytes = sum(held.nbytes for held in self._held)
 
-    def sample(self, count: int, generator: torch.Generator | None = None, by: str = "uniform") -> list[Feedback]:
+    def sample(self, count: int, generator: torch.Generator | None = None) -> list[Feedback]:
         """`count` requests: without repetition in each pass over the buffer, as many passes as needed.
 
         Args:
             count (`int`): how many.
             generator (`torch.Generator`, *optional*): of the draws.
-            by (`str`): `"uniform"`; `"recency"`, where a request that `HALF_LIFE` others have followed is half as likely; `"loss"`, in proportion to
-                the rejection rate that it had when it was served.
         """
         with self._lock:
             self._keep_bounds()
             held = list(self._held)
-        if by == "recency":
-            weights = torch.arange(1 - len(held), 1, dtype=torch.float32, device="cpu").div(HALF_LIFE).exp2()
-        elif by == "loss":
-            rates = [_rejection_rate(feedback) for feedback in held]
-            weights = torch.tensor(rates, dtype=torch.float32, device="cpu")
-        else:
-            weights = torch.ones(len(held), dtype=torch.float32, device="cpu")
         drawn: list[Feedback] = []
         while held and len(drawn) < count:
-            # An exponential race: whose clock of rate `weight` rings first. It is a weighted draw without repetition.
-            times = torch.empty_like(weights).exponential_(generator=generator) / weights
+            times = torch.empty(len(held), dtype=torch.float32, device="cpu").exponential_(generator=generator)
             drawn += [held[i] for i in times.argsort()[: count - len(drawn)].tolist()]
         return drawn
 
@@ -155,9 +142,3 @@ class FeedbackBuffer:
         if self.max_age is not None:
             while self._held and time.monotonic() - self._held[0].created > self.max_age:
                 self._drop_oldest()
-
-
-def _rejection_rate(feedback: Feedback) -> float:
-    """1 - α as it was served; 1 where nothing was predicted. Never 0: what is known well may be forgotten."""
-    known = feedback.overlap[~feedback.overlap.isnan()]
-    return max(1.0 - float(known.mean()), 0.02) if len(known) else 1.0

@@ -163,7 +163,6 @@ class Call:
             translation=translation,
             record=self.record,
             lookahead=parts.lookahead,
-            confidence_threshold=config.assistant_confidence_threshold,
             text=self._text,
             make_head=None if head is None else functools.partial(head.view, self.model),
             verification=Verification(request, config.verify_target, parts.warn),

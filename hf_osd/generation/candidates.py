@@ -56,7 +56,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         translation (`Translation`): between the target's tokens and the draft's.
         record (`CallRecord`): where observations go.
         lookahead (`Lookahead`): chooses source and γ.
-        confidence_threshold (`float`): stop drafting after a token less likely than this.
         text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
         make_head (`Callable`, *optional*): see [`Drafting`].
         verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
@@ -73,7 +72,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         translation: Translation,
         record: CallRecord,
         lookahead: Lookahead,
-        confidence_threshold: float = 0.0,
         text: CallText | None = None,
         make_head: Callable | None = None,
         verification: Verification | None = None,
@@ -140,7 +138,6 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 self.stops,
                 self._eos,
                 sample=self._sample,
-                threshold=confidence_threshold,
                 home=input_ids.device,  # the processors' own tensors are there
                 make_head=make_head,
             )

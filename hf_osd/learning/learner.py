@@ -113,7 +113,7 @@ class Learner:
         self._lock = released(threading.Lock())
 
     def due(self) -> bool:
-        """Whether enough requests or tokens wait, or one has waited long enough. Never in a job of several processes: one of them must not begin."""
+        """Whether enough requests wait. Never in a job of several processes: one of them must not begin."""
         return self.ranks.size == 1 and self._due()
 
     def _due(self) -> bool:
@@ -121,8 +121,7 @@ class Learner:
         if self.rate.found:
             return self.schedule.due(new)
         # To find a rate takes requests to try it on, and others to judge it by.
-        served = [one for one in new if one not in self._rehearsed]
-        return len(served) > 1 and self.schedule.due(served, times=2)
+        return self.schedule.due([one for one in new if one not in self._rehearsed], times=2)
 
     def update(self, wait: bool = True, most: int | None = None) -> bool:
         """One update on what is new and its replay. `True` if other weights serve than before.
@@ -385,7 +384,7 @@ class Learner:
             count = min(count, most - len(new))
         # After a failure without replay: what broke the update may be in it, and would break every other one.
         count = 0 if self.schedule.misses else count
-        replayed = self.buffer.sample(count, self._generator, config.replay_by)
+        replayed = self.buffer.sample(count, self._generator)
         requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
         rows = sum(request.lessons(config.positions) for request in requests)
         rows = int(self.ranks.sum(rows)[0])
@@ -415,8 +414,6 @@ class Learner:
         self.unmoved = 0 if have_moved(self.ensemble.members, before) else self.unmoved + 1
         self.learned_tokens += rows
         self._since_accepted.update(new)
-        if config.clear_after_update:
-            self.buffer.clear()
 
     def _train(self, requests: list[Feedback]):
         requests = what_is_read(requests, self.config, self._generator)

@@ -45,13 +45,8 @@ class Schedule:
         self._tokens = self._came = 0  # learnt; that have come to be learnt
 
     def due(self, new: Sequence[Feedback], times: int = 1) -> bool:
-        """Whether enough requests or tokens wait, `times` as many as usual, or one has waited long enough."""
-        config = self.config
-        return bool(new) and (
-            len(new) >= times * config.update_interval
-            or (config.update_tokens is not None and sum(map(len, new)) >= times * config.update_tokens)
-            or (config.update_age is not None and time.monotonic() - new[0].created >= config.update_age)
-        )
+        """Whether enough requests wait, `times` as many as usual."""
+        return len(new) >= times * self.config.update_interval
 
     def note_served(self, seconds: float):
         """A call took so long. What was learnt before the first, a warm-up, is not held against those after it."""

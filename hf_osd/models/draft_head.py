@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _PROMPT_WEIGHT = 0.25
 # Rows that the low-rank projection chooses at each step, to those that are kept for the traffic as a whole.
 _LOW_RANK_SHARE = 8
+_RANK = 64  # of the projection
 # A projection is made once so many hidden states were seen, and once more: it is worth little without them, and takes a second.
 _STATES = (2048, 8192)
 
@@ -60,7 +61,7 @@ class DraftHead:
         rows = draft.get_output_embeddings().weight.shape[0]
         if size >= rows or (kind == "auto" and rows < 4 * size):
             return None
-        return cls(rows, size, config.draft_head_rank if kind == "low_rank" else None)
+        return cls(rows, size, _RANK if kind == "low_rank" else None)
 
     def view(self, model: PreTrainedModel, text: Tensor) -> tuple[RowsHead | LowRankHead, PreTrainedModel]:
         """The head of one call, and `model` with it: `text` `(L,)` is what the draft reads first."""

@@ -189,9 +189,6 @@ class _PartialHead(nn.Module):
         """The logits of all rows for hidden states `(n, d)`, `(n, W)`: to tell what the choice of rows costs."""
         return F.linear(hidden, *self._all)
 
-    def _nothing(self, logits: Tensor) -> Tensor:
-        return logits.new_full((logits.shape[0], self._all[0].shape[0]), -torch.inf)
-
 
 class RowsHead(_PartialHead):
     """An LM head over some rows, for one call; not thread-safe. `SpeculativeVocabulary.head` makes it.
@@ -244,14 +241,6 @@ class RowsHead(_PartialHead):
                     own[start:end] = row
         self._ids = torch.cat([self._ids, ids])
         self._added.update(dict.fromkeys(new))
-
-    def token(self, index: Tensor) -> Tensor:
-        """The tokens of columns, int64, any shape."""
-        return self._ids[index]
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """This head's logits `(n, R)` over all tokens, `(n, W)`: -inf outside the rows."""
-        return self._nothing(logits).index_copy_(-1, self._ids, logits)
 
     def _grown(self, i: int, used: int, rows: int) -> Tensor | None:
         """Room for `rows` rows of the weight (`i` = 0) or bias (1), the first `used` as they are."""
@@ -357,15 +346,6 @@ class LowRankHead(_PartialHead):
 
     def add(self, tokens: Sequence[int]):
         """Nothing: every position chooses its own rows."""
-
-    def token(self, index: Tensor) -> Tensor:
-        """The tokens of columns `(n', ...)`, int64, of the last n' positions of the last forward."""
-        n = index.shape[0]
-        return self.ids[len(self.ids) - n :].gather(-1, index.reshape(n, -1)).view_as(index)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """The logits `(n', size)` of the last n' positions of the last forward over all tokens, `(n', W)`: -inf where not chosen."""
-        return self._nothing(logits).scatter_(-1, self.ids[len(self.ids) - logits.shape[0] :], logits)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

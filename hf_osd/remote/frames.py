@@ -26,7 +26,6 @@ class FrameWriter:
 
     def __init__(self, stream: BinaryIO):
         self._stream, self._lock = stream, threading.Lock()
-        self.nbytes = 0  # written so far
 
     def write(self, kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None):
         """One frame: its kind, tensors of any device and dtype, and values as JSON has them.
@@ -39,7 +38,6 @@ class FrameWriter:
             self._stream.write(_MAGIC + len(data).to_bytes(_LENGTH, "little"))
             self._stream.write(data)
             self._stream.flush()
-            self.nbytes += len(_MAGIC) + _LENGTH + len(data)
 
 
 def to_bytes(kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None) -> bytes:

@@ -1,6 +1,6 @@
 """The process of `OnlineConfig(learn="process")`: a [`BackgroundLearner`] that reads feedback from a pipe and writes weights into another.
 
-[`hf_osd.remote.worker.Worker`] starts it, as `python -m hf_osd.remote.process FOLDER THREADS PARENT`; the folder holds the draft and what else it needs to begin. It
+[`hf_osd.remote.worker.Worker`] starts it, as `python -m hf_osd.remote.process FOLDER PARENT`; the folder holds the draft and what else it needs to begin. It
 ends when it is told to, when its input ends, and when the process PARENT is gone, however that went.
 """
 
@@ -182,14 +182,14 @@ def main(argv: list[str]) -> int:
     """Run the process; the exit status."""
     folder = Path(argv[1])
     begun = threading.Event()
-    threading.Thread(target=_live, args=(int(argv[3]), folder, _shared(folder), begun), daemon=True).start()
+    threading.Thread(target=_live, args=(int(argv[2]), folder, _shared(folder), begun), daemon=True).start()
     frames = FrameWriter(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # whoever prints must not print into a frame
     with suppress(OSError, AttributeError):
         os.nice(_NICENESS)
     with suppress(OSError):  # no Linux
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
-    torch.set_num_threads(int(argv[2]))
+    torch.set_num_threads(1)
     disable_progress_bar()
     process = LearnerProcess(folder, frames)
     begun.set()

@@ -81,7 +81,6 @@ class Channel:
 
     def __init__(self, peer: int, came: Callable[[str, dict, dict], None], died: Callable[[], None]):
         self.peer, self._came, self._died = peer, came, died
-        self.nbytes = 0  # sent so far
         self.open = True
         self._closing = False
         self._out: deque[tuple[str, bytes]] = deque()
@@ -130,7 +129,6 @@ class Channel:
                 dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.peer)
             except RuntimeError:  # gone: whoever reads notices
                 return
-            self.nbytes += len(data)
 
     def _read(self):
         try:

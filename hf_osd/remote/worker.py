@@ -73,14 +73,13 @@ class Worker:
             lay_out(folder, serving, config, base)
             with (folder / BUSY).open("r+b") as file:
                 self._shared = mmap.mmap(file.fileno(), 2)
-            threads = str(config.learner_threads)
             # Under a launcher it would take itself for one of the job's processes.
             alone = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
             self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "hf_osd.remote.process", str(folder), threads, str(os.getpid())],
+                [sys.executable, "-m", "hf_osd.remote.process", str(folder), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**alone, "OMP_NUM_THREADS": threads},
+                env={**alone, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # on Windows the same
             )

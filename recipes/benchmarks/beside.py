@@ -17,7 +17,7 @@ class Beside:
 
     def __init__(self, args, config: OnlineConfig):
         self.args, self.work = args, Workload(args, config.seed)
-        fixed = {"lookahead": "constant", "suffix_cache": False, "learning_rate": _NO_RATE, "weight_decay": 0.0}
+        fixed = {"lookahead": "constant", "suffix_cache": False, "learning_rate": _NO_RATE}
         self.config = {**config.to_dict(), **fixed}
 
     def measure(self) -> dict:

@@ -259,7 +259,7 @@ class Overhead:
         batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         loss = trainer.compute_loss(model, batch, return_outputs=whole)
         (loss[0] if whole else loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_osd import OnlineConfig
+from hf_osd.config import check_removed
 from hf_osd.system.output_paths import check_apart, check_writable
 from recipes.common.run_folder import RUN_FILES
 from recipes.common.signals import ended_by_signals, exit_status
@@ -56,7 +57,9 @@ def run_command(
     try:
         parser = TrlParser((arguments, OnlineConfig))
         parser.set_defaults_with_config(**(defaults or {}))
-        file = config_file(sys.argv[1:] if argv is None else argv)
+        flags = sys.argv[1:] if argv is None else argv
+        check_removed(flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
+        file = config_file(flags)
         args, config = parser.parse_args_and_config(argv)
         check_paths(args, file)
         return run(args, config) or 0
@@ -98,7 +101,7 @@ def config_file(argv: list[str]) -> str | None:
     """The file that `--config` names, seen to be YAML, which the parser takes for granted; `None` where there is no such flag.
 
     Raises:
-        ValueError: if it is not, or none is named; the message says the line.
+        ValueError: if it is not, or none is named, or it has a key that is gone; the message says the line, or the key.
         OSError: if it cannot be read.
     """
     import yaml
@@ -122,6 +125,7 @@ def config_file(argv: list[str]) -> str | None:
         raise ValueError(
             f"--config {path} has no keys; write lines of a key, a colon and a value, such as requests: 100."
         )
+    check_removed(values)
     return path
 
 

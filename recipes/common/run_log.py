@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from hf_osd import OnlineConfig
 from hf_osd.metrics.stats import Stats
 from hf_osd.saving.state import saved_progress
 from hf_osd.system.files import discard_states, states
@@ -147,6 +148,12 @@ class RunLog:
 
     def _load(self):
         progress = saved_progress(self.checkpoint)
+        try:  # it may have begun with fields that there are no more
+            OnlineConfig.from_dict(progress["identity"].get("config", {}))
+        except ValueError as error:
+            raise ValueError(
+                f"The run in {self.directory} cannot go on as it began: {error} Start anew in its place with --overwrite, or choose another --output_dir."
+            ) from error
         if changed := _changed(progress["identity"], self.identity):
             held_back = (
                 " Prompts that have been learnt may now be held back to score on."

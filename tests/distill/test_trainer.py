@@ -22,12 +22,20 @@ VOCAB = 64
 
 def plain(**fields) -> OnlineConfig:
     """Nothing but the divergence: no total variation, no warm-up, no clipping."""
-    return OnlineConfig(**{"total_variation_weight": 0.0, "warmup_steps": 0, "max_grad_norm": 0.0, "seed": 0} | fields)
+    return OnlineConfig(**{"total_variation_weight": 0.0, "warmup_steps": 0, "seed": 0} | fields)
 
 
 def trainer_of(model, config=None, buffer=None, **kwargs) -> OnlineGKDTrainer:
     buffer = FeedbackBuffer() if buffer is None else buffer  # an empty one is false
-    return OnlineGKDTrainer(model, buffer, config or plain(), **kwargs)
+    made = OnlineGKDTrainer(model, buffer, config or plain(), **kwargs)
+    if "args" not in kwargs:
+        made.args.max_grad_norm = 0.0
+    return made
+
+
+def descent(config, model, **args):
+    """By plain gradients."""
+    return training_args(config, model.device, **{"optim": "sgd", "max_grad_norm": 0.0} | args)
 
 
 def row_losses(model, feedback, taught=None):
@@ -112,8 +120,8 @@ def test_one_step_follows_the_mean_over_all_its_rows(tiny_llama, requests, accum
     model = tiny_llama()
     apart = copy.deepcopy(model)
     torch.cat([row_losses(apart, f) for f in requests]).mean().backward()
-    config = plain(optim="sgd", learning_rate=0.1, batch_size=2 // accumulate)
-    args = training_args(config, model.device, gradient_accumulation_steps=accumulate)
+    config = plain(learning_rate=0.1, batch_size=2 // accumulate)
+    args = descent(config, model, gradient_accumulation_steps=accumulate)
     trainer = trainer_of(model, config, args=args)
     trainer.learn(requests)
     assert trainer.state.global_step == 1
@@ -230,7 +238,7 @@ def test_what_needs_no_gradient_stays_as_it_is(tiny_llama, taught):
     for end in (draft.model.embed_tokens, draft.lm_head):
         end.requires_grad_(False)
     before = {name: p.detach().clone() for name, p in draft.named_parameters()}
-    trainer_of(draft, plain(weight_decay=0.1, learning_rate=0.01)).learn(taught)
+    trainer_of(draft, plain(learning_rate=0.01)).learn(taught)
     for name, parameter in draft.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
@@ -345,8 +353,9 @@ def test_outputs_come_with_the_loss_if_asked(tiny_llama, requests):
     assert outputs.logits.shape == (16, VOCAB)
 
 
-def test_one_of_upstreams_optimizers_may_be_named(tiny_llama, taught):
-    trainer = trainer_of(tiny_llama(layers=1), plain(optim="sgd", learning_rate=0.5, weight_decay=0.25))
+def test_one_of_upstreams_optimizers_may_be_given_in_arguments_of_ones_own(tiny_llama, taught):
+    model, config = tiny_llama(layers=1), plain(learning_rate=0.5)
+    trainer = trainer_of(model, config, args=descent(config, model, weight_decay=0.25))
     trainer.learn(taught)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert isinstance(optimizer, torch.optim.SGD)
@@ -354,10 +363,11 @@ def test_one_of_upstreams_optimizers_may_be_named(tiny_llama, taught):
     assert 0.25 in {group["weight_decay"] for group in optimizer.param_groups}
 
 
-def test_gradients_are_clipped_to_the_configured_norm(tiny_llama, requests):
-    model = tiny_llama()
+def test_gradients_are_clipped_to_the_norm_in_the_arguments(tiny_llama, requests):
+    model, config = tiny_llama(), plain(learning_rate=1.0, batch_size=2)
+    assert training_args(config, model.device).max_grad_norm == 1.0
     before = [p.detach().clone() for p in model.parameters()]
-    trainer_of(model, plain(optim="sgd", learning_rate=1.0, max_grad_norm=0.01, batch_size=2)).learn(requests)
+    trainer_of(model, config, args=descent(config, model, max_grad_norm=0.01)).learn(requests)
     moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
     assert nn.utils.get_total_norm([moved]).item() == pytest.approx(0.01, rel=1e-2)  # weights of about 1 in float32
 

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
 from hf_osd.distill.ranks import Ranks
@@ -25,7 +26,7 @@ from hf_osd.feedback.trace import read_trace
 from hf_osd.learning.contenders import Contenders, Point
 from hf_osd.learning.learner import Learner
 
-# One step over all requests, by plain gradients: nothing that could hide a factor.
+# One step over all requests: nothing that could hide a factor.
 PLAIN = {
     "batch_size": None,
     "replay": 0.0,
@@ -33,8 +34,6 @@ PLAIN = {
     "gate": False,
     "tail_samples": None,
     "warmup_steps": 0,
-    "max_grad_norm": 0.0,
-    "optim": "sgd",
     "learning_rate": 0.1,
     "seed": 0,
 }
@@ -74,7 +73,9 @@ def one_step(draft, requests: list) -> dict:
     """Gradients and weights of one update on `requests`."""
     learner, served = make(draft, PLAIN)
     gradients = Gradients()
-    learner.ensemble.members[0].trainer.add_callback(gradients)
+    trainer = learner.ensemble.members[0].trainer
+    trainer.args.optim, trainer.args.max_grad_norm = OptimizerNames.SGD, 0.0
+    trainer.add_callback(gradients)
     for request in requests:
         learner.buffer.add(request)
     assert learner.update()
@@ -169,7 +170,7 @@ class Job:
         self.keep("finding", learner.ensemble.serving_weights())
 
     def failing(self):
-        rank, (learner, served) = self.ranks.rank, make(self.draft, {**PLAIN, "batch_size": 2, "optim": "adamw_torch"})
+        rank, (learner, served) = self.ranks.rank, make(self.draft, {**PLAIN, "batch_size": 2})
         before = {name: tensor.clone() for name, tensor in served.items()}
         trainer = learner.ensemble.members[0].trainer
         whole, calls = trainer._loss, []

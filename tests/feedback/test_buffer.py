@@ -1,20 +1,17 @@
 """`FeedbackBuffer`: its two bounds, what is new, and that it survives threads and the disk."""
 
-import math
 import os
 import re
 import stat
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.config import REPLAYS
-from hf_osd.feedback.buffer import HALF_LIFE, FeedbackBuffer
+from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.trace import write_trace
 
 
@@ -117,12 +114,12 @@ def test_dropped_while_an_update_runs_then_marked_seen(make_feedback):
     assert buffer.new() == late
 
 
-@given(held=st.integers(1, 6), count=st.integers(0, 20), seed=st.integers(0, 100), by=st.sampled_from(REPLAYS))
-def test_a_sample_repeats_no_request_within_a_pass(make_feedback, held, count, seed, by):
+@given(held=st.integers(1, 6), count=st.integers(0, 20), seed=st.integers(0, 100))
+def test_a_sample_repeats_no_request_within_a_pass(make_feedback, held, count, seed):
     buffer = FeedbackBuffer()
     for i in range(held):
         buffer.add(make_feedback(n=2, seed=i))
-    drawn = buffer.sample(count, torch.Generator().manual_seed(seed), by)
+    drawn = buffer.sample(count, torch.Generator().manual_seed(seed))
     assert len(drawn) == count
     for start in range(0, count, held):
         one_pass = drawn[start : start + held]
@@ -142,44 +139,8 @@ def test_samples_are_uniform_and_repeat_with_their_seed(make_feedback):
     assert again[0] == again[1]
 
 
-def first_draws(buffer, by, draws):
-    """How often each request held is drawn first, oldest first."""
-    random, counts = torch.Generator().manual_seed(0), torch.zeros(len(buffer))
-    at = {id(f): i for i, f in enumerate(buffer.new())}
-    for _ in range(draws):
-        counts[at[id(buffer.sample(1, random, by)[0])]] += 1
-    return counts
-
-
-def near(counts, weights):
-    """Within five standard deviations of shares in proportion to the weights; the draws are seeded."""
-    draws = float(sum(counts))
-    for count, weight in zip(counts, weights, strict=True):
-        share = weight / sum(weights)
-        assert abs(float(count) - draws * share) < 5 * math.sqrt(draws * share * (1 - share)), (counts, weights)
-
-
-def test_by_recency_a_request_that_64_others_have_followed_is_half_as_likely(make_feedback):
-    assert HALF_LIFE == 64
-    buffer = FeedbackBuffer()
-    for i in range(130):
-        buffer.add(make_feedback(n=1, seed=i))
-    weights = torch.tensor([2 ** ((i - 129) / 64) for i in range(130)])
-    counts = first_draws(buffer, "recency", 6000)
-    near(counts.view(10, 13).sum(1), weights.view(10, 13).sum(1).tolist())
-
-
-def test_by_loss_a_request_is_as_likely_as_it_was_rejected(make_feedback):
-    """Also one of which all was accepted may come, and one of which nothing was predicted counts as one that was all wrong."""
-    nan, buffer = torch.nan, FeedbackBuffer()
-    for overlap in ([0.0, 0.0], [1.0, 0.0], [nan, 0.8], [1.0, 1.0], [nan, nan]):
-        buffer.add(replace(make_feedback(n=2), overlap=torch.tensor(overlap)))
-    near(first_draws(buffer, "loss", 6000), [1.0, 0.5, 0.2, 0.02, 1.0])
-
-
 def test_an_empty_buffer_gives_an_empty_sample():
-    for by in REPLAYS:
-        assert FeedbackBuffer().sample(5, by=by) == []
+    assert FeedbackBuffer().sample(5) == []
 
 
 def test_clear_forgets_everything_and_counts_nothing_as_dropped(make_feedback):

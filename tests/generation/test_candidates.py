@@ -231,13 +231,6 @@ def test_a_sliding_window_draft_keeps_its_cache_right(tiny_llama, noised_copy):
             assert assistant.stats.last.alpha_live == 1.0
 
 
-def test_drafting_stops_at_an_unsure_token(target, serve, noised_copy):
-    _, _, sure = serve(noised_copy(target, 0.3), config={"assistant_confidence_threshold": 0.0})
-    _, _, unsure = serve(noised_copy(target, 0.3), config={"assistant_confidence_threshold": 1.0})
-    assert unsure.drafted < sure.drafted
-    assert max(unsure.tested_by_position) == 0  # one token a block
-
-
 def test_rounds_without_a_draft_still_teach_and_the_draft_catches_up(target, noised_copy):
     """γ goes 0, 0, 0, 3, 0, 3, …: the draft's cache lags and must catch up in one forward."""
     draft = noised_copy(target, 0.1)

@@ -48,23 +48,6 @@ def test_an_update_is_due_after_so_many_requests(learner, make_feedback):
     assert made.due()
 
 
-def test_or_after_so_many_tokens(learner, make_feedback):
-    made = learner(update_interval=100, update_tokens=20)
-    made.buffer.add(make_feedback(n=12))
-    assert not made.due()
-    made.buffer.add(make_feedback(n=12, seed=1))
-    assert made.due()
-
-
-def test_or_once_the_oldest_has_waited_long_enough(learner, make_feedback, monkeypatch):
-    made = learner(update_interval=100, update_age=30.0)
-    made.buffer.add(make_feedback(created=1000.0))
-    monkeypatch.setattr("time.monotonic", lambda: 1029.0)
-    assert not made.due()
-    monkeypatch.setattr("time.monotonic", lambda: 1030.0)
-    assert made.due()
-
-
 def test_to_find_a_rate_takes_twice_as_many(learner, make_feedback):
     """Some to try rates on, and as many to judge them by; after that an update is due as ever."""
     made = learner(update_interval=2, learning_rate="auto")
@@ -192,16 +175,6 @@ def test_one_request_finds_no_rate_and_stays_new(learner, make_feedback):
     offer(made, make_feedback(seed=1))
     assert made.update()
     assert (made.updates, made.failed, made.buffer.new(), made.rate.found) == (1, 0, [], True)
-
-
-def test_nor_is_an_update_due_for_one_however_long_it_waits(learner, make_feedback, monkeypatch):
-    """A thread that learns would try again and again."""
-    made = learner(learning_rate="auto", update_interval=100, update_age=30.0)
-    monkeypatch.setattr("time.monotonic", lambda: 1030.0)
-    made.buffer.add(make_feedback(created=1000.0))
-    assert not made.due()
-    made.buffer.add(make_feedback(created=1001.0, seed=1))
-    assert made.due()
 
 
 @pytest.mark.parametrize(("cold", "tried"), [(0.0, 3), (2.0, 1)])

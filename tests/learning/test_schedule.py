@@ -17,10 +17,10 @@ PROMPT = 5
 
 @pytest.fixture(scope="module")
 def request_of(make_feedback):
-    """A request of so many tokens, its prompt included, that came so many seconds ago."""
+    """A request of so many tokens, its prompt included."""
 
-    def make(tokens: int = 10, age: float = 0.0):
-        return make_feedback(n=tokens - PROMPT, prompt=PROMPT, k=2, created=time.monotonic() - age)
+    def make(tokens: int = 10):
+        return make_feedback(n=tokens - PROMPT, prompt=PROMPT, k=2)
 
     return make
 
@@ -45,24 +45,8 @@ def test_an_update_is_due_after_so_many_requests(request_of):
     assert [made.due([request_of()] * count, times=2) for count in (3, 5, 6)] == [False, False, True]
 
 
-def test_or_so_many_new_tokens_of_answers(request_of):
-    made = schedule(update_interval=100, update_tokens=12)
-    assert not made.due([request_of(10)] * 2)
-    assert made.due([request_of(10), request_of(12)])
-    assert not made.due([request_of(10), request_of(12)], times=2)
-    assert made.due([request_of(10), request_of(12)] * 2, times=2)
-
-
-def test_or_once_the_oldest_has_waited_long_enough(request_of):
-    made = schedule(update_interval=100, update_age=60.0)
-    assert made.due([request_of(age=61.0), request_of()])
-    assert not made.due([request_of(age=59.0), request_of()])
-    assert made.due([request_of(age=61.0)], times=2)
-    assert not schedule(update_interval=100).due([request_of(age=1e6)])
-
-
 def test_without_anything_new_nothing_is_due():
-    assert not schedule(update_interval=1, update_tokens=1, update_age=1e-9).due([])
+    assert not schedule(update_interval=1).due([])
 
 
 def test_there_is_room_for_as_many_tokens_as_the_share_of_the_time_pays_for():

@@ -100,7 +100,8 @@ def test_sampling_from_a_head_of_few_rows(noised_copy, mixes, kwargs):
 def test_sampling_from_a_low_rank_head(noised_copy, monkeypatch, kwargs):
     """Rows differ from position to position; two of 20 here."""
     monkeypatch.setattr(draft_head, "_STATES", (8, 16))
-    low = {"draft_head": "low_rank", "draft_head_rows": 16, "draft_head_rank": 4, "suffix_cache": False}
+    monkeypatch.setattr(draft_head, "_RANK", 4)
+    low = {"draft_head": "low_rank", "draft_head_rows": 16, "suffix_cache": False}
     low["lookahead"] = "constant"
     with rounds_seen() as seen:
         assistant = check_sampled_sources(

@@ -57,7 +57,8 @@ def test_no_rows_are_stale_while_the_head_learns(target, draft):
 def test_a_low_rank_head_of_full_rank_drafts_as_the_whole_one(target, draft, monkeypatch):
     """Of all rank there is, the rows it chooses are the likeliest."""
     monkeypatch.setattr(draft_head, "_STATES", (8, 16))
-    low = assistant_of(draft, draft_head="low_rank", draft_head_rows=56, draft_head_rank=32)
+    monkeypatch.setattr(draft_head, "_RANK", 32)
+    low = assistant_of(draft, draft_head="low_rank", draft_head_rows=56)
     whole = assistant_of(draft)
     for i, prompt in enumerate(PROMPTS):
         with rounds_seen() as seen:

@@ -30,7 +30,6 @@ configs = st.fixed_dictionaries(
         "lookahead": st.sampled_from(["heuristic", "cost"]),
         "draft_cost": st.sampled_from([0.05, 0.4]),
         "verify_cost": st.sampled_from([0.0, 0.1]),
-        "assistant_confidence_threshold": st.just(0.0),
     },
 )
 lengths = st.integers(1, 20)

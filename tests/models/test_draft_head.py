@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from hf_osd import OnlineConfig
+from hf_osd.drafting.context import DraftRows
 from hf_osd.models import draft_head
 from hf_osd.models.draft_head import DraftHead, can_select_rows, with_head
 from hf_osd.models.draft_vocab import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
@@ -231,10 +232,11 @@ def test_the_next_calls_head_has_what_was_said_and_what_was_likely(tiny_llama):
 
 def test_a_projection_takes_the_sets_place_once_enough_states_were_seen(tiny_llama, monkeypatch):
     monkeypatch.setattr(draft_head, "_STATES", (8, 16))
+    monkeypatch.setattr(draft_head, "_RANK", 32)
     made, make = [], draft_head.LowRank
     monkeypatch.setattr(draft_head, "LowRank", lambda *args: made.append(1) or make(*args))
     model = tiny_llama()
-    head = head_of(model, draft_head="low_rank", draft_head_rows=32, draft_head_rank=32)
+    head = head_of(model, draft_head="low_rank", draft_head_rows=32)
     ids = torch.randint(64, (1, 6))
     kinds = []
     for _ in range(5):
@@ -248,4 +250,4 @@ def test_a_projection_takes_the_sets_place_once_enough_states_were_seen(tiny_lla
     logits = view(input_ids=ids).logits[0]
     assert rows.ids.shape == (6, 4)
     whole = model(input_ids=ids).logits[0]
-    assert rows.token(logits.argmax(-1, keepdim=True)).squeeze(-1).tolist() == whole.argmax(-1).tolist()
+    assert DraftRows(logits, rows.ids).likeliest().tolist() == whole.argmax(-1).tolist()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_osd.drafting.context import DraftRows
 from hf_osd.models.draft_vocab import LowRank, LowRankHead, SpeculativeVocabulary
 
 NO_PROMPT = torch.tensor([], dtype=torch.long)
@@ -182,14 +183,13 @@ def test_logits_are_the_full_heads(bias):
         assert_is_part(head, full, hidden)
         assert head.hidden is hidden
     assert torch.equal(head.full(hidden[0]), full(hidden[0]))
-    assert head.token(torch.tensor([[8, 0]])).tolist() == [[40, 0]]
 
 
 def test_scores_are_minus_infinity_outside_the_rows():
     full = linear()
     head = SpeculativeVocabulary(64, 8).head(full, torch.tensor([40]))
     logits = head(states(3, 16))
-    scores = head.scores(logits)
+    scores = DraftRows(logits, head.ids).dense(64)
     outside = [token for token in range(64) if token not in head]
     assert scores.shape == (3, 64)
     assert len(outside) == 55
@@ -325,12 +325,12 @@ def test_at_full_rank_the_true_top_rows_are_chosen(bias, n, weighted):
     assert head.hidden is hidden
     assert head.ids.sort(-1).values.tolist() == true.topk(20).indices.sort(-1).values.tolist()
     torch.testing.assert_close(logits[0], true.gather(-1, head.ids), rtol=1e-5, atol=1e-5)
-    best = logits[0].argmax(-1)
-    assert head.token(best).tolist() == head.token(best[:, None])[:, 0].tolist() == true.argmax(-1).tolist()
-    scores = head.scores(logits[0])
+    rows = DraftRows(logits[0], head.ids)
+    assert rows.likeliest().tolist() == true.argmax(-1).tolist()
+    scores = rows.dense(200)
     assert (scores > -torch.inf).sum(-1).tolist() == [20] * n
     assert torch.equal(scores.gather(-1, head.ids), logits[0])
-    assert torch.equal(head.scores(logits[0, -1:]), scores[-1:])
+    assert torch.equal(rows[-1:].dense(200), scores[-1:])
     assert torch.equal(head.full(hidden[0]), true)
 
 

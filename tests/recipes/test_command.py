@@ -1,10 +1,12 @@
 """Flags and config files: what is refused says which value and how to mend it, before any work."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
 import pytest
 
+from hf_osd.config import REMOVED, OnlineConfig
 from recipes.common.command import check_kinds, check_paths, check_repository, numbers_of, run_command
 
 
@@ -160,6 +162,25 @@ def test_a_config_file_that_cannot_be_read_is_named_by_its_line(tmp_path, refuse
     config.write_bytes(text.encode("latin-1"))
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=says)
     refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=str(config))
+
+
+def test_the_help_of_a_flag_is_that_of_the_field_and_says_its_bound(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_command(Arguments, lambda *args: pytest.fail("it ran"), ["--help"])
+    said = "".join(capsys.readouterr().out.split())  # argparse breaks lines, also at hyphens
+    for field in dataclasses.fields(OnlineConfig):
+        assert f"--{field.name}" in said
+        assert "".join(field.metadata["help"].split()) in said
+
+
+@pytest.mark.parametrize("flags", [["--replay-by=loss"], ["--update_age", "3"], ["--held_back_share", "0.1"]])
+def test_a_flag_that_is_gone_is_named_with_what_to_do_in_its_place(tmp_path, refused, flags):
+    name, _, value = "=".join(flags).removeprefix("--").replace("-", "_").partition("=")
+    says = f"`{name}` is no field any more: {REMOVED[name][1]}"
+    refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), flags, says=says)
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"{name}: {value}\n")
+    refused(run_command, Arguments, lambda *args: pytest.fail("it ran"), ["--config", str(config)], says=says)
 
 
 def test_a_config_file_with_a_byte_order_mark_is_read_and_one_that_is_not_named_is_asked_for(tmp_path, refused):

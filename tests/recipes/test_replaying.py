@@ -50,9 +50,7 @@ def learning(**config) -> OnlineConfig:
         {},
         {"gate": True, "update_interval": 2},
         {"positions": "error"},
-        # Serving does not know α at an answer's last position: with this seed that decides no draw.
-        {"replay_by": "loss", "averaging": 0.9, "top_k": 8, "seed": 7},
-        {"update_interval": 100, "update_tokens": 50},
+        {"averaging": 0.9, "top_k": 8, "seed": 7},
         {"prompt_positions": 3},
         {"prompt_positions": 0},
     ],

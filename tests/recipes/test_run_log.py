@@ -76,6 +76,19 @@ def test_a_run_that_starts_afresh_forgets_the_older_ones_checkpoint(tmp_path):
     assert RunLog(tmp_path, {}, resume=True).served == 0
 
 
+def test_a_run_that_began_with_a_field_that_is_gone_goes_on_only_if_that_asked_for_what_is_done_now(tmp_path):
+    for value, goes_on in (("uniform", True), ("loss", False)):
+        folder = tmp_path / value
+        log = RunLog(folder, {"config": {"top_k": 7, "replay_by": value}}).begin()
+        served(log, 2)
+        log.save(Assistant())
+        if goes_on:
+            assert RunLog(folder, {"config": {"top_k": 7}}, resume=True).served == 2
+        else:
+            with pytest.raises(ValueError, match="cannot go on as it began: `replay_by` is no field any more"):
+                RunLog(folder, {"config": {"top_k": 7}}, resume=True)
+
+
 @pytest.mark.parametrize("harm", ["shorter", "gone", "not JSON"])
 def test_rows_that_the_checkpoint_knows_and_the_file_lacks_are_named(tmp_path, harm):
     log = RunLog(tmp_path, {}).begin()

@@ -398,7 +398,7 @@ def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(ti
 PARENT = """
 import os, subprocess, sys
 from pathlib import Path
-child = subprocess.Popen([sys.executable, "-m", "hf_osd.remote.process", sys.argv[1], "1", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[int(sys.argv[2])])
+child = subprocess.Popen([sys.executable, "-m", "hf_osd.remote.process", sys.argv[1], str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[int(sys.argv[2])])
 if not os.fork():  # it has the pipe too, and lives on
     os.close(int(sys.argv[2]))
     sys.stdin.read()

@@ -17,11 +17,11 @@ DEFAULTS = ["float64", "bfloat16", "meta"]
 SETTINGS = {
     "as it is": {},
     "rates tried, judged": {"learning_rate": "auto", "gate": True, "gate_tolerance": 1.0},
-    "replay by loss, two rates": {"replay_by": "loss", "ensemble": [1, 2], "positions": "error"},
-    "replay by recency, Muon": {"replay_by": "recency", "optim": "muon", "tail_samples": 4},
+    "two rates": {"ensemble": [1, 2], "positions": "error"},
+    "part of the head": {"tail_samples": 4},
     "an adapter": {"adapter": "lora", "lora": 2},
     "rows of a head": {"draft_head": "traffic", "draft_head_rows": 16},
-    "a low-rank head": {"draft_head": "low_rank", "draft_head_rows": 16, "draft_head_rank": 4},
+    "a low-rank head": {"draft_head": "low_rank", "draft_head_rows": 16},
     "in a thread": {"learn": "background"},
     "by cost": {"lookahead": "cost", "draft_cost": 0.05},
 }
