@@ -381,4 +381,4 @@ def check_removed(names: Iterable[str]):
         ValueError: if one is; the message says what to do in its place.
     """
     if gone := sorted(REMOVED.keys() & set(names)):
-        raise ValueError("; ".join(f"`{name}` is no field any more: {REMOVED[name][1]}" for name in gone) + ".")
+        raise ValueError(" ".join(f"`{name}` is no field any more: {REMOVED[name][1]}." for name in gone))
