@@ -126,7 +126,8 @@ def test_a_stream_can_be_served_in_random_order(run, monkeypatch):
     monkeypatch.setattr("recipes.common.domains.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
     asked = []
     monkeypatch.setattr(
-        "recipes.distill.answer", lambda *args, **kwargs: (asked.append(args[1].tolist()), models.answer(*args, **kwargs))[1]
+        "recipes.distill.answer",
+        lambda *args, **kwargs: (asked.append(args[1].tolist()), models.answer(*args, **kwargs))[1],
     )
     assert run("--requests", "6", "--overwrite") == 0
     own, asked[:] = list(asked), []
