@@ -23,11 +23,11 @@ from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.prompt_states import KnownTexts
-from hf_osd.generation import patch as integration
 from hf_osd.generation.call import Call, Parts
 from hf_osd.generation.checks import check_call, check_draft
 from hf_osd.generation.logit_widths import LogitWidths
 from hf_osd.generation.open_calls import OpenCalls
+from hf_osd.generation.patch import enable
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import View
 from hf_osd.learning.trouble import WAITS
@@ -93,7 +93,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
                 "There is no draft and `suffix_cache` is False, so nothing could draft. Pass a draft, such as "
                 "hf_osd.grow_draft(target), or leave suffix_cache on."
             )
-        integration.enable()
+        enable()
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NoServing(), None, None

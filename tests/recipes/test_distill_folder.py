@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,8 @@ def contents(folder: Path) -> dict:
 
 
 @pytest.fixture
-def stopped(run, monkeypatch):
-    """A run that was interrupted after five of its eight requests."""
+def stop(run, monkeypatch) -> Callable:
+    """`stop(*flags)`: a run that is interrupted after five of its eight requests."""
     add = run_log.RunLog.add
 
     def interrupting(self, *args):
@@ -72,9 +73,18 @@ def stopped(run, monkeypatch):
             raise KeyboardInterrupt
         return add(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run_log.RunLog, "add", interrupting)
-        assert run() == 130
+    def start(*flags: str):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_log.RunLog, "add", interrupting)
+            assert run(*flags) == 130
+
+    return start
+
+
+@pytest.fixture
+def stopped(run, stop):
+    """A run that was stopped."""
+    stop()
     return run
 
 
@@ -203,17 +213,8 @@ def test_held_back_prompts_that_would_have_been_learnt_are_said(stopped, words, 
 # A draft that does not learn.
 
 
-def test_a_draft_that_does_not_learn_is_served_to_the_end_and_can_be_stopped(run, monkeypatch):
-    add = run_log.RunLog.add
-
-    def interrupting(self, *args):
-        if self.served == 5:
-            raise KeyboardInterrupt
-        return add(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_log.RunLog, "add", interrupting)
-        assert run("--learn", "off", "--warm_up", "2") == 130
+def test_a_draft_that_does_not_learn_is_served_to_the_end_and_can_be_stopped(run, stop):
+    stop("--learn", "off", "--warm_up", "2")
     assert run("--learn", "off", "--warm_up", "2", "--resume") == 0
     summary = run.summary()
     assert summary["domains"]["one"]["requests"] == 8
