@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
 from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
 from hf_osd.feedback.prompt_states import KnownTexts
-from hf_osd.models.properties import draft_window
 from hf_osd.remote.roles import LearningRank, serve_separately
 from hf_osd.system.output_paths import check_apart
 from recipes.common.command import check_numbers, check_repository, check_temperature, run_command
@@ -160,10 +159,10 @@ class Job:
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
         self.translation = Translation.of_models(self.target, draft, **self.tokenizers)
         check_vocabularies(self.target, self.translation)
-        self.window = draft_window(draft)
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
         log = processes.open_log(folder, self._identity(domains, draft), args.resume)
         assistant = OnlineAssistant(draft, self.config)
+        self.reach = assistant.reach
         if processes.roles is not None:
             serve_separately(assistant, processes.roles)
         if args.rehearse:
@@ -176,7 +175,7 @@ class Job:
         held_back = {d.name: self._answers(d.held_back, f"{shown(d.name)}: held back") for d in judged}
         if without := [name for name, feedback in held_back.items() if not feedback]:
             raise ValueError(
-                f"No held-back prompt of {', '.join(without)} fits the draft's window of {self.window} tokens with its answer; choose another draft, "
+                f"No held-back prompt of {', '.join(without)} fits the draft's window of {self.reach.window} tokens with its answer; choose another draft, "
                 "or lower --max_new_tokens."
             )
         processes.begin(folder, log)
@@ -361,9 +360,11 @@ class Job:
                 on_batch=bar.update,
                 translation=self.translation,
             )
-        fitting = [feedback for feedback in answers if len(feedback.tokens) <= self.window]
+        fitting = [feedback for feedback in answers if self.reach.covers(feedback)]
         if longer := len(answers) - len(fitting):
-            logger.warning("%s: left out %d answers longer than the draft's window of %d.", what, longer, self.window)
+            logger.warning(
+                "%s: left out %d answers longer than the draft's window of %s.", what, longer, self.reach.window
+            )
         return fitting
 
     def _identity(self, domains: list[Domain], draft: PreTrainedModel) -> dict:
