@@ -19,26 +19,26 @@ from hf_osd.distill.scoring import judge_served
 from hf_osd.drafting.draft_trial import try_draft
 from hf_osd.drafting.reach import Reach
 from hf_osd.drafting.suffix_cache import SuffixCaches
-from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
+from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
-from hf_osd.feedback.prompt_states import KnownTexts
+from hf_osd.feedback.prompt_states import SeenTexts
 from hf_osd.generation.call import Call, Parts
 from hf_osd.generation.checks import check_call, check_draft
 from hf_osd.generation.logit_widths import LogitWidths
 from hf_osd.generation.open_calls import OpenCalls
 from hf_osd.generation.patch import enable
 from hf_osd.generation.verification import plain_warning
-from hf_osd.generation.view import View
+from hf_osd.generation.view import AssistantView
 from hf_osd.learning.trouble import WAITS
 from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.draft_head import DraftHead
-from hf_osd.models.hot_swap import NoServing
+from hf_osd.models.hot_swap import NullHotSwap
 from hf_osd.models.lora import Adapter
 from hf_osd.models.own_draft import own_draft, unwrapped
-from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.policy.report import report
 from hf_osd.remote.teachable import TeachableAssistant
 from hf_osd.saving.pretrained import SavableAssistant
@@ -96,7 +96,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         enable()
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
-        self.serving, self.learner, self.head = NoServing(), None, None
+        self.serving, self.learner, self.head = NullHotSwap(), None, None
         self.reach: Reach | None = None  # of the draft
         self._widths = LogitWidths()
         self.adapter: Adapter | None = None  # that hf_osd has put on the draft
@@ -120,7 +120,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             self._serve(own, trainable)
             self.head = DraftHead.of(own, config)
         self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
-        self.lookahead = Lookahead(
+        self.lookahead = DraftPolicy(
             config.lookahead,
             config.num_assistant_tokens,
             config.draft_cost,
@@ -133,8 +133,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._lock = released(threading.RLock())
         self._warn_once = WarnOnce(logger)
         # Feedback whose prompt is plain token ids of a shared vocabulary: it alone can be rehearsed.
-        self.of_tokens: weakref.WeakSet[Feedback] = weakref.WeakSet()
-        self.known_texts = KnownTexts()
+        self.rehearsable: weakref.WeakSet[Feedback] = weakref.WeakSet()
+        self.seen_texts = SeenTexts()
         self._translation = functools.lru_cache(maxsize=4)(self._translate)
         on_fork(self)
 
@@ -173,15 +173,15 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     # Serving.
 
-    def tenant(self, name: Hashable) -> View:
+    def tenant(self, name: Hashable) -> AssistantView:
         """This assistant as one tenant sees it: `generate(..., assistant_model=assistant.tenant("acme"))`. Draft, learner and statistics are
         shared; text in the suffix cache never comes to another tenant's calls, nor to those of none."""
-        return View(self, name)
+        return AssistantView(self, name)
 
-    def private(self) -> View:
+    def private(self) -> AssistantView:
         """This assistant for calls of which nothing is to be kept: `generate(..., assistant_model=assistant.private())`. They are drafted for as others are,
         and counted; nothing is learnt from them, and none of their text goes into a cache. `assistant.tenant(name).private()` is both."""
-        return View(self, private=True)
+        return AssistantView(self, private=True)
 
     def open_call(
         self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
@@ -204,7 +204,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             serving=self.serving,
             lookahead=self.lookahead,
             translation=translation,
-            known_texts=self.known_texts,
+            seen_texts=self.seen_texts,
             warn=self._warn_once,
             learns=self.learner is not None,
             reach=self.reach,
@@ -216,13 +216,13 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._calls.add(call, generator)
         return generator
 
-    def _translate(self, target_size: int, tokenizers: tuple | None) -> Translation:
+    def _translate(self, target_size: int, tokenizers: tuple | None) -> VocabMapping:
         if not self.lookahead.has_draft:  # what was said before is in the target's own tokens
-            return Translation.of_sizes(target_size, target_size)
+            return VocabMapping.of_sizes(target_size, target_size)
         sizes = {"target_size": target_size, "draft_size": self.reach.width, "rows": self.reach.rows}
         if tokenizers is None:  # transformers lets that through for equal sizes alone
-            return Translation.of_sizes(**sizes)
-        return Translation.of_tokenizers(*tokenizers, **sizes)
+            return VocabMapping.of_sizes(**sizes)
+        return VocabMapping.of_tokenizers(*tokenizers, **sizes)
 
     def decodes_plainly(self, target: PreTrainedModel, why: str):
         """Say once of calls that they are not drafted for."""
@@ -234,7 +234,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         Returns:
             `bool`: whether the serving draft was refreshed.
         """
-        self.take_in()
+        self.collect()
         if self.learner is None:
             return False
         refreshed = (force or self.learner.due()) and self.learner.update(wait=force)
@@ -257,7 +257,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         """
         if getattr(self.learner, "ranks", None) is None or self.learner.ranks.size == 1:
             return self.update(force)
-        self.take_in()
+        self.collect()
         return self.learner.update_together(force)
 
     def flush(self) -> bool:
@@ -269,13 +269,13 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     def close(self):
         """Stop learning and let go of learner, feedback and cached text. The draft goes on drafting, frozen; closing again does nothing."""
-        self.take_in()
+        self.collect()
         if self.learner is not None:
             self.learner.close()
         self.learner, self.texts, self.closed = None, None, True
         self.lookahead.most_cached = 0
         self.buffer.clear()
-        self.known_texts.replace([])
+        self.seen_texts.replace([])
 
     def __enter__(self) -> OnlineAssistant:
         return self
@@ -286,7 +286,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     @property
     def stats(self) -> Stats:
         """What was observed so far, see [`Stats`]. Calls that have ended are taken in first."""
-        self._take_in(self._calls.take_over())
+        self._take_in(self._calls.pop_finished())
         stats = self._stats
         if self.learner is not None:
             for name, value in self.learner.figures().items():
@@ -311,9 +311,9 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     # How calls end.
 
-    def take_in(self):
+    def collect(self):
         """Take in the calls that have ended, and those of this thread, without learning."""
-        self._take_in(self._calls.take_over(here=True))
+        self._take_in(self._calls.pop_finished(here=True))
 
     @torch.autocast("cpu", enabled=False)
     def _take_in(self, over: list[Call]):
@@ -330,8 +330,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             if self.learner is not None:
                 self.learner.note_served(record.stats.seconds)
             if feedback is not None and self.learner is not None:
-                if call.of_tokens:
-                    self.of_tokens.add(feedback)
+                if call.rehearsable:
+                    self.rehearsable.add(feedback)
                 self.learner.offer(feedback)
 
     def _needs_draft(self, what: str):

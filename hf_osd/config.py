@@ -30,7 +30,10 @@ _BY_REQUESTS = "an update is due after `update_interval` requests; set that, or 
 _OWN_ARGS = "leave it out, or train with `OnlineGKDTrainer(args=...)`"
 REMOVED = {
     "assistant_confidence_threshold": ([0.0], "`lookahead='cost'` stops where the draft is not sure enough to pay"),
-    "clear_after_update": ([False, True], "what has been learnt is learnt again as `replay` says; set `replay=0`"),
+    "clear_after_update": (
+        [False, True],
+        "what has been learnt is learnt again as `replay_ratio` says; set `replay_ratio=0`",
+    ),
     "draft_head_rank": ([64], "it is 64; leave it out"),
     "ensemble_sharpness": ([10.0], "it is 10; leave it out"),
     "held_back_share": ([0.0625], "every request is judged before it is learnt, and none is held back; leave it out"),
@@ -42,6 +45,13 @@ REMOVED = {
     "update_age": ([None], _BY_REQUESTS),
     "update_tokens": ([None], _BY_REQUESTS),
     "weight_decay": ([0.0], f"weights do not decay; {_OWN_ARGS}"),
+}
+# And those that have another name now, with which a saved config still loads.
+RENAMED = {
+    "averaging": "ema_decay",
+    "draft_head_rows": "draft_vocab_size",
+    "replay": "replay_ratio",
+    "tail_samples": "sampled_columns",
 }
 
 
@@ -98,9 +108,9 @@ class DraftingConfig:
         choice("auto", "full", "traffic", "low_rank"),
         "Which rows of the draft's LM head are computed. 'full': all; 'traffic': those of the tokens that the traffic used of late, and the prompt's; "
         "'low_rank': at each step those whose logits a low-rank projection finds largest; 'auto': 'traffic' where the head has at least four times "
-        "`draft_head_rows` rows, else 'full'. The output stays exact: a token that is not among them is not drafted.",
+        "`draft_vocab_size` rows, else 'full'. The output stays exact: a token that is not among them is not drafted.",
     )
-    draft_head_rows: int = option(
+    draft_vocab_size: int = option(
         8192, whole(1), "How many rows `draft_head` computes, beside the prompt's; of 'low_rank', an eighth of it."
     )
 
@@ -135,7 +145,7 @@ class LearningConfig:
     """How to learn, and what of it may serve."""
 
     update_interval: int = option(8, whole(1), "I in the paper: an update is due after this many requests.")
-    replay: float = option(
+    replay_ratio: float = option(
         6.0, number(0), "Replayed requests for each new one in an update, drawn uniformly from the buffer."
     )
     batch_size: int | None = option(
@@ -159,7 +169,7 @@ class LearningConfig:
         whole(1).or_none(),
         "After the warm-up the learning rate falls as 1/√(1 + steps since / decay_steps). None keeps it.",
     )
-    averaging: float = option(
+    ema_decay: float = option(
         0.98,
         Bound("give a number from 0 to below 1, such as 0.95", lambda value: is_number(value) and 0 <= value < 1),
         "Decay of the exponential moving average of the weights over optimizer steps, which is what serves. 0 serves the weights as they are.",
@@ -179,7 +189,7 @@ class LearningConfig:
         number(0),
         "Weight of a total variation term added to `divergence` (1 - Σ min(p, q), the rejection rate itself).",
     )
-    tail_samples: int | None = option(
+    sampled_columns: int | None = option(
         2048,
         whole(1).or_none(),
         "Columns of the LM head drawn, at each optimizer step, to stand for all those outside the targets' top k; the gradient is then an estimate, and the "
@@ -292,7 +302,7 @@ class OnlineConfig(RunningConfig, LearningConfig, FeedbackConfig, DraftingConfig
     @property
     def passes(self) -> float:
         """How often a request is learnt, on average, replay included."""
-        return 1 + self.replay
+        return 1 + self.replay_ratio
 
     @property
     def requests_an_update(self) -> int:
@@ -315,12 +325,12 @@ class OnlineConfig(RunningConfig, LearningConfig, FeedbackConfig, DraftingConfig
             "prompt_positions": 0,
             "divergence": "forward_kl",
             "total_variation_weight": 0.0,
-            "replay": 0.0,
+            "replay_ratio": 0.0,
             "batch_size": None,
             "learning_rate": 1e-4,
             "warmup_steps": 0,
-            "averaging": 0.0,
-            "tail_samples": None,
+            "ema_decay": 0.0,
+            "sampled_columns": None,
             "gate": False,
         }
         return cls(**{**preset, **overrides})
@@ -333,6 +343,7 @@ class OnlineConfig(RunningConfig, LearningConfig, FeedbackConfig, DraftingConfig
             ValueError: for a key it does not know, or no longer; the message names it.
         """
         values = {key: value for key, value in values.items() if key not in REMOVED or value not in REMOVED[key][0]}
+        values = {RENAMED.get(key, key): value for key, value in values.items()}
         check_removed(values)
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -380,5 +391,7 @@ def check_removed(names: Iterable[str]):
     Raises:
         ValueError: if one is; the message says what to do in its place.
     """
+    if renamed := sorted(RENAMED.keys() & set(names)):
+        raise ValueError(" ".join(f"`{name}` is called `{RENAMED[name]}` now." for name in renamed))
     if gone := sorted(REMOVED.keys() & set(names)):
         raise ValueError(" ".join(f"`{name}` is no field any more: {REMOVED[name][1]}." for name in gone))

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_outputs, record_answers
-from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
-from hf_osd.feedback.prompt_states import KnownTexts
+from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
+from hf_osd.feedback.prompt_states import SeenTexts
 from hf_osd.remote.roles import LearningRank, serve_separately
 from hf_osd.system.output_paths import check_apart
 from recipes.common.command import check_numbers, check_repository, check_temperature, run_command
@@ -157,7 +157,7 @@ class Job:
         )
         # For generate, and nothing where the draft's tokens are the target's.
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
-        self.translation = Translation.of_models(self.target, draft, **self.tokenizers)
+        self.translation = VocabMapping.of_models(self.target, draft, **self.tokenizers)
         check_vocabularies(self.target, self.translation)
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
         log = processes.open_log(folder, self._identity(domains, draft), args.resume)
@@ -335,7 +335,7 @@ class Job:
         if assistant.learner is None:
             return
         answers = [f for d in domains for f in self._answers(d.warm_up, f"{shown(d.name)}: warm-up")]
-        interval, known = self.config.update_interval, KnownTexts()
+        interval, known = self.config.update_interval, SeenTexts()
         most = self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseRows
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseLogits
 
 VOCAB = 64
 
@@ -107,12 +107,12 @@ def make_feedback() -> Callable:
             in_block = in_block + 1 if accepted else 0
         tested = outcome != UNTESTED
         overlap = torch.minimum(p, log_q.exp()).sum(-1) if sampled else (guesses == answer).float()
-        rows = SparseRows.of_logits(target, k, dtype)
+        rows = SparseLogits.from_logits(target, k, dtype)
         draft_logps = log_q.gather(-1, rows.top_ids.long())
         drafted_logp = log_q.gather(-1, guesses[:, None]).squeeze(-1)
         nan = torch.tensor(torch.nan)
         prompt_ids = torch.randint(vocab, (prompt,), generator=random)
-        of_prompt = SparseRows.of_logits(3 * torch.randn(prompt_rows, vocab, generator=random), k, dtype)
+        of_prompt = SparseLogits.from_logits(3 * torch.randn(prompt_rows, vocab, generator=random), k, dtype)
         return Feedback(
             tokens=torch.cat([prompt_ids, answer]).to(torch.int32),
             prompt_length=prompt,
@@ -143,7 +143,7 @@ def answer_of() -> Callable:
             for _ in range(n):
                 logits.append(model(input_ids=tokens[None], use_cache=False).logits[0, -1])
                 tokens = torch.cat([tokens, logits[-1].argmax()[None]])
-        rows = SparseRows.of_logits(torch.stack(logits), k, dtype)
+        rows = SparseLogits.from_logits(torch.stack(logits), k, dtype)
         return Feedback.of_target(tokens, len(prompt), rows)
 
     return make

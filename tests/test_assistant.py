@@ -185,7 +185,7 @@ def test_threads_share_one_assistant(target, draft):
 
 def test_a_seeded_run_repeats_exactly(target, draft):
     def run():
-        assistant = at_once(draft, update_interval=2, seed=7, draft_cost=0.2, replay=2.0)
+        assistant = at_once(draft, update_interval=2, seed=7, draft_cost=0.2, replay_ratio=2.0)
         outputs = []
         for _ in range(2):
             torch.manual_seed(11)
@@ -344,7 +344,7 @@ def test_requests_say_how_the_draft_does_before_they_are_learnt(target, draft):
     config = {"learning_rate": 5e-3, "learning_budget": 1.0, "warmup_steps": 0, "seed": 0}
     assistant = OnlineAssistant(draft, update_interval=4, **config)
     serve(target, assistant, PROMPTS[:4])
-    assistant.take_in()
+    assistant.collect()
     assert "alpha_prequential" not in assistant.stats.to_dict()
     for _ in range(5):  # the same over and over: all are learnt sooner or later
         serve(target, assistant)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hf_osd.config import CONFIG_NAME, REMOVED, OnlineConfig
+from hf_osd.config import CONFIG_NAME, REMOVED, RENAMED, OnlineConfig
 
 NUMBERS = [
     f.name for f in dataclasses.fields(OnlineConfig) if f.type in ("int", "float", "int | None", "float | None")
@@ -33,8 +33,8 @@ NUMBERS = [
         ("divergence", "kl"),
         ("beta", 1.5),
         ("total_variation_weight", -1),
-        ("replay", -1),
-        ("replay", float("nan")),
+        ("replay_ratio", -1),
+        ("replay_ratio", float("nan")),
         ("batch_size", 0),
         ("learning_rate", 0.0),
         ("warmup_steps", -1),
@@ -42,9 +42,9 @@ NUMBERS = [
         ("learner_dtype", "float16"),
         ("decay_steps", 0),
         ("decay_steps", 2.5),
-        ("averaging", 1),
-        ("averaging", -0.1),
-        ("averaging", float("nan")),
+        ("ema_decay", 1),
+        ("ema_decay", -0.1),
+        ("ema_decay", float("nan")),
         ("optimism", -0.5),
         ("ensemble", []),
         ("ensemble", [1, 0]),
@@ -53,8 +53,8 @@ NUMBERS = [
         ("ensemble", [float("nan")]),
         ("ensemble", 2),
         ("ensemble", "12"),
-        ("tail_samples", 0),
-        ("tail_samples", 100.0),
+        ("sampled_columns", 0),
+        ("sampled_columns", 100.0),
         ("gate_tolerance", -0.1),
         ("gate_tolerance", None),
         ("learning_rate", "fast"),
@@ -87,18 +87,18 @@ def test_text_in_place_of_a_number_is_refused_by_field(field):
         ("batch_size", None),
         ("seed", None),
         ("beta", 0),
-        ("replay", 0),
+        ("replay_ratio", 0),
         ("warmup_steps", 0),
         ("num_assistant_tokens", 1),
         ("decay_steps", None),
         ("decay_steps", 1),
-        ("averaging", 0),
-        ("averaging", 0.999),
+        ("ema_decay", 0),
+        ("ema_decay", 0.999),
         ("optimism", 0),
         ("ensemble", None),
         ("ensemble", [0.5]),
-        ("tail_samples", None),
-        ("tail_samples", 1),
+        ("sampled_columns", None),
+        ("sampled_columns", 1),
         ("gate_tolerance", 0),
         ("gate", False),
         ("learning_rate", "auto"),
@@ -145,9 +145,9 @@ def test_the_paper_preset_is_algorithm_1():
 
 def test_the_paper_preset_has_nothing_that_came_later():
     config = OnlineConfig.paper()
-    assert (config.replay, config.averaging, config.optimism, config.gate) == (0, 0, 0, False)
+    assert (config.replay_ratio, config.ema_decay, config.optimism, config.gate) == (0, 0, 0, False)
     assert config.learning_rate == 1e-4
-    assert (config.ensemble, config.decay_steps, config.tail_samples) == (None, None, None)
+    assert (config.ensemble, config.decay_steps, config.sampled_columns) == (None, None, None)
 
 
 def test_the_paper_preset_takes_overrides():
@@ -161,7 +161,7 @@ def test_a_saved_config_comes_back_the_same(tmp_path):
 
 
 def test_an_ensemble_comes_back_the_same(tmp_path):
-    config = OnlineConfig(ensemble=[1, 2.5], averaging=0.95, tail_samples=None, decay_steps=100)
+    config = OnlineConfig(ensemble=[1, 2.5], ema_decay=0.95, sampled_columns=None, decay_steps=100)
     assert OnlineConfig.from_dict(config.to_dict()) == config
     config.save_pretrained(tmp_path)
     assert OnlineConfig.from_json(tmp_path / CONFIG_NAME) == config
@@ -178,6 +178,14 @@ def test_a_field_that_is_gone_is_refused_by_name_and_loads_where_it_asked_for_wh
     for value in REMOVED[name][0]:
         assert OnlineConfig.from_dict({"top_k": 7, name: value}) == OnlineConfig(top_k=7)
     assert name not in {field.name for field in dataclasses.fields(OnlineConfig)}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_field_of_another_name_is_refused_with_it_and_loads_from_a_saved_config(name):
+    value = {"averaging": 0.5, "replay": 1.0}.get(name, 16)
+    with pytest.raises(ValueError, match=f"`{name}` is called `{RENAMED[name]}` now"):
+        OnlineConfig(**{name: value})
+    assert getattr(OnlineConfig.from_dict({name: value}), RENAMED[name]) == value
 
 
 def test_an_unknown_key_is_refused_by_name():

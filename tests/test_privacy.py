@@ -16,13 +16,13 @@ GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_t
 @pytest.fixture
 def assistant(target):
     """It keeps all that there is to keep: feedback, requests to judge by, cached text, and which tokens traffic uses."""
-    config = {"lookahead": "constant", "num_assistant_tokens": 3, "draft_head": "traffic", "draft_head_rows": 32}
+    config = {"lookahead": "constant", "num_assistant_tokens": 3, "draft_head": "traffic", "draft_vocab_size": 32}
     config |= {"gate": True, "learning_rate": 1e-3, "update_interval": 10**6, "seed": 0}
     return OnlineAssistant(grow_draft(target, (0, -1)), **config)
 
 
 def kept(assistant) -> dict[str, int]:
-    assistant.take_in()
+    assistant.collect()
     remembered, texts = assistant.learner.contenders.remembered, assistant.texts
     return {"buffer": len(assistant.buffer), "remembered": len(remembered), "text": texts.nbytes}
 
@@ -106,4 +106,4 @@ def test_a_closed_assistant_keeps_nothing(target, assistant):
     gc.collect()
     assert [reference() for reference in gone] == [None] * 4
     assert assistant.texts is None
-    assert not any(assistant.known_texts.shared(p[0]) for p in PROMPTS[:4])
+    assert not any(assistant.seen_texts.shared(p[0]) for p in PROMPTS[:4])

@@ -16,7 +16,7 @@ class Refreshable(Protocol):
 
 
 class Follower(Protocol):
-    """What keeps weights beside those that train: a [`hf_osd.distill.student.Member`]."""
+    """What keeps weights beside those that train: a [`hf_osd.distill.student.Student`]."""
 
     def before_step(self, last: bool): ...
 

@@ -16,7 +16,7 @@ class FeedbackCollator:
     encoder-decoder's are padded right, where a causal decoder needs no mask and keeps its positions.
 
     Args:
-        positions (`str`): `"all"` or `"error"`: which generated positions teach (see [`Feedback.teaches`]).
+        positions (`str`): `"all"` or `"error"`: which generated positions teach (see [`Feedback.teaching_mask`]).
         prompts (`bool`, defaults to `True`): whether those of the prompts do that have a target.
 
     Returns, from a call on a list of requests, a dict of
@@ -45,7 +45,7 @@ class FeedbackCollator:
         rows, targets = [], []
         for b, feedback in enumerate(batch):
             length, start = feedback.tokens.shape[0], feedback.prompt_length
-            taught = feedback.teaches(self.positions).nonzero().squeeze(-1)  # (r,) of N
+            taught = feedback.teaching_mask(self.positions).nonzero().squeeze(-1)  # (r,) of N
             tokens = torch.cat(
                 [torch.arange(start - read[b], start, device="cpu"), start + taught]
             )  # (M + r,) of prompt and answer

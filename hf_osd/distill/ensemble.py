@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged, judge, learners_autocast, learners_dtype
-from hf_osd.distill.student import Member, swap_weights
+from hf_osd.distill.student import Student, swap_weights
 from hf_osd.distill.windows import Windows
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
@@ -33,13 +33,13 @@ class Ensemble:
     exponentially with the loss it has had on new requests so far (OnlineSPEC, arXiv 2603.12617).
 
     Args:
-        draft (`PreTrainedModel`), trainable (`set[str]`), buffer (`FeedbackBuffer`), config (`OnlineConfig`): as [`Member`] wants them.
+        draft (`PreTrainedModel`), trainable (`set[str]`), buffer (`FeedbackBuffer`), config (`OnlineConfig`): as [`Student`] wants them.
         refreshes (`Refreshable`): told when all have learnt.
         after_step (`Callable[[], None]`, *optional*): called after each optimizer step.
-        ranks (`Ranks`): of the job; losses are of all of them together.
+        ranks (`RankGroup`): of the job; losses are of all of them together.
 
     Attributes:
-        members (`list[Member]`): the copies.
+        members (`list[Student]`): the copies.
         losses (`list[float]`): of each, summed over updates: the mean rejection rate on new requests of what it would have served.
     """
 
@@ -51,13 +51,13 @@ class Ensemble:
         config: OnlineConfig,
         refreshes: Refreshable,
         after_step: Callable[[], None] | None,
-        ranks: Ranks,
+        ranks: RankGroup,
     ):
         self.autocast_dtype = learners_dtype(config, draft)
         self._ranks, self._window = ranks, config.learning_window
         factors = config.ensemble or [1.0]
         self.members = [
-            Member(
+            Student(
                 draft,
                 trainable,
                 buffer,
@@ -119,7 +119,7 @@ class Ensemble:
         return self._judge(self.members[0], feedback, weights, whole)
 
     def _judge(
-        self, member: Member, feedback: list[Feedback], weights: Mapping[str, Tensor] | None, whole: bool = False
+        self, member: Student, feedback: list[Feedback], weights: Mapping[str, Tensor] | None, whole: bool = False
     ) -> list[Judged]:
         """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
         kept = None if weights is None else swap_weights(member.module, weights)
@@ -143,17 +143,17 @@ class Ensemble:
             set_base(member.module, base)
 
     def snapshot(self) -> list[tuple]:
-        """What `go_back` needs; without the losses, which are what requests said."""
+        """What `restore` needs; without the losses, which are what requests said."""
         return [member.snapshot() for member in self.members]
 
     def snapshot_of(self, weights: Mapping[str, Tensor]) -> list[tuple]:
-        """What `go_back` needs to go on from these weights, with nothing known of how they came about."""
+        """What `restore` needs to go on from these weights, with nothing known of how they came about."""
         return [(dict(weights), None, None, 0) for _ in self.members]
 
-    def go_back(self, snapshot: list[tuple]):
+    def restore(self, snapshot: list[tuple]):
         """Be as at `snapshot`, with new optimizers."""
         for member, own in zip(self.members, snapshot, strict=True):
-            member.go_back(own)
+            member.restore(own)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values."""

@@ -1,4 +1,4 @@
-"""`Ranks`: the processes that learn one draft together, and what they agree on. It knows neither drafts nor learning."""
+"""`RankGroup`: the processes that learn one draft together, and what they agree on. It knows neither drafts nor learning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RanksParted(RuntimeError):
     """A rank has gone, or has not answered within the process group's timeout: there is no agreeing any more."""
 
 
-class Ranks:
+class RankGroup:
     """The processes of a job. Each calls every method at the same point as the others do, with what it has itself, and all get the same answer, bit for
     bit. One process alone agrees with itself, at no cost.
 
@@ -42,7 +42,7 @@ class Ranks:
         self.parted = False
 
     @classmethod
-    def of_job(cls) -> Ranks:
+    def of_job(cls) -> RankGroup:
         """Those among which accelerate, and with it Trainer, shares out training.
 
         Raises:
@@ -160,7 +160,7 @@ class Ranks:
         return torch.stack(parts).cpu()
 
 
-def check_job(ranks: Ranks, alone: bool):
+def check_job(ranks: RankGroup, alone: bool):
     """See that several processes can learn together: all at the same moments, and each with a whole copy of what trains."""
     from accelerate import PartialState
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.config import OnlineConfig
-    from hf_osd.models.hot_swap import ServingDraft
+    from hf_osd.models.hot_swap import HotSwapDraft
 
 
 # Bytes of float32 logits that judging makes at once, unless one request has more.
@@ -90,7 +90,7 @@ def judge(
                 total = logits.logsumexp(-1)
                 sure = (logits.amax(-1) - total).exp().cpu()
                 kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
-            taught = [feedback[i].teaches("all") for i in chosen]
+            taught = [feedback[i].teaching_mask("all") for i in chosen]
             split = torch.arange(len(logits), device="cpu").split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
                 overlap, confidence, shared = (
@@ -109,7 +109,7 @@ def judge(
     return judged
 
 
-def judge_served(serving: ServingDraft, feedback: Sequence[Feedback]) -> list[Judged]:
+def judge_served(serving: HotSwapDraft, feedback: Sequence[Feedback]) -> list[Judged]:
     """[`judge`] of the draft that serves, which is leased meanwhile; not under the caller's autocast."""
     model = serving.lease()
     try:
@@ -135,8 +135,8 @@ def _batches(
 
 
 def _spelled(feedback: Feedback) -> Tensor:
-    """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`Translation`])."""
-    taught = feedback.teaches("all")
+    """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`VocabMapping`])."""
+    taught = feedback.teaching_mask("all")
     return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
 
 

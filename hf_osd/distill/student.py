@@ -1,4 +1,4 @@
-"""`Member`: one copy of the draft that trains, at one learning rate, and what of it is to serve. It knows weights and a trainer; when to learn, and on
+"""`Student`: one copy of the draft that trains, at one learning rate, and what of it is to serve. It knows weights and a trainer; when to learn, and on
 what, is the learner's."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AVERAGE_WARM_UP = 10
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
-class Member:
+class Student:
     """A training copy of a draft.
 
     Args:
@@ -140,20 +140,20 @@ class Member:
         self.steps = 0
 
     def snapshot(self) -> tuple:
-        """What `go_back` needs."""
+        """What `restore` needs."""
         average = None if self._average is None else {name: t.clone() for name, t in self._average.items()}
         return {name: t.clone() for name, t in self.weights().items()}, average, self._last_step, self.steps
 
-    def go_back(self, snapshot: tuple):
+    def restore(self, snapshot: tuple):
         """Be as at `snapshot`, with a new optimizer: it is what may have gone wrong."""
         weights, average, last_step, steps = snapshot
         self.set_weights(weights)
         # A copy: it moves on with the steps, and the snapshot may be gone back to again.
         self._average = None if average is None else {name: t.clone() for name, t in average.items()}
         self._last_step, self.steps = last_step, steps
-        self.forget_optimizer()
+        self.reset_optimizer()
 
-    def forget_optimizer(self):
+    def reset_optimizer(self):
         """Go on with a new optimizer, its warm-up included."""
         if self._trainer is not None:
             self._trainer.optimizer = self._trainer.lr_scheduler = None
@@ -172,8 +172,8 @@ class Member:
         if self._before_step is not None:
             self._last_step = {name: t - self._before_step[name] for name, t in self.weights().items()}
             self._before_step = None
-        if self.config.averaging:
-            decay = min(self.config.averaging, (1 + self.steps) / (_AVERAGE_WARM_UP + self.steps))
+        if self.config.ema_decay:
+            decay = min(self.config.ema_decay, (1 + self.steps) / (_AVERAGE_WARM_UP + self.steps))
             weights = self.weights()
             if self._average is None:
                 self._average = {name: t.clone() for name, t in weights.items()}
@@ -225,12 +225,12 @@ class Member:
                 "from the draft that was saved with it."
             )
         self.set_weights(kinds["weights"])
-        self.forget_optimizer()
+        self.reset_optimizer()
         device = self.module.device
         # One that this config does not keep up would serve for ever.
         self._average, self._last_step = (
             {name: t.to(device, copy=True) for name, t in kinds[kind].items()} or None if asked else None
-            for kind, asked in (("average", self.config.averaging), ("last_step", self.config.optimism))
+            for kind, asked in (("average", self.config.ema_decay), ("last_step", self.config.optimism))
         )
         self.steps = values["steps"]
         if kinds["draws"]:

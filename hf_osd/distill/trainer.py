@@ -22,10 +22,10 @@ from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import answer_logits, learners_autocast
 from hf_osd.feedback.buffer import FeedbackBuffer
-from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.feedback import Feedback, SparseLogits
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
@@ -94,7 +94,7 @@ class OnlineGKDTrainer(GKDTrainer):
         self.model_accepts_loss_kwargs = (
             True  # whatever the draft's forward takes: the rows are counted for compute_loss, over all ranks
         )
-        self._ranks = Ranks.of_job()
+        self._ranks = RankGroup.of_job()
         self.draws = torch.Generator("cpu")  # of batches and sampled columns
         seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**62
         self.draws.manual_seed(seed + self._ranks.rank)
@@ -130,7 +130,7 @@ class OnlineGKDTrainer(GKDTrainer):
             ValueError: if there is nothing to learn from, on any rank.
         """
         requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self.draws)
-        requests = [request for request in requests if request.lessons(self.config.positions)]
+        requests = [request for request in requests if request.num_teaching(self.config.positions)]
         size = self.config.batch_size or max(len(requests), 1)
         steps = self._ranks.most(-(-len(requests) // size))
         if not steps:
@@ -188,14 +188,14 @@ class OnlineGKDTrainer(GKDTrainer):
         """A request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
         tokens = torch.zeros(2, dtype=torch.int32, device="cpu")
         nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
-        rows = SparseRows(tokens[:1, None], nothing[:, None], nothing)
+        rows = SparseLogits(tokens[:1, None], nothing[:, None], nothing)
         source = tokens if self.model.config.is_encoder_decoder else None
         return replace(Feedback.of_target(tokens, 1, rows), source=source)
 
     def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
         """The draft's logits `(R, C)`, and in which columns those of `top_ids` are, `(R, k)`: all V of them, or enough to estimate the loss."""
         head = getattr(model, "module", model).get_output_embeddings()
-        columns, samples = None, self.config.tail_samples
+        columns, samples = None, self.config.sampled_columns
         if samples is not None and not whole and isinstance(head, LossHead):
             columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws)
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):

@@ -42,7 +42,7 @@ def cut(
         return request, slice(0, len(request))
     most = max(most, 4 * _FIRST)
     taught = torch.zeros(length, dtype=torch.bool, device="cpu")
-    taught[start:] = request.teaches(positions)
+    taught[start:] = request.teaching_mask(positions)
     rows = len(request.prompt_rows) if prompts and request.prompt_rows is not None else 0
     taught[start - rows : start] = True
     begin, first = _place(taught, most, generator if request.source is None else None, request.source is None)
@@ -98,7 +98,7 @@ class Windows:
         if part is whole:
             return said
         spread = [one.new_full((len(whole),), torch.nan) for one in said]
-        taught = whole.teaches("all")
+        taught = whole.teaching_mask("all")
         # Of a token that is several of the draft's, the first of these counts as wrong; that the others are there must be seen.
         if at.start < at.stop < len(taught) and not taught[at.stop]:
             at = slice(at.start, at.stop - 1)

@@ -1,4 +1,4 @@
-"""`DraftContext`: what the draft has read in one generate call, in its own tokens, with the keys and values of it, and `DraftRows`: what it
+"""`DraftContext`: what the draft has read in one generate call, in its own tokens, with the keys and values of it, and `DraftLogits`: what it
 says next."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def logit_width(model: PreTrainedModel) -> int | None:
 
 
 @dataclass(frozen=True)
-class DraftRows:
+class DraftLogits:
     """The draft's logits at n positions, of all its tokens or of those that its head computes.
 
     Args:
@@ -51,9 +51,9 @@ class DraftRows:
     def __len__(self) -> int:
         return len(self.logits)
 
-    def __getitem__(self, rows: slice | list[int]) -> DraftRows:
+    def __getitem__(self, rows: slice | list[int]) -> DraftLogits:
         each = self.ids is not None and self.ids.dim() == 2
-        return DraftRows(
+        return DraftLogits(
             self.logits[rows],
             self.ids[rows] if each else self.ids,
             None if self.hidden is None else self.hidden[rows],
@@ -119,13 +119,13 @@ class DraftContext:
             start += size
         self.ids = torch.cat([self.ids, tokens.to(self.ids.device)], dim=-1)
 
-    def catch_up(self, lag: int) -> DraftRows:
+    def catch_up(self, lag: int) -> DraftLogits:
         """Read all the cache lacks: what the draft says of the last `lag` tokens of the target and of the next one, lag+1 rows."""
         rows = [start - 1 for start in self._starts[len(self._starts) - lag :]] + [self.length - 1]
         said = self._forward(self.ids[:, self._cache.get_seq_length() :], keep=self.length - rows[0])
         return said if len(said) == len(rows) else said[[row - rows[0] for row in rows]]
 
-    def step(self, token: Tensor) -> DraftRows:
+    def step(self, token: Tensor) -> DraftLogits:
         """Read one drafted token, int64 `(1, 1)`: what the draft says of the next."""
         return self._forward(token.to(self.ids.device), keep=1)
 
@@ -161,16 +161,16 @@ class DraftContext:
         cache.activate_past_recording()
         return cache
 
-    def _forward(self, tokens: Tensor, keep: int) -> DraftRows:
+    def _forward(self, tokens: Tensor, keep: int) -> DraftLogits:
         kwargs = {"logits_to_keep": keep} if self._keeps_logits else {}
         outputs = self.model(
             **{self._ids_name: tokens}, past_key_values=self._cache, use_cache=True, **self._inputs, **kwargs
         )
         logits = outputs.logits[0, -keep:].float()
         if self.head is None:
-            return DraftRows(logits)
+            return DraftLogits(logits)
         ids, hidden = self.head.ids, self.head.hidden[0, -keep:]
-        return DraftRows(logits, ids if ids.dim() == 1 else ids[-keep:], hidden)
+        return DraftLogits(logits, ids if ids.dim() == 1 else ids[-keep:], hidden)
 
 
 def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Drafting`: the draft's part in one generate call: proposes tokens with direct forwards on a cache of its own, and keeps account of the
+"""`DraftModelProposer`: the draft's part in one generate call: proposes tokens with direct forwards on a cache of its own, and keeps account of the
 positions it has not been asked about. It knows nothing of the target, nor of what is recorded.
 
 Symbols: n tokens are drafted in a round; V are the target's tokens, W the draft's.
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_osd.drafting.context import DraftContext, DraftRows
+    from hf_osd.drafting.context import DraftContext, DraftLogits
     from hf_osd.drafting.processors import VerifiedProcessors
     from hf_osd.drafting.stopping import DraftStops
-    from hf_osd.drafting.suffix_cache import CallText, Continuation
-    from hf_osd.drafting.vocab_mapping import Translation
+    from hf_osd.drafting.suffix_cache import CallSuffixes, Continuation
+    from hf_osd.drafting.vocab_mapping import VocabMapping
     from hf_osd.metrics.stats import CallStats
     from hf_osd.models.draft_vocab import LowRankHead, RowsHead
-    from hf_osd.policy.lookahead import Lookahead, Plan
+    from hf_osd.policy.lookahead import DraftPolicy, Plan
 
 # Positions the draft was not asked about that are scored once it catches up; each costs a row of the LM head.
-MOST_LAG = 16
+MAX_UNSCORED = 16
 
 
 class HeadUsage:
@@ -38,14 +38,14 @@ class HeadUsage:
         # What the whole head is asked about once the call is over: its input `(1, d)`, and the token that was due.
         self._due: list[tuple[Tensor, int]] = []
 
-    def observe(self, head: RowsHead | LowRankHead, said: list[DraftRows], due: list[int], lacked: list[bool]):
+    def observe(self, head: RowsHead | LowRankHead, said: list[DraftLogits], due: list[int], lacked: list[bool]):
         """Verified tokens, which of them the head lacked, and what the draft said at the first ones, where it was asked."""
         self._head = head
         self.tokens += len(due)
         self.lacked += sum(lacked)
         self.ask(head, said, due, lacked)
 
-    def ask(self, head: RowsHead | LowRankHead, said: list[DraftRows], due: list[int], lacked: list[bool]):
+    def ask(self, head: RowsHead | LowRankHead, said: list[DraftLogits], due: list[int], lacked: list[bool]):
         """Have the whole head asked where this one lacked the token."""
         self._head = head
         triples = zip(said, due, lacked, strict=False)
@@ -67,7 +67,7 @@ class Block:
     """The drafts of one round, the draft's own first and those of the suffix cache after them."""
 
     own: list[Tensor] = field(default_factory=list)  # the draft's tokens, int64 (1, 1) each, in the target's ids
-    said: list[DraftRows] = field(
+    said: list[DraftLogits] = field(
         default_factory=list
     )  # what each was taken from, and one more if the next token was asked for
     scores: list[Tensor] = field(
@@ -82,7 +82,7 @@ class Block:
     tokens: list[int] = field(default_factory=list)  # all n, once they are known
     # Expected acceptance at the last positions that were verified without asking the draft, `(lag,)`, now that it has caught up.
     lag: Tensor | None = None
-    lag_said: DraftRows | None = None  # what the draft says there
+    lag_said: DraftLogits | None = None  # what the draft says there
 
     def take(self, continuation: Continuation, length: int):
         """End the block with the first tokens of what the suffix cache proposes."""
@@ -94,13 +94,13 @@ class Block:
         return len(self.own) + len(self.cached)
 
 
-class Drafting:
+class DraftModelProposer:
     """The draft in one call.
 
     Args:
         context (`DraftContext`): what it has read.
-        translation (`Translation`): between the target's tokens and the draft's.
-        lookahead (`Lookahead`): asked on the way, if the plan is selective.
+        translation (`VocabMapping`): between the target's tokens and the draft's.
+        lookahead (`DraftPolicy`): asked on the way, if the plan is selective.
         verified (`VerifiedProcessors`, *optional*): the call's logits processors.
         stops (`DraftStops`): where a draft must end.
         eos (`set[int]`): token ids that end the text.
@@ -113,8 +113,8 @@ class Drafting:
     def __init__(
         self,
         context: DraftContext,
-        translation: Translation,
-        lookahead: Lookahead,
+        translation: VocabMapping,
+        lookahead: DraftPolicy,
         verified: VerifiedProcessors | None,
         stops: DraftStops,
         eos: set[int],
@@ -131,12 +131,12 @@ class Drafting:
         is_local = context.ids.device.type == home.type == "cpu"
         self._looks = is_local or stops.asks or not translation.is_identity
         self.usage = HeadUsage()
-        self._lag = 0  # last verified positions that the draft was not asked about, at most MOST_LAG
-        self._lag_targets: deque[Tensor] = deque(maxlen=MOST_LAG)  # p there, (1, V) each; only when sampling
+        self._lag = 0  # last verified positions that the draft was not asked about, at most MAX_UNSCORED
+        self._lag_targets: deque[Tensor] = deque(maxlen=MAX_UNSCORED)  # p there, (1, V) each; only when sampling
         # The tokens there, in the draft's ids, and whether the head lacked them.
-        self._lag_due: deque[tuple[int, bool]] = deque(maxlen=MOST_LAG)
+        self._lag_due: deque[tuple[int, bool]] = deque(maxlen=MAX_UNSCORED)
 
-    def draft(self, input_ids: Tensor, plan: Plan, text: CallText | None) -> Block:
+    def draft(self, input_ids: Tensor, plan: Plan, text: CallSuffixes | None) -> Block:
         """Up to `plan.length` tokens after `input_ids` `(1, L)`. `text`, if given, may end the block."""
         if self._make_head is not None:
             self.context.head, self.context.model = self._make_head(self.context.ids[0])
@@ -234,7 +234,7 @@ class Drafting:
         lacked = [False] * len(pieces)
         if block.steps:
             if lag and head is not None and not self._sample:
-                lag = self._as_it_was(lag, block.lag_said)
+                lag = self._without_unsayable(lag, block.lag_said)
             self._lag = 0
             self._lag_due.clear()
             self._lag_targets.clear()
@@ -245,29 +245,29 @@ class Drafting:
             lacked = [token not in head for token in due]
             self.usage.observe(head, [] if self._sample else block.said[:asked], due, lacked)
             head.add([token for token, missing in zip(due, lacked, strict=True) if missing])
-        self._lag = min(self._lag + len(pieces) - asked, MOST_LAG)
+        self._lag = min(self._lag + len(pieces) - asked, MAX_UNSCORED)
         self._lag_due.extend(zip(due[asked:], lacked[asked:], strict=True))
         if targets is not None:
             self._lag_targets.extend(targets[j : j + 1] for j in range(asked, len(pieces)))
         self.context.extend(tokens, list(map(len, pieces)))
         return lag
 
-    def _as_it_was(self, lag: list[float], said: DraftRows) -> list[float]:
+    def _without_unsayable(self, lag: list[float], said: DraftLogits) -> list[float]:
         """`lag` without the hits on tokens that the head has by now, and lacked when they were due."""
         due, lacked = zip(*list(self._lag_due)[-len(lag) :], strict=True)
         self.usage.ask(self.context.head, [said[[i]] for i in range(len(lag))], due, lacked)
         return [hit * (not missing) for hit, missing in zip(lag, lacked, strict=True)]
 
-    def _scores(self, said: DraftRows, input_ids: Tensor, processors) -> Tensor:
+    def _scores(self, said: DraftLogits, input_ids: Tensor, processors) -> Tensor:
         scores = self.translation.scores(said.dense(self.translation.draft_size)).to(self._home)
         return processors(input_ids, scores) if processors else scores
 
-    def _choose(self, said: DraftRows, scores: Tensor | None) -> Tensor:
+    def _choose(self, said: DraftLogits, scores: Tensor | None) -> Tensor:
         if scores is None:
             return said.likeliest()[:, None].to(self._home)
         return torch.multinomial(scores.softmax(-1), 1) if self._sample else scores.argmax(-1, keepdim=True)
 
-    def _take_tail(self, block: Block, text: CallText, tokens: list[int], reach: float) -> bool:
+    def _take_tail(self, block: Block, text: CallSuffixes, tokens: list[int], reach: float) -> bool:
         """End the block with cached tokens, if that is worth more than drafting on."""
         if not (continuation := text.continuation(self._lookahead.most_cached, tokens)):
             return False
@@ -276,7 +276,7 @@ class Drafting:
             block.take(continuation, length)
         return bool(length)
 
-    def _settle_lag(self, input_ids: Tensor, said: DraftRows) -> Tensor | None:
+    def _settle_lag(self, input_ids: Tensor, said: DraftLogits) -> Tensor | None:
         """Score the draft, now that it has caught up, at the positions it had not been asked about, `(lag,)`."""
         # A processor with state cannot be asked about the past: α stays unknown there.
         if self._verified is not None and self._verified.has_state:
@@ -299,7 +299,7 @@ class Drafting:
         return ((scores.argmax(-1) == tokens) & scores.isfinite().any(-1)).float()
 
 
-def _confidence(scores: DraftRows | Tensor) -> float:
+def _confidence(scores: DraftLogits | Tensor) -> float:
     """The probability of the likeliest token."""
     if isinstance(scores, Tensor):
         return float((scores.amax(-1) - scores.logsumexp(-1)).exp().nan_to_num())

@@ -106,7 +106,7 @@ class SuffixCache:
         return CACHE_BYTES + self._index.nbytes if self._lengths else 0
 
 
-class CallText:
+class CallSuffixes:
     """The text of one running call, which finds its own phrases again and those of its tenant's cache. Only one thread at
     a time may use it.
 

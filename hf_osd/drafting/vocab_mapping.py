@@ -1,4 +1,4 @@
-"""`Translation`: the target's tokens in the draft's vocabulary, and the draft's scores in the target's.
+"""`VocabMapping`: the target's tokens in the draft's vocabulary, and the draft's scores in the target's.
 
 Most pairs share one vocabulary. Some pad it differently, so that the rows of their LM heads differ in number; others come with two
 tokenizers. In all of them the draft can say those tokens alone that both vocabularies have, q is 0 outside them, and so the output stays
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_osd.feedback.feedback import SparseRows
+from hf_osd.feedback.feedback import SparseLogits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SPACES = ("Ġ", "▁")
 
 
-class Translation:
+class VocabMapping:
     """Between two vocabularies. Make one by `of_models`, `of_sizes` or `of_tokenizers`.
 
     Args:
@@ -44,13 +44,13 @@ class Translation:
         draft_size: int,
         shared: tuple[Tensor, Tensor] | None = None,
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-        stand_in: int = 0,
+        unk_id: int = 0,
         rows: int | None = None,
     ):
         self._rows = rows
         self.target_size, self.draft_size = target_size, draft_size
         self.shared = shared
-        self._tokenizers, self._stand_in = tokenizers, stand_in
+        self._tokenizers, self._stand_in = tokenizers, unk_id
         self._to_draft = None
         if shared is not None:
             self._to_draft = torch.full((target_size,), -1, dtype=torch.long, device="cpu").index_copy_(
@@ -65,7 +65,7 @@ class Translation:
         draft: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         assistant_tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> Translation:
+    ) -> VocabMapping:
         """Between a target and a draft, as a call of `target.generate` with these tokenizers has it.
 
         Raises:
@@ -84,13 +84,13 @@ class Translation:
         return cls.of_sizes(*sizes, rows=rows)
 
     @classmethod
-    def of_sizes(cls, target_size: int, draft_size: int, stand_in: int = 0, rows: int | None = None) -> Translation:
+    def of_sizes(cls, target_size: int, draft_size: int, unk_id: int = 0, rows: int | None = None) -> VocabMapping:
         """One tokenizer, and heads of V and W rows: ids below both are shared, and of those that the draft has an embedding of; the rest is padding."""
         shared = min(target_size, draft_size, draft_size if rows is None else rows)
         if target_size == draft_size == shared:
-            return cls(target_size, draft_size, stand_in=stand_in, rows=rows)
+            return cls(target_size, draft_size, unk_id=unk_id, rows=rows)
         ids = torch.arange(shared, device="cpu")
-        return cls(target_size, draft_size, (ids, ids), stand_in=stand_in, rows=rows)
+        return cls(target_size, draft_size, (ids, ids), unk_id=unk_id, rows=rows)
 
     @classmethod
     def of_tokenizers(
@@ -100,14 +100,14 @@ class Translation:
         target_size: int,
         draft_size: int,
         rows: int | None = None,
-    ) -> Translation:
+    ) -> VocabMapping:
         """Two tokenizers: tokens of the same string are shared, whichever sign stands for a space in it, and so is the end of sequence.
 
         Raises:
             ValueError: if they share no token.
         """
         known = min(draft_size, draft_size if rows is None else rows)
-        stand_in = next(
+        unk_id = next(
             (
                 i
                 for i in (draft_tokenizer.unk_token_id, draft_tokenizer.pad_token_id, draft_tokenizer.eos_token_id)
@@ -116,7 +116,7 @@ class Translation:
             0,
         )
         if target_tokenizer is draft_tokenizer or target_tokenizer.get_vocab() == draft_tokenizer.get_vocab():
-            return cls.of_sizes(target_size, draft_size, stand_in, rows)
+            return cls.of_sizes(target_size, draft_size, unk_id, rows)
         ours, theirs = _by_string(target_tokenizer, target_size), _by_string(draft_tokenizer, known)
         pairs = {ours[string]: theirs[string] for string in ours.keys() & theirs.keys()}
         ends = target_tokenizer.eos_token_id, draft_tokenizer.eos_token_id
@@ -128,7 +128,7 @@ class Translation:
                 "tokenizer has tokens of the target's, or hf_osd.grow_draft(target)."
             )
         shared = tuple(torch.tensor(ids, device="cpu") for ids in zip(*sorted(pairs.items()), strict=True))
-        return cls(target_size, draft_size, shared, (target_tokenizer, draft_tokenizer), stand_in, rows)
+        return cls(target_size, draft_size, shared, (target_tokenizer, draft_tokenizer), unk_id, rows)
 
     @property
     def is_identity(self) -> bool:
@@ -182,12 +182,12 @@ class Translation:
         """A shared token's id in the draft's vocabulary; int64, any shape."""
         return token if self.shared is None else self._tables(token.device)[2][token]
 
-    def rows(self, rows: SparseRows, pieces: list[list[int]]) -> SparseRows:
+    def rows(self, rows: SparseLogits, pieces: list[list[int]]) -> SparseLogits:
         """What the target said before each of its n tokens, about shared tokens and in its ids, in the draft's: `pieces` are the draft's ids of the tokens, as
         `tokens` gives them, and each has its row at the first of its ids. The others have no target."""
         if self.shared is None:
             return rows
-        rows = SparseRows(self.token(rows.top_ids.long()).to(torch.int32), rows.top_logps, rows.tail_logp)
+        rows = SparseLogits(self.token(rows.top_ids.long()).to(torch.int32), rows.top_logps, rows.tail_logp)
         n = sum(map(len, pieces))
         return rows if n == len(pieces) else rows.spread(starts(pieces), n)
 
@@ -242,7 +242,7 @@ def _by_string(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, int]:
     return strings
 
 
-def check_vocabularies(target: PreTrainedModel, translation: Translation):
+def check_vocabularies(target: PreTrainedModel, translation: VocabMapping):
     """Whether a draft of another vocabulary can assist `target`: a `ValueError` if not."""
     if target.config.is_encoder_decoder and not translation.is_identity:
         raise ValueError(

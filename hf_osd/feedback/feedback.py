@@ -1,7 +1,7 @@
 """`Feedback`: what one request taught. Token ids, the target's sparse distributions at its verified positions, and what
 the draft had said there. It holds no text, and knows neither models nor training.
 
-All ids are of the draft's vocabulary, which mostly is the target's. Where it is not (see [`hf_osd.drafting.vocab_mapping.Translation`]), a token of
+All ids are of the draft's vocabulary, which mostly is the target's. Where it is not (see [`hf_osd.drafting.vocab_mapping.VocabMapping`]), a token of
 the target may be several of the draft's: the first of them is the position that has a target, the others have none.
 
 Symbols: position i is the i-th generated token, N of them; `p` is the target's raw distribution there (temperature 1, no
@@ -45,7 +45,7 @@ class Feedback:
         sampled (`bool`): whether the request was sampled rather than greedy.
         created (`float`): `time.monotonic()` at which it was sealed.
         source (`Tensor` int32 `(S,)`, *optional*): what the encoder read, if the draft has one; `tokens` are then the decoder's.
-        prompt_rows (`SparseRows` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, k as above; `None` where they
+        prompt_rows (`SparseLogits` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, k as above; `None` where they
             are not known. They teach as well, and nothing else: α is of generated tokens alone.
         gap (`tuple[int, int]`, *optional*): `(after, count)`: of the text, `count` tokens are left out after the first `after` ones ([`hf_osd.distill.windows.cut`]).
     """
@@ -63,7 +63,7 @@ class Feedback:
     sampled: bool = False
     created: float = field(default_factory=time.monotonic)
     source: Tensor | None = None
-    prompt_rows: SparseRows | None = None
+    prompt_rows: SparseLogits | None = None
     gap: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -76,9 +76,9 @@ class Feedback:
         return self.tokens[self.prompt_length :]
 
     @property
-    def rows(self) -> SparseRows:
+    def rows(self) -> SparseLogits:
         """The target's distributions at the N positions."""
-        return SparseRows(self.top_ids, self.top_logps, self.tail_logp)
+        return SparseLogits(self.top_ids, self.top_logps, self.tail_logp)
 
     @property
     def nbytes(self) -> int:
@@ -90,20 +90,20 @@ class Feedback:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def teaches(self, positions: str) -> Tensor:
+    def teaching_mask(self, positions: str) -> Tensor:
         """Mask `(N,)` of the generated positions to learn from: `"all"` that have a target, or `"error"`, those of them that end a round."""
         taught = ~self.tail_logp.isnan()
         return taught & (self.outcome != ACCEPTED) if positions == "error" else taught
 
-    def lessons(self, positions: str) -> int:
+    def num_teaching(self, positions: str) -> int:
         """How many positions there are to learn from, those of the prompt included."""
-        return int(self.teaches(positions).sum()) + (0 if self.prompt_rows is None else len(self.prompt_rows))
+        return int(self.teaching_mask(positions).sum()) + (0 if self.prompt_rows is None else len(self.prompt_rows))
 
     def with_overlap(self, overlap: Tensor) -> Feedback:
         """The same request with `overlap` filled in at the positions where it was unknown."""
         return replace(self, overlap=torch.where(self.overlap.isnan(), overlap, self.overlap))
 
-    def sparser(self, k: int) -> Feedback:
+    def truncate(self, k: int) -> Feedback:
         """The same request with the k likeliest of its stored tokens alone; the mass of the others joins the tail. Itself if it has no more.
 
         Raises:
@@ -115,9 +115,9 @@ class Feedback:
             return self
         return replace(
             self,
-            **vars(self.rows.sparser(k)),
+            **vars(self.rows.truncate(k)),
             draft_logps=self.draft_logps[:, :k].clone(),
-            prompt_rows=None if self.prompt_rows is None else self.prompt_rows.sparser(k),
+            prompt_rows=None if self.prompt_rows is None else self.prompt_rows.truncate(k),
         )
 
     def with_prompt_rows(self, most: int) -> Feedback:
@@ -131,9 +131,9 @@ class Feedback:
         cls,
         tokens: Tensor,
         prompt_length: int,
-        rows: SparseRows,
+        rows: SparseLogits,
         overlap: Tensor | None = None,
-        prompt_rows: SparseRows | None = None,
+        prompt_rows: SparseLogits | None = None,
         sampled: bool = False,
         source: Tensor | None = None,
     ) -> Feedback:
@@ -158,7 +158,7 @@ class Feedback:
 
 
 @dataclass(frozen=True)
-class SparseRows:
+class SparseLogits:
     """n distributions as top k and tail; the fields are those of [`Feedback`]."""
 
     top_ids: Tensor
@@ -166,9 +166,9 @@ class SparseRows:
     tail_logp: Tensor
 
     @classmethod
-    def of_logits(
+    def from_logits(
         cls, logits: Tensor, k: int, dtype: torch.dtype = torch.float16, among: Tensor | None = None
-    ) -> SparseRows:
+    ) -> SparseLogits:
         """Top k and tail of logits `(n, V)`, float32, on their device. Costs one top-k and two log-sum-exps a row.
 
         Args:
@@ -193,22 +193,22 @@ class SparseRows:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in vars(self).values())
 
-    def cpu(self) -> SparseRows:
-        return SparseRows(*(getattr(self, f.name).cpu() for f in fields(self)))
+    def cpu(self) -> SparseLogits:
+        return SparseLogits(*(getattr(self, f.name).cpu() for f in fields(self)))
 
-    def sparser(self, k: int) -> SparseRows:
+    def truncate(self, k: int) -> SparseLogits:
         """With the k likeliest of the stored tokens alone; the mass of the others joins the tail. Copies: a view would keep what was cut in memory."""
         left_out = self.top_logps[:, k:].float().logsumexp(-1)  # (n,)
         tail = torch.logaddexp(self.tail_logp.float(), left_out).clamp_min(TAIL_FLOOR)  # NaN stays NaN
-        return SparseRows(self.top_ids[:, :k].clone(), self.top_logps[:, :k].clone(), tail.to(self.tail_logp.dtype))
+        return SparseLogits(self.top_ids[:, :k].clone(), self.top_logps[:, :k].clone(), tail.to(self.tail_logp.dtype))
 
-    def at(self, rows: Tensor) -> SparseRows:
+    def at(self, rows: Tensor) -> SparseLogits:
         """Those of the rows `(r,)`; copies."""
-        return SparseRows(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return SparseLogits(*(getattr(self, f.name)[rows] for f in fields(self)))
 
-    def spread(self, at: list[int], n: int) -> SparseRows:
+    def spread(self, at: list[int], n: int) -> SparseLogits:
         """These rows at the positions `at` of n; the others have no target."""
-        rows = SparseRows(
+        rows = SparseLogits(
             self.top_ids.new_zeros(n, self.top_ids.shape[1]),
             self.top_logps.new_full((n, self.top_ids.shape[1]), torch.nan),
             self.tail_logp.new_full((n,), torch.nan),
@@ -218,5 +218,5 @@ class SparseRows:
         return rows
 
     @classmethod
-    def cat(cls, parts: list[SparseRows]) -> SparseRows:
+    def cat(cls, parts: list[SparseLogits]) -> SparseLogits:
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))

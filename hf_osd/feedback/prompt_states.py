@@ -1,4 +1,4 @@
-"""`Prefill`: what a target makes of a prompt as it reads it. generate asks only for what follows the prompt; what the target would have said at the
+"""`PromptStates`: what a target makes of a prompt as it reads it. generate asks only for what follows the prompt; what the target would have said at the
 prompt's own positions costs its LM head there, and no forward."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _ROUNDING = 0.03
 _REMEMBERED = 32
 
 
-class Prefill:
+class PromptStates:
     """The hidden states with which a target ends its first forward, in this thread, from now on.
 
     Args:
@@ -50,7 +50,7 @@ class Prefill:
     @classmethod
     def of_call(
         cls, target: PreTrainedModel, draft: PreTrainedModel, most: int, mask: Tensor | None, read: int
-    ) -> Prefill | None:
+    ) -> PromptStates | None:
         """For the prompt of one call, whose `read` tokens are those that `mask` `(1, L)` says; `None` where nothing is asked for, or can be had."""
         # A target that drafts for itself would draft with the body that is listened to.
         if not most or draft.base_model is target.base_model or not cls.offers(target):
@@ -103,12 +103,12 @@ class Prefill:
     @torch.no_grad()
     def rows(
         self, count: int, top_k: int, dtype: torch.dtype, row: int = 0, columns: Callable | None = None
-    ) -> SparseRows | None:
+    ) -> SparseLogits | None:
         """What the target would have said at the last `count` positions of the prompt in this row, or at as many of them as there are states for.
         `None` if it is none, or if the head alone does not say what the target does.
 
         Args:
-            top_k, dtype: as of [`SparseRows.of_logits`].
+            top_k, dtype: as of [`SparseLogits.from_logits`].
             columns (`Callable[[torch.device], Tensor | None]`, *optional*): gives the columns that may be kept, on a device.
         """
         if self._states is None:
@@ -127,8 +127,8 @@ class Prefill:
         for part in states.split(_ROWS_AT_ONCE):
             logits = self._logits(part)
             among = None if columns is None else columns(logits.device)
-            parts.append(SparseRows.of_logits(logits, top_k, dtype, among).cpu())
-        return SparseRows.cat(parts)
+            parts.append(SparseLogits.from_logits(logits, top_k, dtype, among).cpu())
+        return SparseLogits.cat(parts)
 
     def _compare(self):
         """See once whether the head alone says of the prompt's last state, in the first row, what the target said of it."""
@@ -147,7 +147,7 @@ class Prefill:
         return self._head(states).float()
 
 
-class KnownTexts:
+class SeenTexts:
     """The last texts that were taken in, by which to tell what of a prompt is new: a template, or the conversation so far, teaches once; and what was held
     back from learning is not learnt as a part of the next prompt. Thread-safe."""
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_osd.drafting.vocab_mapping import Translation, check_vocabularies
-from hf_osd.feedback.feedback import Feedback, SparseRows
-from hf_osd.feedback.prompt_states import Prefill
+from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
+from hf_osd.feedback.feedback import Feedback, SparseLogits
+from hf_osd.feedback.prompt_states import PromptStates
 from hf_osd.models.heads import contiguous_head
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class _RawRows:
         target: PreTrainedModel,
         top_k: int,
         dtype: torch.dtype,
-        translation: Translation,
-        prefill: Prefill | None = None,
+        translation: VocabMapping,
+        prefill: PromptStates | None = None,
     ):
         self.top_k, self.dtype, self._translation, self._prefill = top_k, dtype, translation, prefill
-        self.steps: list[SparseRows] = []  # a row a request
+        self.steps: list[SparseLogits] = []  # a row a request
         self._thread = threading.get_ident()  # the target may serve others meanwhile
         self._handle = target.register_forward_hook(self._keep)
 
@@ -47,7 +47,7 @@ class _RawRows:
                 self._prefill.settle(0, output.logits[0, -1])
             logits = output.logits[:, -1].float()
             columns = self._translation.shared_columns(logits.device)
-            self.steps.append(SparseRows.of_logits(logits, self.top_k, self.dtype, columns).cpu())
+            self.steps.append(SparseLogits.from_logits(logits, self.top_k, self.dtype, columns).cpu())
 
     def __enter__(self) -> _RawRows:
         return self
@@ -68,7 +68,7 @@ def record_answers(
     prompt_positions: int = 0,
     on_batch: Callable[[int], None] | None = None,
     temperature: float = 0.0,
-    translation: Translation | None = None,
+    translation: VocabMapping | None = None,
 ) -> list[Feedback]:
     """Answers of `target` to `prompts`, greedy ones if not said otherwise, in their order.
 
@@ -83,7 +83,7 @@ def record_answers(
         on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
         temperature (`float`): above 0, answers are sampled at it, from all tokens, with the process's random numbers. What is kept of the target is its
             distribution at temperature 1 either way.
-        translation (`Translation`, *optional*): to the draft's vocabulary, where that is not the target's: see [`Translation.of_models`]. What is kept is then
+        translation (`VocabMapping`, *optional*): to the draft's vocabulary, where that is not the target's: see [`VocabMapping.of_models`]. What is kept is then
             in the draft's ids, as a generate call keeps it: a token of the target may be several of them, of which the first one teaches.
 
     Returns:
@@ -98,7 +98,7 @@ def record_answers(
         )
     if translation is None:
         size = target.config.get_text_config().vocab_size
-        translation = Translation.of_sizes(size, size)
+        translation = VocabMapping.of_sizes(size, size)
     check_vocabularies(target, translation)
     encodes = target.config.is_encoder_decoder
     if encodes or not translation.has_one_tokenizer:
@@ -123,7 +123,7 @@ def record_answers(
             columns = slice(0, len(prompts[i])) if encodes else slice(longest - len(prompts[i]), longest)
             input_ids[row, columns] = prompts[i]
             mask[row, columns] = 1
-        prefill = Prefill(target, prompt_positions) if prompt_positions and Prefill.offers(target) else None
+        prefill = PromptStates(target, prompt_positions) if prompt_positions and PromptStates.offers(target) else None
         with _RawRows(target, top_k, dtype, translation, prefill) as raw, contiguous_head(target):
             sequences = target.generate(
                 input_ids=input_ids.to(target.device),
@@ -137,7 +137,7 @@ def record_answers(
             answer = sequences[row, begin:]
             end = torch.isin(answer, ends).nonzero()
             n = int(end[0]) + 1 if len(end) else len(answer)
-            rows = SparseRows(
+            rows = SparseLogits(
                 *(
                     torch.stack([getattr(s, f)[row] for s in raw.steps[:n]])
                     for f in ("top_ids", "top_logps", "tail_logp")

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.system.files import staged
 
 _FORMAT = "hf_osd.trace.1"
 # Fields with a row a position, in the order in which `Feedback` has them; those `(N, k)` are stored flat, for k may differ by request.
 _SPARSE = ("top_ids", "top_logps", "draft_logps")
 _DENSE = ("tail_logp", "drafted", "drafted_logp", "outcome", "overlap")
-_ROWS = ("top_ids", "top_logps", "tail_logp")  # of `SparseRows`
+_ROWS = ("top_ids", "top_logps", "tail_logp")  # of `SparseLogits`
 _FACTS = ("tokens", "prompt", "k", "source", "sampled", "age")  # the columns of `facts`
 # Log-probs are of one dtype a request; where requests differ in it, `dtypes` says which of these each has.
 _LOGPS = ("top_logps", "tail_logp", "draft_logps", "drafted_logp")
@@ -149,7 +149,7 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
     ]
 
 
-def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str, list]) -> list[SparseRows | None]:
+def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str, list]) -> list[SparseLogits | None]:
     """`prompt_rows` of each request, of its k and the dtype of its other log-probs."""
     if "prompt_rows" not in tensors:
         return [None] * len(ks)
@@ -158,7 +158,7 @@ def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str
     ids, logps = (tensors[f"prompt_{name}"].split(flat) for name in _ROWS[:2])
     tails = tensors["prompt_tail_logp"].split(counts)
     return [
-        SparseRows(
+        SparseLogits(
             ids[i].view(n, k).clone(),
             logps[i].view(n, k).to(columns["top_logps"][i].dtype, copy=True),
             tails[i].to(columns["top_logps"][i].dtype, copy=True),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hf_osd.drafting.context import encoder_source, without_padding
-from hf_osd.drafting.suffix_cache import CallText, SuffixCache
-from hf_osd.feedback.prompt_states import Prefill
+from hf_osd.drafting.suffix_cache import CallSuffixes, SuffixCache
+from hf_osd.feedback.prompt_states import PromptStates
 from hf_osd.generation.candidates import OnlineCandidateGenerator
-from hf_osd.generation.recorder import CallRecord
+from hf_osd.generation.recorder import CallRecorder
 from hf_osd.generation.verification import Verification
 from hf_osd.models.properties import encoder_parameters
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from hf_osd.drafting.draft_model import HeadUsage
     from hf_osd.drafting.reach import Reach
     from hf_osd.drafting.suffix_cache import SuffixCaches
-    from hf_osd.drafting.vocab_mapping import Translation
+    from hf_osd.drafting.vocab_mapping import VocabMapping
     from hf_osd.feedback.feedback import Feedback
-    from hf_osd.feedback.prompt_states import KnownTexts
+    from hf_osd.feedback.prompt_states import SeenTexts
     from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.running import RunningCall
     from hf_osd.models.draft_head import DraftHead
-    from hf_osd.models.hot_swap import NoServing, ServingDraft
-    from hf_osd.policy.lookahead import Lookahead
+    from hf_osd.models.hot_swap import HotSwapDraft, NullHotSwap
+    from hf_osd.policy.lookahead import DraftPolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +43,10 @@ class Parts:
 
     Args:
         config (`OnlineConfig`): every choice there is.
-        serving (`ServingDraft`): whose draft is leased.
-        lookahead (`Lookahead`): chooses source and γ.
-        translation (`Translation`): between the target's tokens and the draft's.
-        known_texts (`KnownTexts`): by which to tell what of a prompt is new.
+        serving (`HotSwapDraft`): whose draft is leased.
+        lookahead (`DraftPolicy`): chooses source and γ.
+        translation (`VocabMapping`): between the target's tokens and the draft's.
+        seen_texts (`SeenTexts`): by which to tell what of a prompt is new.
         warn (`Callable[[str], None]`): gives a warning, once.
         learns (`bool`): whether anything learns from calls.
         reach (`Reach`, *optional*): what the draft can read, where there is one.
@@ -56,10 +56,10 @@ class Parts:
     """
 
     config: OnlineConfig
-    serving: ServingDraft | NoServing
-    lookahead: Lookahead
-    translation: Translation
-    known_texts: KnownTexts
+    serving: HotSwapDraft | NullHotSwap
+    lookahead: DraftPolicy
+    translation: VocabMapping
+    seen_texts: SeenTexts
     warn: Callable[[str], None]
     learns: bool = False
     reach: Reach | None = None
@@ -73,25 +73,25 @@ class Call:
     call's end is noticed.
 
     Attributes:
-        record (`CallRecord`): what it observed.
+        record (`CallRecorder`): what it observed.
         model (`PreTrainedModel`, *optional*): the draft, while it is leased.
         private (`bool`): whether nothing of it is to be kept.
-        of_tokens (`bool`): whether it teaches, and the target reads a prompt of tokens that are the draft's too, and nothing else.
+        rehearsable (`bool`): whether it teaches, and the target reads a prompt of tokens that are the draft's too, and nothing else.
         running (`RunningCall`, *optional*), thread (`int`): what runs it, `None` if generate's own loop does not; and where.
     """
 
-    record: CallRecord
+    record: CallRecorder
 
     def __init__(self, parts: Parts, running: RunningCall | None, private: bool):
         self.running, self.private, self.thread = running, private, threading.get_ident()
         self.model: PreTrainedModel | None = None
-        self.of_tokens = False
+        self.rehearsable = False
         # Not all parts: the target is among what they hold on to.
-        self._serving, self._known_texts = parts.serving, parts.known_texts
+        self._serving, self._known_texts = parts.serving, parts.seen_texts
         self._reach, self._warn = parts.reach, parts.warn
-        self._text: CallText | None = None  # as the suffix cache has it,
+        self._text: CallSuffixes | None = None  # as the suffix cache has it,
         self._cache: SuffixCache | None = None  # and where it goes when the call is over
-        self._prompt_states: Prefill | None = None
+        self._prompt_states: PromptStates | None = None
         self._head_usage: HeadUsage | None = None  # of a head of some rows
 
     @classmethod
@@ -124,25 +124,25 @@ class Call:
         prompt = translation.prompt(tokens)
         if parts.texts is not None:
             cache = parts.texts.of(tenant)
-            self._text = CallText(tokens.tolist(), cache)
+            self._text = CallSuffixes(tokens.tolist(), cache)
             self._cache = None if self.private else cache
 
         # 3. What the target makes of the prompt, where that is to teach.
-        request, source, teaches = self._for_encoder(request, parts)
-        if not teaches and parts.learns:
+        request, source, teaching_mask = self._for_encoder(request, parts)
+        if not teaching_mask and parts.learns:
             parts.warn(
                 "This draft attends to an encoder's states or to features, of which feedback keeps none: it is served, and learns nothing from "
                 "these calls. A draft with an encoder of its own learns where the source is tokens."
             )
-        capture = teaches and parts.learns and not self.private
-        self.of_tokens = capture and not request.encodes and translation.has_one_tokenizer and request.reads_tokens
-        if self.of_tokens:
-            self._prompt_states = Prefill.of_call(
+        capture = teaching_mask and parts.learns and not self.private
+        self.rehearsable = capture and not request.encodes and translation.has_one_tokenizer and request.reads_tokens
+        if self.rehearsable:
+            self._prompt_states = PromptStates.of_call(
                 request.target, self.model, config.prompt_positions, request.mask, len(tokens)
             )
 
         # 4. The record of what it says of the answer.
-        self.record = CallRecord(
+        self.record = CallRecorder(
             prompt,
             translation,
             sampled=request.generation_config.do_sample,
@@ -204,7 +204,7 @@ class Call:
             shared = self._known_texts.shared(self.record.prompt)
             if self._head_usage is not None:
                 self._head_usage.settle(self.record.stats)
-            feedback = self.record.seal(shared)
+            feedback = self.record.to_feedback(shared)
         finally:
             self._let_go()
         if states is not None and states.differs:

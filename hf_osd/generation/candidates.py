@@ -1,4 +1,4 @@
-"""`OnlineCandidateGenerator`: proposes tokens in each round of one generate call, from the draft or the suffix cache, and tells a `CallRecord`
+"""`OnlineCandidateGenerator`: proposes tokens in each round of one generate call, from the draft or the suffix cache, and tells a `CallRecorder`
 what the target said of them.
 
 It lives as long as the call, and knows nothing of training. A round (Algorithm 1 of arXiv 2211.17192, with the number of drafts chosen and what is verified kept):
@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd.drafting.context import DraftContext, encoder_source
-from hf_osd.drafting.draft_model import Block, Drafting, HeadUsage
+from hf_osd.drafting.draft_model import Block, DraftModelProposer, HeadUsage
 from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
-from hf_osd.models.hot_swap import NoDraft
+from hf_osd.models.hot_swap import NullDraft
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.drafting.reach import Reach
-    from hf_osd.drafting.suffix_cache import CallText, Continuation
-    from hf_osd.drafting.vocab_mapping import Translation
-    from hf_osd.generation.recorder import CallRecord
+    from hf_osd.drafting.suffix_cache import CallSuffixes, Continuation
+    from hf_osd.drafting.vocab_mapping import VocabMapping
+    from hf_osd.generation.recorder import CallRecorder
     from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.verification import Verification
-    from hf_osd.policy.lookahead import Lookahead
+    from hf_osd.policy.lookahead import DraftPolicy
 
 
 class OnlineCandidateGenerator(AssistedCandidateGenerator):
@@ -51,13 +51,13 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
     Args:
         request (`GenerateRequest`): what generate asks for. The processors in its `logits_processor` are put behind one that keeps the
             target's raw logits, if there are any.
-        assistant_model (`PreTrainedModel`): the leased draft, or a [`NoDraft`].
+        assistant_model (`PreTrainedModel`): the leased draft, or a [`NullDraft`].
         prompt (`Tensor` int64 `(L',)`): the prompt as the draft reads it.
-        translation (`Translation`): between the target's tokens and the draft's.
-        record (`CallRecord`): where observations go.
-        lookahead (`Lookahead`): chooses source and γ.
-        text (`CallText`, *optional*): the text so far and those before it, as the suffix cache has them.
-        make_head (`Callable`, *optional*): see [`Drafting`].
+        translation (`VocabMapping`): between the target's tokens and the draft's.
+        record (`CallRecorder`): where observations go.
+        lookahead (`DraftPolicy`): chooses source and γ.
+        text (`CallSuffixes`, *optional*): the text so far and those before it, as the suffix cache has them.
+        make_head (`Callable`, *optional*): see [`DraftModelProposer`].
         verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
         reach (`Reach`, *optional*): what the draft can read, where there is one. Beyond it, and where the draft fails, this call goes on without it.
         see_width (`Callable`, *optional*): told how many logits the target gives, where that is not known yet; nothing is drafted in such a call.
@@ -69,10 +69,10 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         request: GenerateRequest,
         assistant_model: PreTrainedModel,
         prompt: Tensor,
-        translation: Translation,
-        record: CallRecord,
-        lookahead: Lookahead,
-        text: CallText | None = None,
+        translation: VocabMapping,
+        record: CallRecorder,
+        lookahead: DraftPolicy,
+        text: CallSuffixes | None = None,
         make_head: Callable | None = None,
         verification: Verification | None = None,
         reach: Reach | None = None,
@@ -103,7 +103,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 reach.failed_source(error, None if source is None else len(source))
                 drafts = False
         if not drafts:
-            assistant_model = NoDraft()
+            assistant_model = NullDraft()
             upstreams(assistant_model=assistant_model)
         self.num_assistant_tokens = tokens
         self.record, self.lookahead, self._translation, self._text = record, lookahead, translation, text
@@ -125,12 +125,12 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         states = request.generation_config.output_hidden_states or request.generation_config.output_attentions
         self._first_alone = states or not request.reads_tokens
 
-        self._drafting: Drafting | None = None  # None without a draft
+        self._drafting: DraftModelProposer | None = None  # None without a draft
         self.head_usage: HeadUsage | None = None  # of a head of some rows
         self._reach = reach
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
-            self._drafting = Drafting(
+            self._drafting = DraftModelProposer(
                 DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask")),
                 translation,
                 lookahead,
@@ -208,7 +208,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if not self._translation.is_identity:
                 ids = torch.tensor([[i for piece in pieces for i in piece]], device=said.device)
             lag = drafting.follow(block, lag, pieces, ids, targets)
-        self.record.fill_overlap(lag)
+        self.record.set_acceptance(lag)
         log_q = functools.partial(drafting.log_q, block, own) if own else None
         self.record.add_round(pieces, raw, block, accepted, tested, overlap, log_q)
         if self._text is not None:
@@ -226,9 +226,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             match=block.match,
             shares=block.shares,
         )
-        self.lookahead.observe_shadow(lag)
+        self.lookahead.observe_untested(lag)
         # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
-        self.lookahead.observe_shadow(overlap[own:], block.confidence[own:])
+        self.lookahead.observe_untested(overlap[own:], block.confidence[own:])
         if self._prefill and self._see_width is not None:
             self._see_width(scores.shape[-1])
         self._prefill = False

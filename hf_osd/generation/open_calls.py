@@ -51,7 +51,7 @@ class OpenCalls:
             if self.any():  # one began in between, and may have said so before
                 self.on_change(True)
 
-    def take_over(self, here: bool = False) -> list[Call]:
+    def pop_finished(self, here: bool = False) -> list[Call]:
         """Those that are over, each once: their generator is gone. And, with `here`, those of this thread that have come back, though a
         traceback may still hold the generator; statistics alone may be read in mid-call, from a streamer say."""
         thread, ended = threading.get_ident() if here else None, set()

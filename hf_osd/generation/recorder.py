@@ -1,4 +1,4 @@
-"""`CallRecord`: what one generate call observed, round by round, to be sealed into [`Feedback`]. It outlives the call's generator."""
+"""`CallRecorder`: what one generate call observed, round by round, to be sealed into [`Feedback`]. It outlives the call's generator."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_osd.drafting.vocab_mapping import starts
-from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseRows
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseLogits
 from hf_osd.metrics.stats import CallStats
 
 if TYPE_CHECKING:
     from hf_osd.drafting.draft_model import Block
-    from hf_osd.drafting.vocab_mapping import Translation
-    from hf_osd.feedback.prompt_states import Prefill
+    from hf_osd.drafting.vocab_mapping import VocabMapping
+    from hf_osd.feedback.prompt_states import PromptStates
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +26,25 @@ logger = logging.getLogger(__name__)
 _LIKELY = 16
 
 
-class CallRecord:
+class CallRecorder:
     """One call's observations.
 
     Args:
         prompt (`Tensor` int64 `(L,)`): the prompt as the draft reads it.
-        translation (`Translation`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
+        translation (`VocabMapping`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
         sampled (`bool`): whether the call samples.
         processed (`bool`): whether logits processors stand between the models' distributions and what was chosen from.
         capture (`bool`): whether to keep the target's distributions; statistics are kept anyway.
         note_likely (`bool`): whether, where they are not kept, to note the target's likeliest tokens all the same.
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
-        prompt_states (`Prefill`, *optional*): what the target makes of the prompt, where that is to teach.
+        prompt_states (`PromptStates`, *optional*): what the target makes of the prompt, where that is to teach.
     """
 
     def __init__(
         self,
         prompt: Tensor,
-        translation: Translation,
+        translation: VocabMapping,
         sampled: bool,
         processed: bool,
         capture: bool,
@@ -52,7 +52,7 @@ class CallRecord:
         top_k: int,
         dtype: torch.dtype,
         source: Tensor | None = None,
-        prompt_states: Prefill | None = None,
+        prompt_states: PromptStates | None = None,
     ):
         self.stats = CallStats(requests=1)
         self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
@@ -63,7 +63,7 @@ class CallRecord:
         self._tokens: list[int] = []  # the draft's ids, N so far
         self._starts: list[int] = []  # where in them each of the target's tokens starts
         self._overlap: list[float] = []  # N
-        self._rows: list[SparseRows] = []
+        self._rows: list[SparseLogits] = []
         self._likely: list[tuple[Tensor, Tensor]] = []  # ids and shares, (positions of a round, 16) each
         self._draft_rows: list[Tensor] = []  # log q of the kept tokens, (positions of a round, k) each
         self._drafted_logp: list[Tensor] = []  # (positions of a round,) each
@@ -99,7 +99,7 @@ class CallRecord:
         self._overlap += _spread(overlap, at, len(tokens), torch.nan)
         if not self._capture:
             if self._note_likely:
-                with self._aside(raw):
+                with self._on_side_stream(raw):
                     top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
                     self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
             return
@@ -107,9 +107,9 @@ class CallRecord:
             self.prompt_states.settle(block.n, raw[0])
         # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
         drafted = block.tokens[:own]
-        with self._aside(raw, *block.scores, *(said.logits for said in block.said)):
+        with self._on_side_stream(raw, *block.scores, *(said.logits for said in block.said)):
             columns = self._translation.shared_columns(raw.device)
-            rows = SparseRows.of_logits(raw, self._top_k, self._dtype, columns)  # in the target's ids
+            rows = SparseLogits.from_logits(raw, self._top_k, self._dtype, columns)  # in the target's ids
             draft_rows = torch.full_like(rows.top_logps, torch.nan)  # (m+1, k)
             drafted_logp = torch.full_like(rows.tail_logp, torch.nan)  # (m+1,)
             if log_q is not None:
@@ -130,7 +130,7 @@ class CallRecord:
         self._positions += _spread(seen, at, len(tokens), (-1, UNTESTED))
 
     @contextlib.contextmanager
-    def _aside(self, raw: Tensor, *others: Tensor):
+    def _on_side_stream(self, raw: Tensor, *others: Tensor):
         """Beside what the device does next, where it can: on CUDA in a stream of its own, which reads `raw` and, of the others, those that lie
         there too. What is kept stays on the device until the call ends, so that no round waits for it."""
         if raw.device.type != "cuda":
@@ -155,7 +155,7 @@ class CallRecord:
         """The verified tokens so far, in the draft's ids."""
         return self._tokens
 
-    def fill_overlap(self, values: list[float]):
+    def set_acceptance(self, values: list[float]):
         """Expected acceptance at the last of the target's tokens, which the draft had not been asked about in their own round."""
         for i, value in zip(self._starts[len(self._starts) - len(values) :], values, strict=True):
             if self._overlap[i] != self._overlap[i]:  # NaN: still unknown
@@ -174,13 +174,13 @@ class CallRecord:
         ids, shares = (torch.cat(parts).flatten().cpu() for parts in zip(*self._likely, strict=True))
         return ids, shares
 
-    def _kept(self) -> SparseRows:
+    def _kept(self) -> SparseLogits:
         if self._stream is not None:
             self._stream.synchronize()
-        self._rows = [SparseRows.cat(self._rows).cpu()]  # in one piece, for whoever asks next
+        self._rows = [SparseLogits.cat(self._rows).cpu()]  # in one piece, for whoever asks next
         return self._rows[0]
 
-    def seal(self, shared: int = 0) -> Feedback | None:
+    def to_feedback(self, shared: int = 0) -> Feedback | None:
         """The request's feedback; `None` if nothing was verified or captured. Also settles the figures of `stats`.
 
         Args:
@@ -211,7 +211,7 @@ class CallRecord:
             prompt_rows=None if states is None else self._of_prompt(states, shared),
         )
 
-    def _of_prompt(self, states: Prefill, shared: int) -> SparseRows | None:
+    def _of_prompt(self, states: PromptStates, shared: int) -> SparseLogits | None:
         start = time.perf_counter()
         try:
             # Its first token follows nothing.

@@ -26,7 +26,7 @@ from hf_osd.generation.trial import RECURRENT, Trial, layers_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.generation.recorder import CallRecord
+    from hf_osd.generation.recorder import CallRecorder
     from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.running import RunningCall
 
@@ -75,7 +75,7 @@ class Verification:
         self._tries = tries and not (synced or target.training or any(map(is_compiled, (target, target.base_model))))
         self._given = None  # a copy of the caller's own cache, while that is empty
 
-    def begin(self, record: CallRecord):
+    def begin(self, record: CallRecorder):
         """To be called before the first round: raises [`CannotVerify`] for what is known then, or has to be."""
         why = _obstacle(self._target, self._cache)
         if why is None and self._tries and getattr(self._cache, "_is_user_defined", False):
@@ -89,7 +89,7 @@ class Verification:
             self._fail(why, record)
             raise CannotVerify(why, self._running)
 
-    def allows(self, record: CallRecord, first: bool) -> bool:
+    def allows(self, record: CallRecorder, first: bool) -> bool:
         """To be called before the call's first block is drafted: whether the target can verify it.
 
         Raises:
@@ -103,11 +103,11 @@ class Verification:
             raise CannotVerify(why, self._running)
         return False
 
-    def _fail(self, why: str, record: CallRecord):
+    def _fail(self, why: str, record: CallRecorder):
         record.stats.plain_requests = 1
         self._warn(plain_warning(self._target, why))
 
-    def _find(self, record: CallRecord) -> str | None:
+    def _find(self, record: CallRecorder) -> str | None:
         """Why the target fails; known, or tried now."""
         if not self._tries:
             return None

@@ -1,4 +1,4 @@
-"""`View`: an assistant as some calls see it: those of one tenant, or those of which nothing is to be kept. It shares everything else."""
+"""`AssistantView`: an assistant as some calls see it: those of one tenant, or those of which nothing is to be kept. It shares everything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OpensCalls(Protocol):
     ) -> OnlineCandidateGenerator: ...
 
 
-class View:
+class AssistantView:
     """Made by [`OnlineAssistant.tenant`] and [`OnlineAssistant.private`], and passed as `assistant_model` in its place. Whatever else is asked of it, the
     assistant answers.
 
@@ -34,11 +34,11 @@ class View:
     def open_call(self, request: GenerateRequest) -> OnlineCandidateGenerator:
         return self._assistant.open_call(request, tenant=self._tenant, private=self._private)
 
-    def tenant(self, name: Hashable) -> View:
-        return View(self._assistant, name, self._private)
+    def tenant(self, name: Hashable) -> AssistantView:
+        return AssistantView(self._assistant, name, self._private)
 
-    def private(self) -> View:
-        return View(self._assistant, self._tenant, private=True)
+    def private(self) -> AssistantView:
+        return AssistantView(self._assistant, self._tenant, private=True)
 
     def __getattr__(self, name: str):
         if name == "_assistant" or name.startswith("__"):  # of a half-made copy, which has no assistant to ask

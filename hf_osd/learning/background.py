@@ -39,7 +39,7 @@ class Stopped(BaseException):
     """The learner is to stop in the middle of an update. No `Exception`, for an update that is stopped has not failed."""
 
 
-class Pace:
+class Throttle:
     """Keeps a worker to a share of the time: after each piece of work it waits until that piece was no more than the share.
 
     Args:
@@ -72,7 +72,7 @@ class Pace:
             raise Stopped
         self._since = self._worked()
 
-    def hurry(self, whether: bool = True):
+    def unthrottle(self, whether: bool = True):
         """Wait no longer: somebody waits for the work. With `False`, one of those does no more."""
         with self._lock:
             self._hurried += 1 if whether else -1
@@ -114,7 +114,7 @@ class BackgroundLearner:
     ):
         self._after_update = after_update
         self._most = config.requests_an_update
-        self.pace = Pace(config.share_of_time(config.learn), busy, worked)
+        self.pace = Throttle(config.share_of_time(config.learn), busy, worked)
         self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
         self.restarts, self._prepared = 0, False
         self._deaths = self._updates_then = 0  # in a row without an update between; updates at the last one
@@ -208,11 +208,11 @@ class BackgroundLearner:
     @contextlib.contextmanager
     def _hurried(self) -> Iterator[None]:
         """Somebody waits for the update that runs, if one does."""
-        self.pace.hurry()
+        self.pace.unthrottle()
         try:
             yield
         finally:
-            self.pace.hurry(False)
+            self.pace.unthrottle(False)
 
     def _start(self):
         with self._starting:
@@ -248,7 +248,7 @@ class BackgroundLearner:
             self.pace.pause()  # for what came after the last step
 
 
-def _run(owner: weakref.ref, pace: Pace, wake: threading.Event, imported: threading.Event):
+def _run(owner: weakref.ref, pace: Throttle, wake: threading.Event, imported: threading.Event):
     """The thread: holds its owner for as long as it learns, and no longer."""
     try:
         with importing():
@@ -272,6 +272,6 @@ def _run(owner: weakref.ref, pace: Pace, wake: threading.Event, imported: thread
         del learner
 
 
-def _stop(pace: Pace, wake: threading.Event):
+def _stop(pace: Throttle, wake: threading.Event):
     pace.stop()
     wake.set()

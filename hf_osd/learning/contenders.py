@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.ensemble import Ensemble
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.gate import Gate, Verdict
@@ -41,7 +41,7 @@ class Contenders:
         ensemble (`Ensemble`): what learns; its modules judge.
         static (`dict[str, Tensor]`): the weights before any learning, in the serving dtype.
         config (`OnlineConfig`): whether there is a gate, and how strict.
-        ranks (`Ranks`): of the job.
+        ranks (`RankGroup`): of the job.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes weights that are to serve.
         pause (`Callable[[], None]`, *optional*): called after each judging.
         judged (`Callable[[Sequence[Feedback], float], None]`, *optional*): told what was judged, by one draft, and the seconds it took.
@@ -59,7 +59,7 @@ class Contenders:
         ensemble: Ensemble,
         static: dict[str, Tensor],
         config: OnlineConfig,
-        ranks: Ranks,
+        ranks: RankGroup,
         serve: Callable[[Mapping[str, Tensor]], None],
         pause: Callable[[], None] | None = None,
         judged: Callable[[Sequence[Feedback], float], None] = lambda requests, seconds: None,
@@ -196,7 +196,7 @@ class Contenders:
             self._accepted, self._candidate = self._candidate, None
             self.accepted += 1
         elif verdict is Verdict.DROP:
-            self._ensemble.go_back(self._accepted.snapshot)
+            self._ensemble.restore(self._accepted.snapshot)
             self._candidate = None
             self.gate.begin()
             self.dropped += 1

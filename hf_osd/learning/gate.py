@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.learning.evidence import Evidence, gathered
 
 # The evidence that a decision takes, as an e-value: it errs at most once in so many, however often it was looked for.
@@ -48,11 +48,11 @@ class Gate:
 
     Args:
         tolerance (`float`): by how much α may be lower.
-        ranks (`Ranks`, *optional*): with which evidence is summed, each having its own requests; all come to the same decision.
+        ranks (`RankGroup`, *optional*): with which evidence is summed, each having its own requests; all come to the same decision.
     """
 
-    def __init__(self, tolerance: float, ranks: Ranks | None = None):
-        self.tolerance, self._ranks = tolerance, ranks or Ranks()
+    def __init__(self, tolerance: float, ranks: RankGroup | None = None):
+        self.tolerance, self._ranks = tolerance, ranks or RankGroup()
         self.reset()
 
     def reset(self):

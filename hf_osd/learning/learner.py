@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.ensemble import Ensemble
-from hf_osd.distill.ranks import Ranks, RanksParted, check_job
+from hf_osd.distill.ranks import RankGroup, RanksParted, check_job
 from hf_osd.distill.scoring import Judged, learners_autocast
 from hf_osd.distill.windows import what_is_read
 from hf_osd.feedback.buffer import FeedbackBuffer
@@ -85,7 +85,7 @@ class Learner:
     ):
         self.buffer, self.config, self.trainable = buffer, config, trainable
         self._alone = alone
-        self.ranks = Ranks.of_job()
+        self.ranks = RankGroup.of_job()
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
         self._begun_together = False  # whether all ranks are known to have the same draft
@@ -295,7 +295,7 @@ class Learner:
             self._undo(error, new, before)
             return
         except BaseException:  # an interrupt: of the rates that were tried nothing is left
-            self.ensemble.go_back(before)
+            self.ensemble.restore(before)
             self.ensemble.set_rate(self.rate.value)
             raise
         self.contenders.remember(served)
@@ -339,7 +339,7 @@ class Learner:
         self._trying = True
         try:
             for rate in self.rate.ladder:
-                self.ensemble.go_back(start)
+                self.ensemble.restore(start)
                 self.ensemble.set_rate(rate)
                 done = 0
                 for passes in sorted({min(n, most) for n in self.rate.tried_passes}):
@@ -362,7 +362,7 @@ class Learner:
         self.rate.settle(len(trials), before, most)
         logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
         self.ensemble.set_rate(self.rate.value)
-        self.ensemble.go_back(best[0].snapshot)
+        self.ensemble.restore(best[0].snapshot)
         self._since_accepted = weakref.WeakSet(taught)
         self._see_through(*self.contenders.choose(best[0], len(trials), static, best[1]))
 
@@ -386,7 +386,7 @@ class Learner:
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator)
         requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
-        rows = sum(request.lessons(config.positions) for request in requests)
+        rows = sum(request.num_teaching(config.positions) for request in requests)
         rows = int(self.ranks.sum(rows)[0])
         if not rows:
             return  # nothing but accepted drafts, where errors alone teach; or no time
@@ -406,7 +406,7 @@ class Learner:
             return
         except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
             self.ensemble.losses = losses
-            self.ensemble.go_back(before)
+            self.ensemble.restore(before)
             raise
         self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
         self.schedule.succeeded()
@@ -428,7 +428,7 @@ class Learner:
         rest = self.schedule.failed()
         self.buffer.discard(new)
         self.contenders.remembered.discard(new)
-        self.ensemble.go_back(before)
+        self.ensemble.restore(before)
         if self.ranks.size > 1:
             self.contenders.serve_again()  # it may have been another rank that could not take the new weights
         logger.error(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.models.lora import adaptable, merges
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class LearningFacts:
         batch = config.batch_size or config.requests_an_update
         vocabulary = draft.get_output_embeddings().weight.shape[0]
         # Where columns are drawn they are fewer than half; above that all are computed.
-        sampled = config.tail_samples is not None and can_select_rows(draft)
+        sampled = config.sampled_columns is not None and can_select_rows(draft)
         return cls(
             trainable=learnt,
             frozen=sum(counts.values()) - learnt,
@@ -116,7 +116,7 @@ class LearningFacts:
             columns=vocabulary // 2 if sampled else vocabulary,
             eager=getattr(model, "_attn_implementation", None) == "eager",
             autocast=learners_dtype(config, draft) is not None,
-            averages=bool(config.averaging),
+            averages=bool(config.ema_decay),
             members=len(config.ensemble or [1]),
             apart=config.learn == "process" or config.learner_device is not None,
         )
@@ -315,7 +315,7 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
             "all weights, or learn=False."
         )
     free = available(config.learner_device or draft.device)
-    if config.learn == "inline" and (ranks := Ranks.of_job()).size > 1:
+    if config.learn == "inline" and (ranks := RankGroup.of_job()).size > 1:
         free = -ranks.most(-int(min(free, 2**53)))  # of the poorest: all must learn the same
     facts = LearningFacts.of(draft, trainable, linears, config, merges(linears))
     return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)

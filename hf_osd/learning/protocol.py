@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from hf_osd.config import OnlineConfig
     from hf_osd.feedback.buffer import FeedbackBuffer
     from hf_osd.feedback.feedback import Feedback
-    from hf_osd.feedback.prompt_states import KnownTexts
-    from hf_osd.models.hot_swap import ServingDraft
+    from hf_osd.feedback.prompt_states import SeenTexts
+    from hf_osd.models.hot_swap import HotSwapDraft
 
 
 class LearningAssistant(Protocol):
@@ -20,14 +20,14 @@ class LearningAssistant(Protocol):
 
     osd_config: OnlineConfig
     buffer: FeedbackBuffer
-    serving: ServingDraft
-    known_texts: KnownTexts
+    serving: HotSwapDraft
+    seen_texts: SeenTexts
     learner: Any  # of whichever kind; `None` where nothing learns
     learning_choice: str
-    of_tokens: MutableSet[Feedback]
+    rehearsable: MutableSet[Feedback]
     reach: Any  # what the draft can read
 
-    def take_in(self): ...
+    def collect(self): ...
 
     def score(self, requests: Sequence[Feedback]) -> list[Tensor]: ...
 

@@ -82,10 +82,11 @@ class Rate:
 
     def settle(self, trials: int, static: Tensor, most: int | None = None):
         """Go on with the best of so many trials, of up to `most` passes, which was as many as there was time for. If it is one of the most, later updates may
-        make as many passes as there are to try."""
+        make as many passes as there are to try; and so they may for a draft that knows little, whatever the trials say: passes over the few requests of a trial
+        overfit, where those of an update go over all that the buffer has."""
         best, self._best = self._best, None
         self.value, self.passes, self.found = best.rate, best.passes, True
-        if most is not None and self.passes >= most:
+        if _mean(static) < _COLD or (most is not None and self.passes >= most):
             self.passes = max(self.tried_passes)
         self.reason = f"the best of {trials} tried on the first requests, by what the next share with the target: {best}, from {_mean(static):.3f}"
 

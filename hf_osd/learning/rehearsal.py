@@ -74,7 +74,7 @@ class Rehearsal:
         often = [
             (self._answered.get(one, 0), one)
             for one in reversed(self.assistant.buffer.requests())
-            if one in self.assistant.of_tokens
+            if one in self.assistant.rehearsable
         ]
         return [one for times, one in sorted(often, key=lambda pair: pair[0]) if times < self.times]
 
@@ -89,7 +89,7 @@ class Rehearsal:
             `int`: how many answers that made; 0 when there is nothing left to do.
         """
         assistant = self.assistant
-        assistant.take_in()
+        assistant.collect()
         chosen = self.waiting()[:most]
         if chosen:
             answers = record_answers(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.metrics.intervals import Estimate
 
@@ -26,8 +26,8 @@ class Shadow:
         static (`float`), served (`float`): of these positions, expected accepted tokens of the draft before any learning, and of what served.
     """
 
-    def __init__(self, ranks: Ranks | None = None):
-        self._ranks = ranks or Ranks()
+    def __init__(self, ranks: RankGroup | None = None):
+        self._ranks = ranks or RankGroup()
         self.requests = self.positions = 0
         self.static = self.served = 0.0
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
@@ -95,7 +95,7 @@ class Reservoir:
 
     def offer(self, feedback: Feedback):
         """Take a request in, or leave it; one without a position that teaches is left, and does not count."""
-        if not feedback.teaches("all").any():
+        if not feedback.teaching_mask("all").any():
             return
         self.seen += 1
         if len(self._held) < self.size:

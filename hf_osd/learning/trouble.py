@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from hf_osd.distill.student import Member
+    from hf_osd.distill.student import Student
 
 # A first step may be one of a warm-up, at a rate of 0, and one failure be bad luck.
 _TIMES = 2
@@ -34,7 +34,7 @@ def trouble(failed: int, updates: int, unmoved: int) -> str | None:
     return STANDS if unmoved >= _TIMES else None
 
 
-def have_moved(members: Sequence[Member], before: Sequence[tuple]) -> bool:
+def have_moved(members: Sequence[Student], before: Sequence[tuple]) -> bool:
     """Whether a weight of a member is another than in its snapshot."""
     return any(
         not torch.equal(weight, old[name])

@@ -16,13 +16,13 @@ from hf_osd.feedback.feedback import Feedback
 if TYPE_CHECKING:
     from hf_osd.metrics.stats import CallStats
     from hf_osd.models.draft_head import DraftHead
-    from hf_osd.models.hot_swap import ServingDraft
+    from hf_osd.models.hot_swap import HotSwapDraft
 
 logger = logging.getLogger(__name__)
 
 
 class EndedCall(Protocol):
-    """What is asked of the record of a call: see `CallRecord`."""
+    """What is asked of the record of a call: see `CallRecorder`."""
 
     stats: CallStats
     processed: bool
@@ -35,15 +35,15 @@ class EndedCall(Protocol):
 
 
 class Policy(Protocol):
-    """What is told of it: see `Lookahead`."""
+    """What is told of it: see `DraftPolicy`."""
 
-    def observe_shadow(self, overlap: Sequence[float], confidence: Sequence[float] = ()): ...
+    def observe_untested(self, overlap: Sequence[float], confidence: Sequence[float] = ()): ...
 
 
 def score_undrafted(
     feedback: Feedback,
     call: EndedCall,
-    serving: ServingDraft,
+    serving: HotSwapDraft,
     policy: Policy,
     head: DraftHead | None = None,
     window: int | None = None,
@@ -53,7 +53,7 @@ def score_undrafted(
     Args:
         feedback (`Feedback`): what the call teaches; not learnt yet.
         call (`EndedCall`): its record, whose `stats` get the α that is then known.
-        serving (`ServingDraft`): what serves; leased meanwhile.
+        serving (`HotSwapDraft`): what serves; leased meanwhile.
         policy (`Policy`): decides when to draft.
         head (`DraftHead`, *optional*): of which the call's had some rows alone.
         window (`int`, *optional*): tokens of a request that are judged, at most; all if left out.
@@ -61,7 +61,7 @@ def score_undrafted(
     Returns:
         `Feedback`: the same, with the acceptance that was found, where that is as exact as serving's.
     """
-    unknown = feedback.overlap.isnan() & feedback.teaches("all")
+    unknown = feedback.overlap.isnan() & feedback.teaching_mask("all")
     if int(unknown.sum()) < 2:  # the last token of a call is never put to the draft
         return feedback
     try:
@@ -73,7 +73,7 @@ def score_undrafted(
     if head is not None:  # judged was a whole head: the draft as it serves could not have said all that
         overlap *= head.could_say(call.prompt, call.answer)
     unknown &= ~overlap.isnan()
-    policy.observe_shadow(overlap[unknown].tolist(), confidence[unknown].tolist())
+    policy.observe_untested(overlap[unknown].tolist(), confidence[unknown].tolist())
     # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.
     if feedback.sampled or call.processed:
         return feedback

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.drafting.context import logit_width
-from hf_osd.models.draft_vocab import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
+from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead, RowsHead
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class DraftHead:
     """
 
     def __init__(self, rows: int, size: int, rank: int | None = None):
-        self.vocabulary = SpeculativeVocabulary(rows, size)
+        self.vocabulary = DraftVocab(rows, size)
         self._rank, self._chosen = rank, max(size // _LOW_RANK_SHARE, 1)
         self._moment: Tensor | None = None  # Σ h hᵀ, float32 (d, d)
         self._states = 0
@@ -55,7 +55,7 @@ class DraftHead:
     def of(cls, draft: PreTrainedModel, config: OnlineConfig) -> DraftHead | None:
         """The head that `config` asks for, `None` for the draft's own whole one, which is also what a draft keeps whose head is not a plain
         linear layer, or has no more rows than that."""
-        kind, size = config.draft_head, config.draft_head_rows
+        kind, size = config.draft_head, config.draft_vocab_size
         if kind == "full" or not can_select_rows(draft):
             return None
         rows = draft.get_output_embeddings().weight.shape[0]

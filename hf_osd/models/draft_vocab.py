@@ -2,7 +2,7 @@
 
 A small draft spends most of a step in its LM head, on rows that never matter. q is zero outside the rows computed, and speculative
 decoding is exact for any q, so the choice of rows costs acceptance at worst. Two ways are here: a set of frequent tokens, as FR-Spec
-has it (arXiv 2502.14856) but kept current from the traffic (`SpeculativeVocabulary`), and rows that approximate logits choose at each
+has it (arXiv 2502.14856) but kept current from the traffic (`DraftVocab`), and rows that approximate logits choose at each
 position, as SpecVocab has it (arXiv 2602.13836; `LowRankHead`).
 
 Symbols: W the rows of the head, d its columns, R the rows computed, r the rank of an approximation, n positions.
@@ -45,7 +45,7 @@ class _Packed:
         return len(sources) == len(self.sources) and all(r() is p for r, p in zip(self.sources, sources, strict=True))
 
 
-class SpeculativeVocabulary:
+class DraftVocab:
     """Which tokens a draft may say, kept current from the traffic; one for all calls of an assistant. Thread-safe.
 
     The set is the `size` tokens with the largest decayed counts. Ties, and so everything before traffic was seen, go to the lower id:
@@ -130,7 +130,7 @@ class SpeculativeVocabulary:
         """
         if full.weight.shape[0] != self.rows:
             raise ValueError(
-                f"`rows` is {self.rows} and the head has {full.weight.shape[0]}; make a SpeculativeVocabulary of as many rows."
+                f"`rows` is {self.rows} and the head has {full.weight.shape[0]}; make a DraftVocab of as many rows."
             )
         with self._lock:
             self._choose()
@@ -191,7 +191,7 @@ class _PartialHead(nn.Module):
 
 
 class RowsHead(_PartialHead):
-    """An LM head over some rows, for one call; not thread-safe. `SpeculativeVocabulary.head` makes it.
+    """An LM head over some rows, for one call; not thread-safe. `DraftVocab.head` makes it.
 
     Its columns are those of the set, which it shares with other calls, and after them those added, which it owns.
     """

@@ -1,4 +1,4 @@
-"""`ServingDraft`: the two copies of the draft that serve, of which one is active. It knows weights and leases, nothing of
+"""`HotSwapDraft`: the two copies of the draft that serve, of which one is active. It knows weights and leases, nothing of
 generation or learning.
 
 A generate call leases the active copy for as long as it lasts; new weights go into the idle copy, and then a reference is
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_osd.models.lora import Adapter
 
 
-class ServingDraft:
+class HotSwapDraft:
     """Two serving copies of a draft.
 
     What has not been written is shared: a draft that has learnt nothing yet is one base, whatever serves and learns of it.
@@ -158,23 +158,23 @@ def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
 
 
-class NoDraft:
+class NullDraft:
     """What transformers reads on an assistant model, where there is none and the suffix cache drafts alone."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
-        self.config = _NoConfig()
+        self.config = _NullConfig()
         self.generation_config = GenerationConfig()
 
     def _supports_logits_to_keep(self) -> bool:
         return True
 
 
-class _NoConfig:
+class _NullConfig:
     is_encoder_decoder = False
 
-    def get_text_config(self, **kwargs) -> _NoConfig:
+    def get_text_config(self, **kwargs) -> _NullConfig:
         return self
 
     @property
@@ -191,17 +191,17 @@ class _AnySize:
     __hash__ = None
 
 
-class NoServing:
-    """[`ServingDraft`] where there is no draft."""
+class NullHotSwap:
+    """[`HotSwapDraft`] where there is no draft."""
 
     trainable: frozenset[str] = frozenset()
     version = 0
 
     def __init__(self):
-        self.active = NoDraft()
+        self.active = NullDraft()
 
-    def lease(self) -> NoDraft:
+    def lease(self) -> NullDraft:
         return self.active
 
-    def release(self, model: NoDraft):
+    def release(self, model: NullDraft):
         pass

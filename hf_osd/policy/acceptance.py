@@ -45,7 +45,7 @@ class PositionAcceptance:
         ]
 
 
-class Calibration:
+class BinnedAcceptance:
     """Acceptance by bin.
 
     Args:
@@ -77,7 +77,7 @@ class Calibration:
         return [((t + _BIN_PRIOR / 4) / total, self.acceptance(b)) for b, t in enumerate(self._tested)]
 
 
-class ConfidenceAcceptance(Calibration):
+class ConfidenceAcceptance(BinnedAcceptance):
     """By the probability of the draft's likeliest token: what it is worth before anything was seen."""
 
     def __init__(self):
@@ -89,7 +89,7 @@ class ConfidenceAcceptance(Calibration):
         return bisect_left(_CONFIDENCE, confidence)
 
 
-class MatchAcceptance(Calibration):
+class MatchAcceptance(BinnedAcceptance):
     """By how many tokens of the text the suffix cache matched, and the share of occurrences that went on as proposed."""
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""How many tokens to draft next, from which source, or none: pure functions of what was observed, and `Lookahead`, which does the observing.
+"""How many tokens to draft next, from which source, or none: pure functions of what was observed, and `DraftPolicy`, which does the observing.
 
 Symbols (as everywhere): γ tokens drafted; a_i the probability that the i-th is accepted, all before it having been; c the time of a
 draft step and v(n) that of verifying n tokens, both over the time of a one-token target step; λ the rate that serving reaches, in tokens a
@@ -138,7 +138,7 @@ class Plan:
     selective: bool = False
 
 
-class Lookahead:
+class DraftPolicy:
     """Observes rounds and chooses what to draft. One instance serves all calls of an assistant; it is thread-safe.
 
     Args:
@@ -283,9 +283,9 @@ class Lookahead:
             if view is not None and drafted < len(view.v):
                 self._tokens = _RATE_DECAY * self._tokens + accepted + 1
                 self._time = _RATE_DECAY * self._time + steps * (self.costs.c or 0.0) + view.v[drafted]
-            self._outdate()
+            self._invalidate()
 
-    def observe_shadow(self, overlap: Sequence[float], confidence: Sequence[float] = ()):
+    def observe_untested(self, overlap: Sequence[float], confidence: Sequence[float] = ()):
         """Expected acceptance at positions where the draft's token was not tested, as evidence for position 1, and the draft's confidence there
         where known."""
         if not overlap:
@@ -298,12 +298,12 @@ class Lookahead:
             if len(overlap) > 1:  # more than a bonus token
                 self._view = None
             else:
-                self._outdate()
+                self._invalidate()
 
     def _must_measure_plain(self) -> bool:
         return self.costs.step_seconds is None or self._busy >= PLAIN_EVERY
 
-    def _outdate(self):
+    def _invalidate(self):
         if self._rounds < 4 * _REFRESH_EVERY or self._rounds % _REFRESH_EVERY == 0:
             self._view = None
 
@@ -328,7 +328,7 @@ class _View:
     selective: bool
 
     @classmethod
-    def of(cls, seen: Lookahead, longest: int) -> _View:
+    def of(cls, seen: DraftPolicy, longest: int) -> _View:
         v, rate, c = seen.costs.v_upto(longest), seen.rate, seen.costs.c or 0.0
         bins = seen.confidence.bins()
         rule = StoppingRule(bins, c, v, rate, seen.most if seen.has_draft else 0)

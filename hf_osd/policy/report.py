@@ -9,10 +9,10 @@ from hf_osd.policy.lookahead import best_length, break_even
 
 if TYPE_CHECKING:
     from hf_osd.metrics.stats import CallStats, Stats
-    from hf_osd.policy.lookahead import Lookahead
+    from hf_osd.policy.lookahead import DraftPolicy
 
 
-def report(stats: Stats, lookahead: Lookahead, learning: str | None = None) -> str:
+def report(stats: Stats, lookahead: DraftPolicy, learning: str | None = None) -> str:
     """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, what learns of it (`learning`), and what was gained."""
     rolling, costs = stats.rolling, lookahead.costs
     if not stats.total.rounds and not stats.total.plain_requests:
@@ -34,13 +34,13 @@ def report(stats: Stats, lookahead: Lookahead, learning: str | None = None) -> s
     return "\n".join(lines)
 
 
-def observed_speedup(calls: CallStats, lookahead: Lookahead) -> float | None:
+def observed_speedup(calls: CallStats, lookahead: DraftPolicy) -> float | None:
     """How much faster than plain decoding these calls were, prompts included in their time; `None` until a plain step was measured."""
     step = lookahead.costs.step_seconds
     return None if step is None or not calls.seconds else calls.new_tokens * step / calls.seconds
 
 
-def _of_costs(lookahead: Lookahead) -> list[str]:
+def _of_costs(lookahead: DraftPolicy) -> list[str]:
     costs, longest = lookahead.costs, lookahead.most + 1
     step = "" if costs.step_seconds is None else f" (one-token target step: {1e3 * costs.step_seconds:.1f} ms)"
     v = ", ".join(f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest))
@@ -51,7 +51,7 @@ def _of_costs(lookahead: Lookahead) -> list[str]:
     return lines
 
 
-def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
+def _of_draft(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
     c, v, most = lookahead.c, lookahead.v, lookahead.most
     if c is None:
         return ["The draft was not asked yet, so what it is worth is not known."]
@@ -80,7 +80,7 @@ def _of_draft(rolling: CallStats, lookahead: Lookahead) -> list[str]:
         lines.append(f"The best γ is the largest allowed: try num_assistant_tokens={2 * most}.")
     if rolling.head_alpha_loss > 0.01:
         lines.append(
-            f"The rows that its LM head left out cost {rolling.head_alpha_loss:.3f} of α: try more draft_head_rows, or draft_head='full'."
+            f"The rows that its LM head left out cost {rolling.head_alpha_loss:.3f} of α: try more draft_vocab_size, or draft_head='full'."
         )
     return lines
 
@@ -130,7 +130,7 @@ def _of_sources(rolling: CallStats) -> list[str]:
     return lines
 
 
-def _of_speed(rolling: CallStats, lookahead: Lookahead) -> list[str]:
+def _of_speed(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
     observed = observed_speedup(rolling, lookahead)
     if observed is None:
         return []
@@ -142,7 +142,7 @@ def _of_speed(rolling: CallStats, lookahead: Lookahead) -> list[str]:
     ]
 
 
-def _verification(rolling: CallStats, lookahead: Lookahead) -> float:
+def _verification(rolling: CallStats, lookahead: DraftPolicy) -> float:
     """What the rounds' verifications take, in one-token target steps."""
     longest = max(rolling.verified_lengths, default=1)
     v = lookahead.costs.v_upto(longest)

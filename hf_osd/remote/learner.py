@@ -21,7 +21,7 @@ from hf_osd.remote.worker import Worker
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
-    from hf_osd.models.hot_swap import ServingDraft
+    from hf_osd.models.hot_swap import HotSwapDraft
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,14 @@ class RemoteLearner:
     In a forked child this one starts a process of its own, and leaves alone that of before.
 
     Args:
-        serving (`ServingDraft`): the draft to start from, and to refresh.
+        serving (`HotSwapDraft`): the draft to start from, and to refresh.
         buffer (`FeedbackBuffer`), config (`OnlineConfig`): as [`hf_osd.learning.learner.Learner`] takes them.
 
     Raises:
         ValueError: if the draft is not a class of transformers, or serves with an adapter: another process could not load it.
     """
 
-    def __init__(self, serving: ServingDraft, buffer: FeedbackBuffer, config: OnlineConfig):
+    def __init__(self, serving: HotSwapDraft, buffer: FeedbackBuffer, config: OnlineConfig):
         draft = serving.active
         if not type(draft).__module__.startswith("transformers."):
             raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill.ranks import LAUNCH_VARIABLES, Ranks
+from hf_osd.distill.ranks import LAUNCH_VARIABLES, RankGroup
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.trace import pack, unpack
@@ -30,7 +30,7 @@ from hf_osd.remote.frames import from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from hf_osd.learning.protocol import LearningAssistant
-    from hf_osd.models.hot_swap import ServingDraft
+    from hf_osd.models.hot_swap import HotSwapDraft
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _PATIENCE, _LOOK = 30.0, 0.5
 _ANSWER = 3600.0
 
 
-class Roles:
+class JobRoles:
     """Who does what in a job of several processes: the last one learns, the others serve.
 
     Made once in each process, before anything of accelerate: it brings the processes together, and hides them from accelerate, by whose view each is then
@@ -65,10 +65,10 @@ class Roles:
             os.environ.pop(name, None)
         self.rank, self.learning_rank, self.learns = rank, size - 1, rank == size - 1
         # Of those that serve: to bring their figures together, say.
-        self.serving = Ranks() if self.learns else Ranks(size - 1, rank, group=group)
+        self.serving = RankGroup() if self.learns else RankGroup(size - 1, rank, group=group)
 
 
-class Channel:
+class RankTransport:
     """Frames to and from another rank, by a thread each way.
 
     Args:
@@ -162,18 +162,18 @@ class SeparateLearner:
     back. If the learning rank dies, the draft serves on as it is.
 
     Args:
-        serving (`ServingDraft`): the draft to refresh.
+        serving (`HotSwapDraft`): the draft to refresh.
         buffer (`FeedbackBuffer`): what waits to be sent.
         config (`OnlineConfig`): how much is sent at once.
         learning_rank (`int`): where to.
     """
 
-    def __init__(self, serving: ServingDraft, buffer: FeedbackBuffer, config: OnlineConfig, learning_rank: int):
+    def __init__(self, serving: HotSwapDraft, buffer: FeedbackBuffer, config: OnlineConfig, learning_rank: int):
         self._serving, self.buffer, self.config = serving, buffer, config
         self._figures: dict = {}
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._asking = threading.Lock()
-        self.channel = Channel(learning_rank, self._take_frame, self._lost)
+        self.channel = RankTransport(learning_rank, self._take_frame, self._lost)
 
     def offer(self, feedback: Feedback):
         """Keep a request until a batch is full."""
@@ -254,7 +254,7 @@ def feedback_frame(batch: Sequence[Feedback]) -> bytes:
     return to_bytes("feedback", pack(batch))
 
 
-def serve_separately(assistant: LearningAssistant, roles: Roles):
+def serve_separately(assistant: LearningAssistant, roles: JobRoles):
     """Let `assistant` learn on the learning rank, in place of here. Every serving rank calls this, with the same draft, and `assistant.close()` at its end.
 
     Raises:
@@ -270,21 +270,21 @@ class LearningRank:
     Args:
         assistant (`OnlineAssistant`): with the same draft and config as on the serving ranks; its intervals are here of all requests together. It is
             given no calls, and needs no target.
-        roles (`Roles`): of the job.
+        roles (`JobRoles`): of the job.
         weights_every (`int`): times that other weights are to serve after which they go out. The static draft, where it is better, goes out at once.
 
     Raises:
         ValueError: if the assistant does not learn inline, or not at all.
     """
 
-    def __init__(self, assistant: LearningAssistant, roles: Roles, weights_every: int = 1):
+    def __init__(self, assistant: LearningAssistant, roles: JobRoles, weights_every: int = 1):
         self.learner, self._serving = _inline(assistant), assistant.serving
         config = assistant.osd_config
         self._every, self._sent = weights_every, self._serving.version
         self._most = config.requests_an_update
         self._came: queue.SimpleQueue = queue.SimpleQueue()
         self.channels = {
-            rank: Channel(
+            rank: RankTransport(
                 rank,
                 came=lambda kind, tensors, values, rank=rank: self._came.put((rank, kind, tensors)),
                 died=lambda rank=rank: logger.error("Rank %d is gone. Learning goes on from the others.", rank),

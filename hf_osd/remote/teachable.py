@@ -13,7 +13,7 @@ from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
 from hf_osd.learning.orphan import Orphan
 from hf_osd.models.copies import check_weights, copy_draft
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
 from hf_osd.models.own_draft import unwrapped
 from hf_osd.remote.learner import RemoteLearner
@@ -31,17 +31,17 @@ class TeachableAssistant:
         """Make what serves of the draft, and what learns of it: all that is `trainable`, an adapter, or nothing, by the memory there is."""
         config = self.osd_config
         if not config.learns:
-            self.serving, self.learning_choice = ServingDraft(own, trainable), "Nothing learns, as asked."
+            self.serving, self.learning_choice = HotSwapDraft(own, trainable), "Nothing learns, as asked."
             return
         choice = choose_learning(own, trainable, config)
         self.learning_choice = choice.sentence
         if choice.rank is None:
-            self.serving = ServingDraft(own, trainable)
+            self.serving = HotSwapDraft(own, trainable)
         else:
             self.adapter = adapter = Adapter(own, choice.rank, config.seed, trainable)
             # Where the weights cannot take it in, the adapter serves beside them.
             merged, apart = (own, trainable, adapter), (adapter.draft, adapter.trainable)
-            self.serving = ServingDraft(*(merged if adapter.merges else apart))
+            self.serving = HotSwapDraft(*(merged if adapter.merges else apart))
             self._base = trainable
             own = adapter.draft
         if choice.learns:

@@ -31,7 +31,7 @@ from hf_osd.remote.frames import ADAPTER, BEGIN, BUSY, DRAFT, END, FrameWriter, 
 from hf_osd.system.threads import start_thread
 
 if TYPE_CHECKING:
-    from hf_osd.models.hot_swap import ServingDraft
+    from hf_osd.models.hot_swap import HotSwapDraft
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Worker:
     It is in a session of its own: a terminal's Ctrl-C or hang-up comes to whoever serves, who may still want its state.
 
     Args:
-        serving (`ServingDraft`): the draft to begin with.
+        serving (`HotSwapDraft`): the draft to begin with.
         config (`OnlineConfig`): of the learner.
         came (`WeakMethod`): given kind, tensors and values of each frame, in a thread.
         died (`WeakMethod`): given the exit status, in a thread, if it has not been told to end.
@@ -61,7 +61,7 @@ class Worker:
 
     def __init__(
         self,
-        serving: ServingDraft,
+        serving: HotSwapDraft,
         config: OnlineConfig,
         came: weakref.WeakMethod,
         died: weakref.WeakMethod,
@@ -166,7 +166,7 @@ class Worker:
                 return None
 
 
-def lay_out(folder: Path, serving: ServingDraft, config: OnlineConfig, base: int = 0):
+def lay_out(folder: Path, serving: HotSwapDraft, config: OnlineConfig, base: int = 0):
     """Write what a process needs to begin: the draft that serves, or the one without its adapter, and the adapter's weights."""
     from safetensors.torch import save_file, save_model
 

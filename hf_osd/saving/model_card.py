@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
     from hf_osd.metrics.stats import Stats
-    from hf_osd.policy.lookahead import Lookahead
+    from hf_osd.policy.lookahead import DraftPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def model_card(
     *,
     license_name: str | None = None,
     license_link: str | None = None,
-    lookahead: Lookahead | None = None,
+    lookahead: DraftPolicy | None = None,
     config: OnlineConfig | None = None,
     machine: dict | None = None,
     adapter: tuple[str | None, bool] | None = None,
@@ -65,7 +65,7 @@ def model_card(
         license (`str`, *optional*): the target's licence, which a draft grown from it inherits; `license_name` and `license_link` where it is `"other"`.
         domains (`dict`, *optional*): by domain name, figures as in the recipe's summary.json: `requests`, `alpha_before`, `alpha_after`, `compared`,
             `speedup_decode`, `speedup_end_to_end`; and `held_back`, the prompts behind the α.
-        lookahead ([`Lookahead`], *optional*): what drafting and verifying took.
+        lookahead ([`DraftPolicy`], *optional*): what drafting and verifying took.
         config ([`OnlineConfig`], *optional*): the recipe.
         machine (`dict`, *optional*): what the figures were measured on, see [`machine_facts`].
         adapter (`tuple[str | None, bool]`, *optional*): of a draft with an adapter, the repository of its base, and whether the base is in this one.
@@ -132,7 +132,7 @@ def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
     }
 
 
-def _figures(stats: Stats, lookahead: Lookahead | None) -> list[str]:
+def _figures(stats: Stats, lookahead: DraftPolicy | None) -> list[str]:
     """The table of what serving measured: figure, value, and what it was counted over."""
     rolling, estimate = stats.rolling, stats.estimate
     last = f"last {rolling.requests} requests"

@@ -42,7 +42,7 @@ class ResumableAssistant:
         from safetensors.torch import save_file
 
         self._needs_open("save")
-        self.take_in()
+        self.collect()
         tensors, values = self.learner.state() if self.learner is not None else ({}, None)
         with self._lock:
             stats = self._stats.state()
@@ -82,7 +82,7 @@ class ResumableAssistant:
                 self.learner.serve()
             if (folder / _BUFFER).is_file():
                 self.buffer.restore(folder / _BUFFER)
-                self.known_texts.replace([request.tokens for request in self.buffer.requests()])
+                self.seen_texts.replace([request.tokens for request in self.buffer.requests()])
         except (SafetensorError, json.JSONDecodeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"The state in {folder} is of another version ({error!r}); delete {directory} to start afresh."

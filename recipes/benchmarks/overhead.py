@@ -94,7 +94,7 @@ class Overhead:
         bare = copy.deepcopy(ensemble.members[0].module)
         trainer = ensemble.members[0].trainer
         feedback = self.answers[: self.interval]
-        replayed = round(self.config.replay * len(feedback))
+        replayed = round(self.config.replay_ratio * len(feedback))
         optimizer = torch.optim.AdamW(
             [p for p in bare.parameters() if p.requires_grad], lr=self.config.learning_rate, fused=True
         )

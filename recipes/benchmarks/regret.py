@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.lookahead import DraftPolicy
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Fixed:
 
 
 class Driven:
-    """A [`Lookahead`] that is asked and told as serving does, the suffix cache left out."""
+    """A [`DraftPolicy`] that is asked and told as serving does, the suffix cache left out."""
 
-    def __init__(self, lookahead: Lookahead):
+    def __init__(self, lookahead: DraftPolicy):
         self.lookahead = lookahead
         self._unasked: list[int] = []  # verified positions of this answer that the draft was not asked about
 
@@ -94,7 +94,7 @@ class Driven:
         self.lookahead.observe_round(drafted, tested, accepted, steps=steps, confidence=sure[:drafted])
         if steps:  # it has caught up with what it was not asked about
             self._settle(trace)
-        self.lookahead.observe_shadow(trace.hits[at + tested : at + asked], sure[tested:asked])
+        self.lookahead.observe_untested(trace.hits[at + tested : at + asked], sure[tested:asked])
         self._unasked += verified[asked:]
 
     def end(self, trace: Trace):
@@ -104,7 +104,7 @@ class Driven:
         self._unasked.clear()
 
     def _settle(self, trace: Trace):
-        self.lookahead.observe_shadow([trace.hits[i] for i in self._unasked])
+        self.lookahead.observe_untested([trace.hits[i] for i in self._unasked])
         self._unasked.clear()
 
 
@@ -144,7 +144,7 @@ def regrets(traces: Sequence[Trace], most: int, c: float, verify_cost: float = 0
         raise ValueError("`traces` holds no token; record the answers of at least one prompt.")
     policies: dict[str, Policy] = {f"constant-{gamma}": Fixed(gamma) for gamma in range(most + 1)}
     for name in ("heuristic", "cost"):
-        policies[name] = Driven(Lookahead(name, most, c, verify_cost))
+        policies[name] = Driven(DraftPolicy(name, most, c, verify_cost))
     rates = {}
     for name, policy in policies.items():
         rounds = [simulate(trace, policy, c, lambda n: 1 + verify_cost * (n - 1)) for trace in traces]

@@ -70,7 +70,7 @@ def measure(args: TrafficArguments, config: OnlineConfig):
     with OnlineAssistant(draft, OnlineConfig.from_dict({**config.to_dict(), **served})) as assistant:
         for row in rows:
             answer(target, row["ids"], args.max_new_tokens, assistant_model=assistant)
-        assistant.take_in()
+        assistant.collect()
         feedback = assistant.buffer.new()
     figures = {
         "feedback": [_feedback(feedback, k, config.update_interval, args.repeats) for k in TOP_K],
@@ -91,7 +91,7 @@ def measure(args: TrafficArguments, config: OnlineConfig):
 
 def _feedback(feedback: list, k: int, batch: int, repeats: int) -> dict:
     """Frames of `batch` requests each, with k log-probs a position."""
-    sparse = [one.sparser(k) for one in feedback]
+    sparse = [one.truncate(k) for one in feedback]
     tokens, rows = sum(map(len, sparse)), []
     for _ in range(repeats):
         times = [time.perf_counter()]

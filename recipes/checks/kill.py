@@ -46,7 +46,7 @@ CONFIG = {
     "suffix_cache": False,
     "update_interval": 2,
     "batch_size": 8,
-    "replay": 0.0,
+    "replay_ratio": 0.0,
     "gate": False,
     "learning_rate": 1e-3,
     "learning_budget": 1.0,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.models.copies import embedding_names
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.system.strict_json import write_json
 from recipes.common.command import check_kinds, check_numbers, run_command
 from recipes.common.models import use_threads
@@ -162,7 +162,7 @@ def flip(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
     fixed = embedding_names(draft) if config.freeze_embeddings else set()
     trainable = {name for name, _ in draft.named_parameters()} - fixed
     weights = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-    serving = ServingDraft(draft, trainable)
+    serving = HotSwapDraft(draft, trainable)
     serving._lock = lock = _TimedLock()
     stop, alone, beside = threading.Event(), _Waits(serving), _Waits(serving)
 
@@ -220,7 +220,7 @@ class _TimedLock:
 class _Waits:
     """Leases a draft over and over, and notes the longest time that took."""
 
-    def __init__(self, serving: ServingDraft):
+    def __init__(self, serving: HotSwapDraft):
         self._serving, self.count, self.longest = serving, 0, 0.0
 
     def hammer(self, stop: threading.Event):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_osd.distill.ranks import Ranks, RanksParted
-from hf_osd.remote.roles import Roles
+from hf_osd.distill.ranks import RankGroup, RanksParted
+from hf_osd.remote.roles import JobRoles
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import dumps
 from recipes.common.run_folder import DRAFT, RunFolder
@@ -49,9 +49,9 @@ class Processes:
         self.beside = beside  # on this machine, this one included
         if mode == "separate" and torch.accelerator.is_available():
             torch.accelerator.set_device_index(local)  # accelerate, which would choose, sees one process
-        self.roles = Roles() if mode == "separate" else None
+        self.roles = JobRoles() if mode == "separate" else None
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        self.serving = Ranks.of_job() if self.roles is None else self.roles.serving
+        self.serving = RankGroup.of_job() if self.roles is None else self.roles.serving
         self.several = self.roles is not None or self.serving.size > 1
         self.learns_alone = self.roles is not None and self.roles.learns
         self.first = self.serving.rank == 0 and not self.learns_alone

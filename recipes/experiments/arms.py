@@ -46,7 +46,7 @@ class Arm:
 
 
 def read_arm(arm: str, base: OnlineConfig, draft: str) -> Arm:
-    """`"batch_size=2,replay=3.0"` over `base`; `"base"` is that itself.
+    """`"batch_size=2,replay_ratio=3.0"` over `base`; `"base"` is that itself.
 
     Beside the fields of `OnlineConfig`: `draft=…`, as `--draft` has it, but with '+' between layers; `lora=8` alone means `adapter=lora` too;
     `preset=paper`, `OnlineConfig.paper()` in place of the base.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.feedback.feedback import ACCEPTED, REJECTED, SparseRows
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, SparseLogits
 from hf_osd.models.heads import contiguous_head
 from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, shuffled, use_threads
@@ -178,7 +178,7 @@ def _judged(target, texts: list[tuple[Tensor, int]], top_k: int) -> list[Feedbac
     first = longest - keep
     return [
         Feedback.of_target(
-            text, given, SparseRows.of_logits(logits[i, given - 1 - first : len(text) - 1 - first], top_k).cpu()
+            text, given, SparseLogits.from_logits(logits[i, given - 1 - first : len(text) - 1 - first], top_k).cpu()
         )
         for i, (text, given) in enumerate(texts)
     ]

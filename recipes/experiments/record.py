@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from hf_osd import OnlineConfig, record_answers
-from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.drafting.vocab_mapping import VocabMapping
 from hf_osd.feedback.trace import read_trace, write_trace
 from hf_osd.system.output_paths import check_apart
 from recipes.common.command import check_numbers, check_temperature, run_command
@@ -104,7 +104,7 @@ def record(args: RecordArguments, config: OnlineConfig):
     translation, vocabulary = None, {}
     if args.draft:
         draft = load_draft(args.draft, target, any_vocabulary=True)
-        translation = Translation.of_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
+        translation = VocabMapping.of_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
         if not translation.is_identity:
             vocabulary = {"draft": args.draft, "draft_size": str(translation.draft_size)}
     seed, shards = config.seed or 0, []
@@ -192,7 +192,7 @@ def again_part(n: int) -> str:
     return f"again{n + 1}"
 
 
-def _record(args: RecordArguments, config: OnlineConfig, target, translation: Translation | None, shard: Shard):
+def _record(args: RecordArguments, config: OnlineConfig, target, translation: VocabMapping | None, shard: Shard):
     if shard.temperature:  # of the shard: wherever a recording goes on, it is the same
         torch.manual_seed(shard.seed)
     began = time.perf_counter()

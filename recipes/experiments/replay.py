@@ -1,6 +1,6 @@
 """Learner settings side by side on recorded answers: `recipes/experiments/record.py` has let the target answer once, and every arm learns from that.
 
-    python -m recipes.experiments.replay --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay=6.0,batch_size=4" --seeds 0,1,2
+    python -m recipes.experiments.replay --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay_ratio=6.0,batch_size=4" --seeds 0,1,2
 
 Greedy answers do not depend on the draft, so what an arm learns here is what it would have learnt serving. Only learning is timed.
 """
@@ -283,7 +283,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
             digest.update(path.read_bytes())
-            parts[part] += [request.sparser(top_k) for request in requests]
+            parts[part] += [request.truncate(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
             sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
         if not parts[part]:

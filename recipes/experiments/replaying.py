@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
-from hf_osd.feedback.prompt_states import KnownTexts
+from hf_osd.feedback.prompt_states import SeenTexts
 
 if TYPE_CHECKING:
     from hf_osd.learning.protocol import LearningAssistant
@@ -50,11 +50,11 @@ def replay(
             "This assistant learns in another process, which is sent what was served and nothing else; make it with learn='inline' or 'background' to learn "
             "other answers."
         )
-    config, known, at = assistant.osd_config, KnownTexts(), 0
+    config, known, at = assistant.osd_config, SeenTexts(), 0
     while at < len(requests):
         # As many as no update comes between, but for one that is due by tokens or age.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
-        chunk = [request.sparser(config.top_k) for request in requests[at : at + ahead]]
+        chunk = [request.truncate(config.top_k) for request in requests[at : at + ahead]]
         if any(request.sampled for request in chunk):
             raise ValueError(
                 "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
@@ -66,7 +66,7 @@ def replay(
             assistant.learner.offer(served)
             if again is not None:
                 for other in again[at]:
-                    assistant.learner.rehearse(other.sparser(config.top_k))
+                    assistant.learner.rehearse(other.truncate(config.top_k))
             assistant.update()
             at += 1
             yield served
@@ -84,7 +84,7 @@ def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: i
         max_new_tokens (`int`, *optional*): where generation had to stop; the last token it gives is never drafted.
     """
     # Of a token of the target that is several of the draft's, the first is the position that a round tests.
-    taught = request.teaches("all")
+    taught = request.teaching_mask("all")
     hits = (overlap[taught] == 1).tolist()
     n, at = len(hits), 0
     outcome = torch.full((n,), UNTESTED, dtype=torch.int8, device="cpu")

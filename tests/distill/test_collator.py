@@ -38,7 +38,7 @@ def test_every_row_is_the_column_before_its_answer(make_feedback, shapes, positi
             assert torch.equal(batch["top_logps"][at], rows.top_logps[at_row].float())
             assert batch["tail_logp"][at] == rows.tail_logp[at_row].float()
             at += 1
-        assert request.lessons(positions) == int((batch["labels"][b] != -100).sum())
+        assert request.num_teaching(positions) == int((batch["labels"][b] != -100).sum())
     assert at == len(chosen) == len(batch["top_ids"]) == len(batch["tail_logp"])
     assert (batch["labels"] != -100).sum() == at, "Trainer averages over as many items as there are rows"
     assert (batch["labels"][:, 1:] != -100).sum() == at, "and also when it leaves out the first column"

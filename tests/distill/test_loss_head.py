@@ -174,7 +174,7 @@ def test_the_base_of_a_lora_draft_gets_one_and_learns_by_it(tiny_llama, make_fee
 
     draft = get_peft_model(tiny_llama(vocab=VOCAB), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
-    config = OnlineConfig(tail_samples=32, warmup_steps=0, gate=False, learning_rate=1e-3, seed=0)
+    config = OnlineConfig(sampled_columns=32, warmup_steps=0, gate=False, learning_rate=1e-3, seed=0)
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     assert type(draft.get_output_embeddings()) is nn.Linear, "the draft that was passed is not the learner's"
     head = learner.ensemble.members[0].module.base_model.model.lm_head
@@ -221,8 +221,8 @@ def test_the_gradient_is_near_the_dense_one_on_average(tiny_llama, batch, diverg
     model = tiny_llama(layers=1, vocab=VOCAB)
     head = LossHead.install(model)
     fields = {"divergence": divergence, "total_variation_weight": 0.0}
-    exact = gradient(trainer_of(copy.deepcopy(model), tail_samples=None, **fields), batch)
-    trainer, widths = trainer_of(model, tail_samples=96, **fields), widths_of(head)
+    exact = gradient(trainer_of(copy.deepcopy(model), sampled_columns=None, **fields), batch)
+    trainer, widths = trainer_of(model, sampled_columns=96, **fields), widths_of(head)
     drawn = torch.stack([gradient(trainer, batch) for _ in range(100)])
     assert set(widths) == {len(batch["top_ids"].unique()) + 96}
     one, mean = ((g - exact).norm() / exact.norm() for g in (drawn[0], drawn.mean(0)))
@@ -234,9 +234,9 @@ def test_without_samples_the_loss_is_the_dense_one(tiny_llama, batch):
     plain = tiny_llama(layers=1, vocab=VOCAB)
     with_head = copy.deepcopy(plain)
     widths = widths_of(LossHead.install(with_head))
-    expected = trainer_of(plain, tail_samples=96).compute_loss(plain, batch)  # a head as it comes is computed whole
+    expected = trainer_of(plain, sampled_columns=96).compute_loss(plain, batch)  # a head as it comes is computed whole
     for samples in (None, 2048):
-        trainer = trainer_of(with_head, tail_samples=samples)
+        trainer = trainer_of(with_head, sampled_columns=samples)
         assert torch.equal(trainer.compute_loss(trainer.model, batch), expected)
     assert set(widths) == {VOCAB}
 
@@ -244,17 +244,17 @@ def test_without_samples_the_loss_is_the_dense_one(tiny_llama, batch):
 def test_whoever_asks_for_outputs_gets_all_logits(tiny_llama, batch):
     model = tiny_llama(layers=1, vocab=VOCAB)
     LossHead.install(model)
-    trainer = trainer_of(model, tail_samples=96)
+    trainer = trainer_of(model, sampled_columns=96)
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     assert outputs.logits.shape == (23, VOCAB)
-    assert torch.equal(loss, trainer_of(model, tail_samples=None).compute_loss(model, batch))
+    assert torch.equal(loss, trainer_of(model, sampled_columns=None).compute_loss(model, batch))
 
 
 def test_a_head_that_trains_gets_gradients_where_it_was_computed(tiny_llama, batch):
     model = tiny_llama(layers=1, vocab=VOCAB)
     head = LossHead.install(model)
     widths = widths_of(head)
-    gradient(trainer_of(model, tail_samples=96), batch)
+    gradient(trainer_of(model, sampled_columns=96), batch)
     rows = head.weight.grad.abs().sum(-1) > 0
     assert rows[batch["top_ids"]].all()
     assert rows.sum() == widths[0] < VOCAB
@@ -264,7 +264,7 @@ def test_a_learner_trains_the_head_if_asked(tiny_llama, make_feedback):
     draft = tiny_llama(layers=1, vocab=VOCAB)
     trainable = {name for name, _ in draft.named_parameters()}
     config = OnlineConfig(
-        tail_samples=32, warmup_steps=0, freeze_embeddings=False, gate=False, learning_rate=1e-3, seed=0
+        sampled_columns=32, warmup_steps=0, freeze_embeddings=False, gate=False, learning_rate=1e-3, seed=0
     )
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     learner.buffer.add(make_feedback(vocab=VOCAB, k=4))

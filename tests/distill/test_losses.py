@@ -16,7 +16,7 @@ from hf_osd.distill.losses import (
     target_buckets,
     total_variation,
 )
-from hf_osd.feedback.feedback import SparseRows
+from hf_osd.feedback.feedback import SparseLogits
 
 # At k = V the stored tail is exp(-16) = 1.1e-7 and the draft's 1e-6 of mass where dense ones are 0: at most 16·1e-6 of loss. The rest
 # is float32 over terms of up to about 30.
@@ -39,7 +39,7 @@ def logits_of(vocab, target_scale, draft_scale, seed, rows=4):
 
 
 def buckets(target, draft, k, dtype=torch.float32):
-    rows = SparseRows.of_logits(target, k, dtype)
+    rows = SparseLogits.from_logits(target, k, dtype)
     return target_buckets(rows.top_logps, rows.tail_logp), draft_buckets(draft, rows.top_ids)
 
 
@@ -127,7 +127,7 @@ def test_following_the_gradient_leads_to_the_target(kind, k):
     p, first = buckets(target, draft, k)
     first = divergence(p, first, kind).mean().item()
     for _ in range(200):
-        rows = SparseRows.of_logits(target, k, torch.float32)
+        rows = SparseLogits.from_logits(target, k, torch.float32)
         loss = divergence(p, draft_buckets(draft, rows.top_ids), kind).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 
 from hf_osd.distill import scoring
 from hf_osd.distill.scoring import judge, score
-from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.models.heads import contiguous_head
 
 SHAPES = [(9, 4), (3, 7), (12, 1), (5, 6), (3, 2)]  # (prompt, answer); not in the order of their lengths
@@ -179,7 +179,7 @@ def test_a_position_is_scored_by_what_stands_before_it():
             return torch.nn.Identity()
 
     tokens = torch.tensor([5, 6, 7, 8, 20, 21])
-    rows = SparseRows.of_logits(torch.zeros(4, 64), 4, torch.float32)
+    rows = SparseLogits.from_logits(torch.zeros(4, 64), 4, torch.float32)
     assert score(SaysNext(), [Feedback.of_target(tokens, 2, rows)])[0].tolist() == [1, 1, 0, 1]
 
 

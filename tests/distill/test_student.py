@@ -1,4 +1,4 @@
-"""`Member`, and an ensemble of them: what serves of weights that train, and who judges what."""
+"""`Student`, and an ensemble of them: what serves of weights that train, and who judges what."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from transformers.training_args import OptimizerNames
 from hf_osd.config import OnlineConfig
 from hf_osd.distill import ensemble as ensemble_module
 from hf_osd.distill.scoring import judge
-from hf_osd.distill.student import Member
+from hf_osd.distill.student import Student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.learner import Learner
 
 # One request a step, and no draws: a run can be repeated by hand, or resumed.
-PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay": 0.0, "averaging": 0.0}
-PLAIN |= {"tail_samples": None, "gate": False, "seed": 0}
+PLAIN = {"batch_size": 1, "warmup_steps": 0, "learning_rate": 1e-2, "replay_ratio": 0.0, "ema_decay": 0.0}
+PLAIN |= {"sampled_columns": None, "gate": False, "seed": 0}
 
 
 def trainable_of(draft) -> set[str]:
@@ -28,9 +28,9 @@ def trainable_of(draft) -> set[str]:
 
 @pytest.fixture
 def member(tiny_llama):
-    def make(**fields) -> Member:
+    def make(**fields) -> Student:
         draft, config = tiny_llama(layers=1), OnlineConfig(**PLAIN | fields)
-        return Member(draft, trainable_of(draft), FeedbackBuffer(), config, config.learning_rate)
+        return Student(draft, trainable_of(draft), FeedbackBuffer(), config, config.learning_rate)
 
     return make
 
@@ -103,28 +103,28 @@ def averaged(steps, most):
     return average
 
 
-@pytest.mark.parametrize("averaging", [0.4, 0.99])
-def test_an_average_over_steps_serves(member, requests, averaging):
+@pytest.mark.parametrize("ema_decay", [0.4, 0.99])
+def test_an_average_over_steps_serves(member, requests, ema_decay):
     """At 0.4 the decay is that of the warm-up in the first five steps, and 0.4 in the others; at 0.99 the warm-up's throughout."""
-    one = member(averaging=averaging)
+    one = member(ema_decay=ema_decay)
     steps = EachStep(one)
     for part in (requests[:5], requests[5:]):  # two updates are one run of steps
         one.learn(part)
     assert len(steps.weights) == one.steps == 12
-    close(one.serving_weights(), averaged(steps.weights, averaging))
+    close(one.serving_weights(), averaged(steps.weights, ema_decay))
     assert same(one.weights(), steps.weights[-1]), "training goes on from the weights themselves"
     assert not one.serves_as_is
 
 
 @pytest.mark.parametrize("optimism", [0.5, 2.0])
-@pytest.mark.parametrize("averaging", [0.0, 0.4])
-def test_what_serves_is_moved_on_by_the_last_step(member, requests, optimism, averaging):
-    one = member(optimism=optimism, averaging=averaging)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.4])
+def test_what_serves_is_moved_on_by_the_last_step(member, requests, optimism, ema_decay):
+    one = member(optimism=optimism, ema_decay=ema_decay)
     steps = EachStep(one)
     for part in (requests[:2], requests[2:5]):
         one.learn(part)
     *_, before, last = steps.weights
-    base = averaged(steps.weights, averaging) if averaging else last
+    base = averaged(steps.weights, ema_decay) if ema_decay else last
     close(one.serving_weights(), {name: base[name] + optimism * (p - before[name]) for name, p in last.items()})
     assert same(one.weights(), last)
 
@@ -137,10 +137,10 @@ def test_the_weights_serve_as_they_are_where_nothing_else_is_asked(member, reque
     assert same(one.serving_weights(), steps.weights[-1])
 
 
-BOTH = {"averaging": 0.9, "optimism": 1.0}
+BOTH = {"ema_decay": 0.9, "optimism": 1.0}
 
 
-@pytest.mark.parametrize("fields", [BOTH, {"averaging": 0.9}, {"optimism": 1.0}, {"ensemble": [1, 4], **BOTH}])
+@pytest.mark.parametrize("fields", [BOTH, {"ema_decay": 0.9}, {"optimism": 1.0}, {"ensemble": [1, 4], **BOTH}])
 def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, requests, monkeypatch, fields):
     made = learner(**fields)
     assert learn(made, requests[:4])
@@ -174,7 +174,7 @@ def test_going_back_is_being_as_before(member, requests):
     snapshot, weights, served = one.snapshot(), cloned(one.weights()), cloned(one.serving_weights())
     one.learn(requests[3:6])
     assert not same(one.serving_weights(), served)
-    one.go_back(snapshot)
+    one.restore(snapshot)
     assert one.steps == 3
     assert same(one.weights(), weights)
     assert same(one.serving_weights(), served)
@@ -195,7 +195,7 @@ def test_a_step_that_failed_is_none(member, requests, monkeypatch):
     monkeypatch.setattr(one.trainer, "training_step", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
         one.learn(requests[1:2])
-    one.go_back(snapshot)
+    one.restore(snapshot)
     one.after_step()
     assert same(one.serving_weights(), served)
 
@@ -243,7 +243,7 @@ def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses):
 
 def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny_llama):
     """Of what a member would have served: an average, here."""
-    made = learner(ensemble=[0.1, 1], replay=1.0, averaging=0.9)
+    made = learner(ensemble=[0.1, 1], replay_ratio=1.0, ema_decay=0.9)
     expected = [0.0, 0.0]
     for new in (taught, taught[:2], taught):
         for i, member in enumerate(made.ensemble.members):
@@ -257,7 +257,7 @@ def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny
 
 
 def test_the_mean_by_shares_serves(learner, taught):
-    made = learner(ensemble=[0.1, 1, 2], averaging=0.9)
+    made = learner(ensemble=[0.1, 1, 2], ema_decay=0.9)
     for _ in range(2):
         assert learn(made, taught)
     shares, parts = made.ensemble.shares, [member.serving_weights() for member in made.ensemble.members]

@@ -75,7 +75,7 @@ def test_errors_alone_teach_where_they_are_densest(request_of):
     request.outcome[:] = ACCEPTED
     request.outcome[[30, 400, 405, 411]] = REJECTED
     part, at = cut(request, 64, positions="error")
-    assert part.teaches("error").sum() == 3
+    assert part.teaching_mask("error").sum() == 3
     assert at.start <= 400
     assert at.stop > 411
 
@@ -102,7 +102,7 @@ def test_any_part_is_a_request_of_the_very_tokens_and_targets(request_of, prompt
         assert places(part) == part.tokens.tolist()
         assert part.tokens[part.prompt_length :].tolist() == list(range(prompt + at.start, prompt + at.stop))
         assert torch.equal(part.top_ids, request.top_ids[at])
-        assert 0 < part.lessons("all") <= request.lessons("all")
+        assert 0 < part.num_teaching("all") <= request.num_teaching("all")
         FeedbackCollator()([part])
 
 
@@ -159,7 +159,7 @@ class Widths:
 def test_no_more_of_a_text_is_read_to_learn_it(target, make_feedback, window):
     draft = grow_draft(target)
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
-    config = OnlineConfig(learning_rate=1e-2, learning_window=window, update_interval=2, replay=1.0, seed=0)
+    config = OnlineConfig(learning_rate=1e-2, learning_window=window, update_interval=2, replay_ratio=1.0, seed=0)
     learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
     widths = Widths(learner.ensemble.members[0].module)
     before = learner.ensemble.snapshot()[0][0]
@@ -178,5 +178,5 @@ def test_a_call_that_drafted_nothing_is_judged_by_a_window(target, monkeypatch):
     widths = [Widths(copy) for copy in assistant.serving._copies]
     prompt = torch.randint(2, 60, (1, 300))
     target.generate(prompt, assistant_model=assistant, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assistant.take_in()
+    assistant.collect()
     assert max(one.widest for one in widths) == 63

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_osd import OnlineAssistant
 from hf_osd.remote.frames import to_bytes
-from hf_osd.remote.roles import LearningRank, Roles, serve_separately
+from hf_osd.remote.roles import JobRoles, LearningRank, serve_separately
 
 CONFIG = {"update_interval": 4, "draft_cost": 0.1, "gate": False, "warmup_steps": 0, "seed": 0}
 CONFIG |= {"learning_rate": 1e-3}
@@ -31,7 +31,7 @@ class Mortal(LearningRank):
 
 class Apart:
     def __init__(self, folder: Path):
-        self.roles, self.folder = Roles(f"file://{folder}/store"), folder
+        self.roles, self.folder = JobRoles(f"file://{folder}/store"), folder
         self.assistant = OnlineAssistant(AutoModelForCausalLM.from_pretrained(folder / "draft"), **CONFIG)
         self.facts = {}
 

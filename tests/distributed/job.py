@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged
 from hf_osd.feedback.trace import read_trace
 from hf_osd.learning.contenders import Contenders, Point
@@ -29,10 +29,10 @@ from hf_osd.learning.learner import Learner
 # One step over all requests: nothing that could hide a factor.
 PLAIN = {
     "batch_size": None,
-    "replay": 0.0,
-    "averaging": 0.0,
+    "replay_ratio": 0.0,
+    "ema_decay": 0.0,
     "gate": False,
-    "tail_samples": None,
+    "sampled_columns": None,
     "warmup_steps": 0,
     "learning_rate": 0.1,
     "seed": 0,
@@ -40,11 +40,11 @@ PLAIN = {
 # And all that may differ from rank to rank.
 FULL = {
     "batch_size": 2,
-    "replay": 3.0,
-    "averaging": 0.9,
+    "replay_ratio": 3.0,
+    "ema_decay": 0.9,
     "optimism": 0.5,
     "ensemble": [1, 2],
-    "tail_samples": 32,
+    "sampled_columns": 32,
     "learning_rate": 1e-3,
     "seed": 0,
 }
@@ -88,7 +88,7 @@ class Job:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         Accelerator(cpu=True)
-        self.folder, self.ranks = folder, Ranks.of_job()
+        self.folder, self.ranks = folder, RankGroup.of_job()
         self.draft = AutoModelForCausalLM.from_pretrained(folder / "draft")
         self.requests, _ = read_trace(folder / "requests.safetensors")
         self.facts = {}

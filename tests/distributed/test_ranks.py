@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.feedback.trace import write_trace
 
 VOCAB = 512  # enough columns of the head for some of them to be drawn
@@ -147,7 +147,7 @@ def test_a_process_that_has_not_met_the_others_is_refused(tiny_llama, monkeypatc
 def test_one_process_agrees_with_itself_and_learns_when_it_is_due(tiny_llama, make_feedback):
     from hf_osd import OnlineAssistant
 
-    ranks = Ranks()
+    ranks = RankGroup()
     assert ranks.sum(1, 2.5) == [1, 2.5]
     assert (ranks.most(3), ranks.any(True), ranks.any(False), ranks.same({})) == (3, True, False, True)
     with pytest.raises(KeyError), ranks.together():

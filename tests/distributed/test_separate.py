@@ -54,11 +54,11 @@ def test_where_the_learning_rank_dies_the_draft_serves_on_as_it_is(job):
 
 
 def test_one_process_is_not_enough(monkeypatch):
-    from hf_osd.remote.roles import Roles
+    from hf_osd.remote.roles import JobRoles
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="at least 2 processes"):
-        Roles()
+        JobRoles()
 
 
 def test_an_assistant_that_learns_elsewhere_already_is_refused(tiny_llama):

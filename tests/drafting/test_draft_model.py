@@ -6,7 +6,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
-from hf_osd.drafting.draft_model import Drafting
+from hf_osd.drafting.draft_model import DraftModelProposer
 
 PROMPT = torch.tensor([[5, 9, 17, 3, 40, 22]])
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -68,13 +68,13 @@ def test_the_draft_reads_each_token_once(target, noised_copy):
 def test_where_looking_at_a_token_means_waiting_it_is_not_looked_at(target, noised_copy, monkeypatch, do_sample):
     """As on an accelerator: output as before, and no value of a drafted token is asked for before the round is verified."""
     draft, asked = noised_copy(target, 0.2), []
-    prepare = Drafting.__init__
+    prepare = DraftModelProposer.__init__
 
     def blind(self, *args, **kwargs):
         prepare(self, *args, **kwargs)
         self._looks = False
 
-    original = Drafting.draft
+    original = DraftModelProposer.draft
 
     def watched(self, *args):
         with monkeypatch.context() as patch:
@@ -82,8 +82,8 @@ def test_where_looking_at_a_token_means_waiting_it_is_not_looked_at(target, nois
                 patch.setattr(torch.Tensor, name, lambda tensor, name=name: asked.append(name))
             return original(self, *args)
 
-    monkeypatch.setattr(Drafting, "__init__", blind)
-    monkeypatch.setattr(Drafting, "draft", watched)
+    monkeypatch.setattr(DraftModelProposer, "__init__", blind)
+    monkeypatch.setattr(DraftModelProposer, "draft", watched)
     assistant = OnlineAssistant(draft, lookahead="constant", num_assistant_tokens=3, top_k=64)
     torch.manual_seed(0)
     output = target.generate(PROMPT, assistant_model=assistant, **{**GREEDY, "do_sample": do_sample})

@@ -164,7 +164,7 @@ def test_running_out_of_memory_is_no_window(target, draft, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("hf_osd.drafting.draft_model.Drafting.draft", full)
+    monkeypatch.setattr("hf_osd.drafting.draft_model.DraftModelProposer.draft", full)
     assert torch.equal(
         target.generate(PROMPTS[0], **LONG), target.generate(PROMPTS[0], assistant_model=assistant, **LONG)
     )

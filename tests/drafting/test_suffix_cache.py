@@ -1,4 +1,4 @@
-"""`SuffixCache`, `CallText` and `SuffixCaches`: what a match proposes, that borders hold, and that memory is bounded."""
+"""`SuffixCache`, `CallSuffixes` and `SuffixCaches`: what a match proposes, that borders hold, and that memory is bounded."""
 
 import gc
 import random
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.drafting.suffix_cache import CallText, Continuation, SuffixCache, SuffixCaches
+from hf_osd.drafting.suffix_cache import CallSuffixes, Continuation, SuffixCache, SuffixCaches
 
 ROOMY = 2**24
 tokens = st.integers(0, 3)  # few, so that phrases recur
@@ -129,11 +129,11 @@ def test_a_match_does_not_reach_back_into_the_text_before():
 
 
 def test_a_text_does_not_match_its_own_end():
-    assert CallText([1, 2, 3, 4, 5]).continuation(4) is None
+    assert CallSuffixes([1, 2, 3, 4, 5]).continuation(4) is None
 
 
 def test_a_phrase_repeated_in_the_prompt_is_found():
-    call = CallText([1, 2, 3, 4, 9, 1, 2])
+    call = CallSuffixes([1, 2, 3, 4, 9, 1, 2])
     assert call.continuation(3) == Continuation([3, 4, 9], 2, [1.0] * 3)
 
 
@@ -141,8 +141,8 @@ def test_a_phrase_repeated_in_the_prompt_is_found():
 def test_a_text_that_repeats_itself_goes_on_doing_so(loop):
     """Its last occurrence but one matches the most, and that is followed by one round of the loop alone."""
     text = [1, *loop * 50]
-    assert CallText(text).continuation(9) == Continuation((loop * 9)[:9], 32, [1.0] * 9)
-    assert CallText([*text, 5]).continuation(9) is None
+    assert CallSuffixes(text).continuation(9) == Continuation((loop * 9)[:9], 32, [1.0] * 9)
+    assert CallSuffixes([*text, 5]).continuation(9) is None
 
 
 def test_a_text_of_the_cache_is_not_taken_for_a_loop():
@@ -150,7 +150,7 @@ def test_a_text_of_the_cache_is_not_taken_for_a_loop():
 
 
 def test_verified_tokens_are_found_once_they_are_there():
-    call = CallText([1, 2, 3])
+    call = CallSuffixes([1, 2, 3])
     call.extend([8, 9])
     assert call.continuation(2) is None
     call.extend([2, 3])
@@ -161,35 +161,35 @@ def test_verified_tokens_are_found_once_they_are_there():
 @given(text=st.lists(tokens, max_size=60), cuts=st.lists(st.integers(0, 60), max_size=8))
 def test_it_does_not_matter_in_what_pieces_a_text_comes(text, cuts):
     ends = [*sorted(cuts), len(text)]
-    call = CallText([])
+    call = CallSuffixes([])
     for start, end in zip([0, *ends], ends, strict=False):
         call.extend(text[start:end])
     assert call.tokens == text
-    assert call.continuation(8) == CallText(text).continuation(8)
+    assert call.continuation(8) == CallSuffixes(text).continuation(8)
 
 
 @given(text=st.lists(tokens, max_size=40), tail=st.lists(tokens, max_size=8), more=st.lists(tokens, max_size=8))
 def test_a_tail_is_matched_as_though_appended_and_is_not_stored(text, tail, more):
-    call, cache = CallText(text, cache_of([0, 1, 2, 3, 0])), cache_of([0, 1, 2, 3, 0])
-    assert call.continuation(8, tail) == CallText(text + tail, cache).continuation(8)
+    call, cache = CallSuffixes(text, cache_of([0, 1, 2, 3, 0])), cache_of([0, 1, 2, 3, 0])
+    assert call.continuation(8, tail) == CallSuffixes(text + tail, cache).continuation(8)
     assert call.tokens == text
     call.extend(more)
-    assert call.continuation(8) == CallText(text + more, cache).continuation(8)
+    assert call.continuation(8) == CallSuffixes(text + more, cache).continuation(8)
 
 
 def test_a_longer_match_in_the_cache_wins_over_the_own_text():
-    call = CallText([1, 2, 50, 3, 1, 2], cache_of([3, 1, 2, 60]))
+    call = CallSuffixes([1, 2, 50, 3, 1, 2], cache_of([3, 1, 2, 60]))
     assert call.continuation(1) == Continuation([60], 3, [1.0])
 
 
 def test_of_equal_matches_the_own_text_wins():
-    call = CallText([1, 2, 50, 3, 1, 2], cache_of([4, 1, 2, 60]))
+    call = CallSuffixes([1, 2, 50, 3, 1, 2], cache_of([4, 1, 2, 60]))
     assert call.continuation(1) == Continuation([50], 2, [1.0])
 
 
 def test_a_call_finds_what_its_cache_learns_meanwhile_and_adds_nothing_to_it():
     cache = cache_of()
-    call = CallText([1, 2, 1, 2], cache)
+    call = CallSuffixes([1, 2, 1, 2], cache)
     call.extend([3])
     assert len(cache) == 0
     cache.add([3, 4])
@@ -204,7 +204,7 @@ def test_few_texts_agree_with_brute_force(texts, suffix):
 
 @given(text=st.lists(tokens, max_size=17))
 def test_a_short_call_agrees_with_brute_force(text):
-    found, expected = CallText(text).continuation(5), brute_force([text], text, 5)
+    found, expected = CallSuffixes(text).continuation(5), brute_force([text], text, 5)
     assert (found is None) == (expected is None)
     if expected is not None:  # what reaches the text's end goes on as a loop
         n = len(expected.tokens)
@@ -400,7 +400,7 @@ def test_threads_may_look_up_while_others_add():
     def look_up(tenant):
         try:
             while not adding.is_set():
-                proposed = CallText(texts[0][:50], caches.of(tenant)).continuation(8, texts[0][50:53])
+                proposed = CallSuffixes(texts[0][:50], caches.of(tenant)).continuation(8, texts[0][50:53])
                 assert proposed is None or 0 < len(proposed.tokens) <= 8
         except Exception as error:
             errors.append(error)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.drafting.vocab_mapping import VocabMapping
 
 
 def words(*vocabulary, eos=None, bos=None, sign=None):
@@ -24,7 +24,7 @@ def words(*vocabulary, eos=None, bos=None, sign=None):
 
 
 def test_one_vocabulary_is_handed_through():
-    same = Translation.of_sizes(10, 10)
+    same = VocabMapping.of_sizes(10, 10)
     tokens, logits = torch.tensor([3, 4]), torch.randn(2, 10)
     assert same.is_identity
     assert same.prompt(tokens) is tokens
@@ -35,7 +35,7 @@ def test_one_vocabulary_is_handed_through():
 
 @given(st.integers(2, 12), st.integers(2, 12), st.data())
 def test_padding_is_never_said_and_always_read(target_size, draft_size, data):
-    translation = Translation.of_sizes(target_size, draft_size, stand_in=1)
+    translation = VocabMapping.of_sizes(target_size, draft_size, unk_id=1)
     shared = min(target_size, draft_size)
     scores = translation.scores(torch.randn(3, draft_size))
     assert scores.shape == (3, target_size)
@@ -48,15 +48,15 @@ def test_padding_is_never_said_and_always_read(target_size, draft_size, data):
 
 def test_one_tokenizer_is_known_by_its_words():
     ours, theirs = words("<unk>", "a", "b"), words("<unk>", "a", "b")
-    assert Translation.of_tokenizers(ours, theirs, 5, 5).is_identity
-    padded = Translation.of_tokenizers(ours, theirs, 5, 4)
+    assert VocabMapping.of_tokenizers(ours, theirs, 5, 5).is_identity
+    padded = VocabMapping.of_tokenizers(ours, theirs, 5, 4)
     assert padded.shared[0].tolist() == padded.shared[1].tolist() == [0, 1, 2, 3]
 
 
 def test_words_are_matched_by_string_and_ends_by_meaning():
     ours = words("<unk>", "a", "b", "c", "</s>", eos="</s>")
     theirs = words("<end>", "c", "b", "x", "<unk>", eos="<end>")
-    translation = Translation.of_tokenizers(ours, theirs, 5, 5)
+    translation = VocabMapping.of_tokenizers(ours, theirs, 5, 5)
     pairs = dict(zip(*(ids.tolist() for ids in translation.shared), strict=True))
     assert pairs == {0: 4, 2: 2, 3: 1, 4: 0}
     logits = torch.arange(5.0)[None]
@@ -67,14 +67,14 @@ def test_words_are_matched_by_string_and_ends_by_meaning():
 def test_rows_beyond_the_head_are_not_said():
     """Tokenizers may have tokens that a model has no row for."""
     ours, theirs = words("<unk>", "a", "b", "c"), words("<unk>", "c", "b", "a")
-    translation = Translation.of_tokenizers(ours, theirs, 3, 2)
+    translation = VocabMapping.of_tokenizers(ours, theirs, 3, 2)
     assert [ids.tolist() for ids in translation.shared] == [[0], [0]]
 
 
 def test_the_sign_of_a_space_does_not_matter():
     ours, theirs = words("<unk>", "Ġa", "b", "Ġ", sign="Ġ"), words("<unk>", "▁", "▁a", "b", sign="▁")
     assert ours.convert_ids_to_tokens(ours(" ab")["input_ids"]) == ["Ġa", "b"]
-    translation = Translation.of_tokenizers(ours, theirs, 4, 4)
+    translation = VocabMapping.of_tokenizers(ours, theirs, 4, 4)
     assert [ids.tolist() for ids in translation.shared] == [[0, 1, 2, 3], [0, 2, 3, 1]]
 
 
@@ -85,7 +85,7 @@ def test_a_prompt_is_read_anew_but_for_its_special_tokens():
     spelling.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
     )
-    translation = Translation.of_tokenizers(ours, spelling, 6, 5)
+    translation = VocabMapping.of_tokenizers(ours, spelling, 6, 5)
     read = translation.prompt(torch.tensor([1, 2, 3, 4, 5, 3]))
     # <s> and <chat> are nothing to the draft; </s> is its own.
     assert spelling.convert_ids_to_tokens(read.tolist()) == ["a", "b", "c", "</s>", "c"]
@@ -94,25 +94,25 @@ def test_a_prompt_is_read_anew_but_for_its_special_tokens():
 
 def test_a_prompt_of_nothing_the_draft_knows_still_has_a_token():
     ours, theirs = words("<unk>", "<s>", "a", bos="<s>"), words("<u>", "a")
-    translation = Translation.of_tokenizers(ours, theirs, 3, 2)
+    translation = VocabMapping.of_tokenizers(ours, theirs, 3, 2)
     assert translation.prompt(torch.tensor([1])).tolist() == [0]
 
 
 def test_nothing_in_common_is_refused():
     with pytest.raises(ValueError, match=r"share no token.*grow_draft"):
-        Translation.of_tokenizers(words("<u>", "a"), words("<x>", "b"), 2, 2)
+        VocabMapping.of_tokenizers(words("<u>", "a"), words("<x>", "b"), 2, 2)
 
 
 def test_ids_that_no_head_says_are_shown_as_what_stands_in():
     """An image's place lies beyond both vocabularies, or below 0; and a tokenizer may know words that the draft has no embedding of."""
     beyond = torch.tensor([3, 10, -200, 4])
-    assert Translation.of_sizes(10, 10, stand_in=1, rows=10).prompt(beyond).tolist() == [3, 1, 1, 4]
-    assert Translation.of_sizes(12, 10, stand_in=1, rows=10).prompt(beyond).tolist() == [3, 1, 1, 4]
-    fewer = Translation.of_sizes(10, 10, stand_in=1, rows=8)
+    assert VocabMapping.of_sizes(10, 10, unk_id=1, rows=10).prompt(beyond).tolist() == [3, 1, 1, 4]
+    assert VocabMapping.of_sizes(12, 10, unk_id=1, rows=10).prompt(beyond).tolist() == [3, 1, 1, 4]
+    fewer = VocabMapping.of_sizes(10, 10, unk_id=1, rows=8)
     assert not fewer.is_identity
     assert fewer.tokens([7, 8, 9]) == [[7], [1], [1]]
     assert fewer.scores(torch.zeros(1, 10))[0, 8:].tolist() == [-torch.inf] * 2
     ours, theirs = words("<unk>", "a", "b", "c"), words("<unk>", "b", "c", "a")
-    translation = Translation.of_tokenizers(ours, theirs, 4, 4, rows=3)
+    translation = VocabMapping.of_tokenizers(ours, theirs, 4, 4, rows=3)
     assert translation.prompt(torch.tensor([1, 2, 9, 3])).max() < 3
     assert translation.tokens([1, 2, 9]) == [[0], [1], [0]]

@@ -76,7 +76,7 @@ def test_an_exported_draft_is_a_checkpoint_that_engines_read(tiny_llama, tmp_pat
 @pytest.mark.parametrize("head", ["traffic", "low_rank"])
 def test_a_draft_that_served_with_part_of_its_head_is_exported_whole(tiny_llama, tmp_path, head):
     target = tiny_llama(layers=3)
-    learnt(target, grow_draft(target), draft_head=head, draft_head_rows=16).save_pretrained(tmp_path)
+    learnt(target, grow_draft(target), draft_head=head, draft_vocab_size=16).save_pretrained(tmp_path)
     assert refusal(tmp_path, target) is None
 
 

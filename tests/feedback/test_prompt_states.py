@@ -1,4 +1,4 @@
-"""`Prefill`: what the target makes of a prompt teaches too: its own distributions, at no forward more, and each text once."""
+"""`PromptStates`: what the target makes of a prompt teaches too: its own distributions, at no forward more, and each text once."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant, grow_draft, record_answers
-from hf_osd.feedback.feedback import Feedback, SparseRows
-from hf_osd.feedback.prompt_states import KnownTexts, Prefill
+from hf_osd.feedback.feedback import Feedback, SparseLogits
+from hf_osd.feedback.prompt_states import PromptStates, SeenTexts
 
 PROMPT = torch.randint(2, 64, (9,), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(2, 64, (7,), generator=torch.Generator().manual_seed(1))
@@ -51,7 +51,7 @@ def serve(target, assistant, prompt, **kwargs) -> torch.Tensor:
 
 
 def taught(assistant) -> list[Feedback]:
-    assistant.take_in()
+    assistant.collect()
     return assistant.buffer.new()
 
 
@@ -60,7 +60,7 @@ def check_rows(target, feedback: Feedback, count: int, start: int = 0):
     prompt = feedback.tokens[start : feedback.prompt_length].long()
     with torch.no_grad():
         logits = target(prompt[None], use_cache=False).logits[0, -1 - count : -1]
-    expected = SparseRows.of_logits(logits, feedback.top_ids.shape[1], torch.float32)
+    expected = SparseLogits.from_logits(logits, feedback.top_ids.shape[1], torch.float32)
     assert len(feedback.prompt_rows) == count
     by_id = [
         torch.zeros_like(logits).scatter(-1, rows.top_ids.long(), rows.top_logps)
@@ -211,7 +211,7 @@ def test_nothing_listens_to_a_target_any_longer_than_it_must(target):
 
 
 def test_each_thread_hears_its_own_forward(target):
-    prefill = Prefill(target, 256)
+    prefill = PromptStates(target, 256)
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         pool.submit(target, OTHER[None]).result()
         logits = target(PROMPT[None]).logits[0]
@@ -228,7 +228,7 @@ def test_many_threads_teach_by_their_own_prompts(target):
     def one(prompt):
         barrier.wait(timeout=60)
         serve(target, assistant, prompt)
-        assistant.take_in()
+        assistant.collect()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, prompts))
@@ -241,7 +241,7 @@ def test_many_threads_teach_by_their_own_prompts(target):
 def test_a_head_that_fails_costs_the_prompt_alone(target, monkeypatch, caplog):
     assistant = assistant_of(target)
     serve(target, assistant, PROMPT)
-    monkeypatch.setattr(Prefill, "_logits", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    monkeypatch.setattr(PromptStates, "_logits", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
     [feedback] = taught(assistant)
     assert feedback.prompt_rows is None
     assert len(feedback) == 8
@@ -253,7 +253,7 @@ def test_a_head_that_fails_costs_the_prompt_alone(target, monkeypatch, caplog):
 )
 def test_targets_whose_states_cannot_be_had_are_known(tiny_llama, how, monkeypatch):
     model = tiny_llama()
-    assert Prefill.offers(model)
+    assert PromptStates.offers(model)
     if how == "compiled forward":
         model.forward = torch.compile(model.forward)  # not run
     elif how == "compiled call":
@@ -268,7 +268,7 @@ def test_targets_whose_states_cannot_be_had_are_known(tiny_llama, how, monkeypat
         model.lm_head.weight.ds_id = 0
     else:
         model.lm_head.to("meta")
-    assert not Prefill.offers(model)
+    assert not PromptStates.offers(model)
 
 
 def test_recorded_prompts_have_all_their_rows(target):
@@ -285,7 +285,7 @@ def test_recorded_prompts_have_all_their_rows(target):
 def test_more_is_learnt_of_requests_whose_prompts_teach(target):
     learnt = {}
     for positions in (0, 256):
-        assistant = assistant_of(target, prompt_positions=positions, replay=0.0)
+        assistant = assistant_of(target, prompt_positions=positions, replay_ratio=0.0)
         serve(target, assistant, PROMPT)
         assistant.flush()
         assert assistant.stats.updates == 1
@@ -298,7 +298,7 @@ texts = st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=4)
 
 @given(known=texts, prompt=st.lists(st.integers(0, 2), max_size=6))
 def test_what_a_prompt_shares_is_its_longest_known_beginning(known, prompt):
-    memory = KnownTexts()
+    memory = SeenTexts()
     for text in known:
         memory.add(torch.tensor(text, dtype=torch.int32))
     longest = max(
@@ -308,7 +308,7 @@ def test_what_a_prompt_shares_is_its_longest_known_beginning(known, prompt):
 
 
 def test_texts_are_forgotten_in_turn():
-    memory = KnownTexts()
+    memory = SeenTexts()
     for i in range(40):
         memory.add(torch.tensor([i, 0]))
     assert memory.shared(torch.tensor([39, 0])) == 2

@@ -15,7 +15,7 @@ from transformers import (
 
 from hf_osd import OnlineAssistant
 from hf_osd.distill.scoring import score
-from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.drafting.vocab_mapping import VocabMapping
 from hf_osd.feedback.feedback import UNTESTED
 from hf_osd.feedback.recording import record_answers
 
@@ -180,7 +180,7 @@ def test_nothing_was_drafted_and_all_positions_teach(tiny_llama, prompts):
     for feedback in record_answers(tiny_llama(), prompts, max_new_tokens=5):
         assert (feedback.outcome == UNTESTED).all()
         assert (feedback.drafted == -1).all()
-        assert feedback.teaches("error").all()
+        assert feedback.teaching_mask("error").all()
         assert not feedback.sampled
         assert feedback.top_logps.dtype == torch.float16
 
@@ -237,7 +237,7 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
         ids = prompt[None]
         mask = torch.ones_like(ids)
         target.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, assistant_model=assistant)
-        assistant.take_in()
+        assistant.collect()
         live = assistant.buffer.new()[-1]
         for name in ("tokens", "source"):
             assert getattr(one, name).tolist() == getattr(live, name).tolist()
@@ -253,4 +253,4 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
 
 def test_a_draft_of_another_vocabulary_for_an_encoder_decoder_is_refused(prompts):
     with pytest.raises(ValueError, match=r"encoder-decoder of 64 tokens and the draft has 72"):
-        record_answers(encoder_decoder("t5"), prompts, 2, translation=Translation.of_sizes(64, 72))
+        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.of_sizes(64, 72))

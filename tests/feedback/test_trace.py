@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_osd.feedback.feedback import Feedback, SparseRows
+from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.feedback.trace import read_trace, write_trace
 
 LOGPS = ("top_logps", "tail_logp", "draft_logps", "drafted_logp")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def answered(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> Feedback:
     """A request that the target answered alone: nothing was drafted."""
     logits = torch.randn(n, 64, generator=torch.Generator().manual_seed(seed))
-    return Feedback.of_target(torch.arange(n + 3), 3, SparseRows.of_logits(logits, k, dtype))
+    return Feedback.of_target(torch.arange(n + 3), 3, SparseLogits.from_logits(logits, k, dtype))
 
 
 def without_target(feedback: Feedback, at: list[int]) -> Feedback:
@@ -56,7 +56,7 @@ def check_same(read: list[Feedback], written: list[Feedback]):
             if isinstance(expected, torch.Tensor):
                 assert value.dtype == expected.dtype, f.name
                 torch.testing.assert_close(value, expected, atol=0, rtol=0, equal_nan=True, msg=f.name)
-            elif isinstance(expected, SparseRows):
+            elif isinstance(expected, SparseLogits):
                 for name, rows in vars(expected).items():
                     assert getattr(value, name).dtype == rows.dtype, name
                     assert torch.equal(getattr(value, name), rows), name

@@ -8,7 +8,7 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
 from hf_osd.generation.call import Call
-from hf_osd.generation.recorder import CallRecord
+from hf_osd.generation.recorder import CallRecorder
 
 PROMPT = torch.tensor([[5, 9, 17, 3, 40, 22]])
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -55,13 +55,15 @@ def test_a_call_holds_its_draft_and_listens_until_it_is_finished(target, assista
     generate(target, assistant)
     assert during[0] == (1, 1)
     assert opened[0].model is not None
-    assistant.take_in()
+    assistant.collect()
     assert borrowed(target, assistant) == (0, 0)
     assert opened[0].model is None
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(OnlineCandidateGenerator, "__init__"), (CallRecord, "__init__")], ids=["generator", "record"]
+    ("owner", "name"),
+    [(OnlineCandidateGenerator, "__init__"), (CallRecorder, "__init__")],
+    ids=["generator", "record"],
 )
 def test_a_call_that_cannot_open_gives_back_what_it_borrowed(target, assistant, monkeypatch, owner, name):
     with monkeypatch.context() as patch:
@@ -76,9 +78,9 @@ def test_a_call_that_cannot_open_gives_back_what_it_borrowed(target, assistant, 
 def test_so_does_one_whose_record_cannot_be_made_feedback(target, assistant, monkeypatch):
     generate(target, assistant)
     with monkeypatch.context() as patch:
-        patch.setattr(CallRecord, "seal", fails)
+        patch.setattr(CallRecorder, "seal", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
-            assistant.take_in()
+            assistant.collect()
     assert borrowed(target, assistant) == (0, 0)
 
 
@@ -93,13 +95,13 @@ def test_it_does_not_keep_its_generator_whose_end_is_its_own(target, assistant, 
     generate(target, assistant)
     gc.collect()
     assert [generator() for generator in generators] == [None]
-    assert len(assistant._calls.take_over()) == 1
+    assert len(assistant._calls.pop_finished()) == 1
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_its_text_goes_into_the_cache_while_there_is_one(target, assistant, opened, keep):
     output = generate(target, assistant)
-    [call] = assistant._calls.take_over()
+    [call] = assistant._calls.pop_finished()
     assert call is opened[0]
     before = assistant.texts.nbytes
     assert torch.equal(call.finish(keep_text=keep).tokens.long(), output[0])

@@ -52,7 +52,7 @@ KINDS = ["both", "target", "draft", "a draft that does not say it"]
 @pytest.mark.parametrize("sample", [False, True])
 def test_logits_that_are_cut_are_served_and_learnt(target, draft, kind, head, sample):
     one, other, calls = kinds(target, draft)[kind]
-    assistant = OnlineAssistant(other, draft_head=head, draft_head_rows=8, **DRAFTS, **LEARNS)
+    assistant = OnlineAssistant(other, draft_head=head, draft_vocab_size=8, **DRAFTS, **LEARNS)
     drafted = 0
     for prompt in PROMPTS[:4] % 40:
         before = assistant.stats.total.drafted

@@ -33,15 +33,15 @@ def test_calls_run_from_their_beginning_to_the_end_of_their_generator(calls, tol
     calls.add(first, one)
     calls.add(second, two)
     assert calls.any()
-    assert calls.take_over() == []
+    assert calls.pop_finished() == []
     del one
     assert calls.any()
     assert told == [True, True], "one still runs"
     del two
     assert not calls.any()
     assert told == [True, True, False]
-    assert set(calls.take_over()) == {first, second}
-    assert calls.take_over() == []
+    assert set(calls.pop_finished()) == {first, second}
+    assert calls.pop_finished() == []
 
 
 def test_an_end_takes_no_lock(calls):
@@ -77,8 +77,8 @@ def test_calls_of_this_thread_that_have_come_back_are_over_though_something_hold
     generators = [Generator() for _ in range(3)]
     for call, generator in zip((back, runs, elsewhere), generators, strict=True):
         calls.add(call, generator)
-    assert calls.take_over() == []
-    assert calls.take_over(here=True) == [back]
+    assert calls.pop_finished() == []
+    assert calls.pop_finished(here=True) == [back]
     assert calls.any()
 
 
@@ -87,11 +87,11 @@ def test_the_late_end_of_a_call_taken_in_already_hides_none_that_runs(calls, mon
     monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", list)
     late, generator = Generator(), Generator()
     calls.add(Call(threading.get_ident(), object()), late)
-    assert len(calls.take_over(here=True)) == 1
+    assert len(calls.pop_finished(here=True)) == 1
     calls.add(Call(), generator)
     del late
     assert calls.any()
-    assert calls.take_over() == []
+    assert calls.pop_finished() == []
 
 
 def test_a_call_that_begins_while_another_ends_is_not_missed():

@@ -140,7 +140,7 @@ def test_stopping_criteria_stop_where_plain_decoding_stops(target, folder):
 def test_a_call_is_over_when_it_has_come_back(target, folder):
     assistant = make(target)
     target.generate(PROMPTS[0], assistant_model=assistant, **folder, **GREEDY)
-    assistant.take_in()
+    assistant.collect()
     assert assistant.stats.total.requests == 1
     assert seam.running_calls() == []
     assert assistant.flush()
@@ -154,7 +154,7 @@ def test_a_call_that_breaks_off_is_taken_in(target, folder):
     assistant = make(target)
     with pytest.raises(RuntimeError, match="broken"):
         target.generate(PROMPTS[0], assistant_model=assistant, stopping_criteria=[Broken()], **folder, **GREEDY)
-    assistant.take_in()
+    assistant.collect()
     assert seam.running_calls() == []
     assert assistant.stats.total.requests == 1
 

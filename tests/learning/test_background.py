@@ -15,7 +15,7 @@ import torch
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
 from hf_osd.learning import background as background_module
-from hf_osd.learning.background import BackgroundLearner, Pace, Stopped
+from hf_osd.learning.background import BackgroundLearner, Stopped, Throttle
 
 LONG = 120  # seconds in which anything has happened, on any machine
 
@@ -49,7 +49,7 @@ def pace(clock):
     """`pace(share, busy=...)`, whose waits are the clock's."""
 
     def make(share, busy=lambda: True):
-        made = Pace(share, busy)
+        made = Throttle(share, busy)
         made._hurry.wait = clock.wait
         return made
 
@@ -91,13 +91,13 @@ def test_time_between_two_updates_is_no_work(clock, pace):
 
 def test_who_waits_for_the_work_hurries_it_until_the_last_of_them_has_it(clock, pace):
     made = pace(0.5)
-    made.hurry()
-    made.hurry()
-    made.hurry(False)
+    made.unthrottle()
+    made.unthrottle()
+    made.unthrottle(False)
     clock.work(1.0)
     made.pause()
     assert clock.waited == 0
-    made.hurry(False)
+    made.unthrottle(False)
     clock.work(1.0)
     made.pause()
     assert clock.waited == pytest.approx(1.0)
@@ -105,9 +105,9 @@ def test_who_waits_for_the_work_hurries_it_until_the_last_of_them_has_it(clock, 
 
 def test_a_stop_ends_the_next_pause_and_no_hurry_is_over_after_it(pace):
     made = pace(0.5)
-    made.hurry()
+    made.unthrottle()
     made.stop()
-    made.hurry(False)
+    made.unthrottle(False)
     for _ in range(2):
         with pytest.raises(Stopped):
             made.pause()
@@ -124,7 +124,7 @@ def background(tiny_llama):
     def make(busy=lambda: False, **fields):
         draft, served, learnt = tiny_llama(layers=1), [], threading.Event()
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
-        settings = {"seed": 0, "update_interval": 2, "replay": 0.0, "warmup_steps": 0, "gate": False}
+        settings = {"seed": 0, "update_interval": 2, "replay_ratio": 0.0, "warmup_steps": 0, "gate": False}
         settings |= {"learning_rate": 1e-3}
         config = OnlineConfig(**settings | fields)
         one = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, served.append, busy, learnt.set)
@@ -152,7 +152,7 @@ class Held:
             if pace.stopped:
                 raise Stopped
 
-        monkeypatch.setattr(Pace, "pause", pause)
+        monkeypatch.setattr(Throttle, "pause", pause)
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_so_do_a_state_and_weights_from_elsewhere(background, make_feedback):
 
 
 def test_what_another_thread_draws_is_what_it_would_have_drawn_without_a_learner(background, make_feedback):
-    made = background(replay=2.0, batch_size=1)
+    made = background(replay_ratio=2.0, batch_size=1)
 
     def seed():
         random.seed(3)
@@ -377,13 +377,13 @@ def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feed
     made._prepared = False
     made._imported.set()
 
-    class Member:
+    class Student:
         @property
         def trainer(self):
             raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
-        patch.setattr(made.learner.ensemble, "members", [Member()])
+        patch.setattr(made.learner.ensemble, "members", [Student()])
         made.offer(make_feedback())
     assert "The trainer could not be made" in caplog.text
     assert made.figures()["failed_updates"] == 1
@@ -399,13 +399,13 @@ def test_two_callers_make_one_trainer(background, monkeypatch):
     made = background()
     made._prepared, asked, inside = False, [], threading.Event()
 
-    class Member:
+    class Student:
         @property
         def trainer(self):
             asked.append(1)
             inside.set()
 
-    monkeypatch.setattr(made.learner.ensemble, "members", [Member()])
+    monkeypatch.setattr(made.learner.ensemble, "members", [Student()])
     with made._preparing:
         threads = [threading.Thread(target=made.prepare) for _ in range(2)]
         for thread in threads:
@@ -441,7 +441,7 @@ import threading, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import Feedback, FeedbackBuffer, OnlineConfig
 from hf_osd.learning.background import BackgroundLearner
-from hf_osd.feedback.feedback import SparseRows
+from hf_osd.feedback.feedback import SparseLogits
 
 torch.set_num_threads(1)
 sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -456,7 +456,7 @@ stepped, pause = threading.Event(), learner.pace.pause
 learner.ensemble.members[0]._after_step = lambda: (stepped.set(), pause())
 for i in range(2):
     tokens = torch.randint(32, (8,))
-    learner.offer(Feedback.of_target(tokens, 4, SparseRows.of_logits(torch.randn(4, 32), 8)))
+    learner.offer(Feedback.of_target(tokens, 4, SparseLogits.from_logits(torch.randn(4, 32), 8)))
 assert stepped.wait(120)
 assert learner._thread.is_alive()
 print("the end")

@@ -16,7 +16,14 @@ def made(target):
     def make(**settings):
         draft = grow_draft(target)
         trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
-        settings = {"gate": False, "learning_rate": 1e-3, "replay": 1.0, "update_interval": 4, "seed": 0, **settings}
+        settings = {
+            "gate": False,
+            "learning_rate": 1e-3,
+            "replay_ratio": 1.0,
+            "update_interval": 4,
+            "seed": 0,
+            **settings,
+        }
         out = []
         learner = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**settings), out.append)
         learner.learnt = []
@@ -60,7 +67,7 @@ def test_who_asks_for_all_to_be_learnt_gets_all(made, make_feedback):
 
 
 def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(made, make_feedback, target):
-    from hf_osd.policy.lookahead import Lookahead
+    from hf_osd.policy.lookahead import DraftPolicy
 
     learner = made()
     learner.schedule.seconds = 100.0
@@ -72,7 +79,7 @@ def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(ma
     for name, value in learner.figures().items():
         setattr(stats, name, value)
     stats.total.rounds = 1
-    said = report(stats, Lookahead("cost", 5, None, 0.0))
+    said = report(stats, DraftPolicy("cost", 5, None, 0.0))
     assert "too slow to learn this draft" in said
     assert "0 of the 204 tokens" in said
 
@@ -80,7 +87,7 @@ def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(ma
 def test_rates_are_tried_with_no_more_passes_than_fit(made, make_feedback, monkeypatch):
     """Of four requests two teach and two judge; three rates take three passes over two requests at least."""
     monkeypatch.setattr("hf_osd.learning.rate._COLD", 0.0)  # or the fastest would be enough
-    learner = made(learning_rate="auto", replay=6.0)
+    learner = made(learning_rate="auto", replay_ratio=6.0)
     learner.schedule.seconds = 0.01 / 17
     serve(learner, make_feedback, 4, 0.04)
     learner.update(wait=False)
@@ -92,7 +99,7 @@ def test_a_call_waits_no_longer_for_long_texts_than_for_short_ones(made, make_fe
     """Of sixteen prompts of 3,000 tokens what is read to judge, to try rates and to learn fits what sixteen calls of a second have earned; a clock that moves with
     what the draft reads says so."""
     clock = [0.0]
-    learner = made(learning_rate="auto", gate=True, replay=6.0, learning_window=128)
+    learner = made(learning_rate="auto", gate=True, replay_ratio=6.0, learning_window=128)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
     def read(module, args, kwargs, output):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged
 from hf_osd.learning import contenders as contenders_module
 from hf_osd.learning.contenders import Contenders
@@ -46,7 +46,7 @@ class FakeEnsemble:
     def snapshot_of(self, weights):
         return [(weights["w"].item(),)]
 
-    def go_back(self, snapshot):
+    def restore(self, snapshot):
         [(self.number,)] = snapshot
         self.went_back.append(self.number)
 
@@ -66,7 +66,7 @@ class Made:
         self.ensemble, self.fails = FakeEnsemble(), False
         config = OnlineConfig(**{"seed": 0, **config})
         self.contenders = Contenders(
-            self.ensemble, weights_of(STATIC), config, Ranks(), self.serve, lambda: self.pauses.append(1)
+            self.ensemble, weights_of(STATIC), config, RankGroup(), self.serve, lambda: self.pauses.append(1)
         )
 
     def serve(self, weights):

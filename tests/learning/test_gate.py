@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.learning.evidence import Evidence
 from hf_osd.learning.gate import BACK, ODDS, WINDOW, Gate, Looks, Verdict
 
@@ -53,7 +53,7 @@ def test_with_a_tolerance_of_1_all_passes_that_is_not_found_to_be_worse():
     assert Gate(1.0).observe(of(40, 8), of(40, 8), of(0, 8)) is Verdict.DROP
 
 
-class Twice(Ranks):
+class Twice(RankGroup):
     """Two ranks that see the same."""
 
     def __init__(self):

@@ -63,7 +63,7 @@ def test_to_find_a_rate_takes_twice_as_many(learner, make_feedback):
 
 
 def test_an_update_learns_new_and_replayed_requests_once_and_refreshes(learner, make_feedback):
-    made = learner(replay=2.0, positions="all")
+    made = learner(replay_ratio=2.0, positions="all")
     made.buffer.add(make_feedback(n=10))
     before = {name: tensor.clone() for name, tensor in made.ensemble.serving_weights().items()}
     assert made.update()
@@ -117,7 +117,7 @@ def test_random_states_are_given_back_also_after_an_error():
 
 
 def test_feedback_module_and_learner_agree_on_what_an_error_position_is(learner, make_feedback):
-    made = learner(positions="error", replay=0.0)
+    made = learner(positions="error", replay_ratio=0.0)
     request = make_feedback(n=12)
     made.buffer.add(request)
     assert made.update()
@@ -149,7 +149,7 @@ def test_nor_does_one_that_takes_up_a_state(learner, make_feedback):
 # The rate.
 
 
-PLAIN = {"replay": 3.0, "warmup_steps": 0, "tail_samples": None}
+PLAIN = {"replay_ratio": 3.0, "warmup_steps": 0, "sampled_columns": None}
 
 
 def offer(learner, *requests):
@@ -251,7 +251,7 @@ def test_an_update_serves_only_when_requests_that_came_since_have_said_so(learne
 def test_what_has_become_worse_is_dropped_with_what_was_learnt_and_never_serves(
     learner, tiny_llama, answer_of, monkeypatch, caplog
 ):
-    made = learner(gate=True, replay=0.0, warmup_steps=0, averaging=0.0, tail_samples=None)
+    made = learner(gate=True, replay_ratio=0.0, warmup_steps=0, ema_decay=0.0, sampled_columns=None)
     own = copy.deepcopy(made.ensemble.members[0].module)  # a target that the draft agrees with
     texts = [answer_of(own, torch.arange(2, 8) + i, 24) for i in range(8)]
     static = cloned(made.ensemble.serving_weights())
@@ -279,7 +279,7 @@ def test_what_has_become_worse_is_dropped_with_what_was_learnt_and_never_serves(
     assert change < 0.1, "of the noise, of deviation 1, nothing is left"
 
 
-@pytest.mark.parametrize("fields", [{}, {"averaging": 0.9, "optimism": 0.5, "ensemble": [1, 3]}])
+@pytest.mark.parametrize("fields", [{}, {"ema_decay": 0.9, "optimism": 0.5, "ensemble": [1, 3]}])
 def test_the_estimate_is_of_what_served_before_each_request_was_learnt(learner, tiny_llama, answer_of, fields):
     made = learner(gate=True, **PLAIN | {"learning_rate": 1e-2} | fields)
     texts, static = heart(tiny_llama, answer_of), tiny_llama(layers=1)

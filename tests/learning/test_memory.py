@@ -57,10 +57,10 @@ def test_facts_are_those_of_the_draft(tiny_llama):
 
 
 def test_all_columns_are_reckoned_with_where_none_are_drawn(tiny_llama):
-    assert facts_of(tiny_llama(), tail_samples=None).columns == 64
-    assert facts_of(tiny_llama(), averaging=0.0).averages is False
+    assert facts_of(tiny_llama(), sampled_columns=None).columns == 64
+    assert facts_of(tiny_llama(), ema_decay=0.0).averages is False
     assert facts_of(tiny_llama(), learn="process").apart is True
-    assert facts_of(tiny_llama(), batch_size=None, update_interval=8, replay=6.0).batch == 56
+    assert facts_of(tiny_llama(), batch_size=None, update_interval=8, replay_ratio=6.0).batch == 56
 
 
 def test_the_estimate_adds_up_what_is_kept_of_each_weight():

@@ -46,7 +46,7 @@ class World:
         draft = copy.deepcopy(self.drafts[draft])
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
         config = OnlineConfig(
-            learning_rate=1e-2, replay=0.0, averaging=0.0, warmup_steps=0, batch_size=None, tail_samples=None,
+            learning_rate=1e-2, replay_ratio=0.0, ema_decay=0.0, warmup_steps=0, batch_size=None, sampled_columns=None,
             update_interval=INTERVAL, seed=0, **settings,
         )  # fmt: skip
         served = copy.deepcopy(draft)

@@ -77,10 +77,10 @@ def test_they_are_learnt_when_an_update_is_due_and_are_no_traffic(target, draft)
 @pytest.mark.parametrize("learn", ["inline", "background"])
 def test_the_draft_gets_better_at_what_the_target_might_have_said(target, learn):
     torch.manual_seed(0)
-    config = {"learning_rate": 1e-3, "replay": 0.0, "averaging": 0.0, "warmup_steps": 0}
+    config = {"learning_rate": 1e-3, "replay_ratio": 0.0, "ema_decay": 0.0, "warmup_steps": 0}
     with assistant_of(grow_draft(target), learn=learn, **config) as assistant:
         serve(target, assistant, PROMPTS[:4])
-        assistant.take_in()
+        assistant.collect()
         assistant.buffer.mark_seen(assistant.buffer.new())  # what was served teaches nothing here
         assert Rehearsal(assistant, target).run() == 4
         answers = assistant.buffer.new()
@@ -126,7 +126,7 @@ def test_nor_is_a_request_that_was_more_than_tokens(target, draft):
     assistant = assistant_of(draft)
     embeds = target.get_input_embeddings()(PROMPTS[0]) + 0.5
     target.generate(PROMPTS[0], inputs_embeds=embeds, assistant_model=assistant, max_new_tokens=4, do_sample=False)
-    assistant.take_in()
+    assistant.collect()
     assert len(assistant.buffer) == 1, "it teaches"
     assert Rehearsal(assistant, target).run() == 0
 
@@ -134,7 +134,7 @@ def test_nor_is_a_request_that_was_more_than_tokens(target, draft):
 def test_nor_one_that_was_kept_over_a_restart(target, draft, tmp_path):
     before, after = assistant_of(draft), assistant_of(draft)
     serve(target, before, PROMPTS[:2])
-    before.take_in()
+    before.collect()
     before.buffer.save(tmp_path / "buffer.safetensors")
     after.buffer.restore(tmp_path / "buffer.safetensors")
     assert Rehearsal(after, target).run() == 0

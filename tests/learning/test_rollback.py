@@ -14,7 +14,7 @@ from hf_osd.distill import ensemble as ensemble_module
 from hf_osd.distill import trainer as trainer_module
 from hf_osd.learning.gate import Verdict
 from hf_osd.learning.learner import Learner
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def learner(tiny_llama):
     def make(**fields):
         draft = tiny_llama(layers=1)
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
-        settings = {"seed": 0, "warmup_steps": 0, "replay": 0.0, "tail_samples": None, "update_interval": 2}
+        settings = {"seed": 0, "warmup_steps": 0, "replay_ratio": 0.0, "sampled_columns": None, "update_interval": 2}
         settings |= {"learning_rate": 1e-3}
-        serving = ServingDraft(draft, trainable)
+        serving = HotSwapDraft(draft, trainable)
         made = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**settings | fields), serving.refresh)
         made.serving = serving
         return made
@@ -82,7 +82,7 @@ def let_one_through(learner, *requests):
     return members
 
 
-@pytest.mark.parametrize("fields", [{}, {"averaging": 0.0}, {"ensemble": [1, 3], "optimism": 0.5}])
+@pytest.mark.parametrize("fields", [{}, {"ema_decay": 0.0}, {"ensemble": [1, 3], "optimism": 0.5}])
 def test_a_dropped_candidate_leaves_no_trace_but_its_count(learner, make_feedback, caplog, fields):
     made = learner(**fields)
     accepted = let_one_through(made, make_feedback(seed=1), make_feedback(seed=2))
@@ -207,7 +207,7 @@ def test_the_rest_doubles_with_each_failure_and_a_good_update_ends_it(learner, m
 @pytest.mark.parametrize("gate", [False, True])
 def test_after_a_failure_nothing_is_replayed(learner, make_feedback, monkeypatch, gate):
     """What broke the update may be among it."""
-    made, learnt = learner(replay=3.0, gate=gate), []
+    made, learnt = learner(replay_ratio=3.0, gate=gate), []
     learn(made, make_feedback(seed=1))
     assert made.updates == 1
     learn_ = made.ensemble.members[0].learn
@@ -304,7 +304,7 @@ FAULTS = {
     [(fault, gate) for fault in FAULTS for gate in (True, False) if gate or fault != "a judge that raises"],
 )
 def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_feedback, caplog, fault, gate):
-    made = learner(averaging=0.0, gate=gate)
+    made = learner(ema_decay=0.0, gate=gate)
     if gate:
         let_one_through(made, make_feedback(seed=10))
     for i in range(3):

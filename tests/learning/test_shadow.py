@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.distill.ranks import Ranks
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.shadow import RECENT, Reservoir, Shadow
 
@@ -94,7 +94,7 @@ def test_after_a_restart_regret_goes_on_and_the_estimate_begins_anew():
 
 
 def test_ranks_say_the_same_of_what_all_have_seen():
-    class Twice(Ranks):
+    class Twice(RankGroup):
         """Two ranks that see the same."""
 
         def __init__(self):

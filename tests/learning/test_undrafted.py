@@ -18,7 +18,7 @@ class Policy:
     def __init__(self):
         self.told = []
 
-    def observe_shadow(self, overlap, confidence=()):
+    def observe_untested(self, overlap, confidence=()):
         self.told.append((overlap, confidence))
 
 

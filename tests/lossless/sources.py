@@ -11,8 +11,8 @@ from transformers import LogitsProcessor, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from hf_osd import OnlineAssistant, OnlineCandidateGenerator
-from hf_osd.drafting.draft_model import Drafting
-from hf_osd.drafting.suffix_cache import CallText
+from hf_osd.drafting.draft_model import DraftModelProposer
+from hf_osd.drafting.suffix_cache import CallSuffixes
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
 from hf_osd.policy.lookahead import Plan
 
@@ -28,7 +28,7 @@ GREEDY = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 # No clock is read: what is drafted depends on what was said alone.
 COSTS = {"lookahead": "cost", "draft_cost": 0.05, "verify_cost": 0.01}
 BOTH = {**COSTS, "suffix_cache": True, "num_assistant_tokens": 4}
-FEW = {"draft_head": "traffic", "draft_head_rows": 8}
+FEW = {"draft_head": "traffic", "draft_vocab_size": 8}
 CALLS = 320
 REPEATS = ((1, 2, 1, 2, 1),)
 
@@ -78,7 +78,7 @@ def mixed(assistant: OnlineAssistant, own: int = 1) -> Iterator[None]:
 def rounds_seen() -> Iterator[list]:
     """The rounds of the calls in it: their blocks, and the tokens of the draft's head as they were drafted from, `None` if it was whole."""
     seen, heads = [], []
-    update, draft = OnlineCandidateGenerator.update_candidate_strategy, Drafting.draft
+    update, draft = OnlineCandidateGenerator.update_candidate_strategy, DraftModelProposer.draft
 
     def drafting(self, *args):
         block = draft(self, *args)
@@ -90,33 +90,33 @@ def rounds_seen() -> Iterator[list]:
         seen.append((self._block, heads[-1] if heads else None))
         return update(self, *args)
 
-    OnlineCandidateGenerator.update_candidate_strategy, Drafting.draft = updating, drafting
+    OnlineCandidateGenerator.update_candidate_strategy, DraftModelProposer.draft = updating, drafting
     try:
         yield seen
     finally:
-        OnlineCandidateGenerator.update_candidate_strategy, Drafting.draft = update, draft
+        OnlineCandidateGenerator.update_candidate_strategy, DraftModelProposer.draft = update, draft
 
 
 @contextmanager
 def proposals_seen() -> Iterator[list[list[int]]]:
     """All that the cache proposed."""
-    seen, original = [], CallText.continuation
+    seen, original = [], CallSuffixes.continuation
 
     def continuation(self, *args):
         found = original(self, *args)
         seen.append(found.tokens if found else [])
         return found
 
-    CallText.continuation = continuation
+    CallSuffixes.continuation = continuation
     try:
         yield seen
     finally:
-        CallText.continuation = original
+        CallSuffixes.continuation = original
 
 
 def last_call(assistant: OnlineAssistant):
     """Statistics and feedback, `None` without a draft, of the call that has just ended."""
-    assistant.take_in()
+    assistant.collect()
     new = assistant.buffer.new()
     return assistant.stats.last, new[-1] if new else None
 
@@ -212,7 +212,7 @@ def check_ends(target, draft, kind: str, tokenizer=None):
             else:
                 with mixed(assistant):
                     answer_to(target, assistant, prompt, **end)
-        assistant.take_in()
+        assistant.collect()
         assert assistant.stats.total.accepted_by["cache"] > 30
 
 
@@ -229,7 +229,7 @@ def check_sampled_sources(draft, vocab: int = 5, n: int = 3, mixes=False, source
         assistant = check_sampling(
             target, draft, n, CALLS, 4, prompt=REPEATS, between=between, config=config, **kwargs
         )
-    assistant.take_in()
+    assistant.collect()
     total = assistant.stats.total
     for source in sources:
         assert 0 < total.accepted_by[source] < total.tested_by[source]
@@ -279,7 +279,7 @@ def check_few_rows(target, draft, assistant, prompt, **kwargs):
 def proposals_to(target, assistant, prompt) -> list[list[int]]:
     with proposals_seen() as seen:
         answer_to(target, assistant, prompt)
-    assistant.take_in()
+    assistant.collect()
     return seen
 
 

@@ -89,7 +89,7 @@ def test_sampling_from_draft_and_cache(noised_copy, kwargs):
 @pytest.mark.parametrize("kwargs", [{"temperature": 0.7}, {"top_k": 3}])
 def test_sampling_from_a_head_of_few_rows(noised_copy, mixes, kwargs):
     """q is 0 outside the rows, which differ from call to call and grow in mid-call."""
-    few = {"draft_head": "traffic", "draft_head_rows": 2, "suffix_cache": mixes}
+    few = {"draft_head": "traffic", "draft_vocab_size": 2, "suffix_cache": mixes}
     few |= {} if mixes else {"lookahead": "constant"}
     draft = noised_copy(one_layer(6), 0.5, seed=1)
     assistant = check_sampled_sources(draft, 6, mixes=mixes, sources=("draft",), config=few, **kwargs)
@@ -101,7 +101,7 @@ def test_sampling_from_a_low_rank_head(noised_copy, monkeypatch, kwargs):
     """Rows differ from position to position; two of 20 here."""
     monkeypatch.setattr(draft_head, "_STATES", (8, 16))
     monkeypatch.setattr(draft_head, "_RANK", 4)
-    low = {"draft_head": "low_rank", "draft_head_rows": 16, "suffix_cache": False}
+    low = {"draft_head": "low_rank", "draft_vocab_size": 16, "suffix_cache": False}
     low["lookahead"] = "constant"
     with rounds_seen() as seen:
         assistant = check_sampled_sources(

@@ -85,7 +85,7 @@ def test_processors_of_the_cache_alone(target, kwargs, kinds):
             outputs.append(target.generate(prompt, logits_processor=made, **GREEDY, **kwargs, **extra))
             assert all(getattr(p, "calls", 24) == 24 for p in made)
         assert torch.equal(*outputs)
-    assistant.take_in()
+    assistant.collect()
     assert assistant.stats.total.accepted_by["cache"] > 30
 
 
@@ -97,7 +97,7 @@ def test_left_padding_is_nothing_to_the_cache(target):
         mask = torch.nn.functional.pad(torch.ones_like(PROMPTS[0]), (padding, 0))
         with rounds_seen() as seen:
             answer_to(target, assistant, padded, attention_mask=mask)
-        assistant.take_in()
+        assistant.collect()
         assert len(assistant.texts.of(None)) == (i + 1) * (6 + 24)
         if padding:
             assert seen[0][0].cached
@@ -120,7 +120,7 @@ def test_scores_and_logits_of_cached_blocks_are_plain_decodings(tiny_model, name
         assert torch.equal(plain.sequences, output.sequences)
         for ours, own in ((output.scores, plain.scores), (output.logits, plain.logits)):
             torch.testing.assert_close(torch.cat(ours), torch.cat(own), **checks.CLOSE)
-    assistant.take_in()
+    assistant.collect()
     assert assistant.stats.last.accepted_by["cache"] > 12
 
 

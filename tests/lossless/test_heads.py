@@ -43,7 +43,7 @@ def test_a_head_of_few_rows_drafts_what_the_draft_says_among_them(tiny_model, no
 
 def test_no_rows_are_stale_while_the_head_learns(target, draft):
     assistant = assistant_of(
-        draft, **FEW, freeze_embeddings=False, learning_rate=5e-3, warmup_steps=0, replay=0.0, seed=0
+        draft, **FEW, freeze_embeddings=False, learning_rate=5e-3, warmup_steps=0, replay_ratio=0.0, seed=0
     )
     heads = []
     for prompt in PROMPTS:
@@ -58,7 +58,7 @@ def test_a_low_rank_head_of_full_rank_drafts_as_the_whole_one(target, draft, mon
     """Of all rank there is, the rows it chooses are the likeliest."""
     monkeypatch.setattr(draft_head, "_STATES", (8, 16))
     monkeypatch.setattr(draft_head, "_RANK", 32)
-    low = assistant_of(draft, draft_head="low_rank", draft_head_rows=56)
+    low = assistant_of(draft, draft_head="low_rank", draft_vocab_size=56)
     whole = assistant_of(draft)
     for i, prompt in enumerate(PROMPTS):
         with rounds_seen() as seen:
@@ -111,7 +111,7 @@ def test_a_head_of_few_rows_with_another_vocabulary(tiny_llama, noised_copy, mon
         "tokenizer": tokenizer_of(WORDS),
         "assistant_tokenizer": tokenizer_of(WORDS if kind == "fewer rows" else [WORDS[i] for i in kept]),
     }
-    config = {"draft_head": head, "draft_head_rows": 8 if head == "traffic" else 40, "update_interval": 2}
+    config = {"draft_head": head, "draft_vocab_size": 8 if head == "traffic" else 40, "update_interval": 2}
     assistant = assistant_of(noised_copy(renamed(target, kept), 0.05), **config, num_assistant_tokens=3)
     torch.manual_seed(0)
     for prompt in [*PROMPTS, *PROMPTS[:2]]:

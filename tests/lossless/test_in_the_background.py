@@ -11,8 +11,14 @@ from .checks import assistant_of, check_sampling, unpadded
 from .models import one_layer
 
 LONG = 120  # seconds in which anything has happened, on any machine
-LEARNING = {"learn": "background", "update_interval": 2, "learning_budget": 1.0, "learning_rate": 5e-3, "replay": 0.0}
-LEARNING |= {"warmup_steps": 0, "averaging": 0.0, "gate": False, "seed": 0}
+LEARNING = {
+    "learn": "background",
+    "update_interval": 2,
+    "learning_budget": 1.0,
+    "learning_rate": 5e-3,
+    "replay_ratio": 0.0,
+}
+LEARNING |= {"warmup_steps": 0, "ema_decay": 0.0, "gate": False, "seed": 0}
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(5))
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
 
@@ -59,7 +65,7 @@ def test_greedy_calls_with_a_step_of_learning_in_their_rounds(target, assistant,
             if pace._stop:
                 raise background.Stopped
 
-    monkeypatch.setattr(background.Pace, "pause", pause)
+    monkeypatch.setattr(background.Throttle, "pause", pause)
     assistant.learner.ensemble.members[0]._after_step = lambda: pause(assistant.learner.pace)
     assistant.learner.prepare()
     handle = target.register_forward_pre_hook(lambda *args: rounds.release())

@@ -11,15 +11,15 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from hf_osd import OnlineCandidateGenerator
 from hf_osd.drafting import processors
-from hf_osd.drafting.context import DraftContext, DraftRows
-from hf_osd.drafting.draft_model import Drafting
+from hf_osd.drafting.context import DraftContext, DraftLogits
+from hf_osd.drafting.draft_model import DraftModelProposer
 from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
 from hf_osd.drafting.suffix_cache import SuffixCaches
-from hf_osd.drafting.vocab_mapping import Translation
-from hf_osd.feedback.feedback import ACCEPTED, REJECTED, TAIL_FLOOR, SparseRows
-from hf_osd.generation.recorder import CallRecord
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.drafting.vocab_mapping import VocabMapping
+from hf_osd.feedback.feedback import ACCEPTED, REJECTED, TAIL_FLOOR, SparseLogits
+from hf_osd.generation.recorder import CallRecorder
+from hf_osd.models.hot_swap import HotSwapDraft
 
 from .checks import assistant_of, check_greedy, check_lease, check_sampling
 from .models import InMidCall, one_layer, retrained
@@ -122,11 +122,11 @@ class Checks:
         check_ends(self.wide, None, "a criterion")
 
     def few_rows(self):
-        assistant = assistant_of(self.draft, draft_head="traffic", draft_head_rows=4)
+        assistant = assistant_of(self.draft, draft_head="traffic", draft_vocab_size=4)
         check_few_rows(self.target, self.draft, assistant, PROMPT)
 
     def sampled_from_few_rows(self):
-        few = {"draft_head": "traffic", "draft_head_rows": 2, "suffix_cache": False, "lookahead": "constant"}
+        few = {"draft_head": "traffic", "draft_vocab_size": 2, "suffix_cache": False, "lookahead": "constant"}
         check_sampled_sources(self._noised(one_layer(6), 0.5, seed=1), 6, sources=("draft",), config=few)
 
     def tenants(self):
@@ -227,11 +227,11 @@ def rows_off_by_one(original):
 
 
 def prompt_off_by_one(original):
-    def seal(self, shared=0):
+    def to_feedback(self, shared=0):
         feedback = original(self, shared)
         return feedback and replace(feedback, prompt_length=feedback.prompt_length + 1)
 
-    return seal
+    return to_feedback
 
 
 def bonus_counted_as_accepted(original):
@@ -303,11 +303,11 @@ def written_while_leased(original):
 
 
 def without_tail(original):
-    def of_logits(cls, *args, **kwargs):
+    def from_logits(cls, *args, **kwargs):
         rows = original.__func__(cls, *args, **kwargs)
         return replace(rows, tail_logp=torch.full_like(rows.tail_logp, TAIL_FLOOR))
 
-    return classmethod(of_logits)
+    return classmethod(from_logits)
 
 
 def past_the_stop(original):
@@ -371,25 +371,25 @@ MUTANTS: list[tuple[Callable, str, object, str]] = [
     (other_scores, "sampled", OnlineCandidateGenerator, "get_candidates"),
     (rejected_from_p, "sampled", generation, "_speculative_sampling"),
     (always_accepted_if_likelier, "sampled", generation, "_speculative_sampling"),
-    (sampled_with_other_processors, "sampled_hot", Drafting, "draft"),
-    (rows_off_by_one, "greedy", CallRecord, "add_round"),
-    (prompt_off_by_one, "greedy", CallRecord, "seal"),
-    (bonus_counted_as_accepted, "greedy", CallRecord, "add_round"),
+    (sampled_with_other_processors, "sampled_hot", DraftModelProposer, "draft"),
+    (rows_off_by_one, "greedy", CallRecorder, "add_round"),
+    (prompt_off_by_one, "greedy", CallRecorder, "seal"),
+    (bonus_counted_as_accepted, "greedy", CallRecorder, "add_round"),
     (matches_at_face_value, "greedy_to_an_eos", OnlineCandidateGenerator, "update_candidate_strategy"),
     (stale_cache_row, "greedy", DraftContext, "crop"),
     (processed_twice, "greedy_processed", VerifiedProcessors, "__call__"),
     (kept_after_processing, "greedy_processed", VerifiedProcessors, "__call__"),
     (asked_about_what_never_came_true, "state", processors, "_may_keep_state"),
-    (written_while_leased, "leases", ServingDraft, "refresh"),
-    (without_tail, "greedy", SparseRows, "of_logits"),
+    (written_while_leased, "leases", HotSwapDraft, "refresh"),
+    (without_tail, "greedy", SparseLogits, "from_logits"),
     (past_the_stop, "stops", DraftStops, "end"),
-    (another_token_read, "vocabularies", Translation, "token"),
+    (another_token_read, "vocabularies", VocabMapping, "token"),
     (another_token_is_sure, "sampled_blocks_of_two", OnlineCandidateGenerator, "get_candidates"),
     (unasked_cached_tokens, "ends_in_cached_blocks", OnlineCandidateGenerator, "_cut"),
-    (tokens_off_by_one, "few_rows", DraftRows, "tokens"),
-    (cached_counted_as_drafted, "blocks_of_two", CallRecord, "add_round"),
+    (tokens_off_by_one, "few_rows", DraftLogits, "tokens"),
+    (cached_counted_as_drafted, "blocks_of_two", CallRecorder, "add_round"),
     (one_for_all_tenants, "tenants", SuffixCaches, "of"),
-    (all_rows_handed_over, "sampled_from_few_rows", Drafting, "dense"),
+    (all_rows_handed_over, "sampled_from_few_rows", DraftModelProposer, "dense"),
 ]
 
 

@@ -131,7 +131,7 @@ def test_while_it_learns(target, draft, elsewhere):
         due = assistant.stats.total.requests % every == every - 1
         return InMidCall(lambda: updates.append(assistant.flush()), rounds=int(due))
 
-    config = {"learn": True, "learning_rate": 3e-2, "warmup_steps": 0, "replay": 0.0, "seed": 0}
+    config = {"learn": True, "learning_rate": 3e-2, "warmup_steps": 0, "replay_ratio": 0.0, "seed": 0}
     before = {name: p.clone() for name, p in draft.named_parameters()}
     assistant = check_sampling(
         target, draft, 3, CALLS, 2, between=between, streamer=streamer if elsewhere else None, config=config

@@ -20,20 +20,20 @@ def test_a_closed_assistant_has_forgotten_all_text(target, draft):
     views = (assistant, assistant.tenant("a"))
     for view in views:
         answer_to(target, view, PROMPTS[0])
-    assistant.take_in()
+    assistant.collect()
     assert assistant.stats.suffix_cache_bytes > 0
     answer_to(target, assistant, PROMPTS[0], streamer=None)
     closing = InMidCall(assistant.close, rounds=1)
     output = target.generate(PROMPTS[1], assistant_model=views[1], streamer=closing, **GREEDY)
     assert closing.results
     assert torch.equal(output, target.generate(PROMPTS[1], **GREEDY))
-    assistant.take_in()
+    assistant.collect()
     before = assistant.stats.total.accepted_by["draft"]
     for view in views:
         for prompt in PROMPTS[:2]:
             with proposals_seen() as seen:
                 answer_to(target, view, prompt)
-            assistant.take_in()
+            assistant.collect()
             assert not seen
             assert assistant.stats.last.drafted_by["cache"] == 0
     assert assistant.stats.total.accepted_by["draft"] > before
@@ -58,7 +58,7 @@ def test_tenants_share_draft_learner_and_statistics(target, draft, tokenizer):
     assisted = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=views[0])
     text = tokenizer.decode(PROMPTS[0, 0])
     assert plain(text, **kwargs) == assisted(text, **kwargs)
-    assistant.take_in()
+    assistant.collect()
     assert assistant.stats.total.requests == 9
     assert assistant.stats.last.accepted_by["cache"] > 0
 

@@ -210,11 +210,11 @@ def test_a_fault_found_in_mid_call_leaves_the_rest_of_it_plain(known, caplog):
     prompt = torch.tensor([[5, 9, 5, 9, 5, 9, 5]])
     plain = target.generate(prompt, **GREEDY)
     assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
-    assistant.take_in()
+    assistant.collect()
     total = copy.deepcopy(assistant.stats.total)
     assert (total.drafted, total.rounds, total.plain_requests) == (0, GREEDY["max_new_tokens"], 1)
     assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **GREEDY))
-    assistant.take_in()
+    assistant.collect()
     assert assistant.stats.total.plain_requests == 2
     assert assistant.stats.total.drafted == 0
     assert assistant.stats.total.verification_forwards == total.verification_forwards > 0
@@ -291,7 +291,7 @@ def test_what_a_module_keeps_of_the_prompt_is_put_back(known):
         assistant.texts.of(None).add(plain[0].tolist())
         fresh.counted.zero_()
         assert torch.equal(plain, fresh.generate(prompt, assistant_model=assistant, **GREEDY))
-        assistant.take_in()
+        assistant.collect()
         total = assistant.stats.total
         assert total.verification_forwards > 0
         assert total.accepted > 0

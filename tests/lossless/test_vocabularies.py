@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_osd import OnlineAssistant, record_answers
-from hf_osd.drafting.vocab_mapping import Translation
+from hf_osd.drafting.vocab_mapping import VocabMapping
 from hf_osd.feedback.feedback import UNTESTED
 
 from .checks import SERVES_AT_ONCE
@@ -204,12 +204,12 @@ def test_a_word_of_several_tokens_has_one_target_and_is_read_whole(tiny_llama):
         prompt = torch.randint(2, len(words), (1, 5), generator=torch.Generator().manual_seed(seed))
         plain = target.generate(prompt, **GREEDY)
         assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY))
-        assistant.take_in()
+        assistant.collect()
         feedback = assistant.buffer.new()[-1]
         said = [[words[i]] if words[i] in spelled else list(words[i]) for i in plain[0].tolist()]
         assert [spelled[i] for i in feedback.tokens.tolist()] == [piece for word in said for piece in word]
         first = torch.tensor([i == 0 for word in said[prompt.shape[1] :] for i in range(len(word))])
-        assert torch.equal(feedback.teaches("all"), first)
+        assert torch.equal(feedback.teaching_mask("all"), first)
         assert (feedback.outcome[~first] == UNTESTED).all()
         assert feedback.overlap[~first].isnan().all()
         with torch.no_grad():
@@ -236,7 +236,7 @@ def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
     assistant = OnlineAssistant(draft, update_interval=10**6, prompt_positions=4, **CONSTANT)
     for prompt in prompts:
         target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY)
-    assistant.take_in()
+    assistant.collect()
     kept = assistant.buffer.new()
     recorded = record_answers(
         target,
@@ -245,13 +245,13 @@ def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
         top_k=CONSTANT["top_k"],
         dtype=torch.float32,
         prompt_positions=4,
-        translation=Translation.of_models(target, assistant, *tokenizers.values()),
+        translation=VocabMapping.of_models(target, assistant, *tokenizers.values()),
     )
     for one, live, alpha in zip(recorded, kept, assistant.score(recorded), strict=True):
         assert one.tokens.tolist() == live.tokens.tolist()
         assert one.prompt_length == live.prompt_length
-        taught = live.teaches("all")
-        assert torch.equal(one.teaches("all"), taught)
+        taught = live.teaching_mask("all")
+        assert torch.equal(one.teaching_mask("all"), taught)
         columns = live.top_ids[taught].sort().indices  # of likely equals any may come first
         for name in ("top_ids", "top_logps"):
             ours = getattr(one, name)[taught].gather(-1, one.top_ids[taught].sort().indices)
@@ -270,8 +270,8 @@ def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
 
 def test_models_of_two_sizes_need_both_tokenizers(target, tiny_llama):
     with pytest.raises(ValueError, match=r"64 tokens, the draft 72, and `assistant_tokenizer` is None"):
-        Translation.of_models(target, tiny_llama(vocab=72), tokenizer_of(WORDS))
-    assert Translation.of_models(target, target).is_identity
+        VocabMapping.of_models(target, tiny_llama(vocab=72), tokenizer_of(WORDS))
+    assert VocabMapping.of_models(target, target).is_identity
 
 
 @pytest.mark.parametrize("kind", ["draft has fewer rows", "another tokenizer"])

@@ -15,7 +15,7 @@ from .models import InMidCall, retrained
 
 PROMPTS = torch.randint(2, 64, (6, 1, 6), generator=torch.Generator().manual_seed(5))
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
-CONFIG = {"num_assistant_tokens": 3, "learning_rate": 5e-3, "warmup_steps": 0, "replay": 0.0, "seed": 0}
+CONFIG = {"num_assistant_tokens": 3, "learning_rate": 5e-3, "warmup_steps": 0, "replay_ratio": 0.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")

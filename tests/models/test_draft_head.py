@@ -40,10 +40,10 @@ from transformers import (
 )
 
 from hf_osd import OnlineConfig
-from hf_osd.drafting.context import DraftRows
+from hf_osd.drafting.context import DraftLogits
 from hf_osd.models import draft_head
 from hf_osd.models.draft_head import DraftHead, can_select_rows, with_head
-from hf_osd.models.draft_vocab import LowRank, LowRankHead, RowsHead, SpeculativeVocabulary
+from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead, RowsHead
 
 # Views of models
 
@@ -86,7 +86,7 @@ def decoder(name: str):
 
 
 def a_head(model):
-    vocabulary = SpeculativeVocabulary(64, 12)
+    vocabulary = DraftVocab(64, 12)
     vocabulary.observe([50, 60])
     return vocabulary.head(model.get_output_embeddings(), torch.tensor([40, 3]))
 
@@ -203,12 +203,12 @@ def head_of(model, **config):
 @pytest.mark.parametrize(
     ("config", "given"),
     [
-        ({"draft_head": "full", "draft_head_rows": 8}, False),
-        ({"draft_head": "auto", "draft_head_rows": 16}, True),
-        ({"draft_head": "auto", "draft_head_rows": 17}, False),  # of 64 rows
-        ({"draft_head": "traffic", "draft_head_rows": 63}, True),
-        ({"draft_head": "traffic", "draft_head_rows": 64}, False),
-        ({"draft_head": "low_rank", "draft_head_rows": 64}, False),
+        ({"draft_head": "full", "draft_vocab_size": 8}, False),
+        ({"draft_head": "auto", "draft_vocab_size": 16}, True),
+        ({"draft_head": "auto", "draft_vocab_size": 17}, False),  # of 64 rows
+        ({"draft_head": "traffic", "draft_vocab_size": 63}, True),
+        ({"draft_head": "traffic", "draft_vocab_size": 64}, False),
+        ({"draft_head": "low_rank", "draft_vocab_size": 64}, False),
         ({}, False),
     ],
 )
@@ -217,12 +217,12 @@ def test_a_draft_gets_the_head_that_the_config_asks_for(tiny_llama, config, give
 
 
 def test_a_draft_whose_rows_cannot_be_chosen_keeps_its_own_head():
-    assert head_of(BartForConditionalGeneration(BartConfig(**_BART)), draft_head="traffic", draft_head_rows=8) is None
+    assert head_of(BartForConditionalGeneration(BartConfig(**_BART)), draft_head="traffic", draft_vocab_size=8) is None
 
 
 def test_the_next_calls_head_has_what_was_said_and_what_was_likely(tiny_llama):
     model = tiny_llama()
-    head = head_of(model, draft_head="traffic", draft_head_rows=4)
+    head = head_of(model, draft_head="traffic", draft_vocab_size=4)
     head.observe(torch.tensor([50]), [60, 60], (torch.tensor([61, 62]), torch.tensor([0.9, 0.4])))
     rows, view = head.view(model, torch.tensor([33]))
     assert set(rows.ids.tolist()) == {50, 60, 61, 62, 33} - ({50} if 50 not in rows else set())
@@ -236,7 +236,7 @@ def test_a_projection_takes_the_sets_place_once_enough_states_were_seen(tiny_lla
     made, make = [], draft_head.LowRank
     monkeypatch.setattr(draft_head, "LowRank", lambda *args: made.append(1) or make(*args))
     model = tiny_llama()
-    head = head_of(model, draft_head="low_rank", draft_head_rows=32)
+    head = head_of(model, draft_head="low_rank", draft_vocab_size=32)
     ids = torch.randint(64, (1, 6))
     kinds = []
     for _ in range(5):
@@ -250,4 +250,4 @@ def test_a_projection_takes_the_sets_place_once_enough_states_were_seen(tiny_lla
     logits = view(input_ids=ids).logits[0]
     assert rows.ids.shape == (6, 4)
     whole = model(input_ids=ids).logits[0]
-    assert DraftRows(logits, rows.ids).likeliest().tolist() == whole.argmax(-1).tolist()
+    assert DraftLogits(logits, rows.ids).likeliest().tolist() == whole.argmax(-1).tolist()

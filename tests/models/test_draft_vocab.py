@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_osd.drafting.context import DraftRows
-from hf_osd.models.draft_vocab import LowRank, LowRankHead, SpeculativeVocabulary
+from hf_osd.drafting.context import DraftLogits
+from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead
 
 NO_PROMPT = torch.tensor([], dtype=torch.long)
 
@@ -35,18 +35,18 @@ def assert_is_part(head, full, hidden):
 
 
 def test_before_traffic_the_set_is_the_lowest_ids():
-    assert SpeculativeVocabulary(64, 5).ids.tolist() == [0, 1, 2, 3, 4]
+    assert DraftVocab(64, 5).ids.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_set_is_the_frequent_tokens_and_ties_go_to_the_lower_id():
-    vocabulary = SpeculativeVocabulary(64, 4, decay=1.0)
+    vocabulary = DraftVocab(64, 4, decay=1.0)
     vocabulary.observe([50] * 3 + [40, 41] * 2 + [30, 31, 32])
     assert vocabulary.ids.tolist() == [30, 40, 41, 50]
 
 
 @given(st.lists(st.integers(0, 15), max_size=60), st.integers(1, 16))
 def test_without_decay_the_set_is_the_most_common(tokens, size):
-    vocabulary = SpeculativeVocabulary(16, size, decay=1.0)
+    vocabulary = DraftVocab(16, size, decay=1.0)
     vocabulary.observe(tokens)
     common = sorted(range(16), key=lambda token: (-tokens.count(token), token))
     assert vocabulary.ids.tolist() == sorted(common[:size])
@@ -54,7 +54,7 @@ def test_without_decay_the_set_is_the_most_common(tokens, size):
 
 @given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=20), min_size=1, max_size=8), st.floats(0.01, 1.0))
 def test_a_count_fades_with_each_token_after_it(requests, decay):
-    vocabulary = SpeculativeVocabulary(8, 3, decay)
+    vocabulary = DraftVocab(8, 3, decay)
     counts = torch.zeros(8, dtype=torch.float64)
     for tokens in requests:
         vocabulary.observe(tokens)
@@ -65,7 +65,7 @@ def test_a_count_fades_with_each_token_after_it(requests, decay):
 
 
 def test_the_set_follows_a_shift():
-    vocabulary = SpeculativeVocabulary(64, 4, decay=0.99)
+    vocabulary = DraftVocab(64, 4, decay=0.99)
     vocabulary.observe([10, 11, 12, 13] * 500)
     assert vocabulary.ids.tolist() == [10, 11, 12, 13]
     vocabulary.observe([20, 21, 22, 23] * 50)
@@ -73,7 +73,7 @@ def test_the_set_follows_a_shift():
 
 
 def test_weights_stay_finite_over_a_long_life():
-    vocabulary = SpeculativeVocabulary(8, 2, decay=0.5)
+    vocabulary = DraftVocab(8, 2, decay=0.5)
     for start in range(6):
         vocabulary.observe([start, start + 1] * 1000)
     assert torch.isfinite(vocabulary._counts).all()
@@ -81,7 +81,7 @@ def test_weights_stay_finite_over_a_long_life():
 
 
 def test_prompt_tokens_can_count_less():
-    vocabulary = SpeculativeVocabulary(64, 1)
+    vocabulary = DraftVocab(64, 1)
     vocabulary.observe([30] * 5, weight=0.1)
     vocabulary.observe([40])
     assert vocabulary.ids.tolist() == [40]
@@ -90,7 +90,7 @@ def test_prompt_tokens_can_count_less():
 
 
 def test_a_little_traffic_leaves_the_set_as_it_is():
-    vocabulary = SpeculativeVocabulary(64, 2, decay=1.0)
+    vocabulary = DraftVocab(64, 2, decay=1.0)
     vocabulary.observe([10, 11] * 500)
     chosen = vocabulary.ids
     vocabulary.observe([12] * 10)
@@ -98,7 +98,7 @@ def test_a_little_traffic_leaves_the_set_as_it_is():
 
 
 def test_tokens_without_a_row_are_skipped():
-    vocabulary = SpeculativeVocabulary(64, 1)
+    vocabulary = DraftVocab(64, 1)
     vocabulary.observe(torch.tensor([[-1, 64, 1000, 7]]))
     vocabulary.observe([])
     assert vocabulary.ids.tolist() == [7]
@@ -106,7 +106,7 @@ def test_tokens_without_a_row_are_skipped():
 
 @pytest.mark.parametrize("size", [64, 1000])
 def test_a_set_of_all_rows(size):
-    vocabulary, full = SpeculativeVocabulary(64, size), linear()
+    vocabulary, full = DraftVocab(64, size), linear()
     vocabulary.observe([50] * 10)
     head = vocabulary.head(full, torch.tensor([50]))
     assert vocabulary.ids.tolist() == head.ids.tolist() == list(range(64))
@@ -127,11 +127,11 @@ def test_a_set_of_all_rows(size):
 )
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        SpeculativeVocabulary(**{"rows": 64, "size": 8, **values})
+        DraftVocab(**{"rows": 64, "size": 8, **values})
 
 
 def test_other_refusals():
-    vocabulary = SpeculativeVocabulary(32, 8)
+    vocabulary = DraftVocab(32, 8)
     with pytest.raises(ValueError, match=r"`weight` is -1; choose"):
         vocabulary.observe([1], weight=-1)
     with pytest.raises(ValueError, match=r"`rows` is 32 and the head has 64; make"):
@@ -147,7 +147,7 @@ def test_other_refusals():
 
 
 def test_threads_observe_and_take_heads():
-    vocabulary, full, hidden = SpeculativeVocabulary(64, 8, decay=1.0), linear(), states(2, 16)
+    vocabulary, full, hidden = DraftVocab(64, 8, decay=1.0), linear(), states(2, 16)
     failures = []
 
     def work(first):
@@ -174,7 +174,7 @@ def test_threads_observe_and_take_heads():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_logits_are_the_full_heads(bias):
-    vocabulary, full = SpeculativeVocabulary(64, 8), linear(bias=bias)
+    vocabulary, full = DraftVocab(64, 8), linear(bias=bias)
     vocabulary.observe([60, 61, 5])
     head = vocabulary.head(full, torch.tensor([40, 61, 40, 30, 99, -1]))
     assert head.ids.tolist() == [0, 1, 2, 3, 4, 5, 60, 61, 40, 30]
@@ -187,9 +187,9 @@ def test_logits_are_the_full_heads(bias):
 
 def test_scores_are_minus_infinity_outside_the_rows():
     full = linear()
-    head = SpeculativeVocabulary(64, 8).head(full, torch.tensor([40]))
+    head = DraftVocab(64, 8).head(full, torch.tensor([40]))
     logits = head(states(3, 16))
-    scores = DraftRows(logits, head.ids).dense(64)
+    scores = DraftLogits(logits, head.ids).dense(64)
     outside = [token for token in range(64) if token not in head]
     assert scores.shape == (3, 64)
     assert len(outside) == 55
@@ -201,7 +201,7 @@ def test_scores_are_minus_infinity_outside_the_rows():
 @given(pieces=st.lists(st.lists(st.integers(0, 299), max_size=90), max_size=4))
 def test_added_rows_are_right_and_leave_the_others(bias, pieces):
     full, hidden = linear(rows=300, bias=bias), states(2, 16)
-    vocabulary = SpeculativeVocabulary(300, 8)
+    vocabulary = DraftVocab(300, 8)
     head, other = vocabulary.head(full, torch.tensor([100])), vocabulary.head(full, NO_PROMPT)
     for tokens in pieces:
         before = head.ids.tolist()
@@ -215,7 +215,7 @@ def test_added_rows_are_right_and_leave_the_others(bias, pieces):
 
 def test_a_token_that_has_no_row_leaves_the_head_as_it_was():
     full = linear()
-    head = SpeculativeVocabulary(64, 8).head(full, torch.tensor([40]))
+    head = DraftVocab(64, 8).head(full, torch.tensor([40]))
     with pytest.raises(IndexError):
         head.add([50, 64])
     assert head.ids.tolist() == [*range(8), 40]
@@ -224,7 +224,7 @@ def test_a_token_that_has_no_row_leaves_the_head_as_it_was():
 
 
 def test_a_head_made_under_inference_mode_works_outside_it():
-    vocabulary, full = SpeculativeVocabulary(64, 8), linear()
+    vocabulary, full = DraftVocab(64, 8), linear()
     with torch.inference_mode():
         head = vocabulary.head(full, torch.tensor([40]))
     head.add([50])
@@ -238,7 +238,7 @@ def test_a_head_made_under_inference_mode_works_outside_it():
 
 
 def test_calls_in_a_row_share_the_packed_rows():
-    vocabulary, full = SpeculativeVocabulary(64, 8), linear()
+    vocabulary, full = DraftVocab(64, 8), linear()
     first = vocabulary.head(full, NO_PROMPT)._packed
     assert vocabulary.head(full, torch.tensor([40]))._packed is first
     vocabulary.observe([1, 2, 3])  # which are in the set
@@ -285,7 +285,7 @@ def _stepped(full):
     [_written, _written_under_inference_mode, _bias_written, _loaded, _replaced, _data_replaced, _stepped],
 )
 def test_written_weights_are_never_served_stale(write):
-    vocabulary, full, hidden = SpeculativeVocabulary(64, 8), linear(bias=True), states(2, 16)
+    vocabulary, full, hidden = DraftVocab(64, 8), linear(bias=True), states(2, 16)
     old = vocabulary.head(full, NO_PROMPT)(hidden)
     write(full)
     head = vocabulary.head(full, NO_PROMPT)
@@ -296,14 +296,14 @@ def test_written_weights_are_never_served_stale(write):
 def test_weights_without_a_version_are_never_served_stale():
     with torch.inference_mode():
         full = linear()
-        vocabulary, hidden = SpeculativeVocabulary(64, 8), states(2, 16)
+        vocabulary, hidden = DraftVocab(64, 8), states(2, 16)
         vocabulary.head(full, NO_PROMPT)
         full.weight.mul_(-1)
         assert_is_part(vocabulary.head(full, NO_PROMPT), full, hidden)
 
 
 def test_two_heads_are_told_apart():
-    vocabulary, hidden = SpeculativeVocabulary(64, 8), states(2, 16)
+    vocabulary, hidden = DraftVocab(64, 8), states(2, 16)
     for seed in range(4):
         full = linear(seed=seed)
         assert_is_part(vocabulary.head(full, NO_PROMPT), full, hidden)
@@ -325,7 +325,7 @@ def test_at_full_rank_the_true_top_rows_are_chosen(bias, n, weighted):
     assert head.hidden is hidden
     assert head.ids.sort(-1).values.tolist() == true.topk(20).indices.sort(-1).values.tolist()
     torch.testing.assert_close(logits[0], true.gather(-1, head.ids), rtol=1e-5, atol=1e-5)
-    rows = DraftRows(logits[0], head.ids)
+    rows = DraftLogits(logits[0], head.ids)
     assert rows.likeliest().tolist() == true.argmax(-1).tolist()
     scores = rows.dense(200)
     assert (scores > -torch.inf).sum(-1).tolist() == [20] * n

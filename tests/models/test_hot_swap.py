@@ -1,10 +1,10 @@
-"""`ServingDraft`: refreshes flip between two copies, and a leased copy is never written."""
+"""`HotSwapDraft`: refreshes flip between two copies, and a leased copy is never written."""
 
 import pytest
 import torch
 
 from hf_osd.models.copies import copy_draft, embedding_names
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 
 IDS = torch.arange(2, 12)[None]
 
@@ -38,7 +38,7 @@ def draft(tiny_llama):
 
 @pytest.fixture
 def serving(draft):
-    return ServingDraft(draft, trainable_of(draft))
+    return HotSwapDraft(draft, trainable_of(draft))
 
 
 def test_a_refresh_serves_the_new_weights_from_the_next_lease_on(serving, draft):
@@ -56,7 +56,7 @@ def test_a_refresh_serves_the_new_weights_from_the_next_lease_on(serving, draft)
 def test_the_given_draft_is_left_as_it_was(draft):
     before = snapshot(draft)
     draft.train()
-    serving = ServingDraft(draft, trainable_of(draft))
+    serving = HotSwapDraft(draft, trainable_of(draft))
     serving.refresh(moved(serving, 1.0))
     assert same(draft, before)
     assert draft.training
@@ -65,7 +65,7 @@ def test_the_given_draft_is_left_as_it_was(draft):
 
 def test_served_copies_infer_and_do_not_train(draft):
     draft.train()  # with dropout it would draft at random
-    serving = ServingDraft(draft, trainable_of(draft))
+    serving = HotSwapDraft(draft, trainable_of(draft))
     for _ in range(2):
         assert not serving.active.training
         assert not any(p.requires_grad for p in serving.active.parameters())
@@ -208,7 +208,7 @@ def test_weights_that_do_not_fit_are_refused_whole(serving, spoil, says):
 def test_weights_that_overflow_the_serving_dtype_are_refused(tiny_llama):
     """A diverged float32 learner: 1e5 is finite there, and infinite in the float16 that serves."""
     draft = tiny_llama(layers=1).to(torch.float16)
-    serving = ServingDraft(draft, trainable_of(draft))
+    serving = HotSwapDraft(draft, trainable_of(draft))
     with pytest.raises(ValueError, match="not finite"):
         serving.refresh({name: tensor.float() + 1e5 for name, tensor in serving.weights()})
     assert serving.version == 0
@@ -216,7 +216,7 @@ def test_weights_that_overflow_the_serving_dtype_are_refused(tiny_llama):
 
 def test_float32_weights_are_served_in_the_drafts_dtype(tiny_llama):
     draft = tiny_llama(layers=1).to(torch.bfloat16)
-    serving = ServingDraft(draft, trainable_of(draft))
+    serving = HotSwapDraft(draft, trainable_of(draft))
     weights = {name: tensor.float() + 0.3 for name, tensor in serving.weights()}
     serving.refresh(weights)
     for name, served in serving.weights():

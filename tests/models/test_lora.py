@@ -24,7 +24,7 @@ from transformers import (
 from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.learning import memory
 from hf_osd.models.copies import embedding_names
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter, adaptable
 from hf_osd.models.plain import merged as merged_by_peft
 
@@ -115,7 +115,7 @@ def test_other_architectures_learn_in_an_adapter_too(make, noised_copy):
 
 def test_it_learns_what_the_target_says(target, noised_copy):
     draft = noised_copy(target, 0.3)
-    assistant = learning(draft, update_interval=10**6, lookahead="constant", suffix_cache=False, replay=0.0)
+    assistant = learning(draft, update_interval=10**6, lookahead="constant", suffix_cache=False, replay_ratio=0.0)
     for _ in range(6):
         serve(target, assistant)
         assistant.flush()
@@ -154,7 +154,7 @@ def test_what_serves_is_what_peft_merges(make, dtype):
     draft = make().to(dtype)
     adapter = Adapter(draft, 3)
     weights = drawn(adapter)
-    serving = ServingDraft(draft, set(), adapter)
+    serving = HotSwapDraft(draft, set(), adapter)
     serving.refresh(weights)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-3
     by_peft = dict(merged_by_peft(adapter.with_weights(weights)).named_parameters())
@@ -170,7 +170,7 @@ def test_an_adapter_that_has_learnt_nothing_serves_the_draft_as_it_is(draft):
     for dtype in (torch.float32, torch.bfloat16):
         given = copy.deepcopy(draft).to(dtype)
         adapter = Adapter(given, 4)
-        serving = ServingDraft(given, set(), adapter)
+        serving = HotSwapDraft(given, set(), adapter)
         serving.refresh(adapter.weights())
         assert same(serving.active, snapshot(given))
 
@@ -238,7 +238,7 @@ def test_serving_copies_learner_and_draft_are_one_base_until_something_is_learnt
 
 def test_a_leased_copy_is_never_written(draft):
     adapter = Adapter(draft, 4)
-    serving = ServingDraft(draft, set(), adapter)
+    serving = HotSwapDraft(draft, set(), adapter)
     leased, befores = [], []
     for seed in range(4):
         leased.append(serving.lease())
@@ -253,7 +253,7 @@ def test_a_leased_copy_is_never_written(draft):
 
 def test_merged_weights_lie_in_one_piece_and_are_gone_with_the_last_call_that_held_them(draft):
     adapter = Adapter(draft, 4)
-    serving = ServingDraft(draft, set(), adapter)
+    serving = HotSwapDraft(draft, set(), adapter)
     serving.refresh(drawn(adapter, seed=1))
     merged = [serving.active.get_parameter(f"{module}.weight") for module in adapter.modules]
     pieces = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in merged}
@@ -274,7 +274,7 @@ def test_a_draft_of_two_dtypes_has_a_piece_of_each(draft):
     draft = copy.deepcopy(draft)
     draft.model.layers[0].to(torch.bfloat16)
     adapter = Adapter(draft, 4)
-    serving = ServingDraft(draft, set(), adapter)
+    serving = HotSwapDraft(draft, set(), adapter)
     serving.refresh(drawn(adapter, seed=1))
     for name, tensor in adapter.merged(drawn(adapter, seed=1)):
         served = serving.active.get_parameter(name)
@@ -296,7 +296,7 @@ def spoilt(adapter, value):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_adapter_that_is_not_finite_is_refused_whole(draft, value):
     adapter = Adapter(draft, 4)
-    serving = ServingDraft(draft, set(), adapter)
+    serving = HotSwapDraft(draft, set(), adapter)
     serving.refresh(drawn(adapter))
     active, before, learnt = serving.active, snapshot(serving.active), dict(serving.weights())
     with pytest.raises(ValueError, match=r"lora_B.*not finite"):
@@ -310,7 +310,7 @@ def test_an_adapter_whose_merge_overflows_is_refused_whole(draft):
     """The adapter is finite, in float32; what it makes of the draft's float16 weights is not."""
     given = copy.deepcopy(draft).to(torch.float16)
     adapter = Adapter(given, 4)
-    serving = ServingDraft(given, set(), adapter)
+    serving = HotSwapDraft(given, set(), adapter)
     active, before = serving.active, snapshot(serving.active)
     last = [name for name in adapter.weights() if "lora_B" in name][-1]  # those before it are merged by then
     weights = drawn(adapter)
@@ -326,7 +326,7 @@ def test_an_adapter_whose_merge_overflows_is_refused_whole(draft):
 
 def test_an_adapter_of_another_rank_is_refused(draft):
     adapter = Adapter(draft, 4)
-    serving = ServingDraft(draft, set(), adapter)
+    serving = HotSwapDraft(draft, set(), adapter)
     with pytest.raises(ValueError, match="lora_A"):
         serving.refresh(Adapter(draft, 2).weights())
 

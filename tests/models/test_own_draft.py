@@ -26,7 +26,7 @@ LEARNS = {
     "seed": 0,
     "learning_rate": 1e-2,
     "warmup_steps": 0,
-    "averaging": 0.0,
+    "ema_decay": 0.0,
 }
 
 

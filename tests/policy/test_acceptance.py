@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.policy.acceptance import Calibration, ConfidenceAcceptance, MatchAcceptance, PositionAcceptance
+from hf_osd.policy.acceptance import BinnedAcceptance, ConfidenceAcceptance, MatchAcceptance, PositionAcceptance
 
 
 def test_a_position_never_tested_is_taken_for_the_mean():
@@ -19,7 +19,7 @@ def test_a_position_never_tested_is_taken_for_the_mean():
 
 
 def test_a_bin_begins_with_what_it_leads_to_expect_and_ends_with_what_was_seen():
-    bins = Calibration([0.2, 0.8])
+    bins = BinnedAcceptance([0.2, 0.8])
     assert bins.acceptance(0) == pytest.approx(0.2)
     for _ in range(400):
         bins.observe(0, 1.0)
@@ -28,7 +28,7 @@ def test_a_bin_begins_with_what_it_leads_to_expect_and_ends_with_what_was_seen()
 
 
 def test_shares_are_of_where_positions_fall():
-    bins = Calibration([0.5, 0.5])
+    bins = BinnedAcceptance([0.5, 0.5])
     for i in range(400):
         bins.observe(int(i % 4 == 0), 1.0)
     (often, _), (seldom, _) = bins.bins()
@@ -37,7 +37,7 @@ def test_shares_are_of_where_positions_fall():
 
 
 def test_old_observations_fade():
-    bins = Calibration([0.5])
+    bins = BinnedAcceptance([0.5])
     for value in [1.0] * 3000 + [0.0] * 2000:
         bins.observe(0, value)
     assert bins.acceptance(0) < 0.05

@@ -1,4 +1,4 @@
-"""γ: the formulas against closed forms and brute force, and what `Lookahead` chooses after what it saw."""
+"""γ: the formulas against closed forms and brute force, and what `DraftPolicy` chooses after what it saw."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hf_osd.policy.lookahead import (
     PLAIN_EVERY,
     PROBE_EVERY,
-    Lookahead,
+    DraftPolicy,
     Plan,
     StoppingRule,
     best_gain,
@@ -80,14 +80,14 @@ def test_the_heuristic_is_transformers_rule(gamma, drafted, accepted, after):
 
 
 def test_constant_policy_always_drafts_the_most():
-    lookahead = Lookahead("constant", 4)
+    lookahead = DraftPolicy("constant", 4)
     for _ in range(30):
         lookahead.observe_round(4, 1, 0, 9.0, 1.0)
     assert lookahead.plan().length == 4
 
 
 def test_heuristic_policy_follows_its_rounds():
-    lookahead = Lookahead("heuristic", 5)
+    lookahead = DraftPolicy("heuristic", 5)
     lengths = []
     for accepted in (0, 0, 3):
         lookahead.observe_round(drafted := lookahead.plan().length, min(accepted + 1, drafted), accepted, 0.1, 1.0)
@@ -96,7 +96,7 @@ def test_heuristic_policy_follows_its_rounds():
 
 
 def test_cost_policy_measures_plain_rounds_then_one_draft_then_drafts_as_many_as_pay():
-    lookahead, chosen = Lookahead("cost", 5), []
+    lookahead, chosen = DraftPolicy("cost", 5), []
     for _ in range(40):
         gamma = lookahead.plan().length
         chosen.append(gamma)
@@ -108,7 +108,7 @@ def test_cost_policy_measures_plain_rounds_then_one_draft_then_drafts_as_many_as
 
 def test_a_prefill_says_nothing_of_verification_times():
     """The first round forwards the prompt too: counted as a plain round, it would make every draft look cheap."""
-    lookahead = Lookahead("cost", 5)
+    lookahead = DraftPolicy("cost", 5)
     for _ in range(10):
         lookahead.observe_round(0, 0, 0, 0.0, None)
     assert lookahead.plan().length == 0
@@ -116,7 +116,7 @@ def test_a_prefill_says_nothing_of_verification_times():
 
 
 def test_the_first_drafts_of_a_call_do_not_measure_c_by_their_prefill():
-    lookahead = Lookahead("cost", 5)
+    lookahead = DraftPolicy("cost", 5)
     for _ in range(3):
         lookahead.observe_round(0, 0, 0, 0.0, 1.0)
     lookahead.observe_round(1, 1, 1, 50.0, None)  # a draft's prefill
@@ -126,7 +126,7 @@ def test_the_first_drafts_of_a_call_do_not_measure_c_by_their_prefill():
 
 
 def test_c_is_a_median_that_one_slow_round_does_not_move():
-    lookahead = Lookahead("cost", 5)
+    lookahead = DraftPolicy("cost", 5)
     for seconds in (1.0, 1.0, 30.0, 1.0):
         lookahead.observe_round(0, 0, 0, 0.0, seconds)
     for seconds in (0.4, 9.0, 0.4):
@@ -140,7 +140,7 @@ def feed(lookahead, drafted, seconds, rounds=3, accepted=0):
 
 
 def test_v_is_measured_and_runs_in_straight_lines_between_and_beyond():
-    lookahead = Lookahead("cost", 9)
+    lookahead = DraftPolicy("cost", 9)
     assert lookahead.v(4) == 1.0, "nothing known yet"
     feed(lookahead, 0, 2.0)
     feed(lookahead, 2, 3.0)  # v(3) = 1.5
@@ -155,14 +155,14 @@ def test_v_is_measured_and_runs_in_straight_lines_between_and_beyond():
 
 def test_v_is_never_below_a_plain_step():
     """Noise may measure a block faster than one token: extrapolated, time would become negative."""
-    lookahead = Lookahead("cost", 9)
+    lookahead = DraftPolicy("cost", 9)
     feed(lookahead, 0, 2.0)
     feed(lookahead, 2, 1.0)
     assert lookahead.v(3) == lookahead.v(30) == 1.0
 
 
 def test_acceptance_is_by_position_and_drawn_to_the_mean_where_little_was_seen():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     for i in range(300):  # position 1 always accepted, position 2 never, position 3 never tested
         lookahead.observe_round(2, 2, 1, 0.1, 1.0 + i % 2)
     first, second, third = lookahead.acceptance()
@@ -172,7 +172,7 @@ def test_acceptance_is_by_position_and_drawn_to_the_mean_where_little_was_seen()
 
 
 def test_old_rounds_fade():
-    lookahead = Lookahead("cost", 1)
+    lookahead = DraftPolicy("cost", 1)
     for _ in range(2000):
         lookahead.observe_round(1, 1, 1, 0.1, 1.0)
     for _ in range(600):
@@ -180,9 +180,9 @@ def test_old_rounds_fade():
     assert lookahead.acceptance()[0] < 0.1
 
 
-def undrafting() -> Lookahead:
+def undrafting() -> DraftPolicy:
     """A cost policy that has found that its draft, at half the target's step time, is always wrong."""
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     feed(lookahead, 0, 1.0)
     for _ in range(60):
         lookahead.observe_round(1, 1, 0, 0.5, 1.0)
@@ -195,15 +195,15 @@ def test_a_draft_that_is_always_wrong_is_not_asked():
 
 def test_it_drafts_again_once_shadow_evidence_says_the_draft_has_learnt():
     lookahead = undrafting()
-    lookahead.observe_shadow([1.0] * 5)
+    lookahead.observe_untested([1.0] * 5)
     assert lookahead.plan().length == 0, "five good positions outweigh sixty bad ones too soon"
-    lookahead.observe_shadow([1.0] * 1000)
+    lookahead.observe_untested([1.0] * 1000)
     assert lookahead.plan().length > 0
 
 
 def test_bad_shadow_evidence_does_not_bring_it_back():
     lookahead = undrafting()
-    lookahead.observe_shadow([0.0] * 1000)
+    lookahead.observe_untested([0.0] * 1000)
     assert lookahead.plan().length == 0
 
 
@@ -224,7 +224,7 @@ def test_it_probes_with_one_token_after_many_idle_rounds():
 )
 def test_with_a_fixed_cost_no_clock_is_read(rounds, seconds):
     """A γ that depends on wall-clock times changes random draws, and a seeded run would not repeat."""
-    fixed = [Lookahead("cost", 4, draft_cost=0.2, verify_cost=0.05) for _ in range(2)]
+    fixed = [DraftPolicy("cost", 4, draft_cost=0.2, verify_cost=0.05) for _ in range(2)]
     for i, (accepted, prefill, shadow) in enumerate(rounds):
         gammas = [lookahead.plan().length for lookahead in fixed]
         assert gammas[0] == gammas[1]
@@ -234,13 +234,13 @@ def test_with_a_fixed_cost_no_clock_is_read(rounds, seconds):
             target_seconds = None if prefill else times[1]
             lookahead.observe_round(drafted, min(accepted + 1, drafted), accepted, times[0], target_seconds)
             if shadow:
-                lookahead.observe_shadow([0.5])
+                lookahead.observe_untested([0.5])
     assert fixed[1].c == 0.2
     assert fixed[1].v(5) == pytest.approx(1.2)
 
 
 def test_with_a_fixed_cost_it_needs_no_measuring_rounds():
-    assert Lookahead("cost", 4, draft_cost=0.2).plan().length > 0
+    assert DraftPolicy("cost", 4, draft_cost=0.2).plan().length > 0
 
 
 # Two sources, and when to stop
@@ -316,8 +316,8 @@ def test_a_draft_that_is_unsure_stops_and_one_that_is_sure_goes_on():
     assert rule.step(1, 0.95) > 0 > rule.step(1, 0.05)
 
 
-def two_sources(c: float = 0.1) -> Lookahead:
-    return Lookahead("cost", 5, draft_cost=c, verify_cost=0.02, most_cached=8)
+def two_sources(c: float = 0.1) -> DraftPolicy:
+    return DraftPolicy("cost", 5, draft_cost=c, verify_cost=0.02, most_cached=8)
 
 
 def test_a_long_match_is_taken_and_a_poor_one_left_to_the_draft():
@@ -360,14 +360,14 @@ def test_a_block_may_end_in_cached_tokens_where_these_are_worth_more_than_drafti
 
 @pytest.mark.parametrize("policy", ["constant", "heuristic"])
 def test_other_policies_leave_the_cache_alone_where_there_is_a_draft(policy):
-    lookahead = Lookahead(policy, 3, most_cached=8)
+    lookahead = DraftPolicy(policy, 3, most_cached=8)
     assert not lookahead.wants_cache
     assert lookahead.plan(20, [1.0] * 8) == Plan("draft", 3)
 
 
 @pytest.mark.parametrize("policy", ["constant", "cost"])
 def test_without_a_draft_the_cache_drafts(policy):
-    lookahead = Lookahead(policy, 3, draft_cost=0.1, most_cached=8, has_draft=False)
+    lookahead = DraftPolicy(policy, 3, draft_cost=0.1, most_cached=8, has_draft=False)
     assert lookahead.plan(20, [1.0] * 3) == Plan("cache", 3)
     assert lookahead.plan().length == 0
 
@@ -386,7 +386,7 @@ def test_confidence_chooses_once_it_was_seen_to_mean_something():
 
 def test_lengths_are_tried_step_by_step_where_v_is_unknown():
     """On some machines v is steep: sixteen cached tokens at once would cost ten plain steps, three times."""
-    lookahead, tried = Lookahead("cost", 2, most_cached=16, has_draft=False), []
+    lookahead, tried = DraftPolicy("cost", 2, most_cached=16, has_draft=False), []
     for _ in range(20):
         plan = lookahead.plan(32, [1.0] * 16)
         tried.append(plan.length + 1)
@@ -397,7 +397,7 @@ def test_lengths_are_tried_step_by_step_where_v_is_unknown():
 
 
 def test_a_plain_round_is_measured_now_and_then():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     lengths = []
     for _ in range(3 * PLAIN_EVERY):
         lengths.append(lookahead.plan().length)

@@ -8,11 +8,11 @@ import torch
 from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.metrics.intervals import Comparison, Estimate
 from hf_osd.metrics.stats import CallStats, Stats
-from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.policy.report import report
 
 
-def served(lookahead: Lookahead, rounds: list[tuple[int, int]], target_ms=10.0, draft_ms=1.0, **call) -> Stats:
+def served(lookahead: DraftPolicy, rounds: list[tuple[int, int]], target_ms=10.0, draft_ms=1.0, **call) -> Stats:
     """Rounds of (drafted, accepted), told to both."""
     stats, total = Stats(), CallStats(requests=1, **call)
     for drafted, accepted in rounds:
@@ -30,16 +30,16 @@ PLAIN = [(0, 0)] * 4
 
 
 def test_before_anything_was_served_it_says_so():
-    assert "Nothing was served yet" in report(Stats(), Lookahead("cost", 3))
+    assert "Nothing was served yet" in report(Stats(), DraftPolicy("cost", 3))
 
 
 def test_costs_that_are_not_known_yet_are_not_made_up():
-    text = report(served(Lookahead("cost", 3), [(0, 0)]), Lookahead("cost", 3))
+    text = report(served(DraftPolicy("cost", 3), [(0, 0)]), DraftPolicy("cost", 3))
     assert "not known yet" in text
 
 
 def test_a_draft_that_pays():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     text = report(served(lookahead, [*PLAIN, *[(2, 2)] * 60]), lookahead)
     assert "c = 0.10" in text
     assert "one-token target step: 10.0 ms" in text
@@ -52,27 +52,27 @@ def test_a_draft_that_pays():
 
 
 def test_a_draft_that_does_not_pay_is_told_from_what_on_it_would():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     text = report(served(lookahead, [*PLAIN, *[(1, 0)] * 60], draft_ms=4.0), lookahead)
     assert "Drafting pays from α = 0.40 on, so the target decodes plainly" in text
     assert "Best fixed γ" not in text
 
 
 def test_costs_at_which_no_draft_can_pay():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     text = report(served(lookahead, [*PLAIN, *[(1, 0)] * 60], draft_ms=40.0), lookahead)
     assert "No draft pays at these costs" in text
     assert "smaller draft than c = 4.00" in text
 
 
 def test_a_head_that_costs_acceptance_is_named():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60], head_tokens=200, head_lacked=30, head_missed=12)
-    assert "cost 0.100 of α: try more draft_head_rows" in report(stats, lookahead)
+    assert "cost 0.100 of α: try more draft_vocab_size" in report(stats, lookahead)
 
 
 def test_what_becomes_of_updates_is_told():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
     assert "updates" not in report(stats, lookahead)
     stats.updates, stats.rejected_updates, stats.failed_updates, stats.accepted_updates = 5, 2, 1, 3
@@ -88,7 +88,7 @@ def test_what_becomes_of_updates_is_told():
 
 
 def test_what_learning_has_gained_is_told_with_the_rate_and_how_sure_that_is():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
     assert "without learning" not in report(stats, lookahead)
     stats.estimate = Estimate(0.61, 0.5, 0.7, 9, Comparison(9, 0.42, 0.61, 0.19, 0.1, 0.3))
@@ -104,7 +104,7 @@ def test_what_learning_has_gained_is_told_with_the_rate_and_how_sure_that_is():
 
 
 def test_a_machine_that_is_too_slow_to_learn_is_told_what_to_do():
-    lookahead = Lookahead("cost", 3)
+    lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
     assert "too slow" not in report(stats, lookahead)
     stats.too_slow = "learning takes 9 ms a token here"

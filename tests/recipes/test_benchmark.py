@@ -86,7 +86,7 @@ def test_methods_take_a_draft_of_another_vocabulary(run, refused, flags, brought
 def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
     names = ",".join(methods.METHODS)
     # A draft of all layers is the target: it drafts whatever the clock says, and is always right.
-    more = ["--draft", "grow:0,1,2", "--gammas", "2,3", "--lookups", 3, "--draft_head_rows", 16, "--seed", 1]
+    more = ["--draft", "grow:0,1,2", "--gammas", "2,3", "--lookups", 3, "--draft_vocab_size", 16, "--seed", 1]
     more += ["--before", "grow:0"]
     figures = run("--methods", names, "--requests", 3, "--repeats", 2, "--lookahead", "constant", *more)
     found = figures["methods"]
@@ -185,7 +185,7 @@ def test_too_few_prompts_are_an_error_that_says_so(target_dir, stream, more, mes
 
 def test_overhead_reports_every_part(run, capsys):
     figures = run(
-        "--what", "overhead", "--requests", 2, "--repeats", 2, "--update_interval", 3, "--draft_head_rows", 16
+        "--what", "overhead", "--requests", 2, "--repeats", 2, "--update_interval", 3, "--draft_vocab_size", 16
     )
     found = figures["overhead"]
     assert found == json.loads(capsys.readouterr().out)
@@ -218,7 +218,7 @@ def test_a_head_with_no_fewer_rows_is_null(run):
 
 def test_watched_forwards_are_those_that_the_assistant_counts(target_dir, stream):
     work = workload(target_dir, stream, requests=1)
-    config = OnlineConfig(lookahead="constant", learn=False, draft_head="traffic", draft_head_rows=16)
+    config = OnlineConfig(lookahead="constant", learn=False, draft_head="traffic", draft_vocab_size=16)
     method = methods.Online(work.draft, config, watch=True)
     method.reset()
     watched = work.generate(work.requests[0], watch=method.assistant.serving.active, assistant_model=method.assistant)
@@ -249,14 +249,14 @@ def test_traces_are_what_the_assistant_scores(target_dir, stream):
 
 
 def test_ideal_speedup_is_the_formulas_at_a_fixed_length():
-    from hf_osd.policy.lookahead import Lookahead, ideal_speedup
+    from hf_osd.policy.lookahead import DraftPolicy, ideal_speedup
 
     # Ten rounds of 2 drafts: in 5 both are accepted, in 3 the first, in 2 none; a_1 = .8 and a_2 = 5/8.
     stats = CallStats()
     for accepted, times in ((2, 5), (1, 3), (0, 2)):
         for _ in range(times):
             stats.observe_round(2, min(accepted + 1, 2), accepted, accepted + 1)
-    costs = Lookahead("constant", 2, draft_cost=0.25, verify_cost=0.1).costs
+    costs = DraftPolicy("constant", 2, draft_cost=0.25, verify_cost=0.1).costs
     expected = ideal_speedup([0.8, 5 / 8], 2, 0.25, lambda n: 1 + 0.1 * (n - 1))
     assert methods.Run(stats=stats, costs=costs).ideal_speedup == pytest.approx(expected)
 

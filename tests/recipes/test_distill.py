@@ -104,7 +104,7 @@ def test_warm_up_learns_before_serving_begins(run, learn, monkeypatch):
 def test_rehearsal_teaches_more_of_the_same_requests(run):
     """Each is answered once more, and every interval an update is more than without."""
     figures = []
-    flags = ["--replay", "0", "--prompt_positions", "0", "--update_interval", "2", "--overwrite"]
+    flags = ["--replay_ratio", "0", "--prompt_positions", "0", "--update_interval", "2", "--overwrite"]
     for temperature in ("0.0", "0.7"):
         assert run("--rehearse", temperature, *flags) == 0
         summary = json.loads((run.out / "summary.json").read_text())

@@ -91,12 +91,12 @@ def test_rows_and_summary_add_up(run, monkeypatch, capsys):
 def test_a_killed_run_goes_on_from_its_checkpoint_as_if_unbroken(run, monkeypatch):
     # Without replay a checkpoint that follows an update is all that learning depends on.
     straight = run.out.parent / "straight"
-    assert run("--replay", "0", "--output_dir", straight) == 0
+    assert run("--replay_ratio", "0", "--output_dir", straight) == 0
     with monkeypatch.context() as patch:
         stopping(patch, RuntimeError("killed"), at=7)
         with pytest.raises(RuntimeError, match="killed"):
-            run("--replay", "0")
-    assert run("--replay", "0", "--resume") == 0
+            run("--replay_ratio", "0")
+    assert run("--replay_ratio", "0", "--resume") == 0
     (rows, summary), (whole, expected) = read(run.out), read(straight)
     assert rows == whole
     assert summary["overall"] == expected["overall"]
@@ -172,12 +172,12 @@ def test_a_near_tie_is_counted_and_no_failure(run, monkeypatch):
 
 
 def test_a_failed_update_is_told_and_is_no_mismatch(run, monkeypatch):
-    from hf_osd.distill.student import Member
+    from hf_osd.distill.student import Student
 
     def failing(self, requests):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(Member, "learn", failing)
+    monkeypatch.setattr(Student, "learn", failing)
     assert run("--requests", "8") == 0
     _, summary = read(run.out)
     assert summary["overall"]["failed_updates"] == 2  # the second waits for twice as many requests

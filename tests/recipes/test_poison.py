@@ -30,7 +30,7 @@ def flags(target_dir, trace, *more) -> list[str]:
     given = (
         f"--target {target_dir} --draft grow:0,1 --trace {trace} --poisoned 24 --held_back 10 --threads 1 --device cpu"
     )
-    fast = "--learning_rate 1e-2 --replay 2 --averaging 0 --warmup_steps 0 --update_interval 8 --seed 0"
+    fast = "--learning_rate 1e-2 --replay_ratio 2 --ema_decay 0 --warmup_steps 0 --update_interval 8 --seed 0"
     return [*given.split(), *fast.split(), *more]
 
 

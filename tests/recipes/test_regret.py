@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.lookahead import DraftPolicy
 from recipes.benchmarks.regret import Driven, Fixed, Trace, regrets, simulate
 
 
@@ -43,7 +43,7 @@ def test_plain_decoding_is_a_token_a_step():
     policy=st.sampled_from(["constant", "heuristic", "cost"]),
 )
 def test_every_policy_yields_the_whole_answer(hits, gamma, policy):
-    driven = Driven(Lookahead(policy, max(gamma, 1), 0.2, 0.05))
+    driven = Driven(DraftPolicy(policy, max(gamma, 1), 0.2, 0.05))
     for chosen in (Fixed(gamma), driven):
         tokens, time = simulate(trace_of(hits), chosen, 0.2, lambda n: 1.0)
         assert tokens == len(hits)
@@ -55,7 +55,7 @@ def test_a_driven_constant_is_the_fixed_one():
         return 1 + 0.05 * (n - 1)
 
     for trace in traffic(0.7, requests=3):
-        assert simulate(trace, Driven(Lookahead("constant", 3)), 0.2, v) == simulate(trace, Fixed(3), 0.2, v)
+        assert simulate(trace, Driven(DraftPolicy("constant", 3)), 0.2, v) == simulate(trace, Fixed(3), 0.2, v)
 
 
 def test_regret_is_beside_the_best_fixed_length():

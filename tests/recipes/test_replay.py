@@ -68,7 +68,7 @@ def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_pat
         target_dir,
         traces,
         "--arms",
-        "base;replay=0.0,positions=error;preset=paper,update_interval=4",
+        "base;replay_ratio=0.0,positions=error;preset=paper,update_interval=4",
         "--seeds",
         "0,1",
         "--log",
@@ -78,7 +78,7 @@ def test_every_arm_and_seed_is_a_row_and_is_run_once(target_dir, traces, tmp_pat
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(row["arm"], row["seed"]) for row in rows] == [
         (arm, seed)
-        for arm in ("base", "replay=0.0,positions=error", "preset=paper,update_interval=4")
+        for arm in ("base", "replay_ratio=0.0,positions=error", "preset=paper,update_interval=4")
         for seed in (0, 1)
     ]
     for row in rows:
@@ -245,11 +245,11 @@ def test_poison_and_on_policy_name_what_they_cannot_do_with(target_dir, traces, 
 def test_arms_are_fields_over_the_base():
     from recipes.experiments.arms import read_arm
 
-    base = OnlineConfig(replay=5.0)
+    base = OnlineConfig(replay_ratio=5.0)
     assert read_arm("base", base, "grow:0").config == base
     arm = read_arm("ensemble=[1+2+4],draft=grow:0+2,lora=4,divergence=jsd", base, "grow:0")
     assert arm.config.ensemble == [1, 2, 4]
-    assert arm.config.replay == 5.0
+    assert arm.config.replay_ratio == 5.0
     assert arm.config.divergence == "jsd"
     assert (arm.name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
     assert read_arm("adapter=off,lora=4", base, "").config.adapter == "off", "what is said goes before what is meant"

@@ -50,7 +50,7 @@ def learning(**config) -> OnlineConfig:
         {},
         {"gate": True, "update_interval": 2},
         {"positions": "error"},
-        {"averaging": 0.9, "top_k": 8, "seed": 7},
+        {"ema_decay": 0.9, "top_k": 8, "seed": 7},
         {"prompt_positions": 3},
         {"prompt_positions": 0},
     ],
@@ -73,7 +73,7 @@ def test_replayed_alpha_is_live_alpha_request_by_request(target, trace, config):
         assert torch.equal(served.tokens, request.tokens)
         assert torch.equal(served.overlap[:-1], request.overlap[:-1])  # the last is put to no draft while serving
         assert torch.equal(served.outcome, request.outcome)
-        assert served.lessons("all") == request.lessons("all") == len(served) + config.prompt_positions
+        assert served.num_teaching("all") == request.num_teaching("all") == len(served) + config.prompt_positions
         alphas.append(float(request.overlap.mean()))
     assert max(alphas) > min(alphas)
     for (name, a), (_, b) in zip(live.serving.weights(), again.serving.weights(), strict=True):
@@ -146,7 +146,7 @@ def test_outcomes_are_those_of_rounds(make_feedback, hits, gamma, limited):
             in_block = in_block + 1 if hit else 0
     assert torch.equal(served.overlap, overlap)
     ends = [i for i, seen in enumerate(outcome) if seen != ACCEPTED]
-    assert served.teaches("error").nonzero().flatten().tolist() == ends
+    assert served.teaching_mask("error").nonzero().flatten().tolist() == ends
 
 
 def test_rounds_are_of_the_targets_tokens_where_one_is_several_of_the_drafts(target):

@@ -176,7 +176,7 @@ def run(target_dir, words, tmp_path):
             "--suffix_cache",
             "false",
         ]
-        settings += ["--gate", "false", "--replay", "0", "--checkpoint_every", "3", "--threads", "1"]
+        settings += ["--gate", "false", "--replay_ratio", "0", "--checkpoint_every", "3", "--threads", "1"]
         settings += ["--learning_rate", "1e-3", "--learning_budget", "1"]
         return distill.main([str(flag) for flag in (*settings, "--output_dir", call.out, *flags)])
 

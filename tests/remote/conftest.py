@@ -6,7 +6,7 @@ import pytest
 
 from hf_osd import OnlineConfig
 from hf_osd.feedback.buffer import FeedbackBuffer
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.remote import worker as worker_module
 from hf_osd.remote.learner import RemoteLearner
 
@@ -16,7 +16,7 @@ from .processes import INTERVAL, Process
 @pytest.fixture
 def serving(tiny_llama):
     draft = tiny_llama(layers=1)
-    return ServingDraft(draft, {name for name, _ in draft.named_parameters() if "layers" in name})
+    return HotSwapDraft(draft, {name for name, _ in draft.named_parameters() if "layers" in name})
 
 
 @pytest.fixture

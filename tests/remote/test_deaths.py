@@ -14,7 +14,7 @@ import torch
 from hf_osd import OnlineAssistant
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.learner import Learner
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
 from hf_osd.remote import worker as worker_module
 from hf_osd.remote.frames import to_bytes
@@ -148,7 +148,7 @@ def test_the_state_of_a_dead_one_is_that_of_what_serves(remote, serving, make_fe
 
     if adapter:
         draft = tiny_llama(layers=1)
-        serving = ServingDraft(draft, set(), Adapter(draft, 4))
+        serving = HotSwapDraft(draft, set(), Adapter(draft, 4))
     made = remote(learns_and_dies)
     made._serving = serving
     offer(made, make_feedback())

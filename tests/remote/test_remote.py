@@ -15,7 +15,7 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.buffer import FeedbackBuffer
-from hf_osd.models.hot_swap import ServingDraft
+from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
 from hf_osd.remote import worker as worker_module
 from hf_osd.remote.frames import ADAPTER, BEGIN, BUSY, DRAFT, FrameWriter, read_frame
@@ -166,7 +166,7 @@ def test_a_draft_that_another_process_cannot_load_is_refused(tiny_llama):
 
     draft = Mine(tiny_llama(layers=1).config)
     with pytest.raises(ValueError, match=r"Mine is no class of transformers\. Pass learn='background'"):
-        RemoteLearner(ServingDraft(draft, set()), FeedbackBuffer(), OnlineConfig(learn="process"))
+        RemoteLearner(HotSwapDraft(draft, set()), FeedbackBuffer(), OnlineConfig(learn="process"))
 
 
 # Its end.
@@ -235,7 +235,7 @@ def test_garbage_collection_does_not_wait_for_it(remote, make_feedback):
 
 def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(remote, serving, make_feedback):
     """In the middle of an update that at this pace would take a day: the byte says that somebody is served."""
-    made = remote(learning_budget=1e-7, gate=False, learning_rate=1e-3, warmup_steps=0, replay=1.0)
+    made = remote(learning_budget=1e-7, gate=False, learning_rate=1e-3, warmup_steps=0, replay_ratio=1.0)
     before = weights_of(serving)
     offer(made, make_feedback(seed=1))
     assert made.update(wait=True)
@@ -275,7 +275,7 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
 @pytest.fixture
 def lora_serving(tiny_llama):
     draft = tiny_llama(layers=1)
-    return ServingDraft(draft, set(), Adapter(draft, 4))
+    return HotSwapDraft(draft, set(), Adapter(draft, 4))
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def layers_of(adapter, model=None):
 def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(tiny_llama, make_feedback):
     settings = {"learn": "process", "adapter": "lora", "lora": 4, "update_interval": INTERVAL, "gate": False}
     settings |= {"learning_rate": 1e-3}
-    with OnlineAssistant(tiny_llama(layers=1), **settings, warmup_steps=0, replay=1.0) as assistant:
+    with OnlineAssistant(tiny_llama(layers=1), **settings, warmup_steps=0, replay_ratio=1.0) as assistant:
         serving, learner = assistant.serving, assistant.learner
         base = {name: p.clone() for name, p in serving.active.named_parameters()}
         begun = weights_of(serving)

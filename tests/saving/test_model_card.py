@@ -12,7 +12,7 @@ from huggingface_hub.repocard import metadata_load
 from hf_osd import OnlineConfig
 from hf_osd.metrics.intervals import Comparison, Estimate
 from hf_osd.metrics.stats import CallStats, Stats
-from hf_osd.policy.lookahead import Lookahead
+from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.policy.report import observed_speedup
 from hf_osd.saving.model_card import machine_facts, model_card
 
@@ -32,8 +32,8 @@ def judged(requests=9) -> Estimate:
     return Estimate(0.61, 0.5, 0.7, requests, Comparison(requests, 0.42, 0.61, 0.19, 0.1, 0.3))
 
 
-def measured() -> Lookahead:
-    lookahead = Lookahead("cost", 5, None, 0.0)
+def measured() -> DraftPolicy:
+    lookahead = DraftPolicy("cost", 5, None, 0.0)
     for n, seconds in ((1, 0.2), (2, 0.22), (6, 0.3)):
         for _ in range(3):
             lookahead.costs.observe_target(n, seconds)
@@ -79,7 +79,7 @@ def test_it_has_what_drafting_and_verifying_took_and_the_speed_up():
 
 
 def test_costs_that_were_given_are_not_said_to_be_measured():
-    card = model_card(served(), lookahead=Lookahead("cost", 5, 0.3, 0.1))
+    card = model_card(served(), lookahead=DraftPolicy("cost", 5, 0.3, 0.1))
     assert "| c (a draft step, in one-token target steps) | 0.300 | given, not measured |" in card
     assert "measured while serving" not in card
     assert "speed-up over plain" not in card
@@ -87,7 +87,7 @@ def test_costs_that_were_given_are_not_said_to_be_measured():
 
 def test_a_speed_up_is_known_only_when_a_plain_step_is():
     assert observed_speedup(served().rolling, measured()) == pytest.approx(2.0)
-    assert observed_speedup(served().rolling, Lookahead("cost", 5, 0.3, 0.1)) is None
+    assert observed_speedup(served().rolling, DraftPolicy("cost", 5, 0.3, 0.1)) is None
     assert observed_speedup(CallStats(), measured()) is None
 
 

@@ -30,13 +30,13 @@ def learnt(target, draft):
     """An assistant that has served five requests and learnt from four."""
     assistant = OnlineAssistant(draft, update_interval=2, seed=0, **AT_ONCE)
     serve(target, assistant, PROMPTS[:5])
-    assistant.take_in()
+    assistant.collect()
     return assistant
 
 
 def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(target, draft, tmp_path):
     def fresh():
-        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay=0.0, draft_cost=0.2, **AT_ONCE)
+        return OnlineAssistant(draft, update_interval=10**6, seed=3, replay_ratio=0.0, draft_cost=0.2, **AT_ONCE)
 
     straight, stopped = fresh(), fresh()
     for assistant in (straight, stopped):
@@ -82,12 +82,12 @@ def test_what_was_let_through_serves_again_and_learning_goes_on_from_what_was_no
     assert now["regret_vs_static"] < 0
     served = weights(resumed)
     serve(target, resumed, PROMPTS[:4])
-    resumed.take_in()
+    resumed.collect()
     assert resumed.flush() or torch.equal(weights(resumed), served)
     assert resumed.stats.failed_updates == 0
 
 
-LORA = {"adapter": "lora", "lora": 4, "update_interval": 10**6, "seed": 3, "replay": 0.0, "draft_cost": 0.2}
+LORA = {"adapter": "lora", "lora": 4, "update_interval": 10**6, "seed": 3, "replay_ratio": 0.0, "draft_cost": 0.2}
 LORA |= AT_ONCE | {"learning_rate": 1e-4}
 
 
@@ -313,8 +313,8 @@ def test_what_prompts_have_taught_is_known_after_a_restart_where_asked(target, d
     restored.load_state(tmp_path / "asked")
     without.load_state(tmp_path / "state")
     for p in PROMPTS[:9]:
-        assert assistant.known_texts.shared(p[0]) == restored.known_texts.shared(p[0]) == len(p[0])
-        assert without.known_texts.shared(p[0]) == 0
+        assert assistant.seen_texts.shared(p[0]) == restored.seen_texts.shared(p[0]) == len(p[0])
+        assert without.seen_texts.shared(p[0]) == 0
 
 
 def test_a_state_is_plain_values_and_safetensors(learnt, tmp_path):

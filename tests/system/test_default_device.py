@@ -18,10 +18,10 @@ SETTINGS = {
     "as it is": {},
     "rates tried, judged": {"learning_rate": "auto", "gate": True, "gate_tolerance": 1.0},
     "two rates": {"ensemble": [1, 2], "positions": "error"},
-    "part of the head": {"tail_samples": 4},
+    "part of the head": {"sampled_columns": 4},
     "an adapter": {"adapter": "lora", "lora": 2},
-    "rows of a head": {"draft_head": "traffic", "draft_head_rows": 16},
-    "a low-rank head": {"draft_head": "low_rank", "draft_head_rows": 16},
+    "rows of a head": {"draft_head": "traffic", "draft_vocab_size": 16},
+    "a low-rank head": {"draft_head": "low_rank", "draft_vocab_size": 16},
     "in a thread": {"learn": "background"},
     "by cost": {"lookahead": "cost", "draft_cost": 0.05},
 }
@@ -122,11 +122,11 @@ def test_models_of_two_sizes(target, tiny_llama, name):
     """The draft's tokens are others than the target's."""
     small = tiny_llama(layers=1, vocab_size=48, eos_token_id=None)
     plain = [target.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0) for prompt in PROMPTS[:2]]
-    from hf_osd.drafting.vocab_mapping import Translation
+    from hf_osd.drafting.vocab_mapping import VocabMapping
     from hf_osd.feedback.recording import record_answers
 
     with default(name):
-        translation = Translation.of_sizes(64, 48)
+        translation = VocabMapping.of_sizes(64, 48)
         answers = record_answers(target, [prompt[0] for prompt in PROMPTS[:2]], 6, translation=translation)
         scores = OnlineAssistant(small, learn=False).score(answers)
     assert [answer.tokens.device.type for answer in answers] == ["cpu"] * 2
