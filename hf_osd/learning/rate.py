@@ -14,6 +14,8 @@ WEIGHTS, ADAPTER = (1e-3, 2e-4, 4e-5), (4e-4, 1e-4, 2.5e-5)
 PASSES, ADAPTER_PASSES = (1, 3, 7), (3,)
 # A draft with less in common with the target than this has more to gain by a fast rate than to lose.
 _COLD = 0.5
+# The few requests of a trial are overfitted at any rate that is worth its name; one that leaves such a draft less than this share of what it had spoils it.
+_SPOILT = 0.75
 # What a candidate that was dropped makes of the rate, what one that was better does, and how far below the largest it may fall.
 _LOWER, _HIGHER, _LEAST = 0.5, 1.25, 1e-3
 # And what of a rate at which something was dropped is the most to come back to.
@@ -58,23 +60,27 @@ class Rate:
 
     def prefers(self, trial: Trial, static: Tensor) -> bool:
         """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Of those that chance does not tell apart it
-        is the one of the most passes, which later updates make over more requests than these few; and for a draft that knows little the fastest, for one that
-        knows much the slowest, at which there is least to lose. Fast ones are to come first, and few passes before many."""
+        is the one of the most passes, which later updates make over more requests than these few; and for a draft that knows little the fastest that does not
+        spoil it, for one that knows much the slowest, at which there is least to lose. Fast ones are to come first, and few passes before many."""
         best = self._best
         if best is not None:
+            is_slower_for_a_cold_draft = trial.rate < best.rate and _mean(static) < _COLD
+            if is_slower_for_a_cold_draft and not self._has_spoilt(static):
+                return False
             chance = _chance(trial.shared, best.shared)
-            is_slower_for_nothing = trial.rate < best.rate and _mean(static) < _COLD
-            if _mean(trial.shared) - _mean(best.shared) <= (chance if is_slower_for_nothing else -chance):
+            if _mean(trial.shared) - _mean(best.shared) <= (chance if is_slower_for_a_cold_draft else -chance):
                 return False
         self._best = trial
         return True
 
     def is_enough(self, static: Tensor) -> bool:
         """Whether slower rates need not be tried: the fastest has not spoilt a draft that knows little."""
-        best = self._best
-        if best is None or _mean(static) >= _COLD:
-            return False
-        return _mean(best.shared) - _mean(static) >= -_chance(best.shared, static)
+        return self._best is not None and _mean(static) < _COLD and not self._has_spoilt(static)
+
+    def _has_spoilt(self, static: Tensor) -> bool:
+        """Whether the best trial so far has left little of what a draft knew, beyond chance."""
+        loss = _mean(static) - _mean(self._best.shared)
+        return loss > max((1 - _SPOILT) * _mean(static), _chance(self._best.shared, static))
 
     def to_try(self, static: Tensor) -> int:
         """How many rates there will be to try, most likely, on a draft that says `static`."""
