@@ -6,6 +6,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_osd.cli import main
+from hf_osd.saving.drafts import load_draft
 
 
 def test_check_says_that_this_transformers_will_do(capsys):
@@ -20,6 +21,18 @@ def test_grow_writes_a_plain_checkpoint(tiny_llama, tmp_path, capsys):
     assert main(["grow", str(tmp_path / "target"), str(tmp_path / "draft"), "--layers", "0,2"]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("layers", "read"), [([], [1, 2, 3]), (["--layers", "0,2"], [0, 2])])
+def test_grow_makes_a_draft_that_reads_the_targets_states(model_dir, tmp_path, capsys, layers, read):
+    assert main(["grow", str(model_dir), str(tmp_path / "draft"), "--kind", "feature", *layers]) == 0
+    draft = load_draft(tmp_path / "draft")
+    assert draft.config.model_type == "osd_feature_draft"
+    assert draft.config.aux_layers == read
+    assert (tmp_path / "draft" / "tokenizer.json").exists()
+    assert "parameters" in capsys.readouterr().out
+    assert main(["grow", str(model_dir), str(tmp_path / "other"), "--kind", "feature", "--layers", "0,9"]) == 2
+    assert "choose from 0 to 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("layers", "message"), [("0,x", "0,x"), ("0,9", "layers")])
