@@ -4,6 +4,7 @@ says next."""
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,6 +112,21 @@ class DraftContext:
         """Tokens of it that the cache lacks."""
         return self.length - self._cache.get_seq_length()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is all that the draft reads."""
+        return True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether its next forward reads more than those after it will: its time is then no measure of theirs."""
+        return self.unread > 2
+
+    @property
+    def askable(self) -> float:
+        """Verified tokens, the last ones, of which the draft can be asked what it would have predicted."""
+        return math.inf
+
     def extend(self, tokens: Tensor, sizes: list[int]):
         """Append verified text, `(1, T)` in the draft's ids: of each of the target's tokens it has as many as `sizes` says."""
         start = self.length
@@ -166,7 +182,11 @@ class DraftContext:
         outputs = self.model(
             **{self._ids_name: tokens}, past_key_values=self._cache, use_cache=True, **self._inputs, **kwargs
         )
-        logits = outputs.logits[0, -keep:].float()
+        return self._logits(outputs.logits, keep)
+
+    def _logits(self, logits: Tensor, keep: int) -> DraftLogits:
+        """The last `keep` rows of a forward's logits `(1, T, R)`."""
+        logits = logits[0, -keep:].float()
         if self.head is None:
             return DraftLogits(logits)
         ids, hidden = self.head.ids, self.head.hidden[0, -keep:]

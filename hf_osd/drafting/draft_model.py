@@ -141,7 +141,7 @@ class DraftModelProposer:
         if self._make_head is not None:
             self.context.head, self.context.model = self._make_head(self.context.ids[0])
             self._make_head = None
-        block = Block(steps=1, caught_up=self.context.unread > 2)
+        block = Block(steps=1, caught_up=self.context.is_behind)
         said = self.context.catch_up(self._lag)
         if self._lag:
             block.lag_said = said[: self._lag]
@@ -245,11 +245,12 @@ class DraftModelProposer:
             lacked = [token not in head for token in due]
             self.usage.observe(head, [] if self._sample else block.said[:asked], due, lacked)
             head.add([token for token, missing in zip(due, lacked, strict=True) if missing])
-        self._lag = min(self._lag + len(pieces) - asked, MAX_UNSCORED)
+        unscored = min(self._lag + len(pieces) - asked, MAX_UNSCORED)
         self._lag_due.extend(zip(due[asked:], lacked[asked:], strict=True))
         if targets is not None:
             self._lag_targets.extend(targets[j : j + 1] for j in range(asked, len(pieces)))
         self.context.extend(tokens, list(map(len, pieces)))
+        self._lag = min(unscored, self.context.askable)
         return lag
 
     def _without_unsayable(self, lag: list[float], said: DraftLogits) -> list[float]:

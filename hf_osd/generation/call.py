@@ -153,6 +153,7 @@ class Call:
             dtype=getattr(torch, config.feedback_dtype),
             source=source,
             prompt_states=self._prompt_states,
+            prompt_positions=config.prompt_positions,
         )
 
         # 5. The generator, which generate asks for drafts from now on.

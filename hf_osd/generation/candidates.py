@@ -26,15 +26,18 @@ from torch import Tensor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_osd.drafting.context import DraftContext, encoder_source
+from hf_osd.drafting.feature_context import FeatureContext
 from hf_osd.drafting.draft_model import Block, DraftModelProposer, HeadUsage
 from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
+from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.hot_swap import NullDraft
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
     from hf_osd.drafting.reach import Reach
     from hf_osd.drafting.suffix_cache import CallSuffixes, Continuation
@@ -128,10 +131,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._drafting: DraftModelProposer | None = None  # None without a draft
         self.head_usage: HeadUsage | None = None  # of a head of some rows
         self._reach = reach
+        self._read: Tensor | None = None  # of a first forward's columns (L,) those that are no padding, where states are to be kept of it
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
+            if isinstance(assistant_model, FeatureDraft):
+                context = FeatureContext(assistant_model, prompt)
+                self._ask_for_states(request, assistant_model)
+            else:
+                context = DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask"))
             self._drafting = DraftModelProposer(
-                DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask")),
+                context,
                 translation,
                 lookahead,
                 self._verified,
@@ -147,11 +156,23 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._verification = verification  # None once it is known
         self._draft_seconds = self._lookup_seconds = self._handed_over = self._verification_seconds = 0.0
 
-    def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def _ask_for_states(self, request: GenerateRequest, draft: FeatureDraft):
+        """Have generate's forwards of the target return the states that the draft reads; and all of them, where the user asks for these."""
+        self.requires_model_outputs = True
+        wanted = True if request.generation_config.output_hidden_states else list(draft.config.aux_layers)
+        self.model_kwargs_overrides = {"output_hidden_states": wanted}
+        length, mask = request.input_ids.shape[1], request.mask
+        self._read = torch.ones(length, dtype=torch.bool, device="cpu") if mask is None else mask[0].bool().cpu()
+
+    def get_candidates(
+        self, input_ids: Tensor, model_outputs: ModelOutput | None = None, n_last_matches: int = 0, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         """Draft for `input_ids` `(1, L)`: `(1, L+n)`, and the scores drafted from, float32 `(1, n, V)`, where generate needs them: when
         sampling, unless all of the block is cached, which has no distribution but the token itself."""
         if self._prefill and self._verification is not None:
             self._verification.begin(self.record)
+        if model_outputs is not None and self._drafting is not None:
+            self._keep_states(input_ids, model_outputs, int(n_last_matches))
         start = time.perf_counter()
         self._block = Block()
         room = self.stops.max_length - 1 - input_ids.shape[1]
@@ -238,6 +259,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stats.lookup_seconds += self._lookup_seconds
         stats.capture_seconds += time.perf_counter() - start
 
+    @torch.autocast("cpu", enabled=False)
+    def _keep_states(self, input_ids: Tensor, outputs: ModelOutput, matches: int):
+        """Hand the states of the target's last forward, as far as it is verified, to the draft and to the record."""
+        start, context = time.perf_counter(), self._drafting.context
+        first, self._read = self._read, None
+        count = matches + 1 if first is None else input_ids.shape[1] - 1
+        states = context.add_states(outputs.hidden_states, count, first)
+        self.record.add_states(states, len(context.model.config.aux_layers))
+        self.record.stats.capture_seconds += time.perf_counter() - start
+
     def _fill(self, input_ids: Tensor, room: int):
         """Fill the round's block from whichever source is worth more, with at most `room` tokens."""
         continuation = self._look_up(min(room, self.lookahead.most_cached))
@@ -247,7 +278,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         if plan.source == "cache":
             if continuation:
                 self._block.take(continuation, plan.length)
-        elif plan.length and self._drafting is not None:
+        elif plan.length and self._drafting is not None and self._drafting.context.is_ready:
             context = self._drafting.context
             length = int(min(plan.length, room, self._reach.window - context.length))
             text = self._text if self.lookahead.wants_cache else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_osd.drafting.vocab_mapping import starts
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseLogits
+from hf_osd.feedback.target_states import TargetStates
 from hf_osd.metrics.stats import CallStats
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class CallRecorder:
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
         prompt_states (`PromptStates`, *optional*): what the target makes of the prompt, where that is to teach.
+        prompt_positions (`int`): of a prompt, its last ones, whose states are kept where the draft reads the target's.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CallRecorder:
         dtype: torch.dtype,
         source: Tensor | None = None,
         prompt_states: PromptStates | None = None,
+        prompt_positions: int = 0,
     ):
         self.stats = CallStats(requests=1)
         self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
@@ -68,6 +71,9 @@ class CallRecorder:
         self._draft_rows: list[Tensor] = []  # log q of the kept tokens, (positions of a round, k) each
         self._drafted_logp: list[Tensor] = []  # (positions of a round,) each
         self._positions: list[tuple[int, int]] = []  # drafted token and outcome; N
+        self._states: list[Tensor] = []  # the target's at the text's first tokens, (S', F) each; of several layers
+        self._state_layers = 0
+        self._prompt_positions = prompt_positions
         self._stream: torch.cuda.Stream | None = None
 
     def add_round(
@@ -128,6 +134,12 @@ class CallRecorder:
         self._drafted_logp.append(drafted_logp)
         seen = [(drafted[j], ACCEPTED if j < accepted else REJECTED) for j in range(own)]
         self._positions += _spread(seen, at, len(tokens), (-1, UNTESTED))
+
+    def add_states(self, states: Tensor, layers: int):
+        """Keep the target's states `(S', F)`, of so many layers, at the next tokens of the text, from its first one on."""
+        if self._capture:
+            self._states.append(states)
+            self._state_layers = layers
 
     @contextlib.contextmanager
     def _on_side_stream(self, raw: Tensor, *others: Tensor):
@@ -209,7 +221,17 @@ class CallRecorder:
             sampled=self.sampled,
             source=self._source,
             prompt_rows=None if states is None else self._of_prompt(states, shared),
+            states=self._kept_states(),
         )
+
+    def _kept_states(self) -> TargetStates | None:
+        """The target's states at the prompt's last tokens and at the answer's, as far as they are known: those of a last round are not."""
+        if not self._states:
+            return None
+        states, self._states = torch.cat(self._states), []
+        # The token after j is predicted of the state at j-1.
+        start = max(len(self._prompt) - self._prompt_positions - 2, 0)
+        return TargetStates.from_states(states[start:], self._state_layers, start).cpu()
 
     def _of_prompt(self, states: PromptStates, shared: int) -> SparseLogits | None:
         start = time.perf_counter()
