@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.scoring import Judged
 from hf_osd.feedback.feedback import Feedback
+from hf_osd.feedback.target_states import TargetStates
 
 # Of a window, the share that is read for what comes after it; and tokens of the text's beginning that are read too, for models attend to these wherever they
 # are (Xiao et al. 2023, arXiv 2309.17453).
@@ -72,8 +73,21 @@ def cut(
         prompt_length=len(tokens) - (b - a),
         prompt_rows=request.prompt_rows.at(at) if len(at) else None,
         gap=(_FIRST, begin - _FIRST) if begin else None,
+        states=None if request.states is None else _cut_states(request.states, begin, end),
         **kept,
     ), slice(a, b)
+
+
+def _cut_states(states: TargetStates, begin: int, end: int) -> TargetStates | None:
+    """The states of a window `[:_FIRST] + [begin:end]` of a text, at the places of its tokens there. Where tokens are left out, the last of the first ones gets
+    the state before `begin`: the draft reads it with the token at `begin`, and with no other."""
+    if not begin:
+        return states.cut(0, end)
+    positions = torch.cat([torch.arange(_FIRST - 1, device="cpu"), torch.arange(begin - 1, end, device="cpu")])
+    there = (
+        ((states.start <= positions) & (positions < states.stop)).nonzero().squeeze(-1)
+    )  # consecutive, as states are
+    return states.select(positions[there]).moved(int(there[0])) if len(there) else None
 
 
 def what_is_read(requests: Sequence[Feedback], config: OnlineConfig, generator: torch.Generator) -> list[Feedback]:

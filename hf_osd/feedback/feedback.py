@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from hf_osd.feedback.target_states import TargetStates
+
 # Outcomes of a position.
 UNTESTED, ACCEPTED, REJECTED = 0, 1, 2
 
@@ -48,6 +50,8 @@ class Feedback:
         prompt_rows (`SparseLogits` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, k as above; `None` where they
             are not known. They teach as well, and nothing else: α is of generated tokens alone.
         gap (`tuple[int, int]`, *optional*): `(after, count)`: of the text, `count` tokens are left out after the first `after` ones ([`hf_osd.distill.windows.cut`]).
+        states (`TargetStates`, *optional*): the target's hidden states at some consecutive positions of `tokens`, which feature-level drafts read: to predict
+            token i they read the state at i-2. Positions without one teach such a draft nothing. `None` where they were not recorded.
     """
 
     tokens: Tensor
@@ -65,6 +69,7 @@ class Feedback:
     source: Tensor | None = None
     prompt_rows: SparseLogits | None = None
     gap: tuple[int, int] | None = None
+    states: TargetStates | None = None
 
     def __len__(self) -> int:
         """N, the number of verified positions."""
@@ -83,10 +88,10 @@ class Feedback:
     @property
     def nbytes(self) -> int:
         own = sum(tensor.nbytes for tensor in self.tensors().values())
-        return own + (0 if self.prompt_rows is None else self.prompt_rows.nbytes)
+        return own + sum(part.nbytes for part in (self.prompt_rows, self.states) if part is not None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields by name; without those of `prompt_rows`."""
+        """The tensor fields by name; without those of `prompt_rows` and `states`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -121,7 +126,8 @@ class Feedback:
         )
 
     def with_prompt_rows(self, most: int) -> Feedback:
-        """The same request with the last `most` of its `prompt_rows`, at most. Itself if it has no more."""
+        """The same request with the last `most` of its `prompt_rows`, at most. Itself if it has no more. `states` stay: what comes
+        before a row is read for it."""
         if self.prompt_rows is None or len(self.prompt_rows) <= most:
             return self
         return replace(self, prompt_rows=self.prompt_rows.at(torch.arange(-most, 0, device="cpu")) if most else None)
@@ -136,6 +142,7 @@ class Feedback:
         prompt_rows: SparseLogits | None = None,
         sampled: bool = False,
         source: Tensor | None = None,
+        states: TargetStates | None = None,
     ) -> Feedback:
         """Feedback of a request that the target answered alone: nothing drafted, all positions with a target teach."""
         n, k = rows.top_ids.shape
@@ -154,6 +161,7 @@ class Feedback:
             sampled=sampled,
             source=None if source is None else source.to("cpu", torch.int32),
             prompt_rows=prompt_rows,
+            states=states,
         )
 
 

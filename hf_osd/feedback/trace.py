@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback.feedback import Feedback, SparseLogits
+from hf_osd.feedback.target_states import TargetStates
 from hf_osd.system.files import staged
 
 _FORMAT = "hf_osd.trace.1"
@@ -85,6 +86,14 @@ def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
             tensors["prompt_rows"] = torch.tensor(known, device="cpu")
             for name in _ROWS:
                 tensors[f"prompt_{name}"] = torch.cat([getattr(rows, name).flatten() for rows in prompts if rows])
+        states = [one.states for one in feedback]
+        if any(one is not None for one in states):
+            shapes = [(0, 0, 0, -1) if one is None else (len(one), one.width, one.n_aux, one.start) for one in states]
+            tensors["states"] = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+            for name in ("codes", "scales"):
+                tensors[f"state_{name}"] = torch.cat(
+                    [getattr(one, name).flatten() for one in states if one is not None]
+                )
     return tensors
 
 
@@ -134,6 +143,7 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
     has_source = [int(n) >= 0 for n in facts["source"]]
     sources = iter(tensors["source"].split([int(n) for n in facts["source"] if n >= 0]) if any(has_source) else ())
     prompts = _unpack_prompts(tensors, ks, columns)
+    states = _unpack_states(tensors, len(lengths))
     now = time.monotonic()
     # Each request gets memory of its own: of a part, all the file's would stay until the last request has gone.
     return [
@@ -144,6 +154,7 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
             created=now - facts["age"][i],
             source=next(sources).clone() if has_source[i] else None,
             prompt_rows=prompts[i],
+            states=states[i],
         )
         for i in range(len(lengths))
     ]
@@ -166,4 +177,17 @@ def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str
         if n
         else None
         for i, (n, k) in enumerate(zip(counts, ks, strict=True))
+    ]
+
+
+def _unpack_states(tensors: dict[str, Tensor], count: int) -> list[TargetStates | None]:
+    """`states` of each request; of none in a file from before there were any."""
+    if "states" not in tensors:
+        return [None] * count
+    shapes = tensors["states"].tolist()
+    codes = tensors["state_codes"].split([n * width for n, width, _, _ in shapes])
+    scales = tensors["state_scales"].split([n * n_aux for n, _, n_aux, _ in shapes])
+    return [
+        None if start < 0 else TargetStates(codes[i].view(n, width).clone(), scales[i].view(n, n_aux).clone(), start)
+        for i, (n, width, n_aux, start) in enumerate(shapes)
     ]

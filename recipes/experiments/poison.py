@@ -119,7 +119,7 @@ def _garbage(good: list[Feedback], i: int, size: int) -> Feedback:
     """Random tokens for a prompt, and the answer of before."""
     request, random = good[i], torch.Generator().manual_seed(i)
     prompt = torch.randint(size, (request.prompt_length,), generator=random, dtype=torch.int32)
-    return replace(request, tokens=torch.cat([prompt, request.answer]), prompt_rows=None)
+    return replace(request, tokens=torch.cat([prompt, request.answer]), prompt_rows=None, states=None)
 
 
 def _one_prompt(good: list[Feedback], i: int, size: int) -> Feedback:
@@ -130,14 +130,14 @@ def _others_answer(good: list[Feedback], i: int, size: int) -> Feedback:
     """The answer to another prompt."""
     request, other = good[i], good[(i + 1) % len(good)]
     tokens = torch.cat([request.tokens[: request.prompt_length], other.answer])
-    return replace(other, tokens=tokens, prompt_length=request.prompt_length, prompt_rows=None)
+    return replace(other, tokens=tokens, prompt_length=request.prompt_length, prompt_rows=None, states=None)
 
 
 def _other_target(good: list[Feedback], i: int, size: int) -> Feedback:
     """What a target would say that has other tokens for all that this one says."""
     request, moved = good[i], torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     tokens = torch.cat([request.tokens[: request.prompt_length], moved[request.answer.long()]])
-    return replace(request, tokens=tokens, top_ids=moved[request.top_ids.long()], prompt_rows=None)
+    return replace(request, tokens=tokens, top_ids=moved[request.top_ids.long()], prompt_rows=None, states=None)
 
 
 POISONS: dict[str, Callable[[list[Feedback], int, int], Feedback]] = {
