@@ -15,6 +15,7 @@ _PUBLIC = {
     "OnlineGKDTrainer": "distill.trainer",
     "RefreshAssistantCallback": "distill.callbacks",
     "grow_draft": "saving.drafts",
+    "grow_feature_draft": "models.feature_draft",
     "record_answers": "feedback.recording",
     "Rehearsal": "learning.rehearsal",
     "compare_outputs": "metrics.parity",

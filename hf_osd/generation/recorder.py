@@ -231,7 +231,14 @@ class CallRecorder:
         states, self._states = torch.cat(self._states), []
         # The token after j is predicted of the state at j-1.
         start = max(len(self._prompt) - self._prompt_positions - 2, 0)
-        return TargetStates.from_states(states[start:], self._state_layers, start).cpu()
+        began = time.perf_counter()
+        try:
+            return TargetStates.from_states(states[start:], self._state_layers, start)
+        except Exception:  # as with a prompt: what cannot be kept teaches nothing, and breaks nobody's call
+            logger.exception("The target's states could not be kept; this request teaches a feature-level draft nothing.")
+            return None
+        finally:
+            self.stats.capture_seconds += time.perf_counter() - began
 
     def _of_prompt(self, states: PromptStates, shared: int) -> SparseLogits | None:
         start = time.perf_counter()

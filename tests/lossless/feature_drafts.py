@@ -32,8 +32,7 @@ def fitted(target, prompts: Sequence[Tensor], n: int = 24, steps: int = 60, laye
         optimizer.zero_grad()
         for text, state in zip(texts, states, strict=True):
             logits = draft(text[:, 1:-1], features=state[:, :-2], unroll=3).logits[:, 0]  # (3, L-2, V)
-            for k in range(3):
-                F.cross_entropy(logits[k, k:], text[0, 2 + k :]).backward()
+            sum(F.cross_entropy(logits[k, k:], text[0, 2 + k :]) for k in range(3)).backward()
         optimizer.step()
     return draft.eval()
 
