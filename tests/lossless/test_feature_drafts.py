@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant, grow_feature_draft
+from hf_osd.drafting.feature_context import FeatureContext
 
 from .checks import assistant_of, check_sampling, forwards_of, unpadded
 from .feature_drafts import check_drafted, fitted, states_of
@@ -148,3 +149,104 @@ def test_another_target_is_refused(tiny_model):
         asked_of(tiny_model("Llama", layers=1), draft)
     with pytest.raises(ValueError, match="encoder-decoder"):
         asked_of(tiny_model("T5"), draft)
+
+
+# Planted bugs, each of which the checks above must catch.
+
+
+def states_off_by_one(monkeypatch):
+    original = FeatureContext.add_states
+
+    def add_states(self, hidden_states, count, read=None):
+        rolled = [None if h is None else h.roll(1, dims=1) for h in hidden_states]
+        return original(self, rolled, count, read)
+
+    monkeypatch.setattr(FeatureContext, "add_states", add_states)
+
+
+def a_drafted_state_is_taken_for_a_true_one(monkeypatch):
+    """Columns of accepted drafts stay in the cache as the draft's own states made them."""
+
+    def crop(self, accepted):
+        kept = self._true_columns + accepted
+        self._cache.crop(-max(self._cache.get_seq_length() - kept, 0))
+        self._true_columns = min(kept, self._cache.get_seq_length())
+
+    monkeypatch.setattr(FeatureContext, "crop", crop)
+
+
+def another_layer(monkeypatch):
+    original = FeatureContext.add_states
+
+    def add_states(self, hidden_states, count, read=None):
+        known = [i for i, h in enumerate(hidden_states) if h is not None]
+        swapped = list(hidden_states)
+        swapped[known[0]], swapped[known[1]] = hidden_states[known[1]], hidden_states[known[0]]
+        return original(self, swapped, count, read)
+
+    monkeypatch.setattr(FeatureContext, "add_states", add_states)
+
+
+def the_second_step_stands_where_the_first_did(monkeypatch):
+    original = FeatureContext.step
+
+    def step(self, token):
+        forward, at = type(self.model).forward, self._cache.get_seq_length() - 1
+        self.model.forward = lambda **kwargs: forward(self.model, position_ids=torch.tensor([[at]]), **kwargs)
+        try:
+            return original(self, token)
+        finally:
+            del self.model.forward
+
+    monkeypatch.setattr(FeatureContext, "step", step)
+
+
+def the_prompts_last_state_is_left_out(monkeypatch):
+    original = FeatureContext.add_states
+
+    def add_states(self, hidden_states, count, read=None):
+        if read is not None:
+            lost = len(read) - 1
+            hidden_states = [None if h is None else h.clone().index_fill_(1, torch.tensor([lost]), 0.0) for h in hidden_states]
+        return original(self, hidden_states, count, read)
+
+    monkeypatch.setattr(FeatureContext, "add_states", add_states)
+
+
+def rejected_states_are_kept(monkeypatch):
+    original = FeatureContext.add_states
+
+    def add_states(self, hidden_states, count, read=None):
+        if read is None:  # the last ones of the forward in place of the first
+            hidden_states = [None if h is None else h[:, -count:] for h in hidden_states]
+        return original(self, hidden_states, count, read)
+
+    monkeypatch.setattr(FeatureContext, "add_states", add_states)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        None,
+        states_off_by_one,
+        a_drafted_state_is_taken_for_a_true_one,
+        another_layer,
+        the_second_step_stands_where_the_first_did,
+        the_prompts_last_state_is_left_out,
+        rejected_states_are_kept,
+    ],
+    ids=lambda plant: plant.__name__ if plant else "none",
+)
+def test_planted_bugs_are_caught_by_what_is_drafted(tiny_model, serve, plant, monkeypatch):
+    target = tiny_model("Llama", layers=4)
+    draft = fitted(target, PROMPTS[:2])
+    if plant is not None:
+        plant(monkeypatch)
+    served = serve(target, draft, PROMPTS, {"suffix_cache": False, **GAMMA})
+    try:
+        for feedback in served.feedback:
+            check_drafted(target, draft, feedback, 3)
+    except AssertionError:
+        assert plant is not None
+    else:
+        assert plant is None, "it was not caught"
