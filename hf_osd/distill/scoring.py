@@ -13,7 +13,7 @@ from hf_osd.distill.feature_collator import FeatureCollator
 from hf_osd.distill.unrolled import unrolled_logits, unrolled_rows
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.models.heads import contiguous_head
-from hf_osd.models.properties import forward_parameters, reads_states, states_width
+from hf_osd.models.properties import forward_parameters, reads_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,7 +186,7 @@ def _conditional(feedback: Feedback, taught: Tensor, right: Tensor, shared: Tens
 def _collator(model: PreTrainedModel) -> FeedbackCollator | FeatureCollator:
     """Of batches to judge by: all generated positions, and none of the prompts."""
     if reads_states(model):
-        return FeatureCollator(states_width(model), prompts=False)
+        return FeatureCollator(model.config.states_size, prompts=False)
     return FeedbackCollator("all", prompts=False)
 
 

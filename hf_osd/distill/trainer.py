@@ -28,7 +28,7 @@ from hf_osd.distill.scoring import answer_logits, learners_autocast
 from hf_osd.distill.unrolled import unrolled_logits, unrolled_losses
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback, SparseLogits
-from hf_osd.models.properties import reads_states, states_width
+from hf_osd.models.properties import reads_states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
@@ -87,7 +87,7 @@ class OnlineGKDTrainer(GKDTrainer):
             or training_args(
                 self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
             ),
-            data_collator=FeatureCollator(states_width(model), self.config.positions)
+            data_collator=FeatureCollator(model.config.states_size, self.config.positions)
             if self._reads_states
             else FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.

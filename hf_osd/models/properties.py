@@ -26,11 +26,6 @@ def reads_states(model: PreTrainedModel) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == "osd_feature_draft"
 
 
-def states_width(model: PreTrainedModel) -> int:
-    """F, the numbers of one state as a feature-level draft reads it."""
-    return len(model.config.aux_layers) * model.config.target_hidden_size
-
-
 def encoder_parameters(draft: PreTrainedModel) -> set[str]:
     """By which parameters of its `forward` the draft takes what an encoder made; none for a plain decoder."""
     return forward_parameters(draft) & {"encoder_outputs", "encoder_hidden_states"}
