@@ -15,7 +15,7 @@ _PUBLIC = {
     "OnlineGKDTrainer": "distill.trainer",
     "RefreshAssistantCallback": "distill.callbacks",
     "grow_draft": "saving.drafts",
-    "grow_feature_draft": "models.feature_draft",
+    "grow_feature_draft": "models.feature_growth",
     "record_answers": "feedback.recording",
     "Rehearsal": "learning.rehearsal",
     "compare_outputs": "metrics.parity",
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hf_osd.generation.patch import enable as enable
     from hf_osd.learning.rehearsal import Rehearsal as Rehearsal
     from hf_osd.metrics.parity import compare_outputs as compare_outputs
+    from hf_osd.models.feature_growth import grow_feature_draft as grow_feature_draft
     from hf_osd.saving.drafts import grow_draft as grow_draft
 
 

@@ -195,6 +195,12 @@ class LearningConfig:
         "Columns of the LM head drawn, at each optimizer step, to stand for all those outside the targets' top k; the gradient is then an estimate, and the "
         "head no longer most of the work. None computes them all, as does a head of few columns.",
     )
+    unrolled_steps: int = option(
+        3,
+        whole(1),
+        "Of a draft that reads the target's hidden states: drafted tokens in a row that it learns for, reading its own states where the target's are not known "
+        "yet. Each takes about as long as learning without. Other drafts learn as if it were 1.",
+    )
     freeze_embeddings: bool = option(
         True, switch(), "Do not train input embeddings and LM head. They are then shared by all copies of the draft."
     )

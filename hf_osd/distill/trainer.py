@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.feature_collator import FeatureCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import answer_logits, learners_autocast
+from hf_osd.distill.unrolled import unrolled_logits, unrolled_losses
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback, SparseLogits
+from hf_osd.models.properties import reads_states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
@@ -71,6 +74,7 @@ class OnlineGKDTrainer(GKDTrainer):
     ):
         self.config = config or OnlineConfig()
         self.buffer = buffer
+        self._reads_states = reads_states(model)
         self._requests: Sequence[Feedback] | None = None
         self._losses: list[tuple[Tensor, int]] = []  # of the steps of `learn`: sum, and over how many rows
         self._autocast_dtype = autocast_dtype
@@ -83,7 +87,9 @@ class OnlineGKDTrainer(GKDTrainer):
             or training_args(
                 self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
             ),
-            data_collator=FeedbackCollator(self.config.positions),
+            data_collator=FeatureCollator(model.config.states_size, self.config.positions)
+            if self._reads_states
+            else FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.
             train_dataset=Dataset.from_dict({"labels": [[0]]}),
             processing_class=_no_tokenizer(),
@@ -130,7 +136,7 @@ class OnlineGKDTrainer(GKDTrainer):
             ValueError: if there is nothing to learn from, on any rank.
         """
         requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self.draws)
-        requests = [request for request in requests if request.num_teaching(self.config.positions)]
+        requests = [one for one in requests if one.num_teaching(self.config.positions, self._reads_states)]
         size = self.config.batch_size or max(len(requests), 1)
         steps = self._ranks.most(-(-len(requests) // size))
         if not steps:
@@ -174,8 +180,11 @@ class OnlineGKDTrainer(GKDTrainer):
     def _loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch: Tensor | int | None):
         logits, at = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
-        q = draft_buckets(logits, at)
-        losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)  # (R,)
+        if self._reads_states:
+            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config)  # (R,)
+        else:
+            q = draft_buckets(logits, at)
+            losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)
         self._losses.append((losses.detach().sum(), len(losses)))
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -200,11 +209,17 @@ class OnlineGKDTrainer(GKDTrainer):
             columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws)
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             if columns is None:
-                return answer_logits(model, inputs), inputs["top_ids"]
+                return self._answer(model, inputs), inputs["top_ids"]
             chosen, at, support = columns
             with head.only(chosen):
-                logits = answer_logits(model, inputs)
+                logits = self._answer(model, inputs)
         return sampled_tail(logits.float(), support, head.out_features), at
+
+    def _answer(self, model: nn.Module, inputs: dict) -> Tensor:
+        """The logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, see [`unrolled_logits`]."""
+        if self._reads_states:
+            return unrolled_logits(model, inputs, self.config.unrolled_steps)
+        return answer_logits(model, inputs)
 
     def _drop_prepared(self, *objects) -> list:
         """`Accelerator.free_memory`, with which every `train()` begins, without what it costs an update: a full garbage collection (a

@@ -95,14 +95,28 @@ class Feedback:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def teaching_mask(self, positions: str) -> Tensor:
-        """Mask `(N,)` of the generated positions to learn from: `"all"` that have a target, or `"error"`, those of them that end a round."""
+    def teaching_mask(self, positions: str, states: bool = False) -> Tensor:
+        """Mask `(N,)` of the generated positions to learn from: `"all"` that have a target, or `"error"`, those of them that end a round. With `states` only
+        those of them that a feature-level draft predicts from the target's `states`."""
         taught = ~self.tail_logp.isnan()
+        if states:
+            taught &= self.predicted_from_states()[self.prompt_length :]
         return taught & (self.outcome != ACCEPTED) if positions == "error" else taught
 
-    def num_teaching(self, positions: str) -> int:
-        """How many positions there are to learn from, those of the prompt included."""
-        return int(self.teaching_mask(positions).sum()) + (0 if self.prompt_rows is None else len(self.prompt_rows))
+    def predicted_from_states(self) -> Tensor:
+        """Mask `(prompt_length + N,)` of the tokens that a feature-level draft predicts from the target's `states`: it reads the state two tokens before."""
+        known = torch.zeros(len(self.tokens), dtype=torch.bool, device="cpu")
+        if self.states is not None:
+            known[self.states.start + 2 : self.states.stop + 2] = True
+        return known
+
+    def num_teaching(self, positions: str, states: bool = False) -> int:
+        """How many positions there are to learn from, those of the prompt included; with `states` as of `teaching_mask`."""
+        count = int(self.teaching_mask(positions, states).sum())
+        if self.prompt_rows is None:
+            return count
+        start, rows = self.prompt_length, len(self.prompt_rows)
+        return count + (int(self.predicted_from_states()[start - rows : start].sum()) if states else rows)
 
     def with_overlap(self, overlap: Tensor) -> Feedback:
         """The same request with `overlap` filled in at the positions where it was unknown."""

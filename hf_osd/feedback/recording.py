@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
 from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.feedback.prompt_states import PromptStates
+from hf_osd.feedback.target_states import TargetStates
 from hf_osd.models.heads import contiguous_head
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # Prompt tokens a batch, padding included: a few long prompts would otherwise make a batch of dozens take minutes, and gigabytes.
 _BATCH_TOKENS = 8192
+# Of a prompt, positions whose states are kept at least: what a draft reads before the answer, whether it teaches or not.
+_CONTEXT = 256
 
 
 class _RawRows:
@@ -58,6 +62,45 @@ class _RawRows:
             self._prefill.close()
 
 
+class _States:
+    """While open, keeps the hidden states `(B, T, F)` that each forward of `target` has after some of its layers; of the first forward those of the last
+    `most` positions."""
+
+    def __init__(self, target: PreTrainedModel, layers: Sequence[int], most: int):
+        self._layers, self._most = list(layers), most
+        self._steps: list[Tensor] = []
+        self._thread = threading.get_ident()  # the target may serve others meanwhile
+        self._handles = [
+            target.register_forward_pre_hook(self._ask, with_kwargs=True),
+            target.register_forward_hook(self._keep),
+        ]
+
+    def _ask(self, target, args, kwargs):
+        if threading.get_ident() != self._thread:
+            return None
+        return args, {**kwargs, "output_hidden_states": self._layers}
+
+    def _keep(self, target, inputs, output):
+        if threading.get_ident() == self._thread:
+            begin = 0 if self._steps else -self._most
+            # Layers may lie on several devices.
+            states = [output.hidden_states[i][:, begin:].cpu() for i in self._layers]
+            self._steps.append(torch.cat(states, -1))
+
+    def of_row(self, row: int, prompt_length: int, count: int) -> TargetStates:
+        """The states of one request, whose answer has `count` tokens: of the end of its prompt, and of the answer but for its last token."""
+        prompt = self._steps[0][row][-prompt_length:]
+        states = torch.cat([prompt, *(step[row] for step in self._steps[1:count])])
+        return TargetStates.from_states(states, len(self._layers), prompt_length - len(prompt))
+
+    def __enter__(self) -> _States:
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self._handles:
+            handle.remove()
+
+
 def record_answers(
     target: PreTrainedModel,
     prompts: Sequence[Tensor],
@@ -69,6 +112,7 @@ def record_answers(
     on_batch: Callable[[int], None] | None = None,
     temperature: float = 0.0,
     translation: VocabMapping | None = None,
+    states_of: Sequence[int] | None = None,
 ) -> list[Feedback]:
     """Answers of `target` to `prompts`, greedy ones if not said otherwise, in their order.
 
@@ -85,12 +129,16 @@ def record_answers(
             distribution at temperature 1 either way.
         translation (`VocabMapping`, *optional*): to the draft's vocabulary, where that is not the target's: see [`VocabMapping.of_models`]. What is kept is then
             in the draft's ids, as a generate call keeps it: a token of the target may be several of them, of which the first one teaches.
+        states_of (`Sequence[int]`, *optional*): the target's layers whose hidden states are kept as well, for a feature-level draft to learn from: its
+            `config.aux_layers`, counted as in `output_hidden_states`, 0 being the embeddings. Of a prompt those of its last positions, as many as teach and 256 at
+            least. They cost no forward.
 
     Returns:
         `list[Feedback]`: without drafts; all tokens of the answers teach.
 
     Raises:
-        ValueError: if `target` is an encoder-decoder and the draft's vocabulary another, or `temperature` is negative or not finite.
+        ValueError: if `target` is an encoder-decoder and the draft's vocabulary another, or `temperature` is negative or not finite; with `states_of`, if the
+            target has no such layer, is an encoder-decoder, or the draft's vocabulary is another.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(
@@ -101,6 +149,8 @@ def record_answers(
         translation = VocabMapping.of_sizes(size, size)
     check_vocabularies(target, translation)
     encodes = target.config.is_encoder_decoder
+    if states_of is not None:
+        _check_layers(target, states_of, translation)
     if encodes or not translation.has_one_tokenizer:
         prompt_positions = 0
     how = (
@@ -124,7 +174,12 @@ def record_answers(
             input_ids[row, columns] = prompts[i]
             mask[row, columns] = 1
         prefill = PromptStates(target, prompt_positions) if prompt_positions and PromptStates.offers(target) else None
-        with _RawRows(target, top_k, dtype, translation, prefill) as raw, contiguous_head(target):
+        states = None if states_of is None else _States(target, states_of, max(prompt_positions, _CONTEXT) + 2)
+        with (
+            _RawRows(target, top_k, dtype, translation, prefill) as raw,
+            contiguous_head(target),
+            states or nullcontext(),
+        ):
             sequences = target.generate(
                 input_ids=input_ids.to(target.device),
                 attention_mask=mask.to(target.device),
@@ -155,10 +210,25 @@ def record_answers(
                 prompt_rows=of_prompt,
                 sampled=temperature > 0,
                 source=source,
+                states=None if states is None else states.of_row(row, len(prompt), n),
             )
         if on_batch is not None:
             on_batch(len(chosen))
     return answers
+
+
+def _check_layers(target: PreTrainedModel, layers: Sequence[int], translation: VocabMapping):
+    """See that there are hidden states after these layers, and that a draft can read them."""
+    if target.config.is_encoder_decoder or not translation.is_identity:
+        raise ValueError(
+            "`states_of` was given, and a draft that reads the target's hidden states drafts the target's own tokens, for a decoder; leave it out."
+        )
+    count = target.config.get_text_config().num_hidden_layers
+    if not layers or not all(0 <= i <= count for i in layers):
+        raise ValueError(
+            f"`states_of` is {list(layers)}; the target has hidden states 0 (its embeddings) to {count} (after its last layer). Give the draft's "
+            "`config.aux_layers`."
+        )
 
 
 def _batches(order: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:

@@ -37,6 +37,7 @@ from hf_osd.learning.gate import Verdict
 from hf_osd.learning.rate import Rate, Trial
 from hf_osd.learning.schedule import Schedule
 from hf_osd.learning.trouble import have_moved, trouble
+from hf_osd.models.properties import reads_states
 from hf_osd.system.default_device import default_device
 from hf_osd.system.forks import released
 from hf_osd.system.random_state import isolated_random_state
@@ -84,7 +85,7 @@ class Learner:
         alone: bool = True,
     ):
         self.buffer, self.config, self.trainable = buffer, config, trainable
-        self._alone = alone
+        self._alone, self._reads_states = alone, reads_states(draft)
         self.ranks = RankGroup.of_job()
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
@@ -277,6 +278,8 @@ class Learner:
         """Steps 2 to 5 of an update, see above."""
         self._check_beginning()
         served = [one for one in new if one not in self._rehearsed]
+        if self._reads_states:  # by a request without states such a draft cannot be judged, nor learn from it
+            served = [one for one in served if one.states is not None]
         if not self.rate.found and not self._may_find_rate(served):
             return  # nothing to try a rate on, or to judge it by; it stays new
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
@@ -386,7 +389,7 @@ class Learner:
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator)
         requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
-        rows = sum(request.num_teaching(config.positions) for request in requests)
+        rows = sum(request.num_teaching(config.positions, self._reads_states) for request in requests)
         rows = int(self.ranks.sum(rows)[0])
         if not rows:
             return  # nothing but accepted drafts, where errors alone teach; or no time

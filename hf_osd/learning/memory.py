@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.models.lora import adaptable, merges
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ class LearningFacts:
         averages (`bool`): weights are averaged over steps.
         members (`int`): of the ensemble.
         apart (`bool`): the learner has a draft of its own, on another device or in another process.
+        steps (`int`): that a feature-level draft is unrolled in training, whose activations and logits are kept together; 1 of any other.
+        state (`int`): numbers of a state of the target that such a draft reads; 0 of any other.
     """
 
     trainable: int
@@ -77,6 +80,8 @@ class LearningFacts:
     averages: bool = True
     members: int = 1
     apart: bool = False
+    steps: int = 1
+    state: int = 0
 
     @classmethod
     def of(
@@ -99,6 +104,8 @@ class LearningFacts:
         vocabulary = draft.get_output_embeddings().weight.shape[0]
         # Where columns are drawn they are fewer than half; above that all are computed.
         sampled = config.sampled_columns is not None and can_select_rows(draft)
+        states = reads_states(draft)
+        steps = config.unrolled_steps if states else 1
         return cls(
             trainable=learnt,
             frozen=sum(counts.values()) - learnt,
@@ -114,20 +121,24 @@ class LearningFacts:
             tokens=int(min(_TOKENS, draft_window(draft))),
             batch=batch,
             columns=vocabulary // 2 if sampled else vocabulary,
-            eager=getattr(model, "_attn_implementation", None) == "eager",
+            eager=getattr(model, "_attn_implementation", None) == "eager" or steps > 1,
             autocast=learners_dtype(config, draft) is not None,
             averages=bool(config.ema_decay),
             members=len(config.ensemble or [1]),
             apart=config.learn == "process" or config.learner_device is not None,
+            steps=steps,
+            state=draft.config.states_size if states else 0,
         )
 
     @property
     def activations(self) -> int:
         """Bytes of one optimizer step: s·b·h·(34 + 5·a·s/h) a layer in 16 bits (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2), the second summand where
-        attention stores its scores; twice that in float32; and the logits, in float32."""
+        attention stores its scores; twice that in float32; and the logits, in float32; all that as often as the draft is unrolled. And the states that it reads:
+        as they come, in float32, and three times for the norms and the projection."""
         s, b, h = self.tokens, self.batch, self.hidden
         layer = s * b * h * 34 + (5 * self.heads * s * s * b if self.eager else 0)
-        return layer * self.layers * (1 if self.autocast else 2) + s * b * self.columns * 4 * _LOGITS
+        step = layer * self.layers * (1 if self.autocast else 2) + s * b * self.columns * 4 * _LOGITS
+        return step * self.steps + s * b * self.state * 4 * 4
 
 
 def ends_of(linear: nn.Module) -> tuple[int, int]:
@@ -309,6 +320,11 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
     if has_adapter:
         _check_head(draft)
     linears = {} if has_adapter else adaptable(draft, trainable)
+    if config.adapter == "lora" and reads_states(draft):
+        raise ValueError(
+            "adapter='lora', and the draft reads the target's hidden states: its one layer learns whole, for it begins at random. Pass adapter='auto', or "
+            "learn=False."
+        )
     if config.adapter == "lora" and not has_adapter and not linears:
         raise ValueError(
             f"adapter='lora', and {type(draft).__name__} has no linear layer in its decoder layers that could have one. Pass adapter='off', which learns "

@@ -12,6 +12,7 @@ from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.recording import record_answers
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +101,7 @@ class Rehearsal:
                 top_k=assistant.osd_config.top_k,
                 dtype=getattr(torch, assistant.osd_config.feedback_dtype),
                 temperature=self.temperature,
+                states_of=assistant.config.aux_layers if reads_states(assistant) else None,
             )
             for request, answer in zip(chosen, answers, strict=True):
                 self._answered[request] = self._answered.get(request, 0) + 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.models.copies import check_finite, copy_draft
+from hf_osd.models.properties import reads_states
 from hf_osd.system.default_device import default_device
 
 if TYPE_CHECKING:
@@ -130,9 +131,11 @@ class Adapter:
 
 def adaptable(draft: PreTrainedModel, trainable: set[str] | None = None) -> dict[str, nn.Module]:
     """The modules of a draft that can have a LoRA adapter, by name: the linear layers among its layers, and neither LM head nor embeddings. Of those whose
-    weights are `trainable`, if there are any."""
+    weights are `trainable`, if there are any. None of a draft that reads the target's hidden states: its one layer begins at random, and is small."""
     from transformers.pytorch_utils import Conv1D
 
+    if reads_states(draft):
+        return {}
     ends = {id(end) for end in (draft.get_input_embeddings(), draft.get_output_embeddings())}
     stacks = tuple(f"{name}." for name, module in draft.named_modules() if isinstance(module, nn.ModuleList))
     found = {

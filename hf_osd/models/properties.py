@@ -21,6 +21,11 @@ def forward_parameters(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
+def reads_states(model: PreTrainedModel) -> bool:
+    """Whether the model is a feature-level draft, which reads the target's hidden states ([`hf_osd.models.feature_draft.FeatureDraft`])."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "osd_feature_draft"
+
+
 def encoder_parameters(draft: PreTrainedModel) -> set[str]:
     """By which parameters of its `forward` the draft takes what an encoder made; none for a plain decoder."""
     return forward_parameters(draft) & {"encoder_outputs", "encoder_hidden_states"}
