@@ -10,7 +10,7 @@ import pytest
 from hf_osd.system.files import new_state
 from recipes.common.run_folder import RunFolder, folder_name, locked
 
-ROOT = str(Path(__file__).parents[2])
+ROOT = str(Path(__file__).parents[3])
 
 
 def leave(folder: Path, *names: str):
