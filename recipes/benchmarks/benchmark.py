@@ -14,7 +14,7 @@ from __future__ import annotations
 import platform
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -22,16 +22,20 @@ from hf_osd import OnlineConfig, record_answers
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.scoring import answer_logits
 from hf_osd.models.draft_head import DraftHead
+from hf_osd.system.bounds import choice, option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
 from recipes.benchmarks.beside import Beside
 from recipes.benchmarks.methods import METHODS, Contest, names_of
 from recipes.benchmarks.overhead import BareForwards, Overhead
 from recipes.benchmarks.regret import Trace, regrets
 from recipes.benchmarks.workload import WARM_UP, Workload
-from recipes.common.command import check_numbers, numbers_of, run_command
+from recipes.common.command import numbers_of, run_command
+from recipes.common.figures import aligned, cell
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import ModelArguments
+from recipes.common.options import optional_string, string
 
+WHATS = ("methods", "overhead", "lookahead", "background")
 # A benchmark serves a draft as it is, unless told otherwise.
 DEFAULTS = {"learn": "off"}
 # Forwards of each size timed where costs are measured for `lookahead`.
@@ -42,41 +46,28 @@ _TIMED = 15
 class BenchmarkArguments(ModelArguments):
     """What to measure, on what; all other arguments are those of `OnlineConfig`."""
 
-    what: str = field(
-        default="methods", metadata={"help": "What to measure: 'methods', 'overhead', 'lookahead' or 'background'."}
+    what: str = option("methods", choice(*WHATS), "What to measure.")
+    methods: str = option(
+        "plain,assisted,prompt_lookup,online", string(), f"Methods to compare, with ',' between: {', '.join(METHODS)}."
     )
-    methods: str = field(
-        default="plain,assisted,prompt_lookup,online",
-        metadata={"help": f"Methods to compare, with ',' between: {', '.join(METHODS)}."},
+    stream: str = option("stdlib", string(), "A JSONL file or a built-in stream, see recipes/common/prompts.py.")
+    requests: int = option(8, whole(1), "Requests served with each setting, each repeat.")
+    skip: int = option(0, whole(0), "Prompts left out before the first request.")
+    held_back: int = option(0, whole(0), "Take prompts from those that a job with this flag and seed held back.")
+    warm: int = option(0, whole(0), "Requests just before the measured ones that online methods serve first, untimed.")
+    before: str | None = option(
+        None, optional_string(), "Another draft, that of the method 'before': --draft as it was before it learnt."
     )
-    stream: str = field(
-        default="stdlib", metadata={"help": "A JSONL file or a built-in stream, see recipes/common/prompts.py."}
-    )
-    requests: int = field(default=8, metadata={"help": "Requests served with each setting, each repeat."})
-    skip: int = field(default=0, metadata={"help": "Prompts left out before the first request."})
-    held_back: int = field(
-        default=0, metadata={"help": "Take prompts from those that a job with this flag and seed held back."}
-    )
-    warm: int = field(
-        default=0,
-        metadata={"help": "Requests just before the measured ones that online methods serve first, untimed."},
-    )
-    before: str | None = field(
-        default=None,
-        metadata={"help": "Another draft, that of the method 'before': --draft as it was before it learnt."},
-    )
-    gammas: str = field(default="1,2,3,4,5,7", metadata={"help": "γ that 'assisted' chooses from."})
-    lookups: str = field(default="3,5,10", metadata={"help": "Lengths that 'prompt_lookup' chooses from."})
-    repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    sample: bool = field(default=False, metadata={"help": "Sample, by the target's generation config."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+    gammas: str = option("1,2,3,4,5,7", string(), "γ that 'assisted' chooses from.")
+    lookups: str = option("3,5,10", string(), "Lengths that 'prompt_lookup' chooses from.")
+    repeats: int = option(5, whole(1), "Repeats; the figures are medians over them.")
+    max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
+    sample: bool = option(False, switch(), "Sample, by the target's generation config.")
+    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
+    json: str | None = option(None, optional_string(), "Also write the figures to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json, if it is there.")
 
     def __post_init__(self):
-        if self.what not in MEASURES:
-            raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, MEASURES))}.")
         super().__post_init__()
         if "before" in names_of(self.methods) and self.before is None:
             raise ValueError(
@@ -84,8 +75,6 @@ class BenchmarkArguments(ModelArguments):
             )
         for name in ("gammas", "lookups"):
             numbers_of(getattr(self, name), name)
-        least = {"requests": 1, "skip": 0, "held_back": 0, "warm": 0, "repeats": 1, "max_new_tokens": 2, "threads": 1}
-        check_numbers(self, least)
         if self.sample and self.what != "methods":
             raise ValueError(f"`sample` is for --what methods; {self.what!r} is measured on greedy answers.")
 
@@ -182,20 +171,8 @@ def table(found: dict[str, dict]) -> str:
     }
     lines = [["", *columns]]
     for name, figures in found.items():
-        lines.append([name, *(_cell(figures[key], form) for key, form in columns.values())])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-
-
-def _cell(value, form: str) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return f"{form.format(value['median'])} ({form.format(value['min'])}-{form.format(value['max'])})"
-    return form.format(value)
+        lines.append([name, *(cell(figures[key], form) for key, form in columns.values())])
+    return aligned(lines, right=True)
 
 
 def machine() -> dict:

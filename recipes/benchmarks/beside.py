@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from recipes.benchmarks.workload import Workload, spread
+from recipes.benchmarks.workload import Workload
+from recipes.common.figures import spread
 
 MODES = ("off", "background", "process")
 # The whole of learning runs and nothing is learnt: what is drafted, and so how fast, must be the same in every mode.

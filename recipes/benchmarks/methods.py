@@ -18,11 +18,11 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.metrics.stats import CallStats
-from recipes.benchmarks.workload import Call, Workload, spread
+from recipes.benchmarks.workload import Call, Workload
 from recipes.common.command import numbers_of
+from recipes.common.figures import or_none, spread
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import load_draft
-from recipes.common.run_log import or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,8 @@ from hf_osd.learning.rate import WEIGHTS
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.draft_vocab import LowRankHead
 from recipes.benchmarks.methods import Assisted, Method, Online
-from recipes.benchmarks.workload import Workload, spread
+from recipes.benchmarks.workload import Workload
+from recipes.common.figures import spread
 
 HEADS = ("full", "traffic", "low_rank")
 # Tokens of text that the draft has read where its step is timed.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
 
@@ -20,9 +20,11 @@ from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import unpack
 from hf_osd.remote.frames import from_bytes, to_bytes
 from hf_osd.remote.roles import feedback_frame
+from hf_osd.system.bounds import number, option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
+from recipes.common.options import optional_string, string
 
 TOP_K = (64, 16, 4, 1)
 
@@ -31,23 +33,16 @@ TOP_K = (64, 16, 4, 1)
 class TrafficArguments(ModelArguments):
     """What to measure, and of how many replicas to think. Of `OnlineConfig` `update_interval` is how many requests go into a frame."""
 
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
-    requests: int = field(default=8, metadata={"help": "Requests served."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer, in tokens."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    repeats: int = field(
-        default=15, metadata={"help": "Times that frames are made, read and taken in; medians count."}
-    )
-    replicas: int = field(default=1000, metadata={"help": "Replicas of the target to think of."})
-    tokens_per_second: float = field(default=1000.0, metadata={"help": "Verified tokens a second of each."})
-    weights_seconds: float = field(default=60.0, metadata={"help": "Seconds between two swaps."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        least = {"requests": 1, "max_new_tokens": 2, "repeats": 1, "replicas": 1, "threads": 1}
-        check_numbers(self, least | {"tokens_per_second": 1, "weights_seconds": 1})
+    stream: str = option("stdlib", string(), "One stream, see recipes/common/prompts.py.")
+    requests: int = option(8, whole(1), "Requests served.")
+    max_new_tokens: int = option(32, whole(2), "Longest answer, in tokens.")
+    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
+    repeats: int = option(15, whole(1), "Times that frames are made, read and taken in; medians count.")
+    replicas: int = option(1000, whole(1), "Replicas of the target to think of.")
+    tokens_per_second: float = option(1000.0, number(1), "Verified tokens a second of each.")
+    weights_seconds: float = option(60.0, number(1), "Seconds between two swaps.")
+    json: str | None = option(None, optional_string(), "Also write the figures to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json, if it is there.")
 
 
 def main(argv: list[str] | None = None) -> int:

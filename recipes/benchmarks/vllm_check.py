@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.embedded import embedded_target
+from recipes.common.figures import markdown
 from recipes.common.models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, load_target, use_threads
+from recipes.common.options import optional_string, string
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 
@@ -44,23 +47,20 @@ ENVIRONMENT = {
 class VllmArguments(TargetArguments):
     """What to serve. Of `OnlineConfig` only `seed` matters, which chooses the held-back prompts."""
 
-    vllm_python: str = field(default="", metadata={"help": "The Python of an environment that has vllm."})
-    drafts: str = field(default="", metadata={"help": "Folders of drafts with ',' between, such as before,after."})
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
-    held_back: int = field(default=100, metadata={"help": "Prompts kept from learning: as where the draft learnt."})
-    prompts: int | None = field(default=None, metadata={"help": "So many of these are served; all if left out."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    gamma: int = field(default=4, metadata={"help": "Tokens drafted a round."})
-    refresh: bool = field(
-        default=False, metadata={"help": "Also bring the last draft into the engine that runs with the first."}
-    )
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    json: str | None = field(default=None, metadata={"help": "Also write the counts to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+    vllm_python: str = option("", string(), "The Python of an environment that has vllm.")
+    drafts: str = option("", string(), "Folders of drafts with ',' between, such as before,after.")
+    stream: str = option("stdlib", string(), "One stream, see recipes/common/prompts.py.")
+    held_back: int = option(100, whole(1), "Prompts kept from learning: as where the draft learnt.")
+    prompts: int | None = option(None, whole(1).or_none(), "So many of these are served; all if left out.")
+    max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
+    gamma: int = option(4, whole(1), "Tokens drafted a round.")
+    refresh: bool = option(False, switch(), "Also bring the last draft into the engine that runs with the first.")
+    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
+    json: str | None = option(None, optional_string(), "Also write the counts to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json, if it is there.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"held_back": 1, "prompts": 1, "max_new_tokens": 2, "gamma": 1, "threads": 1})
         if not self.folders:
             raise ValueError("`drafts` is empty; name at least one folder that save_pretrained wrote.")
         for folder in map(Path, self.folders):
@@ -254,15 +254,15 @@ def table(rows: list[Counts]) -> str:
     positions = max(len(row.accepted_by_position) for row in rows)
     heads = ["draft", "engine", "rounds", "drafted", "accepted", "mean acceptance length"]
     heads += [f"position {i + 1}" for i in range(positions)] + ["identical", "near-ties", "mismatches"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for row in rows:
         # As vLLM calls it: the tokens of a round that drafted, the target's own among them.
         length = 1 + row.accepted / row.rounds if row.rounds else 1.0
         cells = [row.draft, row.engine, row.rounds, row.drafted, row.accepted, f"{length:.3f}"]
         verdicts = [row.verdicts.count(verdict) for verdict in ("identical", "near_tie", "mismatch")]
         cells += [f"{share:.3f}" for share in row.shares] + (verdicts if row.verdicts else ["-"] * 3)
-        lines.append([str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
+from recipes.common.forwards import Forwards
 from recipes.common.models import draft_tokenizers, encode_rows, load_draft, load_target, use_threads
 
 if TYPE_CHECKING:
@@ -35,33 +35,6 @@ class Call:
     draft_forwards: int = 0
     forward_seconds: float = 0.0  # in forwards of target and watched draft, after the first round
     learn_seconds: float = 0.0
-
-
-class Forwards:
-    """Counts the forwards of a model and their seconds, while open. With `wait`, each is waited for: an accelerator's forward comes back before
-    it is done."""
-
-    def __init__(self, model: nn.Module, wait: bool = False):
-        self._model, self._wait = model, wait
-        self.count, self.seconds = 0, 0.0
-
-    def __enter__(self) -> Forwards:
-        begin, end = self._model.register_forward_pre_hook(self._begin), self._model.register_forward_hook(self._end)
-        self._handles = (begin, end)
-        return self
-
-    def __exit__(self, *exception):
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, module, inputs):
-        self.count += 1
-        self._started = time.perf_counter()
-
-    def _end(self, module, inputs, output):
-        if self._wait:
-            torch.accelerator.synchronize()
-        self.seconds += time.perf_counter() - self._started
 
 
 class FirstTokens(BaseStreamer):
@@ -162,8 +135,3 @@ class Workload:
             draft_forwards=sum(meter.count for meter in meters[1:]),
             forward_seconds=sum(meter.seconds for meter in meters) - first.forward_seconds,
         )
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

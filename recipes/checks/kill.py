@@ -18,16 +18,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
+from hf_osd.system.bounds import check_options, number, option, switch, whole
 from hf_osd.system.files import newest_state, states
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_kinds, check_numbers
+from recipes.common.options import string
 from recipes.common.run_folder import RunFolder
 from recipes.common.run_log import METRICS, RunLog
 
@@ -59,23 +60,16 @@ SAVING, SAVED = b"s", b"e"  # what a child tells of its saves
 class KillArguments:
     """How often, and where."""
 
-    kills: int = field(default=100, metadata={"help": "Times the child is killed."})
-    seed: int = field(default=0, metadata={"help": "Of the delays."})
-    longest: float = field(
-        default=0.6, metadata={"help": "Seconds from a child's first request to its kill, at most."}
-    )
-    checkpoint_every: int = field(default=4, metadata={"help": "Requests between two checkpoints: the interval."})
-    compare: bool = field(
-        default=True, metadata={"help": "Serve the same requests unkilled too, and compare the rows."}
-    )
-    output_dir: str = field(default="runs/kill", metadata={"help": "Where rows, states and summary go."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
-    )
+    kills: int = option(100, whole(1), "Times the child is killed.")
+    seed: int = option(0, whole(0), "Of the delays.")
+    longest: float = option(0.6, number(0), "Seconds from a child's first request to its kill, at most.")
+    checkpoint_every: int = option(4, whole(1), "Requests between two checkpoints: the interval.")
+    compare: bool = option(True, switch(), "Serve the same requests unkilled too, and compare the rows.")
+    output_dir: str = option("runs/kill", string(), "Where rows, states and summary go.")
+    overwrite: bool = option(False, switch(), "Start anew in place of the run in the output directory.")
 
     def __post_init__(self):
-        check_kinds(self)
-        check_numbers(self, {"kills": 1, "seed": 0, "longest": 0, "checkpoint_every": 1})
+        check_options(self)
         if self.checkpoint_every % CONFIG["update_interval"]:
             raise ValueError(
                 f"`checkpoint_every` is {self.checkpoint_every}; give a multiple of {CONFIG['update_interval']}, the requests an update, or "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
-from recipes.common.command import check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.domains import content_of, digest
+from recipes.common.figures import mean, ratio, shown
 from recipes.common.models import (
     ModelArguments,
     answer,
@@ -32,9 +34,10 @@ from recipes.common.models import (
     print_of,
     use_threads,
 )
-from recipes.common.report import shown
+from recipes.common.options import string
+from recipes.common.report import setting_of
 from recipes.common.run_folder import RunFolder
-from recipes.common.run_log import RunLog, mean, or_none
+from recipes.common.run_log import RunLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,24 +52,15 @@ DEFAULTS = {"lookahead": "constant", "num_assistant_tokens": 3, "seed": 0}
 class LosslessArguments(ModelArguments):
     """What to serve and compare; all other arguments are those of `OnlineConfig`."""
 
-    stream: str = field(
-        default="stdlib", metadata={"help": "JSONL files or built-in streams, see recipes/common/prompts.py."}
-    )
-    requests: int = field(default=200, metadata={"help": "Requests in all, taken from the streams in turn."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    output_dir: str = field(default="runs/lossless", metadata={"help": "Where rows, summary and checkpoint go."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
-    )
-    checkpoint_every: int = field(default=10, metadata={"help": "Requests between two checkpoints."})
-    log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        least = {"requests": 1, "max_new_tokens": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1}
-        check_numbers(self, least)
+    stream: str = option("stdlib", string(), "JSONL files or built-in streams, see recipes/common/prompts.py.")
+    requests: int = option(200, whole(1), "Requests in all, taken from the streams in turn.")
+    max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
+    output_dir: str = option("runs/lossless", string(), "Where rows, summary and checkpoint go.")
+    resume: bool = option(False, switch(), "Go on from the checkpoint in the output directory.")
+    overwrite: bool = option(False, switch(), "Start anew in place of the run in the output directory.")
+    checkpoint_every: int = option(10, whole(1), "Requests between two checkpoints.")
+    log_every: int = option(10, whole(1), "Requests between two lines of figures.")
+    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,9 +191,7 @@ class Job:
                 "learned_tokens": stats.learned_tokens,
                 "wall_s": log.wall,
                 "seed": self.config.seed,
-                "dtype": str(self.target.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-                "device": str(self.target.device.type),
+                **setting_of(self.target),
                 "arguments": asdict(self.args),
                 "config": self.config.to_dict(),
             },
@@ -246,10 +238,10 @@ def figures_of(rows: list[dict]) -> dict:
         "identical": verdicts.count("identical"),
         "near_ties": near_ties,
         "mismatches": verdicts.count("mismatch"),
-        "near_ties_per_10k_tokens": 1e4 * near_ties / tokens if tokens else None,
-        "alpha": or_none(mean([row["alpha"] for row in rows])),
-        "alpha_live": sums["accepted"] / sums["tested"] if sums["tested"] else None,
-        "tokens_per_round": tokens / sums["rounds"] if sums["rounds"] else None,
+        "near_ties_per_10k_tokens": ratio(1e4 * near_ties, tokens),
+        "alpha": mean([row["alpha"] for row in rows]),
+        "alpha_live": ratio(sums["accepted"], sums["tested"]),
+        "tokens_per_round": ratio(tokens, sums["rounds"]),
         "drafted": sums["drafted"],
         "accepted": sums["accepted"],
     }

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -28,9 +28,11 @@ from torch import Tensor
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.hot_swap import HotSwapDraft
+from hf_osd.system.bounds import check_options, choice, number, option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_kinds, check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.models import use_threads
+from recipes.common.options import optional_string
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -53,26 +55,26 @@ _GREEDY = {"do_sample": False, "pad_token_id": 0}
 class SoakArguments:
     """What to do, and how long. `OnlineConfig`'s fields are flags too."""
 
-    what: str = field(default="threads", metadata={"help": f"One of {', '.join(WHATS)}."})
-    callers: int = field(default=8, metadata={"help": "threads: how many call at once."})
-    calls: int = field(default=200, metadata={"help": "threads: generate calls of each."})
-    requests: int = field(default=5000, metadata={"help": "memory: generate calls, the warm-up included."})
-    warm_up: int = field(default=1000, metadata={"help": "memory: calls after which memory must be flat."})
-    tolerance: float = field(default=0.02, metadata={"help": "memory: by which share it may still change."})
-    layers: int = field(default=12, metadata={"help": "flip: layers of the draft; 12 are about 50M parameters."})
-    width: int = field(default=512, metadata={"help": "flip: its hidden size."})
-    refreshes: int = field(default=100, metadata={"help": "flip: how many to time."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+    what: str = option("threads", choice(*WHATS), "What to do.")
+    callers: int = option(8, whole(1), "threads: how many call at once.")
+    calls: int = option(200, whole(1), "threads: generate calls of each.")
+    requests: int = option(5000, whole(2), "memory: generate calls, the warm-up included.")
+    warm_up: int = option(1000, whole(1), "memory: calls after which memory must be flat.")
+    tolerance: float = option(0.02, number(0), "memory: by which share it may still change.")
+    layers: int = option(12, whole(1), "flip: layers of the draft; 12 are about 50M parameters.")
+    width: int = option(512, whole(1), "flip: its hidden size.")
+    refreshes: int = option(100, whole(1), "flip: how many to time.")
+    max_new_tokens: int = option(16, whole(2), "Tokens of an answer.")
+    threads: int | None = option(None, whole(1).or_none(), "CPU threads of torch; all cores if left out.")
+    json: str | None = option(None, optional_string(), "Also write the figures to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json, if it is there.")
 
     def __post_init__(self):
-        check_kinds(self)
-        if self.what not in WHATS:
-            raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, WHATS))}.")
-        least = dict.fromkeys(("callers", "calls", "warm_up", "layers", "width", "refreshes", "threads"), 1)
-        check_numbers(self, {**least, "max_new_tokens": 2, "tolerance": 0, "requests": self.warm_up + 1})
+        check_options(self)
+        if self.requests <= self.warm_up:
+            raise ValueError(
+                f"`requests` is {self.requests}; give a whole number ≥ {self.warm_up + 1}, more than `warm_up`."
+            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,6 @@ logger = logging.getLogger("hf_osd.recipes")
 # Flags that are paths, in whichever recipe has them: what is read, one or with ',' between, and what is written, and whether that is a folder.
 _READ, _READ_SEVERAL = ("target", "draft", "before"), ("stream", "trace", "also", "drafts")
 _WRITTEN = {"output_dir": True, "save_to": True, "json": False, "log": False}
-# As one writes them for every switch: a text that may be left out is, and one that is wanted is still to be named.
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
-_NOTHING, _SOMETHING = ("false", "no", "off", "none", "null", ""), ("true", "yes", "on")
 
 
 @ended_by_signals()
@@ -58,7 +53,7 @@ def run_command(
         parser = TrlParser((arguments, OnlineConfig))
         parser.set_defaults_with_config(**(defaults or {}))
         flags = sys.argv[1:] if argv is None else argv
-        check_removed(flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
+        check_removed({flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")})
         file = config_file(flags)
         args, config = parser.parse_args_and_config(argv)
         check_paths(args, file)
@@ -129,27 +124,6 @@ def config_file(argv: list[str]) -> str | None:
     return path
 
 
-def check_kinds(args: Any):
-    """Each field is of the kind it is declared as, which a config file does not see to; a text that may be left out is, by the words for that.
-
-    Raises:
-        ValueError: if one is of another kind.
-    """
-    for name, hint in typing.get_type_hints(type(args)).items():
-        kinds, value = typing.get_args(hint) or (hint,), getattr(args, name)
-        if str in kinds and type(None) in kinds:
-            word = str(value).strip().lower()
-            if word in _NOTHING:
-                setattr(args, name, None)
-                continue
-            if word in _SOMETHING:
-                raise ValueError(f"`{name}` is {value!r}; name what it is to be, or leave it out.")
-        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            words = " or ".join(_KINDS[kind] for kind in kinds)
-            raise ValueError(f"`{name}` is {value!r}; give {words}.")
-
-
 def numbers_of(values: str, name: str, least: int = 1) -> list[int]:
     """The whole numbers of a flag, from `least` on.
 
@@ -172,28 +146,6 @@ def check_learns(learn: str, what: str):
     """
     if learn not in ("inline", "background"):
         raise ValueError(f"`learn` is {learn!r} and {what} learns in this process; leave it at 'inline'.")
-
-
-def check_numbers(args: Any, least: dict[str, int]):
-    """The fields that `least` names are given and not below it, or left out where they may be.
-
-    Raises:
-        ValueError: if one is below.
-    """
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"`{name}` is {value}; give a whole number ≥ {lowest}.")
-
-
-def check_temperature(args: Any, name: str):
-    """The field is a temperature to sample at, or 0 for not at all.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if not 0 <= (value := getattr(args, name)) < math.inf:
-        raise ValueError(f"`{name}` is {value}; give a temperature above 0, such as 0.7, or leave it out.")
 
 
 def check_repository(name: str, target: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_osd.saving import drafts
 from hf_osd.saving.hub import find_file
-from recipes.common.command import check_kinds
+from hf_osd.system.bounds import check_options, choice, option, whole
+from recipes.common.options import optional_string, string
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,26 +68,22 @@ _PRINTED = 64  # values of each weight
 class TargetArguments:
     """What every recipe is told of its target."""
 
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    dtype: str = field(
-        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
-    device: str | None = field(
-        default=None, metadata={"help": "Where models run; this machine's accelerator, if it has one, when left out."}
+    target: str = option("embedded", string(), "Path or Hub id of the target, or 'embedded'.")
+    dtype: str = option("auto", choice(*DTYPES), "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'.")
+    threads: int | None = option(None, whole(1).or_none(), "CPU threads of torch; all cores if left out.")
+    device: str | None = option(
+        None, optional_string(), "Where models run; this machine's accelerator, if it has one, when left out."
     )
 
     def __post_init__(self):
-        check_kinds(self)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        check_options(self)
 
 
 @dataclass
 class ModelArguments(TargetArguments):
     """And of its draft."""
 
-    draft: str = field(default="grow:0,1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    draft: str = option("grow:0,1", string(), "Path or Hub id of the draft, or 'grow:' and layers.")
 
 
 def use_threads(threads: int | None, processes: int = 1):

@@ -35,14 +35,12 @@ class Processes:
         mode (`str`): `"together"`, where each serves and all learn one draft, or `"separate"`, where the last one learns for the others.
 
     Raises:
-        ValueError: for another mode, or one process of a job that takes two.
+        ValueError: if `"separate"` has only one process.
     """
 
     def __init__(self, mode: str):
         from accelerate import Accelerator
 
-        if mode not in MODES:
-            raise ValueError(f"`mode` is {mode!r}; choose one of {', '.join(map(repr, MODES))}.")
         local, beside = (
             int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from hf_osd.metrics.stats import Stats
 from hf_osd.saving.state import saved_progress
 from hf_osd.system.files import discard_states, states
 from hf_osd.system.strict_json import dumps
+from recipes.common.figures import mean, or_none, ratio
 from recipes.common.run_folder import CHECKPOINT
 
 logger = logging.getLogger("hf_osd.recipes.run_log")
@@ -108,7 +108,7 @@ class RunLog:
         seconds = sum(row["decode_seconds"] for row in rows)
         tokens = sum(row["new_tokens"] for row in rows)
         return {
-            "alpha": or_none(mean([row["alpha"] for row in rows])),
+            "alpha": mean([row["alpha"] for row in rows]),
             "tokens_per_round": ratio(tokens, sum(row["rounds"] for row in rows)),
             "tokens_per_second": ratio(tokens, seconds),
         }
@@ -192,74 +192,3 @@ def _changed(saved: dict, now: dict) -> list[str]:
         elif was != value:
             names.append(name)
     return names
-
-
-class Tracking:
-    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures. One that fails while requests are served
-    is left out from then on, with a warning.
-
-    Args:
-        report_to (`str`): as in `TrainingArguments`, or `"none"`.
-        output_dir: what the integrations take for the run's folder, and name it after.
-        model: the draft, whose config they note.
-
-    Raises:
-        ValueError: if there is no such integration, or it cannot begin: not installed, not logged in.
-    """
-
-    def __init__(self, report_to: str, output_dir: str | os.PathLike, model):
-        self._callbacks = []
-        if report_to == "none":
-            return
-        from accelerate.state import is_initialized
-        from transformers import TrainerControl, TrainerState, TrainingArguments, integrations
-
-        name = Path(output_dir).resolve().name
-        # They reset accelerate's state unless told not to, and a trainer that was made before them fails from then on.
-        state = {"use_configured_state": is_initialized()}
-        args = TrainingArguments(
-            output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name, accelerator_config=state
-        )
-        self._event = (args, TrainerState(is_world_process_zero=True), TrainerControl())
-        self._model = model
-        try:
-            self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]
-            for callback in self._callbacks:
-                callback.on_train_begin(*self._event, model=model)
-        except Exception as error:  # each has errors of its own
-            raise ValueError(
-                f"`report_to` is {report_to!r}, which cannot begin: {error} Mend that, or leave it out."
-            ) from error
-
-    def log(self, served: int, figures: dict[str, float | None]):
-        """Figures at a number of requests served, the integrations' global step; those that are known."""
-        if self._callbacks:
-            self._event[1].global_step = served
-            self._tell("on_log", logs={name: value for name, value in figures.items() if value is not None})
-
-    def end(self):
-        self._tell("on_train_end")
-
-    def _tell(self, what: str, **kwargs):
-        for callback in list(self._callbacks):
-            try:
-                getattr(callback, what)(*self._event, model=self._model, **kwargs)
-            except Exception as error:
-                self._callbacks.remove(callback)
-                logger.warning("%s is told no more: %r.", type(callback).__name__, error)
-
-
-def mean(values: list[float | None]) -> float:
-    """The mean of what is known; NaN of nothing."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan
-
-
-def or_none(value: float) -> float | None:
-    """What JSON can hold: nothing in place of NaN."""
-    return None if math.isnan(value) else value
-
-
-def ratio(one: float, other: float) -> float | None:
-    """One over the other, where there is any of the other."""
-    return one / other if other else None

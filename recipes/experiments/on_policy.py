@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ from torch import Tensor
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, SparseLogits
 from hf_osd.models.heads import contiguous_head
-from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
+from hf_osd.system.bounds import option, whole
+from recipes.common.command import check_learns, numbers_of, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, shuffled, use_threads
+from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
 from recipes.experiments.replay import Traced, hits_of, learning_of, load_trace, table
 from recipes.experiments.replaying import as_drafted
@@ -38,17 +40,16 @@ ARMS = ("teacher", "drafted", "student", "mixed")
 class OnPolicyArguments(ModelArguments):
     """What to learn from. `OnlineConfig`'s own flags are those of all arms."""
 
-    trace: str = field(default="", metadata={"help": "A folder made by record.py."})
-    arms: str = field(default=",".join(ARMS), metadata={"help": "Which arms, with ',' between."})
-    requests: int = field(default=150, metadata={"help": "Requests to learn from."})
-    held_back: int = field(default=100, metadata={"help": "Held-back prompts to score on."})
-    seeds: str = field(default="0", metadata={"help": "Of request order and learning, with ',' between."})
-    branches: int = field(default=4, metadata={"help": "Blocks a request whose rows after the rejection are learnt."})
-    log: str | None = field(default=None, metadata={"help": "Append a row a run to this JSONL file."})
+    trace: str = option("", string(), "A folder made by record.py.")
+    arms: str = option(",".join(ARMS), string(), "Which arms, with ',' between.")
+    requests: int = option(150, whole(1), "Requests to learn from.")
+    held_back: int = option(100, whole(1), "Held-back prompts to score on.")
+    seeds: str = option("0", string(), "Of request order and learning, with ',' between.")
+    branches: int = option(4, whole(1), "Blocks a request whose rows after the rejection are learnt.")
+    log: str | None = option(None, optional_string(), "Append a row a run to this JSONL file.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"requests": 1, "held_back": 1, "branches": 1, "threads": 1})
         unknown = [arm for arm in self.arms.split(",") if arm not in ARMS]
         if unknown:
             raise ValueError(f"`arms` has {unknown[0]!r}; choose among {', '.join(ARMS)}.")

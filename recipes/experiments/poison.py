@@ -12,14 +12,16 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from recipes.common.command import check_learns, check_numbers, run_command
+from hf_osd.system.bounds import number, option, whole
+from recipes.common.command import check_learns, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
+from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
 from recipes.experiments.replay import load_trace
 from recipes.experiments.replaying import replay
@@ -31,16 +33,15 @@ logger = logging.getLogger("hf_osd.recipes.poison")
 class PoisonArguments(ModelArguments):
     """What to poison. Of the target only its vocabulary matters where the draft is not grown from it."""
 
-    trace: str = field(default="", metadata={"help": "A folder made by record.py."})
-    poisoned: int = field(default=48, metadata={"help": "Requests of poison, and of good traffic, in each stream."})
-    held_back: int = field(default=40, metadata={"help": "Good prompts that are held back, to score on."})
-    poisons: str = field(default="", metadata={"help": "Kinds of poison with ',' between; all if left out."})
-    margin: float = field(default=0.02, metadata={"help": "By how much lower α there is worse, beyond chance."})
-    log: str | None = field(default=None, metadata={"help": "Append a row a stream to this JSONL file."})
+    trace: str = option("", string(), "A folder made by record.py.")
+    poisoned: int = option(48, whole(1), "Requests of poison, and of good traffic, in each stream.")
+    held_back: int = option(40, whole(1), "Good prompts that are held back, to score on.")
+    poisons: str = option("", string(), "Kinds of poison with ',' between; all if left out.")
+    margin: float = option(0.02, number(0), "By how much lower α there is worse, beyond chance.")
+    log: str | None = option(None, optional_string(), "Append a row a stream to this JSONL file.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"poisoned": 1, "held_back": 1, "threads": 1})
         if not self.trace:
             raise ValueError("`trace` is empty; name a folder that `python -m recipes.experiments.record` has made.")
         if unknown := set(filter(None, self.poisons.split(","))) - set(POISONS):

@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from hf_osd import OnlineConfig, record_answers
 from hf_osd.drafting.vocab_mapping import VocabMapping
 from hf_osd.feedback.trace import read_trace, write_trace
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
-from recipes.common.command import check_numbers, check_temperature, run_command
+from recipes.common.command import run_command
 from recipes.common.domains import digest
 from recipes.common.models import (
     TargetArguments,
@@ -34,6 +35,7 @@ from recipes.common.models import (
     shuffled,
     use_threads,
 )
+from recipes.common.options import sampling_temperature, string
 from recipes.common.run_folder import LOCK, folder_name, locked
 
 logger = logging.getLogger("hf_osd.recipes.record")
@@ -48,46 +50,24 @@ _SINCE = ("prompts", "top_k", "feedback_dtype", "prompt_positions")  # which old
 class RecordArguments(TargetArguments):
     """What to record. Of `OnlineConfig` only `top_k`, `feedback_dtype` and `seed` matter here."""
 
-    stream: str = field(
-        default="stdlib", metadata={"help": "Streams with ',' between, see recipes/common/prompts.py."}
+    stream: str = option("stdlib", string(), "Streams with ',' between, see recipes/common/prompts.py.")
+    draft: str = option(
+        "", string(), "A draft of another vocabulary, in whose tokens to record: its traces are for such drafts alone."
     )
-    draft: str = field(
-        default="",
-        metadata={
-            "help": "A draft of another vocabulary, in whose tokens to record: its traces are for such drafts alone."
-        },
+    requests: int = option(1000, whole(1), "Requests a stream, at most.")
+    held_back: int = option(100, whole(1), "Prompts a stream to score on, in a trace of their own.")
+    max_new_tokens: int = option(64, whole(1), "Longest answer, in tokens.")
+    longest_prompt: int | None = option(None, whole(1).or_none(), "Leave out prompts of more tokens than this.")
+    batch_answers: int = option(48, whole(1), "Prompts a batch.")
+    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
+    again: float = option(
+        0.0,
+        sampling_temperature(),
+        "Also record answers to each request sampled at this temperature, which replay.py --again learns from.",
     )
-    requests: int = field(default=1000, metadata={"help": "Requests a stream, at most."})
-    held_back: int = field(default=100, metadata={"help": "Prompts a stream to score on, in a trace of their own."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    longest_prompt: int | None = field(default=None, metadata={"help": "Leave out prompts of more tokens than this."})
-    batch_answers: int = field(default=48, metadata={"help": "Prompts a batch."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    again: float = field(
-        default=0.0,
-        metadata={
-            "help": "Also record answers to each request sampled at this temperature, which replay.py --again learns from."
-        },
-    )
-    times: int = field(default=1, metadata={"help": "With --again, how many answers to each."})
-    output_dir: str = field(default="runs/traces", metadata={"help": "A folder a domain is made in here."})
-    overwrite: bool = field(default=False, metadata={"help": "Record anew what is there of these domains."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_temperature(self, "again")
-        check_numbers(
-            self,
-            {
-                "requests": 1,
-                "times": 1,
-                "held_back": 1,
-                "max_new_tokens": 1,
-                "batch_answers": 1,
-                "threads": 1,
-                "longest_prompt": 1,
-            },
-        )
+    times: int = option(1, whole(1), "With --again, how many answers to each.")
+    output_dir: str = option("runs/traces", string(), "A folder a domain is made in here.")
+    overwrite: bool = option(False, switch(), "Record anew what is there of these domains.")
 
 
 def main(argv: list[str] | None = None) -> int:

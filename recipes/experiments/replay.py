@@ -14,7 +14,7 @@ import logging
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +22,12 @@ import torch
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import read_trace
 from hf_osd.saving.drafts import files_of_checkpoint
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
-from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
+from recipes.common.command import check_learns, numbers_of, run_command
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
+from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
 from recipes.experiments.arms import Arm, intervals, read_arm
 from recipes.experiments.record import again_part
@@ -38,46 +40,36 @@ logger = logging.getLogger("hf_osd.recipes.replay")
 class ReplayArguments(ModelArguments):
     """What to learn from, and what to try on it. `OnlineConfig`'s own flags are the base of all arms."""
 
-    trace: str = field(
-        default="", metadata={"help": "Folders made by record.py with ',' between, learnt one after another."}
+    trace: str = option("", string(), "Folders made by record.py with ',' between, learnt one after another.")
+    arms: str = option("base", string(), "Arms with ';' between, each 'field=value,…' over the base, see arms.py.")
+    seeds: str = option("0", string(), "Of request order and learning, with ',' between; a run each.")
+    requests: str = option(
+        "250", string(), "Requests to learn from, in turn; one number a trace, with ',' between, or one for all."
     )
-    arms: str = field(
-        default="base", metadata={"help": "Arms with ';' between, each 'field=value,…' over the base, see arms.py."}
+    mixed: bool = option(
+        False, switch(), "Learn from the traces all at once, in random order, rather than in turn: a warm-up."
     )
-    seeds: str = field(default="0", metadata={"help": "Of request order and learning, with ',' between; a run each."})
-    requests: str = field(
-        default="250",
-        metadata={"help": "Requests to learn from, in turn; one number a trace, with ',' between, or one for all."},
+    again: int = option(
+        0,
+        whole(0),
+        "Beside each request learn so many of the other answers to it that record.py --again kept: a rehearsal.",
     )
-    mixed: bool = field(
-        default=False,
-        metadata={"help": "Learn from the traces all at once, in random order, rather than in turn: a warm-up."},
+    held_back: int = option(100, whole(1), "Held-back prompts of each trace to score on.")
+    also: str = option("", string(), "Traces to score on that are not learnt from, with ',' between.")
+    score_every: int = option(50, whole(1), "Requests between two scores on held-back prompts.")
+    at: str = option(
+        "", string(), "Also a table after so many requests, with ',' between; '500-1000' is from 500 to 1000."
     )
-    again: int = field(
-        default=0,
-        metadata={
-            "help": "Beside each request learn so many of the other answers to it that record.py --again kept: a rehearsal."
-        },
+    save_to: str | None = option(
+        None, optional_string(), "Also save each run's draft, in a folder '<arm's number>-<seed>' here."
     )
-    held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
-    also: str = field(default="", metadata={"help": "Traces to score on that are not learnt from, with ',' between."})
-    score_every: int = field(default=50, metadata={"help": "Requests between two scores on held-back prompts."})
-    at: str = field(
-        default="",
-        metadata={"help": "Also a table after so many requests, with ',' between; '500-1000' is from 500 to 1000."},
+    log: str | None = option(
+        None, optional_string(), "Append a row a run to this JSONL file; runs that it has already are not run again."
     )
-    save_to: str | None = field(
-        default=None, metadata={"help": "Also save each run's draft, in a folder '<arm's number>-<seed>' here."}
-    )
-    log: str | None = field(
-        default=None,
-        metadata={"help": "Append a row a run to this JSONL file; runs that it has already are not run again."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace drafts that are in --save_to already."})
+    overwrite: bool = option(False, switch(), "Replace drafts that are in --save_to already.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1, "again": 0})
         if not self.trace:
             raise ValueError(
                 "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."

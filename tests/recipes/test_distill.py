@@ -227,7 +227,7 @@ def test_what_another_rank_learns_cannot_be_rehearsed_which_is_said_before_any_w
 
     monkeypatch.setattr(distill.Processes, "__init__", with_roles)
     monkeypatch.setattr(distill, "serve_separately", lambda assistant, roles: setattr(assistant, "learner", object()))
-    monkeypatch.setattr(distill, "record_answers", None)
+    monkeypatch.setattr("recipes.common.answers.record_answers", None)
     refused(run, "--mode", "separate", "--rehearse", "0.7", says="another rank learns")
 
 

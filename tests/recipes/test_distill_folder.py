@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, i
 
 from hf_osd import OnlineAssistant
 from recipes import distill
-from recipes.common import report, run_folder, run_log
+from recipes.common import figures, report, run_folder, run_log
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_recent_figures_of_calls_without_rounds_are_not_known(tmp_path):
     log = run_log.RunLog(tmp_path, {})
     log.rows = [{"alpha": None, "rounds": 0, "new_tokens": 3, "decode_seconds": 0.5}]
     assert log.recent(1) == {"alpha": None, "tokens_per_round": None, "tokens_per_second": 6.0}
-    assert run_log.or_none(math.nan) is None
+    assert figures.or_none(math.nan) is None
 
 
 class Tracker(TrainerCallback):
