@@ -1,12 +1,12 @@
-"""The one source of figures about speed: everything is measured in one process, interleaved, and reported as medians.
+"""Measures speed: everything in one process, interleaved, and reported as medians. All figures about speed come from here.
 
     python -m recipes.benchmarks.benchmark --methods plain,assisted,online --draft my-draft --stream my.jsonl --json methods.json
     python -m recipes.benchmarks.benchmark --what overhead --json overhead.json
     python -m recipes.benchmarks.benchmark --what lookahead --json lookahead.json
     python -m recipes.benchmarks.benchmark --what background --json background.json
 
-`methods` serves the same requests by each method in turn; `overhead` is what hf_osd adds to the models' own work; `lookahead` what each policy
-for γ would have made of recorded answers; `background` what learning in a thread or a process takes from serving. What they write is described in docs/recipes.md.
+`methods` serves the same requests by each method in turn; `overhead` compares hf_osd with the bare forwards of its models; `lookahead` simulates each policy for γ
+on recorded answers; `background` measures how much learning in a thread or a process slows serving. docs/recipes.md describes the output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_osd.system.strict_json import dumps, write_json
 from recipes.benchmarks.beside import Beside
 from recipes.benchmarks.methods import METHODS, Contest, names_of
 from recipes.benchmarks.overhead import BareForwards, Overhead
-from recipes.benchmarks.regret import Trace, regrets
+from recipes.benchmarks.regret import Predictions, regrets
 from recipes.benchmarks.workload import WARM_UP, Workload
 from recipes.common.command import numbers_of, run_command
 from recipes.common.figures import aligned, cell
@@ -36,42 +36,48 @@ from recipes.common.models import ModelArguments
 from recipes.common.options import optional_string, string
 
 WHATS = ("methods", "overhead", "lookahead", "background")
-# A benchmark serves a draft as it is, unless told otherwise.
+# A benchmark serves the draft as it is, unless flags say otherwise.
 DEFAULTS = {"learn": "off"}
-# Forwards of each size timed where costs are measured for `lookahead`.
+# Timed forwards of each size, to measure the costs for `lookahead`.
 _TIMED = 15
 
 
 @dataclass
 class BenchmarkArguments(ModelArguments):
-    """What to measure, on what; all other arguments are those of `OnlineConfig`."""
+    """What to measure, and on what. The fields of `OnlineConfig` are flags too."""
 
     what: str = option("methods", choice(*WHATS), "What to measure.")
     methods: str = option(
         "plain,assisted,prompt_lookup,online", string(), f"Methods to compare, with ',' between: {', '.join(METHODS)}."
     )
-    stream: str = option("stdlib", string(), "A JSONL file or a built-in stream, see recipes/common/prompts.py.")
-    requests: int = option(8, whole(1), "Requests served with each setting, each repeat.")
-    skip: int = option(0, whole(0), "Prompts left out before the first request.")
-    held_back: int = option(0, whole(0), "Take prompts from those that a job with this flag and seed held back.")
-    warm: int = option(0, whole(0), "Requests just before the measured ones that online methods serve first, untimed.")
-    before: str | None = option(
-        None, optional_string(), "Another draft, that of the method 'before': --draft as it was before it learnt."
+    stream: str = option("stdlib", string(), "A JSONL file, dataset or built-in stream; see docs/recipes.md.")
+    requests: int = option(8, whole(1), "Requests that each method serves in each repeat.")
+    skip: int = option(0, whole(0), "Prompts to skip before the first measured request.")
+    held_back: int = option(
+        0,
+        whole(0),
+        "Take prompts from the N that distill.py or replay.py holds back with the same flag and seed; 0 takes them from the whole stream.",
     )
-    gammas: str = option("1,2,3,4,5,7", string(), "γ that 'assisted' chooses from.")
-    lookups: str = option("3,5,10", string(), "Lengths that 'prompt_lookup' chooses from.")
+    warm: int = option(
+        0, whole(0), "Requests just before the measured ones that online methods serve first, untimed; at most --skip."
+    )
+    before: str | None = option(
+        None, optional_string(), "Draft of the method 'before': --draft as it was before it learnt."
+    )
+    gammas: str = option("1,2,3,4,5,7", string(), "Values of γ that 'assisted' chooses from, with ',' between.")
+    lookups: str = option("3,5,10", string(), "Lengths that 'prompt_lookup' chooses from, with ',' between.")
     repeats: int = option(5, whole(1), "Repeats; the figures are medians over them.")
     max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
-    sample: bool = option(False, switch(), "Sample, by the target's generation config.")
-    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
+    sample: bool = option(False, switch(), "Sample with the target's generation config instead of decoding greedily.")
+    chat_template: bool = option(True, switch(), "Apply the tokenizer's chat template to prompts.")
     json: str | None = option(None, optional_string(), "Also write the figures to this file.")
-    overwrite: bool = option(False, switch(), "Replace the file of --json, if it is there.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json if there is one.")
 
     def __post_init__(self):
         super().__post_init__()
         if "before" in names_of(self.methods) and self.before is None:
             raise ValueError(
-                "`methods` has 'before' and `before` is empty; name the draft as it was, such as --before Qwen/Qwen3-0.6B."
+                "`methods` has 'before' and `before` is empty; name the draft as it was before it learnt, such as --before Qwen/Qwen3-0.6B."
             )
         for name in ("gammas", "lookups"):
             numbers_of(getattr(self, name), name)
@@ -80,12 +86,12 @@ class BenchmarkArguments(ModelArguments):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; the exit status."""
+    """Measure and print; returns the exit status."""
     return run_command(BenchmarkArguments, measure, argv, DEFAULTS)
 
 
 def measure(args: BenchmarkArguments, config: OnlineConfig):
-    """The figures, as a table or JSON to the console, and as JSON to the file asked for."""
+    """Measure, write the figures to the file of `--json`, and print them as a table or JSON."""
     figures = MEASURES[args.what](args, config)
     figures |= {"machine": machine(), "arguments": asdict(args) | {"config": config.to_dict()}}
     if args.json is not None:
@@ -97,26 +103,29 @@ def measure(args: BenchmarkArguments, config: OnlineConfig):
 
 
 def methods(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Serve the same requests by each method in turn."""
     contest = Contest(args, config)
     return {"methods": contest.run(), "prompts": prompts_of(contest.work)}
 
 
 def overhead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Compare serving and learning with the bare forwards of the models."""
     work = Overhead(args, config)
     return {"overhead": work.measure(), "prompts": prompts_of(work.work)}
 
 
 def background(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Serve with and without learning in the background."""
     work = Beside(args, config)
     return {"background": work.measure(), "prompts": prompts_of(work.work)}
 
 
 def lookahead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
-    """Each policy's rate, and its regret beside the best fixed γ, on the target's own answers and what the draft says of them."""
+    """Simulate each policy for γ on the target's own answers: its rate, and its regret against the best fixed γ."""
     work = Workload(args, config.seed)
     prompts = [request["ids"] for request in work.requests]
     answers = record_answers(work.target, prompts, args.max_new_tokens, top_k=config.top_k)
-    traces = traces_of(work.draft, answers)
+    traces = predictions_of(work.draft, answers)
     most, c, slope = config.num_assistant_tokens, config.draft_cost, config.verify_cost
     if c is None:
         bare = BareForwards(work.target, work.draft, answers[0].tokens.long(), DraftHead.of(work.draft, config))
@@ -130,32 +139,32 @@ MEASURES = {"methods": methods, "overhead": overhead, "lookahead": lookahead, "b
 
 
 @torch.no_grad()
-def traces_of(draft, answers: list) -> list[Trace]:
-    """What the draft says at each position of the answers, teacher-forced, and how sure it is."""
+def predictions_of(draft, answers: list) -> list[Predictions]:
+    """Let the draft predict each position of the answers, teacher-forced, with its confidence."""
     collate, traces = FeedbackCollator("all"), []
     for answer in answers:
         batch = {k: v.to(draft.device) if hasattr(v, "to") else v for k, v in collate([answer]).items()}
         top = answer_logits(draft, batch).float().softmax(-1).max(-1)
         hits = (top.indices.cpu() == answer.answer).int()
-        traces.append(Trace(hits.tolist(), top.values.tolist()))
+        traces.append(Predictions(hits.tolist(), top.values.tolist()))
     return traces
 
 
 def costs_of(bare: BareForwards, most: int) -> tuple[float, float]:
-    """c, and the slope of v from one token to `most`+1."""
+    """Measure c, and the slope of v between one token and `most`+1."""
     timed = [(bare.verify(1), bare.verify(most + 1), bare.step()) for _ in range(_TIMED + WARM_UP)][WARM_UP:]
     one, block, step = (statistics.median(times) for times in zip(*timed, strict=True))
     return step / one, max(block / one - 1, 0.0) / most
 
 
 def prompts_of(work: Workload) -> dict:
-    """Which prompts were used, by the ids of their rows."""
+    """Say which prompts were used, by the ids of their rows."""
     ids = {name: [row["id"] for row in getattr(work, name)] for name in ("requests", "warm", "warm_up")}
     return {"stream": work.name, **ids}
 
 
 def table(found: dict[str, dict]) -> str:
-    """A line a method."""
+    """Lay out the figures with a line for each method."""
     columns = {
         "tok/s": ("tokens_per_second", "{:.1f}"),
         "speed-up": ("speedup_vs_plain", "{:.2f}"),
@@ -176,7 +185,7 @@ def table(found: dict[str, dict]) -> str:
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     import transformers
 
     return {

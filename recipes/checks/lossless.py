@@ -1,8 +1,8 @@
-"""The promise, at length: requests served while the draft learns, each decoded plainly too, and the two outputs compared.
+"""Checks at length that outputs do not change: serves requests while the draft learns, decodes each plainly too, and compares the two outputs.
 
     python -m recipes.checks.lossless --stream one.jsonl,two.jsonl --requests 200 --output_dir runs/lossless
 
-The exit status is 1 if any output differs by more than a near-tie. What it writes is described in docs/recipes.md.
+The exit status is 1 if any output differs by more than a near-tie. docs/recipes.md describes the files it writes.
 """
 
 from __future__ import annotations
@@ -44,40 +44,43 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_osd.recipes.lossless")
 
-# A draft that drafts, whether or not that pays: where nothing is drafted, nothing can go wrong.
+# The draft drafts whether or not that pays, for where nothing is drafted nothing can go wrong.
 DEFAULTS = {"lookahead": "constant", "num_assistant_tokens": 3, "seed": 0}
 
 
 @dataclass
 class LosslessArguments(ModelArguments):
-    """What to serve and compare; all other arguments are those of `OnlineConfig`."""
+    """What to serve and compare. The fields of `OnlineConfig` are flags too."""
 
-    stream: str = option("stdlib", string(), "JSONL files or built-in streams, see recipes/common/prompts.py.")
-    requests: int = option(200, whole(1), "Requests in all, taken from the streams in turn.")
+    stream: str = option(
+        "stdlib", string(), "JSONL files, datasets or built-in streams, comma-separated; see docs/recipes.md."
+    )
+    requests: int = option(200, whole(1), "Requests in total, taken from the streams in turn.")
     max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
-    output_dir: str = option("runs/lossless", string(), "Where rows, summary and checkpoint go.")
-    resume: bool = option(False, switch(), "Go on from the checkpoint in the output directory.")
-    overwrite: bool = option(False, switch(), "Start anew in place of the run in the output directory.")
+    output_dir: str = option("runs/lossless", string(), "Folder for rows, summary and checkpoints.")
+    resume: bool = option(False, switch(), "Continue the run in output_dir from its checkpoint.")
+    overwrite: bool = option(False, switch(), "Start anew in place of the run in output_dir.")
     checkpoint_every: int = option(10, whole(1), "Requests between two checkpoints.")
     log_every: int = option(10, whole(1), "Requests between two lines of figures.")
-    chat_template: bool = option(True, switch(), "Put prompts through the tokenizer's chat template.")
+    chat_template: bool = option(True, switch(), "Apply the tokenizer's chat template to prompts.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve and compare; the exit status."""
+    """Serve and compare; returns the exit status."""
     return run_command(LosslessArguments, lambda args, config: Job(args, config).run(), argv, DEFAULTS)
 
 
 class Job:
-    """One run: `run` reads from top to bottom."""
+    """One run; `run` reads from top to bottom."""
 
     def __init__(self, args: LosslessArguments, config: OnlineConfig):
         if not config.learns:
-            raise ValueError("`learn` is False; leave it out: what is compared is serving while the draft learns.")
+            raise ValueError("`learn` is off; leave it out, for outputs are compared while the draft learns.")
         self.args, self.config = args, config
         use_threads(args.threads)
 
     def run(self) -> int:
+        """Serve, compare, and write the summary; returns the exit status."""
         args = self.args
         with RunFolder(args.output_dir, args.resume, args.overwrite) as folder:
             return self._run(folder)
@@ -110,11 +113,13 @@ class Job:
         return 0 if summary["checks"]["no_mismatches"] else 1
 
     def _serve(self, assistant: OnlineAssistant, requests: list[dict], log: RunLog):
-        """Each request in turn: generate with and without the draft, compare, then learn."""
+        """For each request in turn: generate with and without the draft, compare, then learn."""
         bar = tqdm(total=len(requests), initial=log.served, desc="comparing", unit="request", smoothing=0.05)
         for request in requests[log.served :]:
             prompt = request["ids"]
-            plain_first = log.served % 2 == 1  # in turn: neither may lean on what the other left behind
+            plain_first = (
+                log.served % 2 == 1
+            )  # alternating, so that neither always runs on caches the other has warmed
             plain = self._answer(prompt) if plain_first else None
             assisted = self._answer(prompt, assistant_model=assistant, **self.tokenizers)
             if plain is None:
@@ -142,7 +147,7 @@ class Job:
         return answer(self.target, prompt, self.args.max_new_tokens, **kwargs)
 
     def _load_requests(self) -> tuple[list[dict], dict[str, int]]:
-        """The requests in serving order, and the prompts skipped a domain."""
+        """Load the requests in serving order, and the number of skipped prompts by domain."""
         from recipes.common.prompts import load_streams
 
         args, streams, skipped, contents = self.args, [], {}, []
@@ -163,7 +168,7 @@ class Job:
         return requests, skipped
 
     def _identity(self, draft: PreTrainedModel) -> dict:
-        """What must be the same for a run to be resumed; `requests` may be raised."""
+        """Collect what must be the same for a run to be resumed; `requests` may be raised."""
         settings = {name: getattr(self.args, name) for name in ("max_new_tokens", "dtype")}
         settings |= {"stream": self.content, "target": print_of(self.target), "draft": print_of(draft)}
         template = self.tokenizer.chat_template if self.args.chat_template else None
@@ -199,13 +204,17 @@ class Job:
 
 
 def in_turn(streams: list[list[dict]], count: int) -> list[dict]:
-    """The first `count` rows, one of each stream in turn; a stream that has ended is passed over."""
+    """Take `count` rows from the streams in turn, skipping streams that have ended."""
     return list(islice((row for row in chain(*zip_longest(*streams)) if row is not None), count))
 
 
 def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int) -> dict:
-    """Where two outputs part: the index among the new tokens, and how far apart the two candidates' logits are there: by a fresh forward,
-    which is what the verdict goes by, and in plain decoding itself."""
+    """Find where two outputs differ first, and the difference of the two candidates' logits there.
+
+    Returns:
+        `dict`: `differs_at`, an index among the new tokens; `logit_difference` by a fresh forward, on which the verdict is based; and
+        `plain_logit_difference` in plain decoding itself.
+    """
     shared = min(len(plain), len(assisted))
     differs = (plain[:shared] != assisted[:shared]).nonzero()
     if not len(differs):  # one goes on where the other ends
@@ -228,7 +237,7 @@ def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int
 
 
 def figures_of(rows: list[dict]) -> dict:
-    """Figures of these requests, named as docs/figures.md has them; `alpha` is the mean of theirs."""
+    """Compute figures of these requests, named as in docs/figures.md; `alpha` is the mean over requests."""
     verdicts = [row["verdict"] for row in rows]
     sums = {name: sum(row[name] for row in rows) for name in ("new_tokens", "rounds", "drafted", "tested", "accepted")}
     tokens, near_ties = sums["new_tokens"], verdicts.count("near_tie")

@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, curves.png and the table. Figures are named as docs/figures.md has them."""
+"""`RunReport`: summary.json, curves.png and the table at the end of a run. Figures are named as in docs/figures.md."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 
 class RunReport:
-    """Figures of a [`RunLog`].
+    """Computes the figures of a [`RunLog`], by domain.
 
     Args:
         log (`RunLog`): the run.
-        overall (`dict`): facts of the whole run.
-        skipped (`dict[str, int]`), held_back (`dict[str, int]`): prompts a domain that were skipped, and that α before and after is of.
+        overall (`dict`): figures and settings of the whole run.
+        skipped (`dict[str, int]`): prompts that were skipped, by domain.
+        held_back (`dict[str, int]`): prompts that α before and after are measured on, by domain.
     """
 
     def __init__(self, log: RunLog, overall: dict, skipped: dict[str, int], held_back: dict[str, int]):
@@ -39,11 +40,11 @@ class RunReport:
         self.summary = {"domains": domains, "overall": overall}
 
     def write(self, output_dir: str | os.PathLike):
-        """summary.json, whole or not at all; what is not known is null in it."""
+        """Write summary.json, whole or not at all; unknown figures are null."""
         write_json(Path(output_dir) / "summary.json", self.summary)
 
     def plot(self, output_dir: str | os.PathLike):
-        """curves.png, likewise."""
+        """Draw curves.png, whole or not at all."""
         with staged(output_dir) as staging:
             self._plot(staging / "curves.png")
 
@@ -65,7 +66,7 @@ class RunReport:
         verdicts = [pair["verdict"] for pair in pairs]
         plain = sum(pair["plain_seconds"] for pair in pairs)
         decode = sum(pair["decode_seconds"] for pair in pairs)
-        # Learning is shared by all requests of the domain, so a pair bears its share.
+        # All requests of a domain benefit from learning, so each pair is charged an equal share of it.
         learn = sum(row["learn_seconds"] for row in rows) / len(rows) * len(pairs) if rows else 0.0
         return {
             "requests": len(rows),
@@ -102,10 +103,10 @@ class RunReport:
         for axis in (alpha, speed):
             for shift in shifts:
                 axis.axvline(shift - 0.5, color="black", linestyle="--", linewidth=0.8)
-            axis.legend(loc="lower right")  # the upper edge names the domains
+            axis.legend(loc="lower right")  # the domains' names are at the upper edge
         for start in [0, *shifts] if rows else []:
             name = shown(rows[start]["domain"])
-            # As it is: it may have a $, which matplotlib takes for mathematics.
+            # Literally: matplotlib would take a $ for mathematics.
             plain = {"parse_math": False, "usetex": False}
             alpha.annotate(
                 name, (start, 0.98), va="top", ha="left", xytext=(4, 0), textcoords="offset points", **plain

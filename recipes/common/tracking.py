@@ -10,16 +10,16 @@ logger = logging.getLogger("hf_osd.recipes.tracking")
 
 
 class Tracking:
-    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures. One that fails while requests are served
-    is left out from then on, with a warning.
+    """Passes the run's figures to transformers' own reporting integrations: trackio, tensorboard, wandb and others. An integration that fails while requests
+    are served is dropped, with a warning.
 
     Args:
         report_to (`str`): as in `TrainingArguments`, or `"none"`.
-        output_dir: what the integrations take for the run's folder, and name it after.
-        model: the draft, whose config they note.
+        output_dir: the run's folder; its name is the run's name.
+        model: the draft, whose config the integrations record.
 
     Raises:
-        ValueError: if there is no such integration, or it cannot begin: not installed, not logged in.
+        ValueError: if there is no such integration, or it cannot begin: not installed, or not logged in.
     """
 
     def __init__(self, report_to: str, output_dir: str | os.PathLike, model):
@@ -30,7 +30,7 @@ class Tracking:
         from transformers import TrainerControl, TrainerState, TrainingArguments, integrations
 
         name = Path(output_dir).resolve().name
-        # They reset accelerate's state unless told not to, and a trainer that was made before them fails from then on.
+        # By default they reset accelerate's state, after which a trainer that was made before them fails.
         state = {"use_configured_state": is_initialized()}
         args = TrainingArguments(
             output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name, accelerator_config=state
@@ -43,22 +43,23 @@ class Tracking:
                 callback.on_train_begin(*self._event, model=model)
         except Exception as error:  # each has errors of its own
             raise ValueError(
-                f"`report_to` is {report_to!r}, which cannot begin: {error} Mend that, or leave it out."
+                f"`report_to` is {report_to!r}, which cannot begin: {error} Correct that, or leave it out."
             ) from error
 
     def log(self, served: int, figures: dict[str, float | None]):
-        """Figures at a number of requests served, the integrations' global step; those that are known."""
+        """Pass on the figures that are known; the number of requests served is the integrations' global step."""
         if self._callbacks:
             self._event[1].global_step = served
-            self._tell("on_log", logs={name: value for name, value in figures.items() if value is not None})
+            self._call("on_log", logs={name: value for name, value in figures.items() if value is not None})
 
     def end(self):
-        self._tell("on_train_end")
+        """Tell the integrations that the run is over."""
+        self._call("on_train_end")
 
-    def _tell(self, what: str, **kwargs):
+    def _call(self, what: str, **kwargs):
         for callback in list(self._callbacks):
             try:
                 getattr(callback, what)(*self._event, model=self._model, **kwargs)
             except Exception as error:
                 self._callbacks.remove(callback)
-                logger.warning("%s is told no more: %r.", type(callback).__name__, error)
+                logger.warning("%s gets no more figures: %r.", type(callback).__name__, error)

@@ -319,7 +319,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_nothing_is_lost(run, monkeypat
     monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [Tracker])
     assert run("--report_to", "trackio") == 0
     assert Tracker.made.told == [4]
-    assert caplog.text.count("Tracker is told no more") == 1
+    assert caplog.text.count("Tracker gets no more figures") == 1
     assert run.summary()["domains"]["one"]["requests"] == 8
 
 

@@ -7,21 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.policy.lookahead import DraftPolicy
-from recipes.benchmarks.regret import Driven, Fixed, Trace, regrets, simulate
+from recipes.benchmarks.regret import Driven, Fixed, Predictions, regrets, simulate
 
 
-def trace_of(hits: list[int], sure: float = 0.5) -> Trace:
-    return Trace(hits, [sure] * len(hits))
+def trace_of(hits: list[int], sure: float = 0.5) -> Predictions:
+    return Predictions(hits, [sure] * len(hits))
 
 
 def traffic(
     alpha: float, requests: int = 40, tokens: int = 60, calibrated: bool = False, seed: int = 0
-) -> list[Trace]:
+) -> list[Predictions]:
     """Requests whose positions are hits with probability `alpha`; with `calibrated`, the draft's confidence says which."""
     draw, traces = random.Random(seed), []
     for _ in range(requests):
         hits = [int(draw.random() < alpha) for _ in range(tokens)]
-        traces.append(Trace(hits, [0.95 if hit else 0.05 for hit in hits] if calibrated else [alpha] * tokens))
+        traces.append(Predictions(hits, [0.95 if hit else 0.05 for hit in hits] if calibrated else [alpha] * tokens))
     return traces
 
 
@@ -79,4 +79,4 @@ def test_the_cost_policy_uses_confidence_that_no_fixed_length_can():
 
 def test_nothing_recorded_is_an_error():
     with pytest.raises(ValueError, match="at least one prompt"):
-        regrets([Trace([], [])], 3, 0.1)
+        regrets([Predictions([], [])], 3, 0.1)

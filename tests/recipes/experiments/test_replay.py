@@ -251,7 +251,7 @@ def test_arms_are_fields_over_the_base():
     assert arm.config.ensemble == [1, 2, 4]
     assert arm.config.replay_ratio == 5.0
     assert arm.config.divergence == "jsd"
-    assert (arm.name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
+    assert (arm.draft_name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
     assert read_arm("adapter=off,lora=4", base, "").config.adapter == "off", "what is said goes before what is meant"
     assert read_arm("preset=paper,learning_rate=3e-3", base, "").config == OnlineConfig.paper(learning_rate=3e-3)
     assert read_arm("preset=paper,lora=2", base, "").config == OnlineConfig.paper(adapter="lora", lora=2)
