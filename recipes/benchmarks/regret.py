@@ -66,7 +66,7 @@ class Fixed:
 
 
 class Driven:
-    """Drives a [`DraftPolicy`] as serving does, without the suffix cache."""
+    """Drives a [`DraftPolicy`] as serving does, without the suffix cache. `choose` makes the decisions of `DraftModelProposer.draft`; a test holds them equal."""
 
     def __init__(self, policy: DraftPolicy):
         self.policy = policy

@@ -147,7 +147,10 @@ class Killing:
 
     def _check_disk(self, known: list[dict]) -> dict:
         """Check in another process what is on disk."""
-        with forked(lambda send: send(json.dumps(check_disk(self.args, self.directory, known)).encode())) as (_, messages):
+        with forked(lambda send: send(json.dumps(check_disk(self.args, self.directory, known)).encode())) as (
+            _,
+            messages,
+        ):
             return json.loads(messages.rest())
 
     def _differs_at(self, rows: list[dict]) -> int | None:
