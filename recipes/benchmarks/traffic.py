@@ -52,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: TrafficArguments, config: OnlineConfig):
     """Serve, pack, swap, and print the tables."""
-    from recipes.common.prompts import load_streams
+    from recipes.common.prompts import load_stream
 
     use_threads(args.threads)
     torch.manual_seed(config.seed or 0)
     target, tokenizer = load_target(args.target, args.dtype)
-    [(name, rows)] = load_streams(args.stream, config.seed or 0)
+    name, rows = load_stream(args.stream, config.seed)
     rows, _ = encode_rows(target, tokenizer, name, rows[: args.requests], args.max_new_tokens, args.chat_template)
     draft = load_draft(args.draft, target)
     # The constant policy drafts whether or not that pays, and nothing is learnt.

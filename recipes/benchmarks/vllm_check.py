@@ -158,13 +158,9 @@ def find_vllm(python: str):
 
 def held_back(args: VllmArguments, seed: int | None, target, tokenizer) -> list[Tensor]:
     """Load the prompts that recipes/distill.py, record.py and replay.py hold back, as token ids."""
-    from recipes.common.prompts import load_streams, split_held_back
+    from recipes.common.prompts import load_stream, split_held_back
 
-    streams = load_streams(args.stream, seed)
-    if len(streams) > 1:
-        names = ", ".join(name for name, _ in streams)
-        raise ValueError(f"`stream` {args.stream!r} has the domains {names}; name one.")
-    [(name, rows)] = streams
+    name, rows = load_stream(args.stream, seed)
     rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
     return [row["ids"] for row in split_held_back(rows, args.held_back, seed or 0, name)[0]][: args.prompts]
 

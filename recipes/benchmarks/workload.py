@@ -69,25 +69,21 @@ class Workload:
         use_threads(args.threads)
         self.max_new_tokens, self.sample, self.seed = args.max_new_tokens, args.sample, seed or 0
         self.wait_for_forwards = False
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.target, self.tokenizer = load_target(args.target, args.dtype, device)
+        self.target, self.tokenizer = load_target(args.target, args.dtype)
         self._load_requests(args, max(args.requests, least))
         # Only `methods` serves drafts of another vocabulary, which `generate` needs tokenizers for.
         self.draft: PreTrainedModel = load_draft(args.draft, self.target, any_vocabulary=args.what == "methods")
         self.tokenizers = draft_tokenizers(args.draft, self.draft, self.target, self.tokenizer)
 
     def _load_requests(self, args, count: int):
-        from recipes.common.prompts import load_streams, split_held_back
+        from recipes.common.prompts import load_stream, split_held_back
 
         if args.warm > args.skip:
             raise ValueError(
                 f"`warm` is {args.warm} and `skip` {args.skip}: the warm requests are the ones just before those measured; raise --skip to "
                 "at least as many."
             )
-        streams = load_streams(args.stream, self.seed)
-        if len(streams) > 1:
-            raise ValueError(f"`stream` {args.stream!r} has the domains {[name for name, _ in streams]}; name one.")
-        self.name, rows = streams[0]
+        self.name, rows = load_stream(args.stream, self.seed)
         held, rest = split_held_back(rows, args.held_back, self.seed, self.name) if args.held_back else (rows, [])
         first = args.skip - args.warm
         self.warm = self._encode(args, held[first : args.skip])

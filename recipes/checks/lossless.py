@@ -87,8 +87,7 @@ class Job:
 
     def _run(self, folder: RunFolder) -> int:
         args = self.args
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.target, self.tokenizer = load_target(args.target, args.dtype, device)
+        self.target, self.tokenizer = load_target(args.target, args.dtype)
         requests, skipped = self._load_requests()
         draft = load_draft(args.draft, self.target, any_vocabulary=True)
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)

@@ -70,6 +70,18 @@ def load_streams(spec: str, seed: int | None = 0, count: int = 1000) -> list[tup
     return list(streams.items())
 
 
+def load_stream(spec: str, seed: int | None = 0) -> tuple[str, list[dict]]:
+    """Load the one stream that `spec` names: `(domain, rows)`.
+
+    Raises:
+        ValueError, OSError: as [`load_streams`], and if there are several domains.
+    """
+    streams = load_streams(spec, seed)
+    if len(streams) > 1:
+        raise ValueError(f"`stream` {spec!r} has the domains {', '.join(name for name, _ in streams)}; name one.")
+    return streams[0]
+
+
 def split_held_back(rows: list[dict], count: int, seed: int | None, name: str) -> tuple[list[dict], list[dict]]:
     """Split a stream into `count` held-back rows and the rest: `(held back, rest)`, both in the stream's order.
 

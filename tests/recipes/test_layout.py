@@ -1,4 +1,4 @@
-"""The recipes' rooms: who may import whom, and that every recipe that is named anywhere is there."""
+"""The recipes' folders: what each may import, and that every recipe named anywhere exists."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The benchmark on a tiny model: the figures they print are there, whole and of the right sort."""
+"""The benchmark on a tiny model: every figure is there and plausible."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Simulated rounds against rounds counted by hand, and policies against what must hold of them."""
+"""Simulated rounds against rounds counted by hand and rounds served, and bounds that policies must keep."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The killed service: three real kills, and that what it looks for is found where it is planted."""
+"""The killed service: three real kills, and that planted corruption is found."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def service(tmp_path):
     return args, tmp_path / "service"
 
 
-def test_a_whole_service_is_told_from_a_corrupt_one(service):
+def test_a_corrupt_state_is_recognised(service):
     args, directory = service
     whole = kill.check_disk(args, directory, [])
     assert (whole["corrupt"], whole["served"], whole["saved"], whole["lost"]) == (None, 8, 8, 0)

@@ -1,4 +1,4 @@
-"""Flags and config files: what is refused says which value and how to mend it, before any work."""
+"""Flags and config files: an error names the value and how to correct it, before any work."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ class Arguments:
 
 
 @pytest.mark.parametrize("word", ["false", "False", "no", "off", "none", "null", "", False, None])
-def test_a_text_that_may_be_left_out_is_by_every_word_for_that(word):
+def test_an_optional_text_is_left_out_by_false_no_off_and_none(word):
     assert Arguments(push_to_hub=word).push_to_hub is None
 
 
@@ -142,7 +142,7 @@ def test_no_name_that_data_has_breaks_off_a_table(monkeypatch, tmp_path):
     assert stream.buffer.getvalue() == b"\\u03b1\\u65e5\\u672c\n"
 
 
-def test_a_config_file_says_false_and_means_it(tmp_path, refused):
+def test_false_in_a_config_file_leaves_a_text_out(tmp_path, refused):
     config, seen = tmp_path / "mine.yaml", []
     config.write_text("push_to_hub: false\nrequests: 3\n")
     flags = ["--config", str(config), "--output_dir", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""An output folder belongs to one run: what is in it is nobody else's, and nothing that is refused has touched it."""
+"""An output folder belongs to one run: other jobs are kept out, and a refused one touches nothing."""
 
 import signal
 import subprocess

@@ -180,7 +180,7 @@ def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, trace
     assert (tmp_path / "0-0" / "model.safetensors").is_file()
 
 
-def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
+def test_bad_flags_are_named(target_dir, traces, caplog):
     from recipes.experiments import replay
 
     for more, words in (
@@ -205,7 +205,7 @@ def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
         assert words in caplog.text
 
 
-def test_what_cannot_be_run_is_said_before_anything_is(target_dir, traces, monkeypatch, caplog):
+def test_bad_flags_are_refused_before_any_run(target_dir, traces, monkeypatch, caplog):
     from recipes.experiments import replay
 
     monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("something was learnt"))
@@ -287,7 +287,7 @@ def test_intervals_are_paired():
     assert noisy.difference == pytest.approx(0)
 
 
-def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_path):
+def test_on_policy_arms_learn_from_the_drafts_text(target_dir, traces, tmp_path):
     from recipes.experiments import on_policy
 
     log = tmp_path / "runs.jsonl"

@@ -1,4 +1,4 @@
-"""`replay`: what a trace says of a draft, and teaches it, is what serving would have said and taught."""
+"""`replay`: predictions and learning on a trace are those of serving."""
 
 import dataclasses
 
