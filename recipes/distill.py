@@ -212,7 +212,7 @@ class Job:
             )
 
     def _warm_up(self):
-        """Distil offline, before the first request, on the target's own answers: each update's are judged before they are learnt, as served ones are."""
+        """Distil offline, before the first request, on the target's own answers, in updates that are judged as those of serving are."""
         learner, config = self.assistant.learner, self.config
         if learner is None:
             return
@@ -221,7 +221,7 @@ class Job:
         for start in tqdm(range(0, most, config.update_interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + config.update_interval]:
                 learner.offer(seen.only_new(feedback, config.prompt_positions))
-            # A learner beside serving would otherwise begin late, with one update of all, of which nothing is judged.
+            # A thread or process would otherwise begin late, with a single update of all answers, and no answers left to judge it by.
             self.assistant.update_together(force=config.learn in ("background", "process"))
         if most:
             self.processes.flush(self.assistant)

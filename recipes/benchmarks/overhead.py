@@ -187,7 +187,7 @@ class Overhead:
         return found
 
     def python(self) -> dict:
-        """Measure a round's time outside the forwards of both models: in plain decoding, transformers' assisted generation, and with an OnlineAssistant of the same γ.
+        """Measure a round's time outside the forwards of both models, in plain decoding, assisted generation, and with an OnlineAssistant of the same γ.
 
         Each request's first round is left out. On an accelerator each forward is waited for.
         """
