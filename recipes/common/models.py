@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_osd import grow_feature_draft
 from hf_osd.saving import drafts
 from hf_osd.saving.hub import find_file
 from hf_osd.system.bounds import check_options, choice, option, whole
@@ -158,11 +159,17 @@ def print_of(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_feature(name: str) -> bool:
+    """Tell whether `--draft` names a new draft that reads the target's hidden states."""
+    return name == "feature" or name.startswith("feature:")
+
+
 def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False) -> PreTrainedModel:
     """Load a draft for `target`, in its dtype and on its device.
 
     Args:
-        name: a path, a Hub id, or `"grow:0,1"` for a draft made of these layers of the target.
+        name: a path, a Hub id, or `"grow:0,1"` for a draft made of these layers of the target, or `"feature"` for a new draft that reads the target's hidden states:
+            `"feature:2,15,27"` for those after these layers.
         target: the model it is to draft for.
         any_vocabulary: whether its vocabulary may differ from the target's; see `draft_tokenizers`.
 
@@ -177,6 +184,16 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
         except ValueError as error:
             raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,1.") from error
         return drafts.grow_draft(target, layers)
+    if is_feature(name):
+        try:
+            layers = (
+                [int(i) for i in name.removeprefix("feature").removeprefix(":").split(",")] if ":" in name else None
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"`draft` is {name!r}; write 'feature', or feature:2,15,27 with layer numbers."
+            ) from error
+        return grow_feature_draft(target, layers)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
     decode_alone(draft, f"The draft {name}")
     kinds = [one.config.is_encoder_decoder for one in (target, draft)]
@@ -208,7 +225,7 @@ def draft_tokenizers(
     Raises:
         ValueError: if the draft needs a tokenizer and has none, or its tokenizer is another of the same size, which `generate` would not notice.
     """
-    if name.startswith("grow:"):
+    if name.startswith("grow:") or is_feature(name):
         return {}
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     own = None

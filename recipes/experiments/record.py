@@ -22,9 +22,11 @@ from tqdm import tqdm
 from hf_osd import OnlineConfig, record_answers
 from hf_osd.drafting.vocab_mapping import VocabMapping
 from hf_osd.feedback.trace import read_trace, write_trace
+from hf_osd.models.blueprint import depth_of, text_model
+from hf_osd.models.feature_growth import default_aux_layers
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
-from recipes.common.command import run_command
+from recipes.common.command import numbers_of, run_command
 from recipes.common.domains import digest
 from recipes.common.models import (
     TargetArguments,
@@ -68,6 +70,11 @@ class RecordArguments(TargetArguments):
         "Also record answers sampled at this temperature, for replay.py --again.",
     )
     times: int = option(1, whole(1), "With --again, how many sampled answers to each request.")
+    states: str = option(
+        "",
+        string(),
+        "Also record the target's hidden states after these layers, such as 2,15,27, for replay.py --draft feature; 'auto' for those that a grown feature draft reads.",
+    )
     output_dir: str = option("runs/traces", string(), "Folder in which each domain gets a folder.")
     overwrite: bool = option(False, switch(), "Record these domains anew, in place of what is there.")
 
@@ -89,6 +96,9 @@ def record(args: RecordArguments, config: OnlineConfig):
         translation = VocabMapping.of_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
         if not translation.is_identity:
             vocabulary = {"draft": args.draft, "draft_size": str(translation.draft_size)}
+    layers = state_layers(args.states, target)
+    if layers is not None:
+        vocabulary["states"] = ",".join(map(str, layers))
     seed, shards = config.seed or 0, []
     for name, rows in load_streams(args.stream, seed):
         rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
@@ -114,7 +124,7 @@ def record(args: RecordArguments, config: OnlineConfig):
         if args.overwrite:
             _discard({shard.path.parent for shard in shards})
         for shard in tqdm(todo, desc="recording", unit="shard"):
-            _record(args, config, target, translation, shard)
+            _record(args, config, target, translation, layers, shard)
 
 
 @dataclass
@@ -174,7 +184,27 @@ def again_part(n: int) -> str:
     return f"again{n + 1}"
 
 
-def _record(args: RecordArguments, config: OnlineConfig, target, translation: VocabMapping | None, shard: Shard):
+def state_layers(states: str, target) -> list[int] | None:
+    """Read the flag `states`: the layers after which the target's hidden states are recorded, `None` for no states.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not states:
+        return None
+    if states == "auto":
+        return default_aux_layers(depth_of(text_model(target)))
+    return numbers_of(states, "states", least=0)
+
+
+def _record(
+    args: RecordArguments,
+    config: OnlineConfig,
+    target,
+    translation: VocabMapping | None,
+    layers: list[int] | None,
+    shard: Shard,
+):
     if shard.temperature:  # seeded for each shard, so that a recording that goes on gives the same answers
         torch.manual_seed(shard.seed)
     began = time.perf_counter()
@@ -188,6 +218,7 @@ def _record(args: RecordArguments, config: OnlineConfig, target, translation: Vo
         prompt_positions=0 if shard.temperature else config.prompt_positions,  # those of the greedy answer are enough
         temperature=shard.temperature,
         translation=translation,
+        states_of=layers,
     )
     write_trace(shard.path, answers, shard.facts | {"seconds": f"{time.perf_counter() - began:.1f}"})
 

@@ -16,11 +16,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import read_trace
+from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import files_of_checkpoint
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
@@ -32,6 +34,9 @@ from recipes.common.row_log import RowLog
 from recipes.experiments.arms import Arm, intervals, read_arm
 from recipes.experiments.record import again_part
 from recipes.experiments.replaying import replay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.replay")
 
@@ -93,6 +98,7 @@ class Traced:
     max_new_tokens: int
     digest: str  # of the files, by which it is told from another recording of that name
     draft_size: int | None = None  # size of its vocabulary, if that is not the target's
+    states: str | None = None  # layers of the target whose hidden states are in it, with ',' between
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,6 +186,7 @@ class Experiment:
         began = time.perf_counter()
         config = dataclasses.replace(arm.config, seed=seed, suffix_cache=False)
         draft = arm.draft(self.target, self.draft_size)
+        self._check_states(draft, arm.draft_name)
         tokenizers = draft_tokenizers(arm.draft_name, draft, self.target, self.tokenizer)
         assistant = OnlineAssistant(draft, config)
         kind = (arm.draft_name, config.learner_dtype)
@@ -218,6 +225,15 @@ class Experiment:
             "shares": [round(share, 4) for share in assistant.learner.ensemble.shares],
             "losses": [round(loss, 4) for loss in assistant.learner.ensemble.losses],
         }
+
+    def _check_states(self, draft: PreTrainedModel, name: str):
+        """Raise a ValueError if a draft reads the target's hidden states and they are not in a trace."""
+        layers = ",".join(map(str, draft.config.aux_layers)) if reads_states(draft) else None
+        if layers is not None and (wrong := [traced for traced in self.judged if traced.states != layers]):
+            raise ValueError(
+                f"The draft {name} reads the target's hidden states after layers {layers}, and {wrong[0].name} has {wrong[0].states or 'none'}; record it again "
+                f"with --states {layers} --overwrite."
+            )
 
     def key(self, arm: Arm, seed: int) -> str:
         """Digest what makes two runs the same run."""
@@ -282,7 +298,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
     others = [again_part(n) for n in range(again if stream else 0)]
     names = ["held_back", *(["stream"] if stream else []), *others]
     parts: dict[str, list[Feedback]] = {name: [] for name in names}
-    limits, sizes, digest = set(), set(), hashlib.sha256()
+    limits, sizes, states, digest = set(), set(), set(), hashlib.sha256()
     for part in names:
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
@@ -290,6 +306,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
             parts[part] += [request.truncate(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
             sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
+            states.add(facts.get("states"))
         if not parts[part]:
             flag = f" --again 0.7 --times {again}" if part in others else ""
             raise FileNotFoundError(
@@ -317,6 +334,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         max(limits),
         digest.hexdigest(),
         sizes.pop(),
+        states.pop() if len(states) == 1 else None,
     )
 
 

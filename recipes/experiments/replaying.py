@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
 from hf_osd.feedback.prompt_states import SeenTexts
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     from hf_osd.learning.protocol import LearningAssistant
@@ -56,7 +57,7 @@ def replay(
     while at < len(requests):
         # As many as are served before the next update.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
-        chunk = [request.truncate(config.top_k) for request in requests[at : at + ahead]]
+        chunk = [_kept(assistant, request) for request in requests[at : at + ahead]]
         if any(request.sampled for request in chunk):
             raise ValueError(
                 "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
@@ -68,12 +69,18 @@ def replay(
             assistant.learner.offer(served)
             if again is not None:
                 for other in again[at]:
-                    assistant.learner.rehearse(other.truncate(config.top_k))
+                    assistant.learner.rehearse(_kept(assistant, other))
             assistant.update()
             at += 1
             yield served
             if assistant.serving.version != version:
                 break  # the new weights predict the others
+
+
+def _kept(assistant: LearningAssistant, request: Feedback) -> Feedback:
+    """What serving with this assistant would have kept of a request: its `top_k`, and the target's states if its draft reads them."""
+    request = request.truncate(assistant.osd_config.top_k)
+    return request if reads_states(assistant) or request.states is None else replace(request, states=None)
 
 
 def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: int | None = None) -> Feedback:

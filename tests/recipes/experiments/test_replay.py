@@ -326,3 +326,26 @@ def test_rows_after_a_rejection_are_the_targets_on_the_drafts_text(target_dir, t
             logits = target(input_ids=branch.tokens[None].long()).logits[0, branch.prompt_length - 1 : -1]
             assert torch.equal(branch.top_ids[:, 0].long(), logits.argmax(-1))
     assert found
+
+
+def test_a_draft_that_reads_the_targets_states_learns_from_a_trace_that_has_them(
+    target_dir, traces, tmp_path, refused
+):
+    from recipes.experiments import record, replay
+
+    log = tmp_path / "runs.jsonl"
+    recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
+    recording = [*recording.split(), "--output_dir", str(tmp_path), "--states"]
+    assert record.main([*recording, "auto"]) == 0
+    requests, facts = read_trace(next((tmp_path / "left").glob("stream-*")))
+    assert facts["states"] == "1,2,3"
+    assert all(one.states.width == 3 * 32 for one in requests)
+    refused(record.main, [*recording, "0,1"], says="another states")
+    given = flags(target_dir, tmp_path, "--log", str(log), "--arms", "base;draft=grow:0+1")
+    assert replay.main([*given, "--draft", "feature"]) == 0
+    for row in map(json.loads, log.read_text().splitlines()):
+        assert (row["updates"], row["failed"]) == (2, 0)
+        assert all(n > 0 for scores in row["scores"]["left"].values() for _, n in scores)
+    refused(replay.main, [*given, "--draft", "feature:0,2"], says="--states 0,2")
+    refused(replay.main, [*given, "--draft", "feature:x"], says="feature:2,15,27")
+    refused(replay.main, flags(target_dir, traces, "--draft", "feature"), says="left has none")
