@@ -180,7 +180,7 @@ def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, trace
     assert (tmp_path / "0-0" / "model.safetensors").is_file()
 
 
-def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
+def test_bad_flags_are_named(target_dir, traces, caplog):
     from recipes.experiments import replay
 
     for more, words in (
@@ -205,7 +205,7 @@ def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
         assert words in caplog.text
 
 
-def test_what_cannot_be_run_is_said_before_anything_is(target_dir, traces, monkeypatch, caplog):
+def test_bad_flags_are_refused_before_any_run(target_dir, traces, monkeypatch, caplog):
     from recipes.experiments import replay
 
     monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("something was learnt"))
@@ -251,7 +251,7 @@ def test_arms_are_fields_over_the_base():
     assert arm.config.ensemble == [1, 2, 4]
     assert arm.config.replay_ratio == 5.0
     assert arm.config.divergence == "jsd"
-    assert (arm.name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
+    assert (arm.draft_name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
     assert read_arm("adapter=off,lora=4", base, "").config.adapter == "off", "what is said goes before what is meant"
     assert read_arm("preset=paper,learning_rate=3e-3", base, "").config == OnlineConfig.paper(learning_rate=3e-3)
     assert read_arm("preset=paper,lora=2", base, "").config == OnlineConfig.paper(adapter="lora", lora=2)
@@ -287,7 +287,7 @@ def test_intervals_are_paired():
     assert noisy.difference == pytest.approx(0)
 
 
-def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_path):
+def test_on_policy_arms_learn_from_the_drafts_text(target_dir, traces, tmp_path):
     from recipes.experiments import on_policy
 
     log = tmp_path / "runs.jsonl"
@@ -326,3 +326,26 @@ def test_rows_after_a_rejection_are_the_targets_on_the_drafts_text(target_dir, t
             logits = target(input_ids=branch.tokens[None].long()).logits[0, branch.prompt_length - 1 : -1]
             assert torch.equal(branch.top_ids[:, 0].long(), logits.argmax(-1))
     assert found
+
+
+def test_a_draft_that_reads_the_targets_states_learns_from_a_trace_that_has_them(
+    target_dir, traces, tmp_path, refused
+):
+    from recipes.experiments import record, replay
+
+    log = tmp_path / "runs.jsonl"
+    recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
+    recording = [*recording.split(), "--output_dir", str(tmp_path), "--states"]
+    assert record.main([*recording, "auto"]) == 0
+    requests, facts = read_trace(next((tmp_path / "left").glob("stream-*")))
+    assert facts["states"] == "1,2,3"
+    assert all(one.states.width == 3 * 32 for one in requests)
+    refused(record.main, [*recording, "0,1"], says="another states")
+    given = flags(target_dir, tmp_path, "--log", str(log), "--arms", "base;draft=grow:0+1")
+    assert replay.main([*given, "--draft", "feature"]) == 0
+    for row in map(json.loads, log.read_text().splitlines()):
+        assert (row["updates"], row["failed"]) == (2, 0)
+        assert all(n > 0 for scores in row["scores"]["left"].values() for _, n in scores)
+    refused(replay.main, [*given, "--draft", "feature:0,2"], says="--states 0,2")
+    refused(replay.main, [*given, "--draft", "feature:x"], says="feature:2,15,27")
+    refused(replay.main, flags(target_dir, traces, "--draft", "feature"), says="left has none")
