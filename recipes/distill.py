@@ -296,7 +296,7 @@ class Job:
             row = log.add(domain.name, assistant.stats, seconds)
             if plain is not None:
                 source = prompt if self.target.config.is_encoder_decoder else None
-                verdict = compare_outputs(self.target, plain[0], output, source)
+                verdict = compare_outputs(self.target, plain[0], output, source, len(prompt))
                 log.add_pair(domain.name, verdict, plain[1], decode_seconds)
             bar.update()
             if hidden:

@@ -125,7 +125,7 @@ class Job:
             assisted = self._answer(prompt, assistant_model=assistant, **self.tokenizers)
             if plain is None:
                 plain = self._answer(prompt)
-            verdict = compare_outputs(self.target, plain, assisted)
+            verdict = compare_outputs(self.target, plain, assisted, prompt_length=len(prompt))
             found = {"id": request["id"], "verdict": verdict}
             if verdict != "identical":
                 found |= first_difference(self.target, plain, assisted, len(prompt))
@@ -212,8 +212,8 @@ def in_turn(streams: list[list[dict]], count: int) -> list[dict]:
 
 
 def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int) -> dict:
-    """Where two outputs part: the index among the new tokens, and how far apart the two candidates' logits are there: by a fresh forward,
-    which is what the verdict goes by, and in plain decoding itself."""
+    """Where two outputs part: the index among the new tokens, and how far apart the two candidates' logits are there: by a fresh forward
+    in the target's dtype, and in plain decoding itself."""
     shared = min(len(plain), len(assisted))
     differs = (plain[:shared] != assisted[:shared]).nonzero()
     if not len(differs):  # one goes on where the other ends
