@@ -391,7 +391,8 @@ def check_removed(names: Iterable[str]):
     Raises:
         ValueError: if one is; the message says what to do in its place.
     """
-    if renamed := sorted(RENAMED.keys() & set(names)):
+    names = set(names)
+    if renamed := sorted(RENAMED.keys() & names):
         raise ValueError(" ".join(f"`{name}` is called `{RENAMED[name]}` now." for name in renamed))
-    if gone := sorted(REMOVED.keys() & set(names)):
+    if gone := sorted(REMOVED.keys() & names):
         raise ValueError(" ".join(f"`{name}` is no field any more: {REMOVED[name][1]}." for name in gone))
