@@ -1,1 +1,1 @@
-"""Other engines that serve: how what was learnt here gets into one that runs. A module runs in its engine's environment, and needs the engine and nothing else of hf_osd."""
+"""Other engines that serve: this room brings a learnt draft into an engine that runs. Each module runs in its engine's environment, and needs the engine and nothing else of hf_osd."""
