@@ -1,1 +1,1 @@
-"""What verification taught: the target's words at the positions of a request, kept in memory, in traces and as seen texts. It knows neither drafts nor learners."""
+"""The results of verification: this room keeps the target's distributions at the positions of a request, in memory and in traces. It knows neither drafts nor learners."""
