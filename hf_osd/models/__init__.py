@@ -1,1 +1,1 @@
-"""The draft as a model: copies that share weights, what adapters do to them, swaps of what serves, its head and vocabulary. It knows nothing of calls or of learning."""
+"""The draft as a model: this room makes copies that share weights, adapters, hot swaps of the serving weights, and reduced heads. It knows nothing of calls or of learning."""

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hf_osd.models.blueprint import blueprint, text_model
-from hf_osd.models.own_draft import execution_device, real_tensor, unwrapped
-from hf_osd.models.plain import has_adapter, merged, say_ties
+from hf_osd.models.clean_copy import execution_device, real_tensor, unwrapped
+from hf_osd.models.plain import has_adapter, merged, record_ties
 from hf_osd.saving.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -151,6 +151,6 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
     entry, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     if entry.is_meta and head.is_meta and target.config.tie_word_embeddings:  # that they are one is not seen there
         draft.get_output_embeddings().weight = draft.get_input_embeddings().weight
-    say_ties(draft)
+    record_ties(draft)
     draft.generation_config = copy.deepcopy(given.generation_config)
     return draft.eval()

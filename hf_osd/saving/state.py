@@ -48,7 +48,7 @@ class ResumableAssistant:
             stats = self._stats.state()
         values = {"version": _VERSION, "learner": values, "stats": stats, "progress": progress}
         if self.adapter is not None:
-            values["adapter"] = {"lora": self.adapter.rank, "base": self.adapter.print_of_base()}
+            values["adapter"] = {"lora": self.adapter.rank, "base": self.adapter.base_fingerprint()}
         # An older state with prompts, which nobody asks to keep any more, does not stay beside this one.
         asked = any((folder / _BUFFER).exists() for folder in states(directory))
         with new_state(directory, keep=1 if asked and not with_buffer else 2) as folder:
@@ -116,7 +116,7 @@ class ResumableAssistant:
                 f"The learner's state in {folder} is that of another draft: there {_what_learns(then)} learnt, and here {_what_learns(now)} does. Make the "
                 f"assistant with {_as_asked(then)} to go on from it."
             )
-        if here is not None and saved["base"] != here.print_of_base():
+        if here is not None and saved["base"] != here.base_fingerprint():
             raise ValueError(
                 f"The learner's state in {folder} is that of another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
                 "with the draft that it began with, or was refreshed to; a checkpoint of save_pretrained has the adapter in its weights already."
