@@ -1,4 +1,4 @@
-"""`compare_outputs`: are two greedy outputs the same, and if not, was the first difference a near-tie or a bug?"""
+"""`compare_outputs` tells whether two greedy outputs are the same, and if not, whether the first difference is a near-tie or a bug."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ HALF_TIE_ULPS = 2
 
 
 def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor, source: Tensor | None = None) -> str:
-    """`"identical"`, `"near_tie"` or `"mismatch"`.
+    """Compare two greedy outputs: return `"identical"`, `"near_tie"` or `"mismatch"`.
 
-    Batched verification adds in another order than one-token decoding, so two logits that are all but equal can change places; from
-    there on the outputs part. That is a *near-tie*: at the first token where the outputs differ, the two candidates' logits, by
-    a fresh forward of `target` over the common prefix, differ by at most 1e-3 in float32, or 2 units in the last place of the
+    Batched verification adds numbers in another order than one-token decoding, so two almost equal logits can swap their order, after which
+    the outputs diverge. This is a *near-tie*: at the first token where the outputs differ, the two candidates' logits, computed by
+    a fresh forward of `target` over the common prefix, differ by at most 1e-3 in float32, or by 2 units in the last place of the
     larger in bf16 and fp16. Any other difference is a mismatch, and a bug.
 
     Args:
-        target (`PreTrainedModel`): the model that made both.
-        plain, assisted (`Tensor`): token ids `(L,)`, prompt included; those of its decoder, if `target` has an encoder.
-        source (`Tensor`, *optional*): what that encoder read, `(S,)`; to be given if there is one.
+        target (`PreTrainedModel`): the model that made both outputs.
+        plain, assisted (`Tensor`): token ids `(L,)`, prompt included; of the decoder, if `target` has an encoder.
+        source (`Tensor`, *optional*): the encoder's input, `(S,)`; required if there is an encoder.
     """
     plain, assisted = plain.flatten().cpu(), assisted.flatten().cpu()
     shared = min(len(plain), len(assisted))
@@ -45,7 +45,7 @@ def compare_outputs(target: PreTrainedModel, plain: Tensor, assisted: Tensor, so
 
 
 def is_near_tie(a: Tensor, b: Tensor) -> bool:
-    """Whether two logits, of the dtype the model computes in, are as good as equal."""
+    """Tell whether two logits, in the dtype in which the model computes, are equal up to rounding."""
     difference, larger = abs(float(a) - float(b)), max(abs(float(a)), abs(float(b)))
     if a.dtype not in (torch.bfloat16, torch.float16):
         return difference <= FLOAT32_TIE
