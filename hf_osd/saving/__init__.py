@@ -1,1 +1,1 @@
-"""Disk and Hub: checkpoints, states that survive a kill, repositories, cards."""
+"""Disk and Hub: this room writes and reads checkpoints, states that survive a kill, repositories and model cards."""
