@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 class DraftRefresh:
-    """Replaces the weights of the speculative draft in place. vLLM (0.32) mixes this class into its workers: `--worker-extension-cls hf_osd.engines.vllm.DraftRefresh`."""
+    """Replaces the weights of the speculative draft in place.
+
+    vLLM (0.32) mixes this class into its workers with `--worker-extension-cls hf_osd.engines.vllm.DraftRefresh`.
+    """
 
     def refresh_draft(self, folder: str) -> str:
         """Load the safetensors of `folder` into the draft, in place; return the class name of the draft's module.

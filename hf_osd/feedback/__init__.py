@@ -1,1 +1,4 @@
-"""The results of verification: this room keeps the target's distributions at the positions of a request, in memory and in traces. It knows neither drafts nor learners."""
+"""Keeps the results of verification: the target's distributions at the positions of a request, in memory and in traces.
+
+This room knows neither drafts nor learners.
+"""

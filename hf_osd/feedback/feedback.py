@@ -46,7 +46,8 @@ class Feedback:
         source (`Tensor` int32 `(S,)`, *optional*): the encoder's input, if the draft has an encoder; `tokens` are then the decoder's.
         prompt_rows (`SparseLogits` of M rows, *optional*): the target's distributions at the last M tokens of the prompt, with the same k; `None` where they
             are not known. The draft learns from them as well, but α counts generated tokens alone.
-        gap (`tuple[int, int]`, *optional*): `(after, count)`: `count` tokens of the text are left out after its first `after` tokens ([`hf_osd.distill.windows.cut`]).
+        gap (`tuple[int, int]`, *optional*): `(after, count)`: after the first `after` tokens, `count` tokens of the text are left out
+            ([`hf_osd.distill.windows.cut`]).
     """
 
     tokens: Tensor
@@ -82,8 +83,8 @@ class Feedback:
     @property
     def nbytes(self) -> int:
         """Count the bytes of all tensors, those of `prompt_rows` included."""
-        own = sum(tensor.nbytes for tensor in self.tensors().values())
-        return own + (0 if self.prompt_rows is None else self.prompt_rows.nbytes)
+        answer = sum(tensor.nbytes for tensor in self.tensors().values())
+        return answer + (0 if self.prompt_rows is None else self.prompt_rows.nbytes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensor fields by name, without those of `prompt_rows`."""
@@ -91,7 +92,7 @@ class Feedback:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def teaching_mask(self, positions: str) -> Tensor:
-        """Return a mask, bool `(N,)`, of the generated positions to learn from: `"all"` with a target distribution, or `"error"`, only those that end a round."""
+        """Mark the generated positions to learn from, bool `(N,)`: `"all"` that have a target distribution, or `"error"`, of these the ones that end a round."""
         taught = ~self.tail_logp.isnan()
         return taught & (self.outcome != ACCEPTED) if positions == "error" else taught
 

@@ -1,4 +1,4 @@
-"""Metrics: this room has metrics for Hugging Face's `evaluate`, one folder each, with its card: acceptance rate, accepted length and speed-up, as docs/figures.md defines them."""
+"""Has metrics for Hugging Face's `evaluate`, each in a folder with its card: acceptance rate, accepted length and speed-up, as docs/figures.md defines them."""
 
 from __future__ import annotations
 

@@ -86,9 +86,9 @@ class CheckedRows:
             raise ValueError(f"{', '.join(unknown)}: unknown; {self._takes()}.")
         if not len(self) and not given.keys() & self.layout.columns.keys():
             others = [name for name, other in self.LAYOUTS.items() if given.keys() & other.columns.keys()]
-            mend = f"{', '.join(sorted(given))} would fit another: load {' or '.join(map(repr, others))}"
+            hint = f"{', '.join(sorted(given))} would fit another: load {' or '.join(map(repr, others))}"
             raise ValueError(
-                f"There are no rows: {self._takes()}; {mend if others else 'give them, or add them first'}."
+                f"There are no rows: {self._takes()}; {hint if others else 'give them, or add them first'}."
             )
         return super().compute(predictions=predictions, references=references, **kwargs)
 

@@ -227,7 +227,8 @@ class Stats:
         ]
         mib = 2**20
         lines += [
-            f"learning: {self.updates} updates ({self.failed_updates} failed), candidates {self.accepted_updates} accepted and {self.rejected_updates} dropped, {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
+            f"learning: {self.updates} updates ({self.failed_updates} failed), candidates {self.accepted_updates} accepted and {self.rejected_updates} "
+            f"dropped, {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
             f"before it was learnt: {self.estimate or '-'}; regret_vs_static {self.regret_vs_static:+.4f}",
             f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
             f"suffix cache: {self.suffix_cache_bytes / mib:.1f} MiB",

@@ -50,9 +50,9 @@ class Blueprint:
             for one in (self.draft, target)
         ]
         stack = _stack_name(self.draft, len(picked), inside[0][0])
-        tensors, self._own = _tensors(target), _tensors(self.draft)
+        tensors, self._placeholders = _tensors(target), _tensors(self.draft)
         self.sources = {}
-        for name, placeholder in self._own.items():
+        for name, placeholder in self._placeholders.items():
             source = name
             for ours, theirs in zip(*inside, strict=True):
                 if ours and name.startswith(ours + "."):
@@ -69,7 +69,7 @@ class Blueprint:
     def packed(self, name: str, shape: torch.Size) -> int | None:
         """Return the dimension along which a tensor of the target holds one part for each layer, so that the draft's holds the parts of its layers; `None` if
         there is none."""
-        wanted = self._own[name].shape
+        wanted = self._placeholders[name].shape
         unlike = [i for i, (a, b) in enumerate(zip(shape, wanted, strict=False)) if a != b]
         if len(shape) != len(wanted) or len(unlike) != 1:
             return None
@@ -78,7 +78,7 @@ class Blueprint:
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """Return the part of a target's tensor that the draft has: all of it, unless it is packed by layer."""
-        dim = self.packed(name, tensor.shape) if tensor.shape != self._own[name].shape else None
+        dim = self.packed(name, tensor.shape) if tensor.shape != self._placeholders[name].shape else None
         if dim is None:
             return tensor
         index = torch.tensor(self.picked, device=tensor.device)
@@ -185,10 +185,10 @@ def picked_config(config: PretrainedConfig, picked: list[int], depth: int) -> Pr
             changes[name] = type(value)(value[i] for i in picked)
     if shared := getattr(config, "num_kv_shared_layers", 0):  # the last ones, which read the keys and values of others
         changes["num_kv_shared_layers"] = sum(i >= depth - shared for i in picked)
-    own = config.to_dict().get("per_layer_config")
-    if own:  # entries by layer, from which the config derives other fields when it is made
+    by_layer = config.to_dict().get("per_layer_config")
+    if by_layer:  # entries by layer, from which the config derives other fields when it is made
         values = config.to_dict() | changes
-        values["per_layer_config"] = {j: own[str(i)] for j, i in enumerate(picked) if str(i) in own}
+        values["per_layer_config"] = {j: by_layer[str(i)] for j, i in enumerate(picked) if str(i) in by_layer}
         made = type(config).from_dict(values)
         made._attn_implementation = config._attn_implementation
     else:

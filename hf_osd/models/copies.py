@@ -1,4 +1,7 @@
-"""Makes copies of a draft that share weights, and checks weights that are to replace theirs. Copies must be made before any trainer exists, which patches `forward`."""
+"""Makes copies of a draft that share weights, and checks weights that are to replace theirs.
+
+Copies must be made before any trainer exists, which patches `forward`.
+"""
 
 from __future__ import annotations
 

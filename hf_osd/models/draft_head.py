@@ -77,8 +77,8 @@ class DraftHead:
         return head, with_head(model, head)
 
     def covers(self, prompt: Tensor, answer: Sequence[int]) -> Tensor:
-        """Mark the tokens of an answer that have a row when the draft would predict them, bool `(N,)`: tokens of the draft vocabulary, of the prompt, and of the
-        answer before that position."""
+        """Mark the tokens of an answer that have a row when the draft would predict them, bool `(N,)`: those of the draft vocabulary, of the prompt, and of
+        the answer before that position."""
         if self._projection is not None:
             return torch.ones(len(answer), dtype=torch.bool, device="cpu")
         known = {*self.vocabulary.ids.tolist(), *prompt.tolist()}

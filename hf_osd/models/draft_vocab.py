@@ -74,8 +74,8 @@ class DraftVocab:
         """Count tokens of an ended request, int64 `(N,)`, the oldest first. Tokens without a row in the full head are skipped.
 
         Args:
-            weight: how much a token counts, and by how many tokens it ages the earlier ones, for all or `(N,)`. Prompt tokens, which the draft need not predict,
-                get less than 1; other tokens that the target found likely get their probability.
+            weight: how much a token counts, and by how many tokens it ages the earlier ones, for all or `(N,)`. Prompt tokens, which the draft need not
+                predict, get less than 1; other tokens that the target found likely get their probability.
 
         Raises:
             ValueError: if a weight is negative.
@@ -193,7 +193,7 @@ class RowsHead(_PartialHead):
         self._packed = packed
         self._ids = packed.ids
         self._added: dict[int, None] = {}
-        self._own: tuple[Tensor, Tensor | None] | None = None  # the added rows, and slack
+        self._added_rows: tuple[Tensor, Tensor | None] | None = None  # with slack
 
     @property
     def ids(self) -> Tensor:
@@ -209,7 +209,7 @@ class RowsHead(_PartialHead):
         logits = F.linear(hidden, self._packed.weight, self._packed.bias)
         if not self._added:
             return logits
-        weight, bias = self._own
+        weight, bias = self._added_rows
         n = len(self._added)
         return torch.cat([logits, F.linear(hidden, weight[:n], None if bias is None else bias[:n])], dim=-1)
 
@@ -226,11 +226,11 @@ class RowsHead(_PartialHead):
         start, end = len(self._added), len(self._added) + len(new)
         with torch.no_grad():
             rows = [None if p is None else p.index_select(0, ids) for p in self._all]
-            if self._own is None or end > len(self._own[0]):
-                self._own = tuple(self._grown(i, start, end + _SLACK) for i in range(2))
-            for own, row in zip(self._own, rows, strict=True):
-                if own is not None:
-                    own[start:end] = row
+            if self._added_rows is None or end > len(self._added_rows[0]):
+                self._added_rows = tuple(self._grown(i, start, end + _SLACK) for i in range(2))
+            for buffer, row in zip(self._added_rows, rows, strict=True):
+                if buffer is not None:
+                    buffer[start:end] = row
         self._ids = torch.cat([self._ids, ids])
         self._added.update(dict.fromkeys(new))
 
@@ -243,7 +243,7 @@ class RowsHead(_PartialHead):
         with torch.inference_mode(False):
             room = torch.empty(rows, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
         if used:
-            room[:used] = self._own[i][:used]
+            room[:used] = self._added_rows[i][:used]
         return room
 
 

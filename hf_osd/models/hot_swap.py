@@ -31,8 +31,8 @@ class HotSwapDraft:
     Args:
         model (`PreTrainedModel`): the draft. It is never written here, and must not be written elsewhere: until a refresh the copies share its weights.
         trainable (`set[str]`): names of the parameters that refreshes write. All others are shared with `model` for good.
-        adapter ([`hf_osd.models.lora.Adapter`], *optional*): the adapter that learns in place of `trainable`. Refreshes then bring its weights, which are merged
-            into the copies: these are plain models.
+        adapter ([`hf_osd.models.lora.Adapter`], *optional*): the adapter that learns in place of `trainable`. Refreshes then bring its weights, which are
+            merged into the copies: these are plain models.
 
     Attributes:
         version (`int`): how many refreshes there were.

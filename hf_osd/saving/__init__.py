@@ -1,1 +1,1 @@
-"""Disk and Hub: this room writes and reads checkpoints, states that survive a kill, repositories and model cards."""
+"""Writes and reads checkpoints, states that survive a kill, repositories on the Hub, and model cards."""

@@ -51,7 +51,7 @@ def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """Load a draft by `AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` for an encoder-decoder, from safetensors only, and in the checkpoint's
     dtype unless `kwargs` has another.
 
-    A checkpoint of an adapter is loaded onto its base, and is trainable: the result is a transformers model with an adapter, even if it was saved as a PeftModel.
+    An adapter is loaded onto its base, and is trainable: the result is a transformers model with an adapter, even if it was saved as a PeftModel.
 
     Raises:
         OSError: if there is no such draft, or its weights are damaged or not in safetensors.

@@ -86,8 +86,8 @@ def push_folder(api: HfApi, repo_id: str, folder: Path, message: str, replaces: 
 
 
 def license_of(api: HfApi, target: str) -> dict:
-    """Read `license`, and `license_name` and `license_link` if there are any, from the target's card on the Hub. Returns `{}` if the card cannot be read: a card
-    without a licence is better than a failed push."""
+    """Read `license`, and `license_name` and `license_link` if there are any, from the target's card on the Hub. Returns `{}` if the card cannot be read: a
+    card without a licence is better than a failed push."""
     import httpx2
 
     if os.path.exists(target):  # a local folder of that name is another model
@@ -143,12 +143,12 @@ def from_hub(name: str | os.PathLike, load: Callable[[], T]) -> T:
         # transformers reports these statuses as a Hub that cannot be reached.
         status = _status_behind(error)
         if status == 403:
-            mend = "Your token may not read it: give it that permission (https://huggingface.co/settings/tokens)."
+            remedy = "Your token may not read it: give it that permission (https://huggingface.co/settings/tokens)."
         elif status == 429 or (status or 0) >= 500:
-            mend = _LOAD_LATER
+            remedy = _LOAD_LATER
         else:
             raise
-        raise OSError(f"Loading {name}: the Hub answered with status {status}. {mend}") from error
+        raise OSError(f"Loading {name}: the Hub answered with status {status}. {remedy}") from error
 
 
 def _status_behind(error: BaseException | None) -> int | None:

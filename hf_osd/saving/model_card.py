@@ -68,7 +68,7 @@ def model_card(
         lookahead ([`DraftPolicy`], *optional*): the policy, which has measured the costs of drafting and verifying.
         config ([`OnlineConfig`], *optional*): the options, of which the card lists those that differ from the defaults.
         machine (`dict`, *optional*): facts about the machine, see [`machine_facts`].
-        adapter (`tuple[str | None, bool]`, *optional*): for a draft with an adapter, the repository of its base, and whether the base is in the draft's own one.
+        adapter (`tuple[str | None, bool]`, *optional*): for a draft with an adapter, the repository of its base, and whether the base is saved with it.
         repo_id (`str`, *optional*): the repository of the draft.
         custom_generate (`bool`): whether the repository has a generation strategy.
         **unknown: other facts; left out, with a warning.

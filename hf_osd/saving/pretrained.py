@@ -46,8 +46,8 @@ class SavableAssistant(ResumableAssistant):
             processing_class: the tokenizer, saved with the draft.
             card (`dict`, *optional*): facts for the model card, see [`hf_osd.saving.model_card.model_card`].
             custom_generate: also write the generation strategy, see [`hf_osd.saving.custom_generate.write_custom_generate`].
-            merge: `True` merges an adapter into the weights; `False` writes it as an adapter, in which `from_pretrained` continues learning. `None` does what
-                is said above.
+            merge: `True` merges an adapter into the weights; `False` writes it as an adapter, in which `from_pretrained` continues learning. `None` is
+                the default described above.
 
         Raises:
             OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.

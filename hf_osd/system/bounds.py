@@ -15,18 +15,18 @@ class Bound:
     """Defines which values an option accepts.
 
     Args:
-        words (`str`): the remedy that an error names: `"give a whole number ≥ 1"`.
+        remedy (`str`): what an error asks for: `"give a whole number ≥ 1"`.
         holds (`Callable`): tells whether a value, as `read` returns it, is accepted.
         read (`Callable`, *optional*): converts what flags, YAML and users write into the value; returns anything else unchanged.
     """
 
-    words: str
+    remedy: str
     holds: Callable[[Any], bool]
     read: Callable[[Any], Any] = lambda value: value
 
     def or_none(self) -> Bound:
         """Return a bound that accepts `None` too."""
-        return Bound(f"{self.words}, or None", lambda value: value is None or self.holds(value), self.read)
+        return Bound(f"{self.remedy}, or None", lambda value: value is None or self.holds(value), self.read)
 
 
 class Help(str):
@@ -38,7 +38,7 @@ class Help(str):
     bound: Bound
 
     def __new__(cls, text: str, bound: Bound) -> Help:
-        made = super().__new__(cls, f"{text} [{bound.words.partition(' ')[2]}]")
+        made = super().__new__(cls, f"{text} [{bound.remedy.partition(' ')[2]}]")
         made.bound = bound
         return made
 
@@ -58,7 +58,7 @@ def check_options(config: Any):
         bound = field.metadata["help"].bound
         value = bound.read(getattr(config, field.name))
         if not bound.holds(value):
-            raise ValueError(f"`{field.name}` is {value!r}; {bound.words}.")
+            raise ValueError(f"`{field.name}` is {value!r}; {bound.remedy}.")
         setattr(config, field.name, value)
 
 
@@ -80,9 +80,9 @@ def number(minimum: float) -> Bound:
     return Bound(f"give a number ≥ {minimum}", lambda value: is_number(value) and value >= minimum)
 
 
-def above_zero(words: str = "give a number above 0", maximum: float = math.inf) -> Bound:
+def above_zero(remedy: str = "give a number above 0", maximum: float = math.inf) -> Bound:
     """Accept numbers above 0, up to `maximum`."""
-    return Bound(words, lambda value: is_number(value) and 0 < value <= maximum)
+    return Bound(remedy, lambda value: is_number(value) and 0 < value <= maximum)
 
 
 def choice(*values: str, true: str | None = None, false: str | None = None) -> Bound:

@@ -134,7 +134,7 @@ def _naming(directory: Path, replaced: list[str] | None = None) -> Iterator[None
 
 @contextlib.contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
-    """Yield an empty folder, inside `directory` so that no rename crosses a file system; delete it afterwards, and those that killed saves left behind first."""
+    """Yield an empty folder inside `directory`, so that no rename crosses a file system. Delete it afterwards, and before it those of killed saves."""
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(f"{_STAGED}*"):
         with contextlib.suppress(OSError), _locked(left):

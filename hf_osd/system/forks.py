@@ -27,7 +27,7 @@ def importing() -> Iterator[None]:
 
 
 class Forked(Protocol):
-    """An object that must react to forks."""
+    """Marks objects that must react to forks."""
 
     def after_fork(self):
         """Run in the child before anything else does; must not block."""

@@ -159,7 +159,7 @@ def test_progress_comes_back(draft, learnt, tmp_path):
     assert OnlineAssistant(draft).load_state(tmp_path) == {"at": 6}
 
 
-def test_no_state_is_said(learnt, tmp_path):
+def test_missing_state_raises(learnt, tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="no saved state in"):
             learnt.load_state(place)
