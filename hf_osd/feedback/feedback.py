@@ -199,7 +199,7 @@ class SparseLogits:
 
     def cpu(self) -> SparseLogits:
         """Copy all tensors to the CPU, if they are not there."""
-        return SparseLogits(*(getattr(self, f.name).cpu() for f in fields(self)))
+        return SparseLogits(*map(Tensor.cpu, vars(self).values()))
 
     def truncate(self, k: int) -> SparseLogits:
         """Keep only the k likeliest of the stored tokens; the mass of the others joins the tail. Copies, for a view would keep the rest in memory."""
@@ -207,9 +207,9 @@ class SparseLogits:
         tail = torch.logaddexp(self.tail_logp.float(), left_out).clamp_min(TAIL_FLOOR)  # NaN stays NaN
         return SparseLogits(self.top_ids[:, :k].clone(), self.top_logps[:, :k].clone(), tail.to(self.tail_logp.dtype))
 
-    def select(self, rows: Tensor) -> SparseLogits:
+    def select(self, rows: Tensor | list[int]) -> SparseLogits:
         """Copy the rows with these indices, int64 `(r,)`."""
-        return SparseLogits(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return SparseLogits(*(tensor[rows] for tensor in vars(self).values()))
 
     def scatter(self, at: list[int], n: int) -> SparseLogits:
         """Place these rows at the indices `at` of n rows; the others have no target distribution (NaN)."""

@@ -140,12 +140,7 @@ def record_answers(
             answer = sequences[row, begin:]
             end = torch.isin(answer, ends).nonzero()
             n = int(end[0]) + 1 if len(end) else len(answer)
-            rows = SparseLogits(
-                *(
-                    torch.stack([getattr(s, f)[row] for s in raw.steps[:n]])
-                    for f in ("top_ids", "top_logps", "tail_logp")
-                )
-            )
+            rows = SparseLogits.cat([step.select([row]) for step in raw.steps[:n]])
             source = prompts[i].cpu() if encodes else None
             prompt, prompt_rows = sequences[row, :begin] if encodes else prompts[i].cpu(), None
             if prefill is not None:  # the first token follows nothing

@@ -104,10 +104,7 @@ class CheckedRows:
         if lacking := [name for name, column in columns.items() if column is None]:
             raise ValueError(f"{', '.join(lacking)}: missing; {self._takes()}.")
         columns = {name: items(name, column) for name, column in columns.items()}
-        lengths = {name: len(column) for name, column in columns.items()}
-        if len(set(lengths.values())) > 1:
-            counts = ", ".join(f"`{name}` has {n}" for name, n in lengths.items())
-            raise ValueError(f"The columns are not of the same rows: {counts}. Give each column one item a row.")
+        same_length(**columns)
         rows = []
         for i, row in enumerate(zip(*columns.values(), strict=True)):
             try:
@@ -115,9 +112,8 @@ class CheckedRows:
             except ValueError as error:
                 raise ValueError(f"Row {i}: {error}") from None
         read = zip(*rows, strict=True) if rows else [()] * len(columns)
-        others = {
-            name: value for name, value in kwargs.items() if name not in columns
-        }  # which evaluate refuses by name
+        # evaluate refuses the others by name.
+        others = {name: value for name, value in kwargs.items() if name not in columns}
         super().add_batch(**dict(zip(columns, map(list, read), strict=True)), **others)
 
     def _compute(self, **given) -> dict:
@@ -167,7 +163,7 @@ def real(name: str, value, wanted: str, allowed: Callable[[float], bool]) -> flo
 
 
 def same_length(**lists: list):
-    """Raise `ValueError` unless a row's lists have the same length."""
+    """Raise `ValueError` unless the columns, or a row's lists, have the same length."""
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"`{name}` has {n}" for name, n in lengths.items())

@@ -42,7 +42,7 @@ class HotSwapDraft:
         self.adapter = adapter
         self.trainable = trainable if adapter is None else adapter.trainable
         self.version = 0
-        self._copies = [self._sharing(model) for _ in range(2)]
+        self._copies = [sharing_copy(model).eval() for _ in range(2)]
         self._owned: list[set[str]] = [set(), set()]  # names of each copy's weights that have their own storage
         self._learnt = (
             None if adapter is None else adapter.weights()
@@ -82,7 +82,7 @@ class HotSwapDraft:
         with self._refreshing:
             if self.adapter is None:
                 return self.active, {}
-            return self._sharing(self.adapter.base), dict(self._learnt)
+            return sharing_copy(self.adapter.base).eval(), dict(self._learnt)
 
     def refresh(self, weights: Mapping[str, Tensor]):
         """Write `weights` (any dtype and device) into the idle copy and make it the active one.
@@ -110,7 +110,7 @@ class HotSwapDraft:
         """Serve other weights of the plain draft, by name, with a fresh adapter. Running calls keep the old ones."""
         with self._refreshing:
             self.adapter.rebase(base)
-            copies = [self._sharing(self.adapter.base) for _ in range(2)]
+            copies = [sharing_copy(self.adapter.base).eval() for _ in range(2)]
             with self._lock:
                 self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
                 self.version += 1
@@ -120,7 +120,7 @@ class HotSwapDraft:
         with self._lock:
             leased = id(self._copies[at]) in self._leases  # no other call can lease it before the flip
         if leased:  # by a call from before the last refresh: it keeps that copy, and we write a fresh one
-            self._copies[at], self._owned[at] = self._sharing(self._copies[at]), set()
+            self._copies[at], self._owned[at] = sharing_copy(self._copies[at]).eval(), set()
         parameters = dict(self._copies[at].named_parameters())
         with torch.inference_mode(False), torch.no_grad():
             for name in self.trainable:
@@ -134,7 +134,7 @@ class HotSwapDraft:
     def _merged(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Make a copy with the adapter `weights` merged in. The merged weights lie in one allocation for each device and dtype, which is freed when the copy
         stops serving: many small ones, made anew at each refresh, would leave gaps that add up to another copy."""
-        model = self._sharing(self.adapter.base)
+        model = sharing_copy(self.adapter.base).eval()
         changed = [model.get_parameter(f"{module}.weight") for module in self.adapter.modules]
         with torch.inference_mode(False), torch.no_grad():
             whole = {
@@ -146,11 +146,6 @@ class HotSwapDraft:
                 piece, rest = whole[_kind(old)].tensor_split([old.numel()])
                 old.data, whole[_kind(old)] = piece.view_as(old).copy_(tensor), rest
         return model
-
-    @staticmethod
-    def _sharing(model: nn.Module) -> nn.Module:
-        """Make a copy to serve, in the same storage and in eval mode."""
-        return sharing_copy(model).eval()
 
 
 def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:

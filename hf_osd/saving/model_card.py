@@ -135,53 +135,37 @@ def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
 def _figures(stats: Stats, lookahead: DraftPolicy | None) -> list[str]:
     """Make the table of figures measured while serving: figure, value, and the counts behind it."""
     rolling, estimate = stats.rolling, stats.estimate
-    last = f"last {rolling.requests} requests"
+    last, new = f"last {rolling.requests} requests", f"{rolling.new_tokens} tokens"
+    tested = f"{rolling.accepted} of {rolling.tested} tokens"
     rows = [
-        (f"alpha (expected acceptance, {last})", figure_text(rolling.alpha), f"{rolling.overlap_count} positions"),
-        (
-            f"alpha_live (accepted / tested, {last})",
-            figure_text(rolling.alpha_live),
-            f"{rolling.accepted} of {rolling.tested} tokens",
-        ),
-        (
-            f"tokens a round ({last})",
-            figure_text(rolling.tokens_per_round),
-            f"{rolling.new_tokens} tokens, {rolling.rounds} rounds",
-        ),
+        (f"alpha (expected acceptance, {last})", rolling.alpha, f"{rolling.overlap_count} positions"),
+        (f"alpha_live (accepted / tested, {last})", rolling.alpha_live, tested),
+        (f"tokens a round ({last})", rolling.tokens_per_round, f"{new}, {rolling.rounds} rounds"),
     ]
     if estimate is not None and estimate.requests > 1:
         counted = f"the last {estimate.requests} requests, each before it was learnt"
+        interval = f"{figure_text(estimate.alpha)} ({figure_text(estimate.low)} to {figure_text(estimate.high)})"
         rows += [
-            ("alpha_static (without any learning)", figure_text(estimate.gain.before), counted),
-            (
-                "alpha_prequential",
-                f"{figure_text(estimate.alpha)} ({figure_text(estimate.low)} to {figure_text(estimate.high)})",
-                counted,
-            ),
-            ("regret_vs_static", figure_text(stats.regret_vs_static), "of all accepted tokens"),
+            ("alpha_static (without any learning)", estimate.gain.before, counted),
+            ("alpha_prequential", interval, counted),
+            ("regret_vs_static", stats.regret_vs_static, "of all accepted tokens"),
         ]
     if lookahead is not None:
-        costs, given = (
-            lookahead.costs,
-            "given, not measured" if lookahead.costs.are_fixed else "measured while serving",
-        )
+        costs = lookahead.costs
+        given = "given, not measured" if costs.are_fixed else "measured while serving"
         if lookahead.c is not None:
-            rows.append(("c (a draft step, in one-token target steps)", figure_text(lookahead.c), given))
+            rows.append(("c (a draft step, in one-token target steps)", lookahead.c, given))
         if costs.are_fixed or costs.longest_measured > 1:
             longest = lookahead.most + 1
-            v = ", ".join(
-                f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest)
-            )
-            rows.append(("v (verifying n tokens, in the same)", v, given))
+            v = [f"v({n}) = {x:.2f}" for n, x in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest)]
+            rows.append(("v (verifying n tokens, in the same)", ", ".join(v), given))
         if (speedup := observed_speedup(rolling, lookahead)) is not None:
-            rows.append(
-                (
-                    f"speed-up over plain decoding ({last}, prompts included)",
-                    figure_text(speedup),
-                    f"{rolling.new_tokens} tokens",
-                )
-            )
-    return ["| figure | value | counted over |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+            rows.append((f"speed-up over plain decoding ({last}, prompts included)", speedup, new))
+    lines = [
+        f"| {name} | {value if isinstance(value, str) else figure_text(value)} | {counted} |"
+        for name, value, counted in rows
+    ]
+    return ["| figure | value | counted over |", "|---|---|---|", *lines, ""]
 
 
 def _by_domain(domains: dict[str, dict]) -> list[str]:

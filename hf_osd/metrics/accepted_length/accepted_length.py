@@ -32,13 +32,9 @@ Examples:
 
 
 def _read_totals(accepted, new_tokens, rounds) -> tuple[int, int, int]:
-    accepted, new_tokens, rounds = (
-        whole("accepted", accepted),
-        whole("new_tokens", new_tokens),
-        whole("rounds", rounds),
-    )
-    _check(accepted, new_tokens, rounds)
-    return accepted, new_tokens, rounds
+    counts = whole("accepted", accepted), whole("new_tokens", new_tokens), whole("rounds", rounds)
+    _check(*counts)
+    return counts
 
 
 def _check(accepted: int, new_tokens: int, rounds: int):
