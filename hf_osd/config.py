@@ -25,14 +25,14 @@ from hf_osd.system.strict_json import dumps, loads
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 CONFIG_NAME = "osd_config.json"
-# Removed fields: the values that mean what is done now, with which a saved config still loads, and what to do in place of others.
+# Removed fields: the values that ask for what is now always done, which a saved config may have, and the advice for any other value.
 _BY_REQUESTS = "an update is due after `update_interval` requests; set that, or call `update()` or `flush()`"
 _OWN_ARGS = "leave it out, or train with `OnlineGKDTrainer(args=...)`"
 REMOVED = {
     "assistant_confidence_threshold": ([0.0], "`lookahead='cost'` stops where the draft is not sure enough to pay"),
     "clear_after_update": (
         [False, True],
-        "what has been learnt is learnt again as `replay_ratio` says; set `replay_ratio=0`",
+        "`replay_ratio` decides how many past requests are learnt again; set `replay_ratio=0`",
     ),
     "draft_head_rank": ([64], "it is 64; leave it out"),
     "ensemble_sharpness": ([10.0], "it is 10; leave it out"),
@@ -92,7 +92,7 @@ class DraftingConfig:
         True,
         switch(),
         "Check in a few short forwards before the first block, once for each target, configuration and kind of cache, that the target predicts the same for "
-        "several tokens at once as for one at a time. A target that does not decodes plainly. False skips this and relies on what the cache declares.",
+        "several tokens at once as for one at a time. A target that fails decodes plainly. False skips the check and relies on what the cache declares.",
     )
     suffix_cache: bool = option(
         True,
@@ -135,7 +135,7 @@ class FeedbackConfig:
     prompt_positions: int = option(
         256,
         whole(0),
-        "Largest number of prompt positions, counted from its end, to learn from as well. The target's predictions there cost its LM head and no forward. "
+        "Largest number of positions, the last ones of a prompt, to learn from as well. The target's predictions there cost its LM head and no forward. "
         "The beginning that a prompt shares with a recent one is learnt once. 0 learns from answers alone.",
     )
     buffer_bytes: int = option(64 * 2**20, whole(1), "Bound on the feedback kept in memory. The oldest goes first.")
@@ -197,7 +197,7 @@ class LearningConfig:
         2048,
         whole(1).or_none(),
         "Sampled softmax: how many columns of the LM head, drawn at each optimizer step, estimate the loss over all those outside the targets' top k. The "
-        "gradient is then an estimate, and the head no longer most of the work. None computes all columns, as does a head of few.",
+        "gradient is then an estimate, and the head no longer most of the work. None computes all columns; so does a draft whose head has few.",
     )
     freeze_embeddings: bool = option(
         True, switch(), "Do not train input embeddings and LM head. They are then shared by all copies of the draft."
@@ -223,14 +223,14 @@ class LearningConfig:
     optimism: float = option(
         0.0,
         number(0),
-        "Move the weights that serve on by this many times the last optimizer step, as if the next gradient were the last one (optimistic online learning, "
-        "arXiv 2603.12617).",
+        "Multiple of the last optimizer step that is added to the weights that serve, as if the next gradient were equal to the last (optimistic online "
+        "learning, arXiv 2603.12617).",
     )
     ensemble: list[float] | None = option(  # noqa: RUF009 (its default is None)
         None,
         Bound("give a list of numbers above 0, such as [1, 2, 4]", _are_factors, _as_list).or_none(),
-        "Learn at several rates at once, these multiples of `learning_rate`, and serve the average of the weights, each with a share ∝ exp(-10 · its loss so "
-        "far, the mean rejection rate on the new requests of each update) (the same paper). Learning takes as many times as long as there are rates.",
+        "Learn at several rates at once, these multiples of `learning_rate`, and serve an average of the weights (the same paper). Each rate's share is ∝ "
+        "exp(-10 · its loss so far), the loss being the mean rejection rate on the new requests of each update. n rates take n times as long to learn.",
     )
 
 
@@ -242,7 +242,7 @@ class RunningConfig:
         "inline",
         choice("inline", "background", "process", "off", true="inline", false="off"),
         "Where updates run. 'inline' (or True): between requests, in the thread that serves; 'background': in a thread beside it; 'process': in a process of "
-        "its own, which slows a CPU that serves less; 'off' (or False): nowhere: nothing is recorded, and the draft serves as it is.",
+        "its own, which disturbs serving on a CPU less; 'off' (or False): nowhere. Then nothing is recorded, and the draft serves as it is.",
     )
     learning_budget: float | None = option(
         None,
@@ -254,8 +254,8 @@ class RunningConfig:
     learning_window: int | None = option(
         1024,
         whole(1).or_none(),
-        "Largest number of tokens of a request that are read to score and to learn it. Of a longer text these are its first tokens and the part where most "
-        "positions are learnt, with what comes before. None reads all of it, however long that takes.",
+        "Largest number of tokens of a request that are read to score and to learn it. Of a longer text these are its first tokens and the part with the most "
+        "positions to learn from, with the text before it. None reads all of it, however long that takes.",
     )
     memory_budget: int | None = option(
         None,
@@ -341,7 +341,9 @@ class OnlineConfig(RunningConfig, LearningConfig, FeedbackConfig, DraftingConfig
 
     @classmethod
     def from_dict(cls, values: dict) -> OnlineConfig:
-        """Make a config of the dict that `to_dict` returns. Keys of older versions load too, if they are renamed now, or if their value means what is done now.
+        """Make a config of the dict that `to_dict` returns.
+
+        Keys of older versions load too: renamed ones, and removed ones whose value asks for what is now always done.
 
         Raises:
             ValueError: for an unknown or a removed key, which the message names; for a value out of range.

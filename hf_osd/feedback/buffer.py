@@ -113,7 +113,7 @@ class FeedbackBuffer:
         write_trace(path, held, {"new": str(new)})
 
     def restore(self, path: str | os.PathLike):
-        """Add the requests that `save` wrote before those held, each as old as it was when saved. Requests that were new then are new again, unless some of
+        """Put the requests that `save` wrote in front of those held, each as old as it was when saved. Requests that were new then are new again, unless some of
         those held have been used by an update already.
 
         Raises:

@@ -99,11 +99,11 @@ class ResumableAssistant:
         learnt, learns = values.get("learner", values) is not None, self.learner is not None
         if learnt and not learns:
             raise ValueError(
-                f"The state in {folder} is that of an assistant that learns, and this one does not; make it without learn='off', and with memory to learn in."
+                f"The state in {folder} belongs to an assistant that learns, and this one does not; make it without learn='off', and with memory to learn in."
             )
         if learns and not learnt:
             raise ValueError(
-                f"The state in {folder} is that of an assistant that did not learn, and this one does; make it with learn='off', or start anew."
+                f"The state in {folder} belongs to an assistant that did not learn, and this one does; make it with learn='off', or start anew."
             )
 
     def _check_adapter(self, saved: dict | None, folder: Path):
@@ -112,12 +112,12 @@ class ResumableAssistant:
         then, now = (saved or {}).get("lora"), here.rank if here is not None else None
         if then != now:
             raise ValueError(
-                f"The learner's state in {folder} is that of another draft: there {_what_learns(then)} learnt, and here {_what_learns(now)} does. Make the "
+                f"The learner's state in {folder} belongs to another draft: there {_what_learns(then)} learnt, and here {_what_learns(now)} does. Make the "
                 f"assistant with {_as_asked(then)} to resume from it."
             )
         if here is not None and saved["base"] != here.base_fingerprint():
             raise ValueError(
-                f"The learner's state in {folder} is that of another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
+                f"The learner's state in {folder} belongs to another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
                 "with the draft that it started from, or was last refreshed with; in a checkpoint of save_pretrained the adapter is merged already."
             )
 

@@ -134,7 +134,7 @@ def _naming(directory: Path, replaced: list[str] | None = None) -> Iterator[None
 
 @contextlib.contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
-    """Yield an empty folder inside `directory`, so that no rename crosses a file system. Delete it afterwards, and before it those of killed saves."""
+    """Yield an empty folder inside `directory`, so that no rename crosses a file system. Delete it afterwards, and first those that killed saves left."""
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(f"{_STAGED}*"):
         with contextlib.suppress(OSError), _locked(left):
@@ -142,7 +142,7 @@ def _staging(directory: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=_STAGED, dir=directory))
     try:
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
+            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
                 stack.enter_context(_locked(staging))
             yield staging
     finally:
