@@ -33,11 +33,11 @@ from hf_osd.generation.view import AssistantView
 from hf_osd.learning.trouble import WAITS
 from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
+from hf_osd.models.clean_copy import clean_copy, unwrapped
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.hot_swap import NullHotSwap
 from hf_osd.models.lora import Adapter
-from hf_osd.models.own_draft import own_draft, unwrapped
 from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.policy.report import report
 from hf_osd.remote.teachable import TeachableAssistant
@@ -105,7 +105,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         if draft is not None:
             # Made before any trainer exists, and in storage of its own, so that a user's training of `draft` reaches the serving draft by
             # refreshes alone. Whatever serves and learns begins with this storage, and leaves it where it writes.
-            own = own_draft(draft)
+            own = clean_copy(draft)
             reads = try_draft(own, draft)
             self.reach = Reach(own, reads)
             self._widths = LogitWidths(own.config.get_text_config(decoder=True), reads.width)
@@ -118,7 +118,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
                     "does lies on embeddings or LM head."
                 )
             self._serve(own, trainable)
-            self.head = DraftHead.of(own, config)
+            self.head = DraftHead.from_config(own, config)
         self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
         self.lookahead = DraftPolicy(
             config.lookahead,

@@ -190,7 +190,7 @@ class OnlineGKDTrainer(GKDTrainer):
         nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
         rows = SparseLogits(tokens[:1, None], nothing[:, None], nothing)
         source = tokens if self.model.config.is_encoder_decoder else None
-        return replace(Feedback.of_target(tokens, 1, rows), source=source)
+        return replace(Feedback.from_target(tokens, 1, rows), source=source)
 
     def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
         """The draft's logits `(R, C)`, and in which columns those of `top_ids` are, `(R, k)`: all V of them, or enough to estimate the loss."""

@@ -70,7 +70,7 @@ def cut(
         request,
         tokens=tokens,
         prompt_length=len(tokens) - (b - a),
-        prompt_rows=request.prompt_rows.at(at) if len(at) else None,
+        prompt_rows=request.prompt_rows.select(at) if len(at) else None,
         gap=(_FIRST, begin - _FIRST) if begin else None,
         **kept,
     ), slice(a, b)

@@ -189,7 +189,7 @@ class VocabMapping:
             return rows
         rows = SparseLogits(self.token(rows.top_ids.long()).to(torch.int32), rows.top_logps, rows.tail_logp)
         n = sum(map(len, pieces))
-        return rows if n == len(pieces) else rows.spread(starts(pieces), n)
+        return rows if n == len(pieces) else rows.scatter(starts(pieces), n)
 
     def scores(self, logits: Tensor) -> Tensor:
         """The draft's logits `(n, W)` over the target's vocabulary, `(n, V)`: -inf where the draft has no such token."""

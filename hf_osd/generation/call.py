@@ -137,7 +137,7 @@ class Call:
         capture = teaching_mask and parts.learns and not self.private
         self.rehearsable = capture and not request.encodes and translation.has_one_tokenizer and request.reads_tokens
         if self.rehearsable:
-            self._prompt_states = PromptStates.of_call(
+            self._prompt_states = PromptStates.for_call(
                 request.target, self.model, config.prompt_positions, request.mask, len(tokens)
             )
 
@@ -201,13 +201,13 @@ class Call:
         try:
             if self._cache is not None and keep_text:
                 self._cache.add(self._text.tokens)
-            shared = self._known_texts.shared(self.record.prompt)
+            shared = self._known_texts.shared_prefix(self.record.prompt)
             if self._head_usage is not None:
                 self._head_usage.settle(self.record.stats)
             feedback = self.record.to_feedback(shared)
         finally:
             self._let_go()
-        if states is not None and states.differs:
+        if states is not None and states.head_mismatch:
             self._warn(
                 "This target does more to its logits than its LM head does (it scales or caps them, say): prompts teach nothing, answers do."
             )

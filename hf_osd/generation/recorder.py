@@ -104,7 +104,7 @@ class CallRecorder:
                     self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
             return
         if self.prompt_states is not None and not self._rows:
-            self.prompt_states.settle(block.n, raw[0])
+            self.prompt_states.finish_prefill(block.n, raw[0])
         # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
         drafted = block.tokens[:own]
         with self._on_side_stream(raw, *block.scores, *(said.logits for said in block.said)):

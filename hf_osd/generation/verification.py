@@ -20,8 +20,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
-from hf_osd.feedback.prompt_states import is_compiled
 from hf_osd.generation.trial import RECURRENT, Trial, layers_of
+from hf_osd.models.properties import is_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

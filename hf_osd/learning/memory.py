@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_osd.distill.ranks import RankGroup
-from hf_osd.models.lora import adaptable, merges
+from hf_osd.models.lora import adaptable, can_merge
 
 if TYPE_CHECKING:
     import torch
@@ -317,7 +317,7 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
     free = available(config.learner_device or draft.device)
     if config.learn == "inline" and (ranks := RankGroup.of_job()).size > 1:
         free = -ranks.most(-int(min(free, 2**53)))  # of the poorest: all must learn the same
-    facts = LearningFacts.of(draft, trainable, linears, config, merges(linears))
+    facts = LearningFacts.of(draft, trainable, linears, config, can_merge(linears))
     return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)
 
 

@@ -62,7 +62,7 @@ class Shadow:
     def estimate(self) -> Estimate | None:
         """α of the last requests; `None` before there are two."""
         if self._estimate is None and len(self._recent) > 1:
-            self._estimate = Estimate.of(*zip(*self._recent, strict=True))
+            self._estimate = Estimate.from_scores(*zip(*self._recent, strict=True))
         return self._estimate
 
     def state(self) -> dict:

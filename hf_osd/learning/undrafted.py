@@ -71,7 +71,7 @@ def score_undrafted(
         logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
         return feedback
     if head is not None:  # judged was a whole head: the draft as it serves could not have said all that
-        overlap *= head.could_say(call.prompt, call.answer)
+        overlap *= head.covers(call.prompt, call.answer)
     unknown &= ~overlap.isnan()
     policy.observe_untested(overlap[unknown].tolist(), confidence[unknown].tolist())
     # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.

@@ -1,4 +1,4 @@
-"""`compare_outputs`: are two greedy outputs the same, and if not, was the first difference a near-tie or a bug?"""
+"""`compare_outputs` tells whether two greedy outputs are the same, and if not, whether the first difference is a near-tie or a bug."""
 
 from __future__ import annotations
 

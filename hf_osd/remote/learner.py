@@ -235,7 +235,7 @@ class RemoteLearner:
         serving, figures = self._serving, self.figures()
         leased = serving.lease()
         try:
-            draft, weights = serving.begin()
+            draft, weights = serving.for_learner()
             if serving.adapter is not None:
                 draft = serving.adapter.with_weights(weights)
             learner = Learner(draft, serving.trainable, self.buffer, self.config, serve=lambda weights: None)

@@ -12,10 +12,10 @@ from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
 from hf_osd.learning.orphan import Orphan
+from hf_osd.models.clean_copy import unwrapped
 from hf_osd.models.copies import check_weights, copy_draft
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
-from hf_osd.models.own_draft import unwrapped
 from hf_osd.remote.learner import RemoteLearner
 
 if TYPE_CHECKING:

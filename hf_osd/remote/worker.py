@@ -172,7 +172,7 @@ def lay_out(folder: Path, serving: HotSwapDraft, config: OnlineConfig, base: int
 
     leased = serving.lease()
     try:
-        draft, weights = serving.begin()
+        draft, weights = serving.for_learner()
         draft.config.save_pretrained(folder / DRAFT)
         save_model(draft, str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
     finally:

@@ -224,7 +224,7 @@ class Overhead:
 
     def _head(self, name: str, seen: list[Feedback]) -> DraftHead | None:
         """The head of an assistant that has served `seen`, `None` for the draft's own."""
-        head = DraftHead.of(self.draft, OnlineConfig.from_dict({**self.config.to_dict(), "draft_head": name}))
+        head = DraftHead.from_config(self.draft, OnlineConfig.from_dict({**self.config.to_dict(), "draft_head": name}))
         if head is None:
             return None
         for answer in seen:

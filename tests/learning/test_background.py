@@ -456,7 +456,7 @@ stepped, pause = threading.Event(), learner.pace.pause
 learner.ensemble.members[0]._after_step = lambda: (stepped.set(), pause())
 for i in range(2):
     tokens = torch.randint(32, (8,))
-    learner.offer(Feedback.of_target(tokens, 4, SparseLogits.from_logits(torch.randn(4, 32), 8)))
+    learner.offer(Feedback.from_target(tokens, 4, SparseLogits.from_logits(torch.randn(4, 32), 8)))
 assert stepped.wait(120)
 assert learner._thread.is_alive()
 print("the end")

@@ -64,7 +64,7 @@ def test_under_processors_it_decides_whether_to_draft_and_is_not_alpha(serving, 
 
 
 def test_what_a_head_of_some_rows_could_not_have_said_is_not_accepted(serving, request_):
-    head = SimpleNamespace(could_say=lambda prompt, answer: torch.zeros(len(answer), dtype=torch.bool))
+    head = SimpleNamespace(covers=lambda prompt, answer: torch.zeros(len(answer), dtype=torch.bool))
     found = score_undrafted(request_, record(request_), serving, Policy(), head)
     assert not found.overlap.any()
 
