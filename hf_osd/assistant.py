@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Tokens of the suffix cache a round, at most.
-_MOST_CACHED = 16
+_MAX_CACHED = 16
 
 
 class OnlineAssistant(TeachableAssistant, SavableAssistant):
@@ -125,7 +125,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             config.num_assistant_tokens,
             config.draft_cost,
             config.verify_cost,
-            most_cached=_MOST_CACHED if config.suffix_cache else 0,
+            max_cached=_MAX_CACHED if config.suffix_cache else 0,
             has_draft=draft is not None,
         )
 
@@ -273,7 +273,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         if self.learner is not None:
             self.learner.close()
         self.learner, self.texts, self.closed = None, None, True
-        self.lookahead.most_cached = 0
+        self.lookahead.max_cached = 0
         self.buffer.clear()
         self.seen_texts.replace([])
 

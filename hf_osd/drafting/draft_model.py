@@ -76,7 +76,7 @@ class Block:
     confidence: list[float] = field(default_factory=list)  # of each of `said`, where looked at
     cached: list[int] = field(default_factory=list)
     match: int = 0
-    shares: list[float] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)
     steps: int = 0  # forwards of the draft
     caught_up: bool = False  # one of them read more than a round's tokens
     tokens: list[int] = field(default_factory=list)  # all n, once they are known
@@ -87,7 +87,7 @@ class Block:
     def take(self, continuation: Continuation, length: int):
         """End the block with the first tokens of what the suffix cache proposes."""
         self.cached, self.match = continuation.tokens[:length], continuation.match
-        self.shares = continuation.shares[:length]
+        self.agreement = continuation.agreement[:length]
 
     @property
     def n(self) -> int:
@@ -168,7 +168,7 @@ class DraftModelProposer:
             if selective:
                 reach *= self._lookahead.confidence.acceptance(self._lookahead.confidence.bin(block.confidence[-1]))
                 # For what the draft thinks, not for what was sampled: q stays what it is sampled from.
-                if not self._lookahead.worth_token(len(block.own), reach):
+                if not self._lookahead.should_keep(len(block.own), reach):
                     break
             token = self._choose(said, scores)  # (1, 1)
             if self._needs_scores or self._stops.asks:
@@ -184,7 +184,7 @@ class DraftModelProposer:
                 break
             if selective and text is not None and self._take_tail(block, text, tokens, reach):
                 break
-            if selective and not self._lookahead.worth_step(len(block.own), reach):
+            if selective and not self._lookahead.should_step(len(block.own), reach):
                 break
             said = self.context.step(self.translation.token(token))
             block.steps += 1
@@ -269,9 +269,9 @@ class DraftModelProposer:
 
     def _take_tail(self, block: Block, text: CallSuffixes, tokens: list[int], reach: float) -> bool:
         """End the block with cached tokens, if that is worth more than drafting on."""
-        if not (continuation := text.continuation(self._lookahead.most_cached, tokens)):
+        if not (continuation := text.continuation(self._lookahead.max_cached, tokens)):
             return False
-        length = self._lookahead.tail(len(tokens), reach, continuation.match, continuation.shares)
+        length = self._lookahead.cache_suffix_length(len(tokens), reach, continuation.match, continuation.agreement)
         if length:
             block.take(continuation, length)
         return bool(length)

@@ -41,7 +41,7 @@ class Continuation:
 
     tokens: list[int]
     match: int
-    shares: list[float]
+    agreement: list[float]
 
 
 class SuffixCache:
@@ -331,7 +331,7 @@ class _Index:
     def follow(self, found: list[int], match: int, most: int, loops: bool = False) -> Continuation | None:
         """Walk on from the indices `found`, each step with the token that most of those still agreeing have. With `loops`, what reaches the end
         of the newest text goes on with what it proposed: a text that repeats itself will do so again."""
-        log, tokens, shares = self._log, [], []
+        log, tokens, agreement = self._log, [], []
         while len(found) > 1 and len(tokens) < most:
             nexts = [token for at in found if (token := log[at]) != BORDER]
             if not nexts:
@@ -342,15 +342,15 @@ class _Index:
                 token = max(dict.fromkeys(nexts), key=nexts.count)  # the first of equals: the most recent
                 votes = nexts.count(token)
             tokens.append(token)
-            shares.append(votes / len(nexts))
+            agreement.append(votes / len(nexts))
             found = [at + 1 for at in found if log[at] == token]
         if len(found) == 1:  # the usual case, and the rest needs no votes
             rest = log[found[0] : found[0] + most - len(tokens)].tolist()
             tokens += rest[: rest.index(BORDER)] if BORDER in rest else rest
             if loops and found[0] + len(rest) >= len(log) - 1 and tokens:
                 tokens = (tokens * (most // len(tokens) + 1))[:most]
-            shares += [1.0] * (len(tokens) - len(shares))
-        return Continuation(tokens, match, shares) if tokens else None
+            agreement += [1.0] * (len(tokens) - len(agreement))
+        return Continuation(tokens, match, agreement) if tokens else None
 
 
 def _phrases(tokens: Sequence[int], start: int, at: int) -> tuple[int, ...]:

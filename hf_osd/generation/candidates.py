@@ -224,7 +224,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             cached=len(block.cached),
             confidence=block.confidence[: len(block.own)],
             match=block.match,
-            shares=block.shares,
+            agreement=block.agreement,
         )
         self.lookahead.observe_untested(lag)
         # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
@@ -240,8 +240,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
 
     def _fill(self, input_ids: Tensor, room: int):
         """Fill the round's block from whichever source is worth more, with at most `room` tokens."""
-        continuation = self._look_up(min(room, self.lookahead.most_cached))
-        plan = self.lookahead.plan(*((continuation.match, continuation.shares) if continuation else ()))
+        continuation = self._look_up(min(room, self.lookahead.max_cached))
+        plan = self.lookahead.plan(*((continuation.match, continuation.agreement) if continuation else ()))
         if plan.length and room > 0 and self._verification is not None and not self._can_verify():
             return
         if plan.source == "cache":
@@ -281,7 +281,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                     break
             if token in self._eos:
                 break
-        block.cached, block.shares = kept, block.shares[: len(kept)]
+        block.cached, block.agreement = kept, block.agreement[: len(kept)]
 
     def _look_up(self, most: int) -> Continuation | None:
         """What the suffix cache proposes, `None` for nothing."""

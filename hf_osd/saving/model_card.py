@@ -165,10 +165,10 @@ def _figures(stats: Stats, lookahead: DraftPolicy | None) -> list[str]:
             lookahead.costs,
             "given, not measured" if lookahead.costs.are_fixed else "measured while serving",
         )
-        if lookahead.c is not None:
-            rows.append(("c (a draft step, in one-token target steps)", _figure(lookahead.c), given))
+        if costs.c is not None:
+            rows.append(("c (a draft step, in one-token target steps)", _figure(costs.c), given))
         if costs.are_fixed or costs.longest_measured > 1:
-            longest = lookahead.most + 1
+            longest = lookahead.max_gamma + 1
             v = ", ".join(
                 f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest)
             )

@@ -39,7 +39,7 @@ def brute_force(texts, suffix, most):
                 places, longest = [], match
             if match == longest > 0:
                 places.insert(0, text[at:])
-    proposed, shares = [], []
+    proposed, agreement = [], []
     while len(proposed) < most:
         places = [rest for rest in places if rest]
         if not places:
@@ -47,9 +47,9 @@ def brute_force(texts, suffix, most):
         votes = Counter(rest[0] for rest in places)  # keeps the order in which it met them: the most recent first
         token, count = votes.most_common(1)[0]
         proposed.append(token)
-        shares.append(count / len(places))
+        agreement.append(count / len(places))
         places = [rest[1:] for rest in places if rest[0] == token]
-    return Continuation(proposed, longest, shares) if proposed else None
+    return Continuation(proposed, longest, agreement) if proposed else None
 
 
 def test_a_longer_match_wins_over_a_more_recent_one():
@@ -208,7 +208,11 @@ def test_a_short_call_agrees_with_brute_force(text):
     assert (found is None) == (expected is None)
     if expected is not None:  # what reaches the text's end goes on as a loop
         n = len(expected.tokens)
-        assert (found.tokens[:n], found.match, found.shares[:n]) == (expected.tokens, expected.match, expected.shares)
+        assert (found.tokens[:n], found.match, found.agreement[:n]) == (
+            expected.tokens,
+            expected.match,
+            expected.agreement,
+        )
 
 
 @given(seed=st.integers(0, 1000), copied=st.integers(4, 40))
@@ -231,8 +235,8 @@ def test_what_is_proposed_followed_the_match_in_a_text_held(texts, suffix, max_b
     if proposed is not None:
         run = suffix[-proposed.match :] + proposed.tokens
         assert any(text[at : at + len(run)] == run for text in texts for at in range(len(text)))
-        assert len(proposed.shares) == len(proposed.tokens)
-        assert all(0 < share <= 1 for share in proposed.shares)
+        assert len(proposed.agreement) == len(proposed.tokens)
+        assert all(0 < share <= 1 for share in proposed.agreement)
 
 
 @given(

@@ -53,18 +53,20 @@ def mixed(assistant: OnlineAssistant, own: int = 1) -> Iterator[None]:
     the fifth nobody's."""
     lookahead, rounds = assistant.lookahead, []
 
-    def plan(match=0, shares=()):
+    def plan(match=0, agreement=()):
         rounds.append(1)
         turn = len(rounds) % 5
         return (
-            Plan("cache", len(shares) if turn == 4 else 0) if turn in (4, 0) else Plan("draft", lookahead.most, True)
+            Plan("cache", len(agreement) if turn == 4 else 0)
+            if turn in (4, 0)
+            else Plan("draft", lookahead.max_gamma, True)
         )
 
     forced = {
         "plan": plan,
-        "tail": lambda j, reach, match, shares: len(shares) if j >= own else 0,
-        "worth_token": lambda j, reach: True,
-        "worth_step": lambda j, reach: True,
+        "cache_suffix_length": lambda j, prefix_acceptance, match, agreement: len(agreement) if j >= own else 0,
+        "should_keep": lambda j, prefix_acceptance: True,
+        "should_step": lambda j, prefix_acceptance: True,
     }
     vars(lookahead).update(forced)
     try:
