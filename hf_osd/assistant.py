@@ -106,9 +106,9 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             # Made before any trainer exists, and in storage of its own, so that a user's training of `draft` reaches the serving draft by
             # refreshes alone. Whatever serves and learns begins with this storage, and leaves it where it writes.
             own = own_draft(draft)
-            reads = try_draft(own, draft)
-            self.reach = Reach(own, reads)
-            self._widths = LogitWidths(own.config.get_text_config(decoder=True), reads.width)
+            trial = try_draft(own, draft)
+            self.reach = Reach(own, trial)
+            self._widths = LogitWidths(own.config.get_text_config(decoder=True), trial.width)
             fixed = embedding_names(own) if config.freeze_embeddings else set()
             trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
             if config.learns and not trainable and config.adapter != "lora":
@@ -135,7 +135,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         # Feedback whose prompt is plain token ids of a shared vocabulary: it alone can be rehearsed.
         self.rehearsable: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.seen_texts = SeenTexts()
-        self._translation = functools.lru_cache(maxsize=4)(self._translate)
+        self._mapping = functools.lru_cache(maxsize=4)(self._make_mapping)
         on_fork(self)
 
     # What transformers reads on an assistant model.
@@ -194,8 +194,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         check_call(request, self.serving.active)
         target = request.target
         width = self._widths.of(target)
-        translation = self._translation(width or self._widths.least(target), request.tokenizers)
-        check_vocabularies(target, translation)
+        mapping = self._mapping(width or self._widths.least(target), request.tokenizers)
+        check_vocabularies(target, mapping)
         began = time.perf_counter()
         self.update()
         self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
@@ -203,7 +203,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             config=self.osd_config,
             serving=self.serving,
             lookahead=self.lookahead,
-            translation=translation,
+            mapping=mapping,
             seen_texts=self.seen_texts,
             warn=self._warn_once,
             learns=self.learner is not None,
@@ -216,13 +216,17 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._calls.add(call, generator)
         return generator
 
-    def _translate(self, target_size: int, tokenizers: tuple | None) -> VocabMapping:
+    def _make_mapping(self, target_size: int, tokenizers: tuple | None) -> VocabMapping:
         if not self.lookahead.has_draft:  # what was said before is in the target's own tokens
-            return VocabMapping.of_sizes(target_size, target_size)
-        sizes = {"target_size": target_size, "draft_size": self.reach.width, "rows": self.reach.rows}
+            return VocabMapping.from_sizes(target_size, target_size)
+        sizes = {
+            "target_size": target_size,
+            "draft_size": self.reach.width,
+            "num_embeddings": self.reach.num_embeddings,
+        }
         if tokenizers is None:  # transformers lets that through for equal sizes alone
-            return VocabMapping.of_sizes(**sizes)
-        return VocabMapping.of_tokenizers(*tokenizers, **sizes)
+            return VocabMapping.from_sizes(**sizes)
+        return VocabMapping.from_tokenizers(*tokenizers, **sizes)
 
     def decodes_plainly(self, target: PreTrainedModel, why: str):
         """Say once of calls that they are not drafted for."""

@@ -83,7 +83,7 @@ def record_answers(
         on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
         temperature (`float`): above 0, answers are sampled at it, from all tokens, with the process's random numbers. What is kept of the target is its
             distribution at temperature 1 either way.
-        translation (`VocabMapping`, *optional*): to the draft's vocabulary, where that is not the target's: see [`VocabMapping.of_models`]. What is kept is then
+        translation (`VocabMapping`, *optional*): to the draft's vocabulary, where that is not the target's: see [`VocabMapping.from_models`]. What is kept is then
             in the draft's ids, as a generate call keeps it: a token of the target may be several of them, of which the first one teaches.
 
     Returns:
@@ -98,7 +98,7 @@ def record_answers(
         )
     if translation is None:
         size = target.config.get_text_config().vocab_size
-        translation = VocabMapping.of_sizes(size, size)
+        translation = VocabMapping.from_sizes(size, size)
     check_vocabularies(target, translation)
     encodes = target.config.is_encoder_decoder
     if encodes or not translation.has_one_tokenizer:
@@ -147,11 +147,11 @@ def record_answers(
             prompt, of_prompt = sequences[row, :begin] if encodes else prompts[i].cpu(), None
             if prefill is not None:  # its first token follows nothing
                 of_prompt = prefill.rows(len(prompt) - 1, top_k, dtype, row, translation.shared_columns)
-            prompt, pieces = translation.prompt(prompt), translation.tokens(answer[:n].tolist())
+            prompt, pieces = translation.to_draft_prompt(prompt), translation.to_draft_ids(answer[:n].tolist())
             answers[i] = Feedback.of_target(
                 torch.cat([prompt, torch.tensor([token for piece in pieces for token in piece], device="cpu")]),
                 len(prompt),
-                translation.rows(rows, pieces),
+                translation.to_draft_rows(rows, pieces),
                 prompt_rows=of_prompt,
                 sampled=temperature > 0,
                 source=source,

@@ -45,7 +45,7 @@ class Parts:
         config (`OnlineConfig`): every choice there is.
         serving (`HotSwapDraft`): whose draft is leased.
         lookahead (`DraftPolicy`): chooses source and γ.
-        translation (`VocabMapping`): between the target's tokens and the draft's.
+        mapping (`VocabMapping`): between the target's tokens and the draft's.
         seen_texts (`SeenTexts`): by which to tell what of a prompt is new.
         warn (`Callable[[str], None]`): gives a warning, once.
         learns (`bool`): whether anything learns from calls.
@@ -58,7 +58,7 @@ class Parts:
     config: OnlineConfig
     serving: HotSwapDraft | NullHotSwap
     lookahead: DraftPolicy
-    translation: VocabMapping
+    mapping: VocabMapping
     seen_texts: SeenTexts
     warn: Callable[[str], None]
     learns: bool = False
@@ -87,7 +87,7 @@ class Call:
         self.model: PreTrainedModel | None = None
         self.rehearsable = False
         # Not all parts: the target is among what they hold on to.
-        self._serving, self._known_texts = parts.serving, parts.seen_texts
+        self._serving, self._seen_texts = parts.serving, parts.seen_texts
         self._reach, self._warn = parts.reach, parts.warn
         self._text: CallSuffixes | None = None  # as the suffix cache has it,
         self._cache: SuffixCache | None = None  # and where it goes when the call is over
@@ -114,16 +114,16 @@ class Call:
             raise
 
     def _begin(self, request: GenerateRequest, parts: Parts, tenant: Hashable) -> OnlineCandidateGenerator:
-        config, translation, head = parts.config, parts.translation, parts.head
+        config, mapping, head = parts.config, parts.mapping, parts.head
 
         # 1. The lease: no weight of the draft changes while it lasts.
         self.model = parts.serving.lease()
 
         # 2. The text: as the target has it, by which the suffix cache looks it up, and as the draft reads it.
         tokens = without_padding(request.input_ids, request.mask)
-        prompt = translation.prompt(tokens)
+        prompt = mapping.to_draft_prompt(tokens)
         if parts.texts is not None:
-            cache = parts.texts.of(tenant)
+            cache = parts.texts.for_tenant(tenant)
             self._text = CallSuffixes(tokens.tolist(), cache)
             self._cache = None if self.private else cache
 
@@ -135,7 +135,7 @@ class Call:
                 "these calls. A draft with an encoder of its own learns where the source is tokens."
             )
         capture = teaching_mask and parts.learns and not self.private
-        self.rehearsable = capture and not request.encodes and translation.has_one_tokenizer and request.reads_tokens
+        self.rehearsable = capture and not request.encodes and mapping.has_one_tokenizer and request.reads_tokens
         if self.rehearsable:
             self._prompt_states = PromptStates.of_call(
                 request.target, self.model, config.prompt_positions, request.mask, len(tokens)
@@ -144,11 +144,11 @@ class Call:
         # 4. The record of what it says of the answer.
         self.record = CallRecorder(
             prompt,
-            translation,
+            mapping,
             sampled=request.generation_config.do_sample,
             processed=bool(request.logits_processor),
             capture=capture,
-            note_likely=head is not None and not self.private,
+            track_likely=head is not None and not self.private,
             top_k=config.top_k,
             dtype=getattr(torch, config.feedback_dtype),
             source=source,
@@ -160,7 +160,7 @@ class Call:
             request,
             self.model,
             prompt=prompt,
-            translation=translation,
+            mapping=mapping,
             record=self.record,
             lookahead=parts.lookahead,
             text=self._text,
@@ -184,7 +184,7 @@ class Call:
         if not (request.encodes and parts.lookahead.has_draft):
             return request, None, True
         if (inputs := request.inputs_tensor) is not None and not inputs.is_floating_point():
-            request = replace(request, inputs_tensor=parts.translation.shown(inputs))
+            request = replace(request, inputs_tensor=parts.mapping.embeddable(inputs))
         source = encoder_source(self.model, request.inputs_tensor, request.model_kwargs.get("attention_mask"))
         return request, source, source is not None or not encoder_parameters(self.model)
 
@@ -201,9 +201,9 @@ class Call:
         try:
             if self._cache is not None and keep_text:
                 self._cache.add(self._text.tokens)
-            shared = self._known_texts.shared(self.record.prompt)
+            shared = self._seen_texts.shared(self.record.prompt)
             if self._head_usage is not None:
-                self._head_usage.settle(self.record.stats)
+                self._head_usage.finish(self.record.stats)
             feedback = self.record.to_feedback(shared)
         finally:
             self._let_go()
@@ -213,7 +213,7 @@ class Call:
             )
         if feedback is None:
             return None
-        self._known_texts.add(feedback.tokens)
+        self._seen_texts.add(feedback.tokens)
         # Beyond its reach the draft has no positions to learn the end of it at.
         return feedback if self._reach is None or self._reach.covers(feedback) else None
 

@@ -53,7 +53,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             target's raw logits, if there are any.
         assistant_model (`PreTrainedModel`): the leased draft, or a [`NullDraft`].
         prompt (`Tensor` int64 `(L',)`): the prompt as the draft reads it.
-        translation (`VocabMapping`): between the target's tokens and the draft's.
+        mapping (`VocabMapping`): between the target's tokens and the draft's.
         record (`CallRecorder`): where observations go.
         lookahead (`DraftPolicy`): chooses source and γ.
         text (`CallSuffixes`, *optional*): the text so far and those before it, as the suffix cache has them.
@@ -69,7 +69,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         request: GenerateRequest,
         assistant_model: PreTrainedModel,
         prompt: Tensor,
-        translation: VocabMapping,
+        mapping: VocabMapping,
         record: CallRecorder,
         lookahead: DraftPolicy,
         text: CallSuffixes | None = None,
@@ -106,7 +106,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             assistant_model = NullDraft()
             upstreams(assistant_model=assistant_model)
         self.num_assistant_tokens = tokens
-        self.record, self.lookahead, self._translation, self._text = record, lookahead, translation, text
+        self.record, self.lookahead, self._mapping, self._text = record, lookahead, mapping, text
         self._sample = request.generation_config.do_sample
         eos = getattr(request.generation_config, "_eos_token_tensor", None)
         self._eos = set() if eos is None else set(eos.flatten().tolist())
@@ -132,16 +132,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             encoded = self.assistant_kwargs.get("encoder_outputs")
             self._drafting = DraftModelProposer(
                 DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask")),
-                translation,
+                mapping,
                 lookahead,
                 self._verified,
                 self.stops,
                 self._eos,
                 sample=self._sample,
-                home=input_ids.device,  # the processors' own tensors are there
+                scores_device=input_ids.device,  # the processors' own tensors are there
                 make_head=make_head,
             )
-            self.head_usage = self._drafting.usage if make_head is not None else None
+            self.head_usage = self._drafting.head_usage if make_head is not None else None
         self._block = Block()
         self._prefill = True  # the target's: its next forward takes the prompt as well
         self._verification = verification  # None once it is known
@@ -162,16 +162,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         candidates, scores = input_ids, None
         if block.n:
             cached = torch.tensor([block.cached], dtype=torch.long, device=input_ids.device) if block.cached else None
-            candidates = torch.cat([input_ids, *block.own, *(() if cached is None else (cached,))], dim=-1)
-            if self._sample and block.own:
-                scores = self._drafting.dense(block, len(block.own))
+            candidates = torch.cat([input_ids, *block.draft_tokens, *(() if cached is None else (cached,))], dim=-1)
+            if self._sample and block.draft_tokens:
+                scores = self._drafting.dense(block, len(block.draft_tokens))
                 if cached is not None:
                     sure = scores.new_full((len(block.cached), scores.shape[-1]), -torch.inf)
                     scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
                 scores = scores[None]
             if self._verified is not None and self._verified.in_turn:
                 drafted = candidates[0, input_ids.shape[1] :].tolist()
-                self._verified.expect(drafted, None if scores is None else scores[0])
+                self._verified.begin_round(drafted, None if scores is None else scores[0])
         self._handed_over = time.perf_counter()
         self._draft_seconds = self._handed_over - start - self._lookup_seconds - self._verification_seconds
         self._verification_seconds = 0.0
@@ -185,30 +185,30 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         target_seconds = start - self._handed_over
         block, drafting, m = self._block, self._drafting, int(num_matches)
         said, n = input_ids[:, -(m + 1) :], block.n  # (1, m+1)
-        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1, scores)
+        raw = scores[0, : m + 1] if self._verified is None else self._verified.finish_round(m + 1, scores)
         targets = scores[0, : m + 1].softmax(-1) if self._sample else None
         # The one wait for the device in a round: for what was verified, what was drafted, and what the draft thought of it.
-        overlap = drafting.overlap(block, said[0], targets) if block.steps else said.new_empty(0)
-        lag = block.lag if block.lag is not None else said.new_empty(0)
-        parts = [said[0], *(token[0] for token in block.own), overlap, lag]
+        overlap = drafting.acceptance(block, said[0], targets) if block.steps else said.new_empty(0)
+        late = block.late_acceptance if block.late_acceptance is not None else said.new_empty(0)
+        parts = [said[0], *(token[0] for token in block.draft_tokens), overlap, late]
         known = torch.cat([part.float() for part in parts]).tolist()
-        sizes = [m + 1, len(block.own), len(overlap), len(lag)]
-        tokens, own_tokens, overlap, lag = (list(part) for part in _split(known, sizes))
+        sizes = [m + 1, len(block.draft_tokens), len(overlap), len(late)]
+        tokens, own_tokens, overlap, late = (list(part) for part in _split(known, sizes))
         tokens = list(map(int, tokens))
         block.tokens = [*map(int, own_tokens), *block.cached]
         # num_matches undercounts where the block was cut at EOS or the length limit: its last verified token is then the draft's own.
         rejected = m < n and tokens[-1] != block.tokens[m]
         accepted = m if rejected or m == n else m + 1
         tested = accepted + rejected
-        own = min(tested, len(block.own))  # of the draft's own tokens, those that were tested
-        pieces = self._translation.tokens(tokens)
+        own = min(tested, len(block.draft_tokens))  # of the draft's own tokens, those that were tested
+        pieces = self._mapping.to_draft_ids(tokens)
 
         if drafting is not None:
             ids = said
-            if not self._translation.is_identity:
+            if not self._mapping.is_identity:
                 ids = torch.tensor([[i for piece in pieces for i in piece]], device=said.device)
-            lag = drafting.follow(block, lag, pieces, ids, targets)
-        self.record.set_acceptance(lag)
+            late = drafting.accept(block, late, pieces, ids, targets)
+        self.record.set_acceptance(late)
         log_q = functools.partial(drafting.log_q, block, own) if own else None
         self.record.add_round(pieces, raw, block, accepted, tested, overlap, log_q)
         if self._text is not None:
@@ -222,11 +222,11 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             target_seconds=None if self._prefill else target_seconds,
             steps=block.steps,
             cached=len(block.cached),
-            confidence=block.confidence[: len(block.own)],
+            confidence=block.confidence[: len(block.draft_tokens)],
             match=block.match,
             agreement=block.agreement,
         )
-        self.lookahead.observe_untested(lag)
+        self.lookahead.observe_untested(late)
         # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
         self.lookahead.observe_untested(overlap[own:], block.confidence[own:])
         if self._prefill and self._see_width is not None:
@@ -246,7 +246,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             return
         if plan.source == "cache":
             if continuation:
-                self._block.take(continuation, plan.length)
+                self._block.append_cached(continuation, plan.length)
         elif plan.length and self._drafting is not None:
             context = self._drafting.context
             length = int(min(plan.length, room, self._reach.window - context.length))
@@ -272,11 +272,11 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         """Cut the block's cached tokens where the text must end: at its limit, with an EOS, before a stop string."""
         block = self._block
         kept: list[int] = []
-        for token in block.cached[: room - len(block.own)]:
+        for token in block.cached[: room - len(block.draft_tokens)]:
             kept.append(token)
             if self.stops.asks:
                 cached = torch.tensor([kept], dtype=torch.long, device=input_ids.device)
-                if self.stops.end(torch.cat([input_ids, *block.own, cached], dim=-1)):
+                if self.stops.end(torch.cat([input_ids, *block.draft_tokens, cached], dim=-1)):
                     kept.pop()
                     break
             if token in self._eos:

@@ -31,11 +31,11 @@ class CallRecorder:
 
     Args:
         prompt (`Tensor` int64 `(L,)`): the prompt as the draft reads it.
-        translation (`VocabMapping`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
+        mapping (`VocabMapping`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
         sampled (`bool`): whether the call samples.
         processed (`bool`): whether logits processors stand between the models' distributions and what was chosen from.
         capture (`bool`): whether to keep the target's distributions; statistics are kept anyway.
-        note_likely (`bool`): whether, where they are not kept, to note the target's likeliest tokens all the same.
+        track_likely (`bool`): whether, where they are not kept, to note the target's likeliest tokens all the same.
         top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
         source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
         prompt_states (`PromptStates`, *optional*): what the target makes of the prompt, where that is to teach.
@@ -44,11 +44,11 @@ class CallRecorder:
     def __init__(
         self,
         prompt: Tensor,
-        translation: VocabMapping,
+        mapping: VocabMapping,
         sampled: bool,
         processed: bool,
         capture: bool,
-        note_likely: bool,
+        track_likely: bool,
         top_k: int,
         dtype: torch.dtype,
         source: Tensor | None = None,
@@ -56,8 +56,8 @@ class CallRecorder:
     ):
         self.stats = CallStats(requests=1)
         self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
-        self._translation = translation
-        self._capture, self._note_likely, self._top_k, self._dtype = capture, note_likely, top_k, dtype
+        self._mapping = mapping
+        self._capture, self._track_likely, self._top_k, self._dtype = capture, track_likely, top_k, dtype
         self._prompt = prompt.to("cpu", torch.int32)
         self._source = None if source is None else source.to("cpu", torch.int32)
         self._tokens: list[int] = []  # the draft's ids, N so far
@@ -90,15 +90,15 @@ class CallRecorder:
             overlap: expected acceptance of the draft at the first verified positions, those it was asked about.
             log_q: log-probs of ids `(t, k)` under what the t tested tokens of the draft's own were taken from, `(t, k)`; `None` if t is 0.
         """
-        own = min(tested, len(block.own))
-        self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.own), block.steps)
+        own = min(tested, len(block.draft_tokens))
+        self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.draft_tokens), block.steps)
         tokens = [token for piece in pieces for token in piece]
         at = starts(pieces)
         self._starts += [len(self._tokens) + i for i in at]
         self._tokens += tokens
         self._overlap += _spread(overlap, at, len(tokens), torch.nan)
         if not self._capture:
-            if self._note_likely:
+            if self._track_likely:
                 with self._on_side_stream(raw):
                     top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
                     self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
@@ -107,8 +107,8 @@ class CallRecorder:
             self.prompt_states.settle(block.n, raw[0])
         # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
         drafted = block.tokens[:own]
-        with self._on_side_stream(raw, *block.scores, *(said.logits for said in block.said)):
-            columns = self._translation.shared_columns(raw.device)
+        with self._on_side_stream(raw, *block.scores, *(said.logits for said in block.draft_logits)):
+            columns = self._mapping.shared_columns(raw.device)
             rows = SparseLogits.from_logits(raw, self._top_k, self._dtype, columns)  # in the target's ids
             draft_rows = torch.full_like(rows.top_logps, torch.nan)  # (m+1, k)
             drafted_logp = torch.full_like(rows.tail_logp, torch.nan)  # (m+1,)
@@ -116,9 +116,9 @@ class CallRecorder:
                 ids = torch.tensor(drafted, device=raw.device)[:, None]
                 said = log_q(torch.cat([rows.top_ids[:own].long(), ids], dim=-1)).to(raw.device, self._dtype)
                 draft_rows[:own], drafted_logp[:own] = said[:, :-1], said[:, -1]
-            rows = self._translation.rows(rows, pieces)
-            if not self._translation.is_identity:
-                drafted = [self._translation.tokens([token])[0][0] for token in drafted]
+            rows = self._mapping.to_draft_rows(rows, pieces)
+            if not self._mapping.is_identity:
+                drafted = [self._mapping.to_draft_ids([token])[0][0] for token in drafted]
             if len(tokens) > len(pieces):
                 wide = [x.new_full((len(tokens), *x.shape[1:]), torch.nan) for x in (draft_rows, drafted_logp)]
                 wide[0][at], wide[1][at] = draft_rows, drafted_logp
@@ -167,7 +167,7 @@ class CallRecorder:
         if self._capture and self._rows:
             rows = self._kept()
             return rows.top_ids.flatten(), rows.top_logps.flatten().float().exp().nan_to_num()
-        if not self._likely or not self._translation.is_identity:
+        if not self._likely or not self._mapping.is_identity:
             return None
         if self._stream is not None:
             self._stream.synchronize()
@@ -216,7 +216,7 @@ class CallRecorder:
         try:
             # Its first token follows nothing.
             count = len(self._prompt) - max(shared, 1)
-            return states.rows(count, self._top_k, self._dtype, columns=self._translation.shared_columns)
+            return states.rows(count, self._top_k, self._dtype, columns=self._mapping.shared_columns)
         except Exception:  # out of memory, say: a lesson less, and no reason to break the user's call
             logger.exception(
                 "What the target makes of a prompt could not be kept; this request teaches by its answer alone."

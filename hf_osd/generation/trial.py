@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from hf_osd.models.properties import special_ids
 from hf_osd.system.random_state import isolated_random_state
 
 if TYPE_CHECKING:
@@ -145,9 +146,9 @@ class Trial:
         """A text of random tokens `(1, T)`, none of which means something to the model, and another that differs from it everywhere."""
         config = self._target.config.get_text_config(decoder=True)
         rows = getattr(self._target.get_input_embeddings(), "num_embeddings", config.vocab_size)
-        named = {value for part in (self._target.config, config) for value in _special_ids(part)}
+        special = special_ids(self._target)
         ids = range(min(rows, config.vocab_size, 2**15))
-        free = [i for i in ids if i not in named]
+        free = [i for i in ids if i not in special]
         allowed = torch.tensor(free if len(free) > 1 else ids, dtype=torch.long, device="cpu")
         random = torch.Generator("cpu").manual_seed(seed)
         length = _ROWS + (self._start.shape[1] or _PROMPT)
@@ -204,13 +205,6 @@ class Trial:
             **kwargs,
         )
         return torch.cat(output.logits), output.past_key_values
-
-
-def _special_ids(config) -> Iterator[int]:
-    """Ids that a config names: ends of text, and what stands for an image or a sound."""
-    for name, value in vars(config).items():
-        if name.endswith(("token_id", "token_index", "token_ids")):
-            yield from value if isinstance(value, (list, tuple)) else [value]
 
 
 def _apart(rows: Tensor, others: Tensor) -> Tensor:

@@ -24,3 +24,13 @@ def forward_parameters(model: PreTrainedModel) -> set[str]:
 def encoder_parameters(draft: PreTrainedModel) -> set[str]:
     """By which parameters of its `forward` the draft takes what an encoder made; none for a plain decoder."""
     return forward_parameters(draft) & {"encoder_outputs", "encoder_hidden_states"}
+
+
+def special_ids(model: PreTrainedModel) -> set:
+    """Collects the token ids that a model's configs name: ends of text, padding, placeholders of images and sounds."""
+    special = set()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        for name, value in vars(config).items():
+            if name.endswith(("token_id", "token_ids", "token_index")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    return special

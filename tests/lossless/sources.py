@@ -132,12 +132,12 @@ def check_account(stats, feedback, blocks, answer: list[int]):
         accepted = hits.index(False)
         said = min(accepted + 1, len(left))
         tested = min(said, block.n)
-        own = min(tested, len(block.own))
+        own = min(tested, len(block.draft_tokens))
         outcome += [ACCEPTED if j < accepted else REJECTED for j in range(own)] + [UNTESTED] * (said - own)
         guesses += block.tokens[:own] + [-1] * (said - own)
         for name, n in (("drafted", block.n), ("tested", tested), ("accepted", accepted)):
-            counts[name]["draft"] += min(n, len(block.own))
-            counts[name]["cache"] += max(n - len(block.own), 0)
+            counts[name]["draft"] += min(n, len(block.draft_tokens))
+            counts[name]["cache"] += max(n - len(block.draft_tokens), 0)
     assert len(outcome) == len(answer) == stats.new_tokens
     assert stats.rounds == len(blocks)
     assert stats.verified_lengths == Counter(block.n + 1 for block in blocks)
@@ -156,7 +156,7 @@ def check_mixed(target, draft, assistant, prompts, own: int = 1, processors=None
         with mixed(assistant, own), rounds_seen() as seen:
             output = answer_to(target, assistant, prompt, **kwargs)
         blocks = [block for block, _ in seen]
-        kinds.update((bool(block.own), bool(block.cached)) for block in blocks)
+        kinds.update((bool(block.draft_tokens), bool(block.cached)) for block in blocks)
         start = prompt.shape[1] if decoder else 1
         stats, feedback = last_call(assistant)
         check_account(stats, feedback, blocks, output[0, start:].tolist())
@@ -253,7 +253,7 @@ def check_few_rows(target, draft, assistant, prompt, **kwargs):
     blocks = [block for block, _ in seen]
     last = max(i for i, block in enumerate(blocks) if block.steps)
     until = sum(_accepted(block, i, blocks, text[start:]) + 1 for i, block in enumerate(blocks[:last]))
-    known = ~feedback.overlap.isnan() & (torch.arange(len(answer)) < until + len(blocks[last].said))
+    known = ~feedback.overlap.isnan() & (torch.arange(len(answer)) < until + len(blocks[last].draft_logits))
     for i, (block, head) in enumerate(seen):
         said = _accepted(block, i, [block for block, _ in seen], text[start:]) + 1
         for j in range(done, min(done + said, len(answer))):
