@@ -23,10 +23,11 @@ from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.prompt_states import SeenTexts
-from hf_osd.generation.call import Call, Parts
+from hf_osd.generation.call import Call
 from hf_osd.generation.checks import check_call, check_draft
 from hf_osd.generation.logit_widths import LogitWidths
 from hf_osd.generation.open_calls import OpenCalls
+from hf_osd.generation.parts import Parts
 from hf_osd.generation.patch import enable
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import AssistantView
@@ -193,8 +194,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         """
         check_call(request, self.serving.active)
         target = request.target
-        width = self._widths.of(target)
-        mapping = self._mapping(width or self._widths.least(target), request.tokenizers)
+        width = self._widths.width_of(target)
+        mapping = self._mapping(width or self._widths.min_width(target), request.tokenizers)
         check_vocabularies(target, mapping)
         began = time.perf_counter()
         self.update()
@@ -210,7 +211,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             reach=self.reach,
             head=self.head,
             texts=self.texts,
-            see_width=None if width else functools.partial(self._widths.note, target),
+            note_width=None if width else functools.partial(self._widths.note, target),
         )
         call, generator = Call.open(request, parts, tenant, private)
         self._calls.add(call, generator)
@@ -317,7 +318,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     def collect(self):
         """Take in the calls that have ended, and those of this thread, without learning."""
-        self._take_in(self._calls.pop_finished(here=True))
+        self._take_in(self._calls.pop_finished(this_thread=True))
 
     @torch.autocast("cpu", enabled=False)
     def _take_in(self, over: list[Call]):

@@ -324,9 +324,7 @@ class _Index:
             token = nexts[0]
             votes = nexts.count(token)
             if votes < len(nexts):
-                token = max(
-                    dict.fromkeys(nexts), key=nexts.count
-                )  # of equal counts the first, which is the most recent
+                token = max(dict.fromkeys(nexts), key=nexts.count)  # of equals the first: the most recent
                 votes = nexts.count(token)
             tokens.append(token)
             agreement.append(votes / len(nexts))
