@@ -194,7 +194,7 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         try:
             if cache is None and model_kwargs.get("use_cache"):
                 why = "it keeps no cache that generate could take tokens back out of"
-                assistant.decodes_plainly(self, why)
+                assistant.warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
             with (
                 past_recording_restored(cache),

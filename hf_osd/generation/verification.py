@@ -63,7 +63,7 @@ class Verification:
 
     Args:
         request (`GenerateRequest`): the call's arguments.
-        tries (`bool`): run a trial if the checks leave it open.
+        runs_trials (`bool`): run a trial if the checks leave it open.
         warn (`Callable[[str], None]`): gives a warning, once.
     """
 
