@@ -82,8 +82,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         **overrides: single fields of the config, as in `OnlineAssistant(draft, learn=False)`.
 
     Raises:
-        ValueError: if `draft` is not a model with an LM head that can read tokens alone, or its forward is patched, or weights have no values; if a field of
-            the config is wrong; or if there is neither a draft nor a suffix cache.
+        ValueError: if `draft` is not a model with an LM head that can read tokens alone, or its forward is patched, or weights of it have no values; if a field
+            of the config is wrong; or if there is neither a draft nor a suffix cache.
         RuntimeError: if the installed transformers lacks parameters that hf_osd relies on.
     """
 
@@ -103,7 +103,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NullHotSwap(), None, None
-        self.reach: Reach | None = None  # limits of what the draft can read
+        self.reach: Reach | None = None  # the draft's limits
         self._widths = LogitWidths()
         self.adapter: Adapter | None = None  # the one that hf_osd puts on the draft, if any
         self.learning_choice = "Nothing learns: there is no draft."  # which weights learn, and why
@@ -148,12 +148,12 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     @property
     def config(self):
-        """The draft's config, which transformers reads on an assistant model. The [`OnlineConfig`] is `osd_config`."""
+        """Returns the draft's config, which transformers reads on an assistant model. The [`OnlineConfig`] is `osd_config`."""
         return self.serving.active.config
 
     @property
     def generation_config(self):
-        """The draft's generation config."""
+        """Returns the draft's generation config."""
         return self.serving.active.generation_config
 
     @property
@@ -300,7 +300,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     @property
     def stats(self) -> Stats:
-        """The statistics so far, see [`Stats`]. Calls that have ended are collected first."""
+        """Returns the statistics so far, see [`Stats`]. Calls that have ended are collected first."""
         self._finish(self._calls.pop_finished())
         stats = self._stats
         if self.learner is not None:

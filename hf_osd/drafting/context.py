@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftLogits:
-    """The draft's logits at n positions, for its whole vocabulary or for the part that its head computes.
+    """Holds the draft's logits at n positions, for its whole vocabulary or for the part that its head computes.
 
     Args:
         logits (`Tensor` float32 `(n, R)`): logits of R of the draft's W tokens.
@@ -67,7 +67,7 @@ class DraftLogits:
 
 
 class DraftContext:
-    """The verified text as the draft reads it, and a KV cache that may lag behind it.
+    """Holds the verified text as the draft reads it, and a KV cache that may lag behind it.
 
     Args:
         model (`PreTrainedModel`): the leased draft.
@@ -88,12 +88,12 @@ class DraftContext:
 
     @property
     def length(self) -> int:
-        """The length M of the text in the draft's tokens."""
+        """Counts the text's tokens, M, in the draft's vocabulary."""
         return self.ids.shape[1]
 
     @property
     def unread(self) -> int:
-        """The number of tokens at its end that are not in the cache."""
+        """Counts the tokens at the text's end that are not in the cache."""
         return self.length - self._cache.get_seq_length()
 
     def extend(self, tokens: Tensor, sizes: list[int]):

@@ -36,19 +36,16 @@ class HeadUsage:
 
     def __init__(self):
         self.tokens = self.missing = self.missed = 0
-        self._head: RowsHead | LowRankHead | None = None
+        self.head: RowsHead | LowRankHead | None = None
         # Inputs `(1, d)` for the full head once the call is over, each with the verified token there.
         self._to_check: list[tuple[Tensor, int]] = []
 
-    def observe(self, head: RowsHead | LowRankHead, logits: list[DraftLogits], tokens: list[int], missing: list[bool]):
-        """Counts verified tokens, and which were missing from the head; `logits` are the draft's at the first of them, as far as it made any."""
-        self.tokens += len(tokens)
-        self.missing += sum(missing)
-        self.check(head, logits, tokens, missing)
-
-    def check(self, head: RowsHead | LowRankHead, logits: list[DraftLogits], tokens: list[int], missing: list[bool]):
-        """Notes the missing tokens, so that `finish` asks the full head if it would have predicted them."""
-        self._head = head
+    def observe(self, logits: list[DraftLogits], tokens: list[int], missing: list[bool], late: bool = False):
+        """Counts verified tokens, and which were missing from the head. `finish` asks the full head about those that `logits`, the draft's at the first
+        tokens, reach. With `late` the tokens were counted in their own round."""
+        if not late:
+            self.tokens += len(tokens)
+            self.missing += sum(missing)
         triples = zip(logits, tokens, missing, strict=False)
         self._to_check += [(rows.hidden, token) for rows, token, is_missing in triples if is_missing]
 
@@ -57,7 +54,7 @@ class HeadUsage:
         if self._to_check:
             hidden, tokens = zip(*self._to_check, strict=True)
             with torch.no_grad():
-                predicted = self._head.full(torch.cat(hidden)).argmax(-1).tolist()
+                predicted = self.head.full(torch.cat(hidden)).argmax(-1).tolist()
             self.missed += sum(a == b for a, b in zip(predicted, tokens, strict=True))
             self._to_check = []
         stats.head_tokens, stats.head_lacked, stats.head_missed = self.tokens, self.missing, self.missed
@@ -65,11 +62,10 @@ class HeadUsage:
 
 @dataclass
 class Block:
-    """The tokens proposed in one round: first the draft model's, then the suffix cache's."""
+    """Holds the tokens proposed in one round: first the draft model's, then the suffix cache's."""
 
-    draft_tokens: list[Tensor] = field(
-        default_factory=list
-    )  # the draft model's, int64 (1, 1) each, in the target's ids
+    # The draft model's tokens, int64 (1, 1) each, in the target's ids.
+    draft_tokens: list[Tensor] = field(default_factory=list)
     # The draft's logits at each of them, and one more if it made a step whose token was left out.
     draft_logits: list[DraftLogits] = field(default_factory=list)
     # The same, mapped to V and processed, (1, V) each; empty if tokens are chosen from `draft_logits` directly.
@@ -142,6 +138,7 @@ class DraftModelProposer:
         # 1. Catch up: read all verified text, and score the draft where it had made no prediction.
         if self._make_head is not None:
             self.context.head, self.context.model = self._make_head(self.context.ids[0])
+            self.head_usage.head = self.context.head
             self._make_head = None
         block = Block(steps=1, caught_up=self.context.unread > 2)
         logits = self.context.catch_up(self._unscored)
@@ -252,7 +249,7 @@ class DraftModelProposer:
         first_ids = [piece[0] for piece in pieces]
         if head is not None:
             missing = [token not in head for token in first_ids]
-            self.head_usage.observe(head, [] if self._sample else block.draft_logits[:predicted], first_ids, missing)
+            self.head_usage.observe([] if self._sample else block.draft_logits[:predicted], first_ids, missing)
             head.add([token for token, is_missing in zip(first_ids, missing, strict=True) if is_missing])
         self._unscored = min(self._unscored + len(pieces) - predicted, MAX_UNSCORED)
         self._unscored_tokens.extend(zip(first_ids[predicted:], missing[predicted:], strict=True))
@@ -264,7 +261,7 @@ class DraftModelProposer:
     def _without_missing(self, late: list[float], logits: DraftLogits) -> list[float]:
         """Sets acceptance to 0 at tokens that are in the head now and were missing when the target chose them."""
         tokens, missing = zip(*list(self._unscored_tokens)[-len(late) :], strict=True)
-        self.head_usage.check(self.context.head, [logits[[i]] for i in range(len(late))], tokens, missing)
+        self.head_usage.observe([logits[[i]] for i in range(len(late))], tokens, missing, late=True)
         return [hit * (not is_missing) for hit, is_missing in zip(late, missing, strict=True)]
 
     def _scores(self, logits: DraftLogits, input_ids: Tensor, processors) -> Tensor:

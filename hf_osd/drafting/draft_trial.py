@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class TrialResult(NamedTuple):
-    """What a trial has shown of a draft: the longest text and source that it has positions for, in tokens, and how many logits it gives for a token; each
-    `None` if it was not seen."""
+    """Holds what a trial has shown of a draft: the longest text and source that it has positions for, in tokens, and how many logits it gives for a token;
+    each `None` if it was not seen."""
 
     window: int | None = None
     source: int | None = None

@@ -34,9 +34,10 @@ _SHAREABLE = (nn.Module, PreTrainedTokenizerBase, types.ModuleType, type)
 class VerifiedProcessors(LogitsProcessor):
     """Replaces all processors in the target's list by one that applies them, and keeps each row of logits as it was before.
 
-    If one of them may keep state, then each candidate is accepted or rejected here as its row comes, and after a rejection no processor is called. In greedy
-    decoding the row decides. In sampling the draw of speculative sampling is made here (arXiv 2211.17192, algorithm 1), and generate gets a row in which the
-    drawn token has probability 1, so that its own draw has the same result; `finish_round` restores the row.
+    If one of them may keep state, or fail on text that it has not allowed, then each candidate is accepted or rejected here as its row comes, and after a
+    rejection no processor is called. In greedy decoding the row decides. In sampling the draw of speculative sampling is made here (arXiv 2211.17192,
+    algorithm 1), and generate gets a row in which the drawn token has probability 1, so that its own draw has the same result; `finish_round` restores
+    the row.
 
     Args:
         processors (`list`): the target's processors, in order.
@@ -77,7 +78,7 @@ class VerifiedProcessors(LogitsProcessor):
 
     @property
     def allows_drafts(self) -> bool:
-        """`True` if the draft may propose: when sampling it needs copies of all processors, for q must be what it is sampled from."""
+        """Is `True` if the draft may propose: when sampling it needs copies of all processors, for q must be what it is sampled from."""
         return self.can_be_copied or not self._sampled
 
     def begin_round(self, drafted: list[int], scores: Tensor | None):

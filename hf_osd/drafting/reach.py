@@ -1,4 +1,4 @@
-"""`Reach` holds the limits of what a draft can read: the lengths of a text and of a source, and the token ids, by its config, a trial and experience."""
+"""`Reach` knows the longest text and source that a draft can read, and its token ids, by its config, a trial and the errors it has raised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHORTEST = 2
 
 
 class Reach:
-    """Limits of what a draft can read. Beyond them the target goes on alone, and nothing is learnt.
+    """Holds the limits of what a draft can read. Beyond them the target goes on alone, and nothing is learnt.
 
     Limits of position tables come from config and trial, for on a GPU a position beyond a table would crash the process. All others, such as a table of
     distances of a fixed size, are found by the first forward that fails.
@@ -48,7 +48,7 @@ class Reach:
         self._warned = False
 
     def covers(self, feedback: Feedback) -> bool:
-        """`True` if the draft can read all of a request."""
+        """Returns `True` if the draft can read all of a request."""
         source = 0 if feedback.source is None else len(feedback.source)
         return len(feedback.tokens) <= self.window and source <= self.source
 

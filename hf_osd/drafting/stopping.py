@@ -51,7 +51,7 @@ class DraftStops:
 
     @property
     def asks(self) -> bool:
-        """`True` if there is a criterion that `end` asks."""
+        """Is `True` if there is a criterion that `end` asks."""
         return bool(self._asked)
 
     def end(self, input_ids: Tensor) -> bool:

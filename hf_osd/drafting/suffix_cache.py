@@ -8,7 +8,7 @@ import sys
 import threading
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -30,7 +30,7 @@ MAX_ENTRY_BYTES = 140
 
 @dataclass(frozen=True)
 class Continuation:
-    """A proposal: the tokens that followed the longest match of a text's end.
+    """Holds a proposal: the tokens that followed the longest match of a text's end.
 
     Args:
         tokens (`list[int]`): the proposed tokens, at least one.
@@ -50,13 +50,14 @@ class SuffixCache:
     Args:
         max_bytes (`int`): bound on `nbytes`. Of a text longer than `(max_bytes - 2048) // 498` tokens only the end is kept: that
             length fits whatever its phrases are.
+        on_change (`Callable`, *optional*): called with the cache after each `add`, with its lock released.
 
     Raises:
         ValueError: if `max_bytes` is below 1.
     """
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes = _checked(max_bytes)
+    def __init__(self, max_bytes: int, on_change: Callable[[SuffixCache], None] | None = None):
+        self.max_bytes, self._on_change = _checked(max_bytes), on_change
         self._longest = (max_bytes - CACHE_BYTES) // (TOKEN_BYTES + len(ORDERS) * PHRASE_BYTES)
         self._index = _Index()
         self._lengths: deque[int] = deque()  # of the texts, the oldest first
@@ -69,22 +70,23 @@ class SuffixCache:
 
     @property
     def nbytes(self) -> int:
-        """The estimated bytes: 18 per token, 160 per distinct phrase of 1, 2 or 4 tokens, and 2048 once; 0 if nothing is held."""
+        """Estimates the bytes: 18 per token, 160 per distinct phrase of 1, 2 or 4 tokens, and 2048 once; 0 if nothing is held."""
         with self._lock:
             return self._nbytes()
 
     def add(self, tokens: Sequence[int]):
         """Adds the text of one finished request, prompt and answer."""
         kept = array("i", tokens[-self._longest :])  # an invalid token raises here, before anything has changed
-        if self._longest < 1 or not len(kept):
-            return
-        with self._lock:
-            self._index.begin()
-            self._index.extend(kept)
-            self._lengths.append(len(kept))
-            while self._nbytes() > self.max_bytes:
-                self._index.drop_oldest(self._lengths.popleft())
-            self._index.shrink_dicts()
+        if self._longest >= 1 and len(kept):
+            with self._lock:
+                self._index.begin()
+                self._index.extend(kept)
+                self._lengths.append(len(kept))
+                while self._nbytes() > self.max_bytes:
+                    self._index.drop_oldest(self._lengths.popleft())
+                self._index.shrink_dicts()
+        if self._on_change is not None:
+            self._on_change(self)
 
     def continuation(self, suffix: Sequence[int], max_tokens: int) -> Continuation | None:
         """Proposes up to `max_tokens` tokens that followed the longest match of the end of `suffix`; `None` if nothing matched."""
@@ -116,7 +118,7 @@ class CallSuffixes:
 
     @property
     def tokens(self) -> list[int]:
-        """The prompt and every verified token since."""
+        """Lists the prompt and all verified tokens since."""
         return self._index.last(sys.maxsize)
 
     def extend(self, tokens: Sequence[int]):
@@ -164,14 +166,14 @@ class SuffixCaches:
         self._nbytes = 0
         # A cache lives while it holds texts or a caller refers to it: the caller's cache stays the tenant's after it has lost its
         # texts, and tenants that never add anything take no memory.
-        self._by_tenant: WeakValueDictionary[Hashable, _TenantCache] = WeakValueDictionary()
-        self._filled: OrderedDict[_TenantCache, int] = OrderedDict()  # bytes of each, the least recently used first
+        self._by_tenant: WeakValueDictionary[Hashable, SuffixCache] = WeakValueDictionary()
+        self._filled: OrderedDict[SuffixCache, int] = OrderedDict()  # bytes of each, the least recently used first
         self._lock = threading.Lock()
         on_fork(self)
 
     @property
     def nbytes(self) -> int:
-        """The estimated bytes of all tenants."""
+        """Returns the estimated bytes of all tenants."""
         return self._nbytes
 
     def for_tenant(self, tenant: Hashable) -> SuffixCache:
@@ -179,7 +181,7 @@ class SuffixCaches:
         with self._lock:
             cache = self._by_tenant.get(tenant)
             if cache is None:
-                cache = self._by_tenant[tenant] = _TenantCache(self)
+                cache = self._by_tenant[tenant] = SuffixCache(self.max_bytes, self._resize)
             elif cache in self._filled:
                 self._filled.move_to_end(cache)
             return cache
@@ -191,7 +193,7 @@ class SuffixCaches:
             if cache._lock.locked():
                 cache._index, cache._lengths, cache._lock = _Index(), deque(), threading.Lock()
 
-    def _resize(self, cache: _TenantCache):
+    def _resize(self, cache: SuffixCache):
         with self._lock:
             self._nbytes -= self._filled.pop(cache, 0)
             nbytes = cache.nbytes
@@ -206,18 +208,6 @@ class SuffixCaches:
         self._nbytes -= nbytes
         with cache._lock:
             cache._index, cache._lengths = _Index(), deque()
-
-
-class _TenantCache(SuffixCache):
-    """Reports its size to `SuffixCaches`, with its own lock released: `SuffixCaches` takes it while holding its own."""
-
-    def __init__(self, owner: SuffixCaches):
-        super().__init__(owner.max_bytes)
-        self._owner = owner
-
-    def add(self, tokens: Sequence[int]):
-        super().add(tokens)
-        self._owner._resize(self)
 
 
 class _Index:

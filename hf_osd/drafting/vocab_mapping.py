@@ -51,11 +51,10 @@ class VocabMapping:
         self.target_size, self.draft_size = target_size, draft_size
         self.shared = shared
         self._tokenizers, self._unk_id = tokenizers, unk_id
-        self._draft_ids = None
+        self._draft_ids = None  # (V,)
         if shared is not None:
-            self._draft_ids = torch.full((target_size,), -1, dtype=torch.long, device="cpu").index_copy_(
-                0, *shared
-            )  # (V,)
+            unknown = torch.full((target_size,), -1, dtype=torch.long, device="cpu")
+            self._draft_ids = unknown.index_copy_(0, *shared)
         self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
@@ -139,7 +138,7 @@ class VocabMapping:
 
     @property
     def has_one_tokenizer(self) -> bool:
-        """`True` if both models read a text as the same ids, position by position; their heads may be padded differently."""
+        """Is `True` if both models read a text as the same ids, position by position; their heads may be padded differently."""
         return self._tokenizers is None
 
     def shared_columns(self, device: torch.device) -> Tensor | None:
@@ -186,13 +185,8 @@ class VocabMapping:
         return token if self.shared is None else self._tables(token.device)[2][token]
 
     def to_draft_rows(self, rows: SparseLogits, pieces: list[list[int]]) -> SparseLogits:
-        """Maps the target's distributions to the draft's ids, one row at each of these ids.
-
-        Args:
-            rows: the target's distributions of each of n tokens, over shared tokens, in the target's ids.
-            pieces: the draft's ids of each of the n tokens, from `to_draft_ids`. A token's row goes to the first of its ids; its other ids get rows that
-                teach nothing.
-        """
+        """Maps the target's distributions of n tokens, over shared tokens, to the draft's ids. `pieces` are each token's ids from `to_draft_ids`: the first
+        of them gets the token's row, the others rows that teach nothing."""
         if self.shared is None:
             return rows
         rows = SparseLogits(self.shared_to_draft(rows.top_ids.long()).to(torch.int32), rows.top_logps, rows.tail_logp)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """One generate call, from `open` to `finish`. It outlives the call's candidate generator and never refers to it: the call is over once the generator is
+    """Holds one generate call, from `open` to `finish`. It outlives the call's candidate generator and never refers to it: the call is over once the generator is
     garbage-collected.
 
     Attributes:

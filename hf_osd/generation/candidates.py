@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -188,9 +187,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         acceptance = proposer.acceptance(block, verified[0], targets) if block.steps else verified.new_empty(0)
         late = block.late_acceptance if block.late_acceptance is not None else verified.new_empty(0)
         parts = [verified[0], *(token[0] for token in block.draft_tokens), acceptance, late]
-        values = torch.cat([part.float() for part in parts]).tolist()
+        values = torch.cat([part.float() for part in parts]).cpu()
         sizes = [m + 1, len(block.draft_tokens), len(acceptance), len(late)]
-        tokens, draft_tokens, acceptance, late = (list(part) for part in _split(values, sizes))
+        tokens, draft_tokens, acceptance, late = (part.tolist() for part in values.split(sizes))
         tokens = list(map(int, tokens))
         block.tokens = [*map(int, draft_tokens), *block.cached]
         # num_matches is one short if the block ends at EOS or the length limit: its last verified token is then an accepted draft.
@@ -288,11 +287,3 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             found = self._text.continuation(max_tokens)
         self._lookup_seconds = time.perf_counter() - start
         return found
-
-
-def _split(values: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
-    """Splits `values` into consecutive pieces of these sizes."""
-    start = 0
-    for size in sizes:
-        yield values[start : start + size]
-        start += size

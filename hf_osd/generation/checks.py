@@ -1,4 +1,4 @@
-"""Checks of drafts and calls: what cannot be served is refused before anything has run, by an error that names the thing, its value and the remedy."""
+"""Drafts and calls that cannot be served are refused here, before anything has run, by an error that names the thing, its value and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Online speculative decoding as a generation strategy of the Hub: `generate` with an `assistant_model` that learns from what it is verified against.
+"""This generation strategy of the Hub is online speculative decoding: `generate` with an `assistant_model` that learns from its verification.
 
     from hf_osd import OnlineAssistant
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class LogitWidths:
-    """The number of logits of each target of an assistant. If a target's config names a second, smaller vocabulary, then the number is unknown until it was
+    """Knows the number of logits of each target of an assistant. If a target's config names a second, smaller vocabulary, then the number is unknown until it was
     observed once.
 
     Args:

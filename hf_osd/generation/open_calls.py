@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OpenCalls:
-    """The calls that run, and those that have ended and were not collected yet. Thread-safe.
+    """Holds the calls that run, and those that have ended and were not collected yet. Thread-safe.
 
     Args:
         on_change (`Callable[[bool], None]`, *optional*): called as calls begin and end, with `True` if any call runs. A garbage collection may call it at any

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of an assistant that a call uses, as they are when the call opens.
+    """Holds the parts of an assistant that a call uses, as they are when the call opens.
 
     Args:
         config (`OnlineConfig`): the assistant's config.

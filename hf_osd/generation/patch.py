@@ -1,4 +1,4 @@
-"""The one seam into transformers, by which `assistant_model=` may be an [`OnlineAssistant`]. It wraps `GenerationMixin._get_candidate_generator`, its caller
+"""This is the one seam into transformers: by it `assistant_model=` may be an [`OnlineAssistant`]. It wraps `GenerationMixin._get_candidate_generator`, its caller
 `_assisted_decoding`, which has the stopping criteria and ends with the call, the validation before it, and two methods of Whisper, which change a setting if
 they get an assistant. Every other assistant passes through unchanged."""
 

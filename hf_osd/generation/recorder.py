@@ -58,9 +58,9 @@ class CallRecorder:
         self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
         self._mapping = mapping
         self._capture, self._track_likely, self._top_k, self._dtype = capture, track_likely, top_k, dtype
-        self._prompt = prompt.to("cpu", torch.int32)
+        self.prompt = prompt.to("cpu", torch.int32)  # (L,)
         self._source = None if source is None else source.to("cpu", torch.int32)
-        self._tokens: list[int] = []  # the draft's ids, N so far
+        self.answer: list[int] = []  # verified tokens so far, N of the draft's ids
         self._starts: list[int] = []  # index in these of each of the target's tokens
         self._acceptance: list[float] = []  # N
         self._rows: list[SparseLogits] = []
@@ -95,8 +95,8 @@ class CallRecorder:
         self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.draft_tokens), block.steps)
         tokens = [token for piece in pieces for token in piece]
         at = starts(pieces)
-        self._starts += [len(self._tokens) + i for i in at]
-        self._tokens += tokens
+        self._starts += [len(self.answer) + i for i in at]
+        self.answer += tokens
         self._acceptance += _spread(acceptance, at, len(tokens), torch.nan)
         if not self._capture:
             if self._track_likely:
@@ -146,16 +146,6 @@ class CallRecorder:
             if tensor.device == raw.device:
                 tensor.record_stream(self._stream)
 
-    @property
-    def prompt(self) -> Tensor:
-        """The prompt in the draft's tokens, int32 `(L,)`."""
-        return self._prompt
-
-    @property
-    def answer(self) -> list[int]:
-        """The verified tokens so far, in the draft's ids."""
-        return self._tokens
-
     def set_acceptance(self, values: list[float]):
         """Sets expected acceptance at the target's last tokens, which the draft has predicted only after their round."""
         for i, value in zip(self._starts[len(self._starts) - len(values) :], values, strict=True):
@@ -197,8 +187,8 @@ class CallRecorder:
         rows = self._collected_rows()
         drafted, outcome = zip(*self._positions, strict=True)
         return Feedback(
-            tokens=torch.cat([self._prompt, torch.tensor(self._tokens, dtype=torch.int32, device="cpu")]),
-            prompt_length=len(self._prompt),
+            tokens=torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int32, device="cpu")]),
+            prompt_length=len(self.prompt),
             top_ids=rows.top_ids,
             top_logps=rows.top_logps,
             tail_logp=rows.tail_logp,
@@ -216,7 +206,7 @@ class CallRecorder:
         start = time.perf_counter()
         try:
             # Its first token has no prediction.
-            count = len(self._prompt) - max(shared, 1)
+            count = len(self.prompt) - max(shared, 1)
             return states.rows(count, self._top_k, self._dtype, columns=self._mapping.shared_columns)
         except Exception:  # out of memory, say: no reason to break the user's call
             logger.exception(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GenerateRequest:
-    """The arguments of `_get_candidate_generator`, and the run of generate's loop. `generate` goes on to change the objects in it.
+    """Holds the arguments of `_get_candidate_generator`, and the run of generate's loop. `generate` goes on to change the objects in it.
 
     Args:
         target (`PreTrainedModel`): the model whose `generate` runs.
@@ -39,17 +39,17 @@ class GenerateRequest:
 
     @property
     def encodes(self) -> bool:
-        """`True` if the target is an encoder-decoder."""
+        """Is `True` if the target is an encoder-decoder."""
         return self.target.config.is_encoder_decoder
 
     @property
     def mask(self) -> Tensor | None:
-        """The attention mask of `input_ids`, 0 where they are padding, `(B, L)`."""
+        """Returns the attention mask of `input_ids`, 0 where they are padding, `(B, L)`."""
         return self.model_kwargs.get("decoder_attention_mask" if self.encodes else "attention_mask")
 
     @property
     def reads_tokens(self) -> bool:
-        """`True` if the target reads tokens only: no embeddings and no images, encoded or not."""
+        """Is `True` if the target reads tokens only: no embeddings and no images, encoded or not."""
         from torch import Tensor  # imported here, to keep `import hf_osd` quick
 
         others = (value for value in self.model_kwargs.values() if isinstance(value, Tensor))
@@ -57,5 +57,5 @@ class GenerateRequest:
 
     @property
     def stopping_criteria(self) -> Sequence[StoppingCriteria]:
-        """The call's stopping criteria; none if another loop than generate's own asks, for then they are unknown."""
+        """Returns the call's stopping criteria; none if another loop than generate's own asks, for then they are unknown."""
         return () if self.running is None else self.running.stopping_criteria

@@ -15,7 +15,7 @@ _thread = threading.local()
 
 @dataclass(eq=False)
 class RunningCall:
-    """One run of `_assisted_decoding` with an OnlineAssistant."""
+    """Describes one run of `_assisted_decoding` with an OnlineAssistant."""
 
     stopping_criteria: StoppingCriteriaList
     synced_gpus: bool = False

@@ -134,7 +134,7 @@ class Trial:
                 return None
         if passed > failed:
             return None
-        return f"what it says of several tokens at once is not what it says of them one at a time (apart by {distance:.0%} of the logits' spread)"
+        return f"its logits for several tokens at once differ from those for one at a time (by {distance:.0%} of the logits' spread)"
 
     def _rounding(self, text: Tensor, plain: Tensor) -> float:
         """Estimates the distance that rounding alone can make, by plain decoding of the same text from a longer prompt."""

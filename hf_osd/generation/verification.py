@@ -1,8 +1,6 @@
-"""`Verification` finds out if a target can verify a block: if it gives the same logits for several tokens in one forward, and again after some of them were removed
-from its cache, as for one token at a time.
-
-The call's cache and `peft`'s learnt prompts are checked first. If that leaves it open, a trial decides, once per process for each target, configuration and kind
-of cache ([`hf_osd.generation.trial`]). A target that fails decodes plainly.
+"""`Verification` finds out if a target can verify a block: if its logits for several tokens in one forward, also after some were removed from its cache, are
+those for one token at a time. The call's cache and `peft`'s learnt prompts are checked first. If that leaves it open, a trial decides, once per process for each
+target, configuration and kind of cache ([`hf_osd.generation.trial`]). A target that fails decodes plainly.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import os
 import threading
 import time
 import weakref
@@ -23,6 +20,7 @@ from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLay
 
 from hf_osd.feedback.prompt_states import is_compiled
 from hf_osd.generation.trial import RECURRENT, Trial, layers_of
+from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,16 +31,7 @@ if TYPE_CHECKING:
 
 # The reason why a target cannot verify a block, `None` if it can, by target (by a part that all its views share), configuration and kind of cache.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _renew_lock():
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may hold it, which does not exist in the child
-    os.register_at_fork(after_in_child=_renew_lock)
+_lock = released(threading.RLock())
 
 
 class CannotVerify(ValueError):
@@ -193,7 +182,7 @@ def _state_obstacle(target: PreTrainedModel, cache) -> str | None:
     linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers_of(cache))
     if linear and not kinds & {"conv"}:
         return RECURRENT
-    return None if linear or getattr(cache, "is_croppable", False) else "its cache does not say that it can be cropped"
+    return None if linear or getattr(cache, "is_croppable", False) else "its cache may not be croppable"
 
 
 def _verdict_key(target: PreTrainedModel, cache) -> tuple:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class OpensCalls(Protocol):
-    """The method that the seam calls on an assistant, and a view on its assistant."""
+    """Types an assistant by the method that the seam calls on it."""
 
     def open_call(
         self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False

@@ -1,5 +1,5 @@
-"""Estimates of acceptance: decayed counts by position in a block, by the draft's confidence, and by match length and agreement of the suffix
-cache. Time does not enter here."""
+"""Acceptance is estimated here, by decayed counts: by position in a block, by the draft's confidence, and by match length and agreement of the suffix
+cache. Time does not enter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class BinnedAcceptance:
 
     @property
     def seen(self) -> float:
-        """The number of observations, decayed, in all bins."""
+        """Counts the observations, decayed, in all bins."""
         return sum(self._tested)
 
     def observe(self, bin: int, accepted: float):

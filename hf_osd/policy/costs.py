@@ -32,12 +32,12 @@ class Costs:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a one-token target step, `None` until it was measured."""
+        """Returns the seconds of a one-token target step, `None` until it was measured."""
         return self._seconds(1)
 
     @property
     def c(self) -> float | None:
-        """The time of a draft step in one-token target steps; `None` until both were measured."""
+        """Returns the time of a draft step in one-token target steps; `None` until both were measured."""
         if self._fixed is not None:
             return self._fixed
         one = self._seconds(1)
@@ -45,7 +45,7 @@ class Costs:
 
     @property
     def longest_measured(self) -> int:
-        """The largest number of tokens whose verification was measured; 0 if none was."""
+        """Returns the largest number of tokens whose verification was measured; 0 if none was."""
         return max((n for n in self._verify if self._seconds(n) is not None), default=0)
 
     def v(self, n: int) -> float:

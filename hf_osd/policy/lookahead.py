@@ -110,9 +110,8 @@ class StoppingRule:
 
     def __init__(self, bins: Sequence[tuple[float, float]], c: float, v: Sequence[float], rate: float, max_gamma: int):
         max_gamma = min(max_gamma, len(v) - 1)
-        self.step_costs = [
-            rate * (v[j + 1] - v[j]) for j in range(max_gamma)
-        ]  # what token j costs in the verification
+        # The cost of token j in the verification.
+        self.step_costs = [rate * (v[j + 1] - v[j]) for j in range(max_gamma)]
         # gains[j][r]: gain of drafting from the j-th token on, when all before it are accepted with probability r / _GRID.
         self._gains = [[0.0] * (_GRID + 1) for _ in range(max_gamma + 1)]
         for j in reversed(range(max_gamma)):
@@ -137,7 +136,7 @@ class StoppingRule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a round: up to `length` tokens from the draft model (`"draft"`) or the suffix cache (`"cache"`), none if `length` is 0. If it is
+    """Plans a round: it drafts up to `length` tokens from the draft model (`"draft"`) or the suffix cache (`"cache"`), none if `length` is 0. If it is
     `selective`, the draft asks `should_keep` and `should_step` after each step."""
 
     source: str = "draft"
@@ -187,12 +186,12 @@ class DraftPolicy:
 
     @property
     def rate(self) -> float:
-        """The token rate λ, which is at least 1, the rate of plain decoding."""
+        """Returns the token rate λ; it is at least 1, the rate of plain decoding."""
         return max(self._tokens / self._time, 1.0) if self._time else 1.0
 
     @property
     def wants_cache(self) -> bool:
-        """`True` if this policy can use proposals of the suffix cache."""
+        """Is `True` if this policy can use proposals of the suffix cache."""
         return self.max_cached > 0 and (self.policy == "cost" or not self.has_draft)
 
     def plan(self, match: int = 0, agreement: Sequence[float] = ()) -> Plan:
@@ -206,7 +205,7 @@ class DraftPolicy:
             if self.policy != "cost":
                 length = self.max_gamma if self.policy == "constant" else self._gamma
                 return Plan("draft", length) if self.has_draft else Plan("cache", min(length, len(agreement)))
-            if not self.costs.are_fixed and self._must_measure_plain():
+            if not self.costs.are_fixed and (self.costs.step_seconds is None or self._busy >= PLAIN_EVERY):
                 return Plan()  # a plain round, to measure the unit of all costs
             estimates = self._current()
             cached, gain = best_gain(self.matches.along(match, agreement), 0.0, estimates.v, estimates.rate)
@@ -303,9 +302,6 @@ class DraftPolicy:
             else:
                 self._invalidate()
 
-    def _must_measure_plain(self) -> bool:
-        return self.costs.step_seconds is None or self._busy >= PLAIN_EVERY
-
     def _invalidate(self):
         if self._rounds < 4 * _REFRESH_EVERY or self._rounds % _REFRESH_EVERY == 0:
             self._estimates = None
@@ -321,7 +317,7 @@ class DraftPolicy:
 
 @dataclass(frozen=True)
 class _Estimates:
-    """The estimates that the policy `"cost"` plans by, for some rounds at a time."""
+    """Holds the estimates that the policy `"cost"` plans by, for some rounds at a time."""
 
     v: list[float]
     rate: float
@@ -335,7 +331,7 @@ class _Estimates:
         v, rate, c = policy.costs.v_upto(longest), policy.rate, policy.costs.c or 0.0
         bins = policy.confidence.bins()
         rule = StoppingRule(bins, c, v, rate, policy.max_gamma if policy.has_draft else 0)
-        # While nothing is drafted, learning goes on, and a_1 is still observed (`observe_untested`); confidence is not, and lags behind.
+        # Confidence may lag behind a draft that learns while it drafts nothing. a_1 does not (`observe_untested`), so its gain counts too.
         first = policy.acceptance()[0] if policy.max_gamma else 0.0
         gamma, gain = best_gain([first] * policy.max_gamma, c, v, rate)
         if policy.confidence.seen >= _CONFIDENT_AFTER and rule.step_gain(0, 1.0) > 0:

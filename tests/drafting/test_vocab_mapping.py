@@ -46,7 +46,7 @@ def test_padding_is_never_proposed_and_always_read(target_size, draft_size, data
     assert read.tolist() == [i if i < draft_size else 1 for i in prompt]
 
 
-def test_one_tokenizer_is_known_by_its_words():
+def test_one_tokenizer_is_recognised_by_its_vocabulary():
     ours, theirs = words("<unk>", "a", "b"), words("<unk>", "a", "b")
     assert VocabMapping.from_tokenizers(ours, theirs, 5, 5).is_identity
     padded = VocabMapping.from_tokenizers(ours, theirs, 5, 4)
@@ -64,7 +64,7 @@ def test_words_are_matched_by_string_and_ends_by_meaning():
     assert mapping.shared_to_draft(torch.tensor([[3]])).tolist() == [[1]]
 
 
-def test_rows_beyond_the_head_are_not_said():
+def test_rows_beyond_the_head_are_not_proposed():
     """Tokenizers may have tokens that a model has no row for."""
     ours, theirs = words("<unk>", "a", "b", "c"), words("<unk>", "c", "b", "a")
     mapping = VocabMapping.from_tokenizers(ours, theirs, 3, 2)

@@ -169,11 +169,11 @@ def rejected_from_p(original):
     """What replaces a rejected draft is drawn from p, not from the residual of p over q."""
 
     def speculative_sampling(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs):
-        said, matches = original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs)
+        tokens, matches = original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs)
         if matches < candidate_length:
-            said = said.clone()
-            said[0, -1] = torch.multinomial(new_logits[0, matches].softmax(-1), 1)
-        return said, matches
+            tokens = tokens.clone()
+            tokens[0, -1] = torch.multinomial(new_logits[0, matches].softmax(-1), 1)
+        return tokens, matches
 
     return speculative_sampling
 

@@ -44,7 +44,7 @@ def test_old_observations_fade():
 
 
 @given(st.floats(0, 1))
-def test_before_anything_was_seen_confidence_is_taken_at_its_word(confidence):
+def test_confidence_is_its_own_prior(confidence):
     by_confidence = ConfidenceAcceptance()
     # Half a bin's width.
     assert by_confidence.acceptance(by_confidence.bin(confidence)) == pytest.approx(confidence, abs=0.051)

@@ -106,7 +106,7 @@ def test_cost_policy_measures_plain_rounds_then_one_draft_then_drafts_as_many_as
     assert lookahead.costs.c == pytest.approx(0.1)
 
 
-def test_a_prefill_says_nothing_of_verification_times():
+def test_a_prefill_does_not_measure_verification():
     """The first round forwards the prompt too: counted as a plain round, it would make every draft look cheap."""
     lookahead = DraftPolicy("cost", 5)
     for _ in range(10):
@@ -193,7 +193,7 @@ def test_a_draft_that_is_always_wrong_is_not_asked():
     assert undrafting().plan().length == 0
 
 
-def test_it_drafts_again_once_shadow_evidence_says_the_draft_has_learnt():
+def test_it_drafts_again_once_untested_positions_show_that_the_draft_has_learnt():
     lookahead = undrafting()
     lookahead.observe_untested([1.0] * 5)
     assert lookahead.plan().length == 0, "five good positions outweigh sixty bad ones too soon"
