@@ -41,8 +41,8 @@ class HeadUsage:
         self._to_check: list[tuple[Tensor, int]] = []
 
     def observe(self, logits: list[DraftLogits], tokens: list[int], missing: list[bool], late: bool = False):
-        """Counts verified tokens, and which were missing from the head. `finish` asks the full head about those that `logits`, the draft's at the first
-        tokens, reach. With `late` the tokens were counted in their own round."""
+        """Counts verified tokens and those missing from the head. `logits` are the draft's at the first of them: there `finish` asks the full head. With
+        `late` the tokens were counted in their own round."""
         if not late:
             self.tokens += len(tokens)
             self.missing += sum(missing)

@@ -234,26 +234,26 @@ def _unit(target: PreTrainedModel) -> float:
 @contextlib.contextmanager
 def _modules_restored(target: PreTrainedModel) -> Iterator[None]:
     """Restores what forwards write into modules, for example position offsets of the prompt, which the call will still read."""
-    homes = [home for module in target.modules() for home in (vars(module), module._buffers)]
-    before = [dict(home) for home in homes]
+    stores = [store for module in target.modules() for store in (vars(module), module._buffers)]
+    before = [dict(store) for store in stores]
     copies = [
         (value, value.clone())
-        for home in before
-        for value in home.values()
+        for store in before
+        for value in store.values()
         if isinstance(value, Tensor) and not value.is_meta and value.numel() <= _MAX_RESTORED
     ]
     try:
         yield
     finally:
-        for home, then in zip(homes, before, strict=True):
-            for name in [name for name, value in home.items() if name not in then and not callable(value)]:
-                del home[name]
-            for name, value in then.items():
-                if home.get(name, home) is not value and not callable(value):
-                    home[name] = value
-        for value, was in copies:
-            if not torch.equal(value, was):
-                value.copy_(was)
+        for store, saved in zip(stores, before, strict=True):
+            for name in [name for name, value in store.items() if name not in saved and not callable(value)]:
+                del store[name]
+            for name, value in saved.items():
+                if store.get(name, store) is not value and not callable(value):
+                    store[name] = value
+        for value, saved_value in copies:
+            if not torch.equal(value, saved_value):
+                value.copy_(saved_value)
 
 
 def layers_of(cache) -> list:
