@@ -157,7 +157,7 @@ class Job:
         )
         # For generate, and nothing where the draft's tokens are the target's.
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
-        self.translation = VocabMapping.of_models(self.target, draft, **self.tokenizers)
+        self.translation = VocabMapping.from_models(self.target, draft, **self.tokenizers)
         check_vocabularies(self.target, self.translation)
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
         log = processes.open_log(folder, self._identity(domains, draft), args.resume)

@@ -386,7 +386,7 @@ def test_unknown_overrides_are_named(draft):
         OnlineAssistant(draft, learning_rat=1e-3)
 
 
-def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, monkeypatch, caplog):
+def test_a_failed_update_leaves_the_serving_draft_and_warns(target, draft, monkeypatch, caplog):
     assistant = at_once(draft, update_interval=10**6)
     serve(target, assistant, PROMPTS[:2])
     assert assistant.flush()

@@ -84,7 +84,7 @@ def record_answers(
         on_batch (`Callable[[int], None]`, *optional*): called after each batch with its number of prompts, for a progress bar.
         temperature (`float`): 0 for greedy answers; above 0, answers are sampled at it, from all tokens, with the process's random numbers. The distributions
             kept are the target's at temperature 1 in both cases.
-        translation (`VocabMapping`, *optional*): maps to the draft's vocabulary, where it differs from the target's: see [`VocabMapping.of_models`]. Feedback
+        translation (`VocabMapping`, *optional*): maps to the draft's vocabulary, where it differs from the target's: see [`VocabMapping.from_models`]. Feedback
             then has the draft's ids, as in a generate call: one token of the target may become several, of which the first has the target distribution.
 
     Returns:
@@ -99,7 +99,7 @@ def record_answers(
         )
     if translation is None:
         size = target.config.get_text_config().vocab_size
-        translation = VocabMapping.of_sizes(size, size)
+        translation = VocabMapping.from_sizes(size, size)
     check_vocabularies(target, translation)
     encodes = target.config.is_encoder_decoder
     if encodes or not translation.has_one_tokenizer:
@@ -145,11 +145,11 @@ def record_answers(
             prompt, prompt_rows = sequences[row, :begin] if encodes else prompts[i].cpu(), None
             if prefill is not None:  # the first token follows nothing
                 prompt_rows = prefill.rows(len(prompt) - 1, top_k, dtype, row, translation.shared_columns)
-            prompt, pieces = translation.prompt(prompt), translation.tokens(answer[:n].tolist())
+            prompt, pieces = translation.to_draft_prompt(prompt), translation.to_draft_ids(answer[:n].tolist())
             answers[i] = Feedback.from_target(
                 torch.cat([prompt, torch.tensor([token for piece in pieces for token in piece], device="cpu")]),
                 len(prompt),
-                translation.rows(rows, pieces),
+                translation.to_draft_rows(rows, pieces),
                 prompt_rows=prompt_rows,
                 sampled=temperature > 0,
                 source=source,

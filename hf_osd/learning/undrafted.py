@@ -37,7 +37,7 @@ class EndedCall(Protocol):
 class Policy(Protocol):
     """What is told of it: see `DraftPolicy`."""
 
-    def observe_untested(self, overlap: Sequence[float], confidence: Sequence[float] = ()): ...
+    def observe_untested(self, acceptance: Sequence[float], confidence: Sequence[float] = ()): ...
 
 
 def score_undrafted(

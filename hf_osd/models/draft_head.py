@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_osd.drafting.context import logit_width
 from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead, RowsHead
 from hf_osd.system.forks import released
 
@@ -147,7 +146,22 @@ def can_select_rows(model: PreTrainedModel) -> bool:
     parts = name.split(".")
     if any("forward" in vars(modules[".".join(parts[:i])]) for i in range(len(parts) + 1)):
         return False
-    return logit_width(model) in (None, weight.shape[0])  # some cut padding off
+    return _logit_width(model) in (None, weight.shape[0])  # some cut padding off
+
+
+def _logit_width(model: PreTrainedModel) -> int | None:
+    """Counts the logits that a model gives for a token, by trying; `None` if it cannot read a token alone."""
+    training = model.training
+    model.eval()
+    try:
+        name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+        with torch.inference_mode(False), torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            return model(**{name: token}, use_cache=False).logits.shape[-1]
+    except Exception:
+        return None
+    finally:
+        model.train(training)
 
 
 def _replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -34,3 +34,13 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
     )
+
+
+def special_ids(model: PreTrainedModel) -> set:
+    """Collects the token ids that a model's configs name: ends of text, padding, placeholders of images and sounds."""
+    special = set()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        for name, value in vars(config).items():
+            if name.endswith(("token_id", "token_ids", "token_index")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    return special

@@ -153,10 +153,10 @@ def _figures(stats: Stats, lookahead: DraftPolicy | None) -> list[str]:
     if lookahead is not None:
         costs = lookahead.costs
         given = "given, not measured" if costs.are_fixed else "measured while serving"
-        if lookahead.c is not None:
-            rows.append(("c (a draft step, in one-token target steps)", lookahead.c, given))
+        if costs.c is not None:
+            rows.append(("c (a draft step, in one-token target steps)", costs.c, given))
         if costs.are_fixed or costs.longest_measured > 1:
-            longest = lookahead.most + 1
+            longest = lookahead.max_gamma + 1
             v = [f"v({n}) = {x:.2f}" for n, x in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest)]
             rows.append(("v (verifying n tokens, in the same)", ", ".join(v), given))
         if (speedup := observed_speedup(rolling, lookahead)) is not None:

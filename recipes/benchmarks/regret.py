@@ -81,9 +81,9 @@ class Driven:
         reach = 1.0
         for j in range(length):
             reach *= look.confidence.acceptance(look.confidence.bin(trace.confidence[at + j]))
-            if not look.worth_token(j, reach):
+            if not look.should_keep(j, reach):
                 return j, j + 1
-            if j + 1 < length and not look.worth_step(j + 1, reach):
+            if j + 1 < length and not look.should_step(j + 1, reach):
                 return j + 1, j + 1
         return length, length
 

@@ -253,4 +253,4 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
 
 def test_a_draft_of_another_vocabulary_for_an_encoder_decoder_is_refused(prompts):
     with pytest.raises(ValueError, match=r"encoder-decoder of 64 tokens and the draft has 72"):
-        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.of_sizes(64, 72))
+        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.from_sizes(64, 72))

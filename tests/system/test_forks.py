@@ -167,7 +167,7 @@ def test_no_lock_that_another_thread_had_holds_up_the_child(made, target, caplog
     assistant = made("inline")
     serve(target, assistant, PROMPTS[:1])
     locks = [lock for lock in forks._locks if learns_then or lock is not assistant.learner._lock]
-    locks += [cache._lock for cache in assistant.texts._known.values()] + [assistant.texts._lock]
+    locks += [cache._lock for cache in assistant.texts._by_tenant.values()] + [assistant.texts._lock]
     assert len(locks) >= 8
     thread, go = holding(locks)
 
