@@ -1,4 +1,16 @@
-"""Frames: tensors and plain values from one process to another, as safetensors in length-prefixed pieces. Nothing that is read can run."""
+"""Frames: tensors and plain values from one process to another, as safetensors in length-prefixed pieces. Nothing that is read can run.
+
+| kind | from whoever serves | holds |
+|---|---|---|
+| `feedback`, `replay` | | requests: to be learnt; to be replayed alone |
+| `take` | | weights that were trained elsewhere, with those under an adapter, and the number of these |
+| `flush`, `state`, `load` | | a question: learn all that is new; give your state; go on from this state |
+| **kind** | **from the learner** | |
+| `weights` | | what is to serve, and figures |
+| `figures` | | figures alone |
+| `answer` | | a question's answer, with its number (`asked`), and figures |
+| `end` | from either | nothing: no frame follows |
+"""
 
 from __future__ import annotations
 
@@ -9,12 +21,14 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-# What a process that learns finds in its folder.
-DRAFT, BEGIN, BUSY, ADAPTER = "draft", "begin.json", "busy", "adapter.safetensors"
 END = "end"  # the last frame
 BASE = "base."  # begins the names of what a frame has of the plain draft under an adapter
 _MAGIC = b"hf_osd 1"  # each frame begins with it: what somebody else printed must not be read as a length
 _LENGTH = 8  # bytes
+
+
+class BadFrame(ValueError):
+    """What came is no frame, or none that this end can use."""
 
 
 class FrameWriter:
@@ -52,7 +66,7 @@ def from_bytes(data: bytes) -> tuple[str, dict[str, Tensor], dict]:
     """Kind, tensors and values of `to_bytes`.
 
     Raises:
-        ValueError: if it is no frame.
+        BadFrame: if it is no frame.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -62,18 +76,18 @@ def from_bytes(data: bytes) -> tuple[str, dict[str, Tensor], dict]:
         metadata = json.loads(data[8 : 8 + header])["__metadata__"]
         return metadata["kind"], load(data), json.loads(metadata["values"])
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"What came is no frame of hf_osd ({error}); both ends must be of one version.") from error
+        raise BadFrame(f"What came is no frame of hf_osd ({error}); both ends must be of one version.") from error
 
 
 def read_frame(stream: BinaryIO) -> tuple[str, dict[str, Tensor], dict] | None:
     """The next frame; `None` at the end of the stream, also in the middle of a frame: whoever wrote it has died.
 
     Raises:
-        ValueError: if what comes is no frame.
+        BadFrame: if what comes is no frame.
     """
     begin = stream.read(len(_MAGIC) + _LENGTH)
     if not begin.startswith(_MAGIC[: len(begin)]):
-        raise ValueError(f"What came is no frame of hf_osd: it begins with {begin!r}.")
+        raise BadFrame(f"What came is no frame of hf_osd: it begins with {begin!r}.")
     if len(begin) < len(_MAGIC) + _LENGTH:
         return None
     size = int.from_bytes(begin[len(_MAGIC) :], "little")

@@ -16,10 +16,12 @@ from hf_osd.models.copies import check_weights, copy_draft
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
 from hf_osd.models.own_draft import unwrapped
-from hf_osd.remote.learner import RemoteLearner
+from hf_osd.remote.supervisor import learn_in_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hf_osd.remote.learner import RemoteLearner
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,8 @@ class TeachableAssistant:
     ) -> Learner | BackgroundLearner | RemoteLearner:
         config = self.osd_config
         if config.learn == "process":
-            learner = RemoteLearner(self.serving, self.buffer, config)
-            self._calls.on_change = learner.note_busy
+            learner = learn_in_process(self.serving, self.buffer, config)
+            self._calls.on_change = learner.transport.note_busy
             return learner
         if config.learner_device is not None:
             try:
