@@ -1,5 +1,5 @@
-"""`RankTransport`: frames between two ranks of a job, over torch.distributed. They go from process to process, so that a rank that dies parts from each of
-its peers alone."""
+"""`RankTransport`: carries frames between two ranks of a job, over torch.distributed. They go point to point, so that a rank that dies breaks its own
+connections and no others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from hf_osd.feedback.trace import pack
 from hf_osd.remote.frames import END, from_bytes, to_bytes
-from hf_osd.remote.transport import LONGEST_ANSWER, OnDeath, OnFrame
+from hf_osd.remote.transport import ANSWER_TIMEOUT, OnDeath, OnFrame
 
 if TYPE_CHECKING:
     from hf_osd.feedback.buffer import FeedbackBuffer
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds that a thread is given to send what is left.
-_PATIENCE = 30.0
+# Seconds that each thread has to send what is left.
+_CLOSE_TIMEOUT = 30.0
 
 
 def feedback_frame(batch: Sequence[Feedback], kind: str = "feedback") -> bytes:
-    """Make a frame of requests, without the draft's log-probabilities of the target's top k: a quarter of it, and not used in learning."""
+    """Return a frame of requests without the draft's log-probabilities of the target's top k: they are a quarter of it, and learning does not use them."""
     batch = [replace(one, draft_logps=torch.full_like(one.draft_logps, torch.nan)) for one in batch]
     return to_bytes(kind, pack(batch))
 
 
 class RankTransport:
-    """Both a [`hf_osd.remote.transport.Transport`] to the learning rank and its one [`hf_osd.remote.transport.Connection`]; the learning rank has one of
-    these to each rank that serves. A thread each way; a rank that has died is not replaced.
+    """A [`hf_osd.remote.transport.Transport`] to the learning rank that is its only [`hf_osd.remote.transport.Connection`] too, for a rank that died is
+    not replaced. The learning rank has one to each serving rank. One thread sends and one receives.
 
     Args:
         peer (`int`): the other rank.
-        name (`str`): the other rank, in words.
+        name (`str`): the other rank in the log, such as "rank 1".
     """
 
     shared, restarts, is_starting = True, 0, False
@@ -59,7 +59,7 @@ class RankTransport:
         return None if self.open else f"{self.name} is gone"
 
     def listen(self, on_frame: OnFrame, on_death: OnDeath):
-        """Begin; `on_death` is called if the other rank is gone without having ended the connection."""
+        """Start the threads. `on_death` is called if the other rank goes without ending the connection."""
         self._on_frame, self._on_death = on_frame, on_death
         self._threads = [
             threading.Thread(target=run, name=f"hf_osd rank {self.peer}", daemon=True)
@@ -78,12 +78,12 @@ class RankTransport:
         values: dict | None = None,
         feedback: Sequence[Feedback] = (),
     ):
-        """Have a frame sent, soon; what is in it may change once this has returned."""
+        """Queue a frame. Its tensors are copied before this returns."""
         self.send_bytes(kind, feedback_frame(feedback, kind) if feedback else to_bytes(kind, tensors, values))
 
     def send_bytes(self, kind: str, data: bytes, latest: bool = False):
-        """Have a frame sent, soon, that [`hf_osd.remote.frames.to_bytes`] has made. With `latest`, those of its kind that wait are not sent any more: to a
-        slow peer old weights are not worth the time."""
+        """Queue a frame that [`hf_osd.remote.frames.to_bytes`] made. With `latest`, it replaces those of its kind that wait: old weights are not worth a
+        slow peer's time."""
         with self._changed:
             if self.open:
                 if latest:
@@ -92,28 +92,28 @@ class RankTransport:
                 self._changed.notify()
 
     def has_room(self, buffer: FeedbackBuffer) -> bool:
-        """Tell whether no more bytes wait than `buffer` may hold."""
+        """Return whether at most as many bytes wait as `buffer` may hold."""
         with self._changed:
             return sum(len(data) for _, data in self._out) <= buffer.max_bytes
 
     def watch(self) -> Callable[[], bool]:
-        """Begin to wait for an answer. The function tells whether one may still come: the other rank is there, and has not taken longer than anybody
-        waits. A rank that learns is silent for long."""
-        until = time.monotonic() + LONGEST_ANSWER
+        """Begin to wait for an answer. The function returned says whether one may still come: the connection is open, and `ANSWER_TIMEOUT` has not
+        passed. A rank that learns shows no other sign of life."""
+        until = time.monotonic() + ANSWER_TIMEOUT
         return lambda: self.open and time.monotonic() < until
 
     def after_fork(self) -> str:
-        """In a forked child: why this rank cannot learn there."""
+        """Close this end in a forked child. Returns why nothing can be learnt there."""
         self.open = False
         return "what it says to the learning rank goes through threads that are not here"
 
     def close(self):
-        """Send what waits, and end when the other does."""
+        """Send what waits, and end the connection when the other end does."""
         self._closing = True
         self.send(END)
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(_PATIENCE)
+                thread.join(_CLOSE_TIMEOUT)
 
     def _write(self):
         kind = None
@@ -127,7 +127,7 @@ class RankTransport:
             try:
                 dist.send(torch.tensor([len(data)], device="cpu"), self.peer)
                 dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.peer)
-            except RuntimeError:  # gone: whoever reads notices
+            except RuntimeError:  # gone, which the reading thread notices
                 return
 
     def _read(self):

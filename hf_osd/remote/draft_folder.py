@@ -1,5 +1,4 @@
-"""The folder a learning process starts from: the draft as a checkpoint, its adapter's weights, and the config. Written by whoever serves, read by the
-process."""
+"""Writes and reads the folder that a learning process starts from: the draft as a checkpoint, its adapter's weights, and the config."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ DRAFT, BEGIN, ADAPTER = "draft", "begin.json", "adapter.safetensors"
 
 
 def check_loadable(draft: PreTrainedModel):
-    """Refuse a draft that another process could not load from a folder.
+    """Raise an error if another process could not load the draft from a folder.
 
     Raises:
         ValueError: if the draft is not a class of transformers, or serves with an adapter.
@@ -40,7 +39,7 @@ def check_loadable(draft: PreTrainedModel):
 
 
 def write_draft_folder(folder: Path, serving: HotSwapDraft, config: OnlineConfig):
-    """Write the draft that serves, or the one without its adapter and the adapter's weights.
+    """Write the serving draft; where it has an adapter, the draft without it and the adapter's weights.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -71,7 +70,7 @@ def write_draft_folder(folder: Path, serving: HotSwapDraft, config: OnlineConfig
 
 @dataclass(frozen=True)
 class Beginning:
-    """A learner's arguments, as a draft folder holds them."""
+    """Holds a learner's arguments, read from a draft folder."""
 
     draft: PreTrainedModel
     trainable: set[str]
@@ -79,7 +78,7 @@ class Beginning:
 
 
 def read_draft_folder(folder: Path) -> Beginning:
-    """Load what `write_draft_folder` wrote, the draft on the device that it is to learn on."""
+    """Load what `write_draft_folder` wrote, with the draft on the device that it is to learn on."""
     import transformers
 
     begin = json.loads((folder / BEGIN).read_text(encoding="utf-8"))
@@ -93,7 +92,7 @@ def read_draft_folder(folder: Path) -> Beginning:
 
 
 def _with_adapter(draft: PreTrainedModel, weights: Path, rank: int, modules: list[str]) -> PreTrainedModel:
-    """Put the adapter on the draft that it serves with, with the weights it has learnt so far."""
+    """Return the draft with the adapter that it serves with, and the weights that the adapter has learnt so far."""
     from safetensors.torch import load_file
 
     return Adapter(draft, rank, trainable={f"{module}.weight" for module in modules}).with_weights(load_file(weights))

@@ -1,15 +1,14 @@
-"""Frames: tensors and plain values from one process to another, as safetensors in length-prefixed pieces. Nothing that is read can run.
+"""Writes and reads frames, which carry tensors and plain values from one process to another as length-prefixed safetensors. Nothing that is read can run.
 
-| kind | from whoever serves | holds |
+| from | kind | holds |
 |---|---|---|
-| `feedback`, `replay` | | requests: to be learnt; to be replayed alone |
-| `take` | | weights that were trained elsewhere, with those under an adapter, and the number of these |
-| `flush`, `state`, `load` | | a question: learn all that is new; give your state; go on from this state |
-| **kind** | **from the learner** | |
-| `weights` | | what is to serve, and figures |
-| `figures` | | figures alone |
-| `answer` | | a question's answer, with its number (`asked`), and figures |
-| `end` | from either | nothing: no frame follows |
+| the serving process | `feedback`, `replay` | requests: to be learnt; to be replayed alone |
+| | `take` | weights that somebody else trained; with those under an adapter, whose number is `base` |
+| | `flush`, `state`, `load` | a question, numbered by `asked`: learn all that is new; return your state; continue from this state |
+| the learner | `weights` | weights that are to serve, `base` and figures |
+| | `figures` | figures |
+| | `answer` | the answer to the question `asked`, and figures |
+| both | `end` | nothing; it is the last frame |
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-END = "end"  # the last frame
-BASE = "base."  # begins the names of what a frame has of the plain draft under an adapter
-_MAGIC = b"hf_osd 1"  # each frame begins with it: what somebody else printed must not be read as a length
+END = "end"
+BASE = "base."  # prefix of the names of weights under an adapter
+_MAGIC = b"hf_osd 1"  # begins each frame: text that something printed must not be read as a length
 _LENGTH = 8  # bytes
 
 
 class BadFrame(ValueError):
-    """What came is no frame, or none that this end can use."""
+    """Is raised for bytes that are no frame, and for a frame that this end cannot use."""
 
 
 class FrameWriter:
@@ -42,10 +41,10 @@ class FrameWriter:
         self._stream, self._lock = stream, threading.Lock()
 
     def write(self, kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None):
-        """One frame: its kind, tensors of any device and dtype, and values as JSON has them.
+        """Write one frame: its kind, tensors of any device and dtype, and values that JSON can represent.
 
         Raises:
-            OSError: if nobody reads any more.
+            OSError: if the other end is closed.
         """
         data = to_bytes(kind, tensors, values)
         with self._lock:
@@ -55,7 +54,7 @@ class FrameWriter:
 
 
 def to_bytes(kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None) -> bytes:
-    """A frame without its length."""
+    """Return a frame's bytes, without its length."""
     from safetensors.torch import save
 
     parts = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
@@ -63,7 +62,7 @@ def to_bytes(kind: str, tensors: Mapping[str, Tensor] | None = None, values: dic
 
 
 def from_bytes(data: bytes) -> tuple[str, dict[str, Tensor], dict]:
-    """Kind, tensors and values of `to_bytes`.
+    """Return kind, tensors and values of a frame that `to_bytes` made.
 
     Raises:
         BadFrame: if it is no frame.
@@ -80,7 +79,7 @@ def from_bytes(data: bytes) -> tuple[str, dict[str, Tensor], dict]:
 
 
 def read_frame(stream: BinaryIO) -> tuple[str, dict[str, Tensor], dict] | None:
-    """The next frame; `None` at the end of the stream, also in the middle of a frame: whoever wrote it has died.
+    """Return the next frame; `None` at the end of the stream, also in the middle of a frame, whose writer has then died.
 
     Raises:
         BadFrame: if what comes is no frame.

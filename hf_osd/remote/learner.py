@@ -1,4 +1,4 @@
-"""`RemoteLearner`: a learner in another process or on another rank, as whoever serves sees it. Whatever becomes of it, the serving draft stays."""
+"""`RemoteLearner`: stands in the serving process for a learner in another process or on another rank. Whatever becomes of that, the serving draft stays."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks at whether an answer may still come.
-_LOOK = 0.5
-# Figures that are summed up over learners, of which each counts from 0.
+# Seconds between two checks that an answer may still come.
+_POLL = 0.5
+# Figures that each learner counts from 0, and that are added up over those that died.
 _COUNTS = (
     "updates",
     "failed_updates",
@@ -43,9 +43,9 @@ _COUNTS = (
 class RemoteLearner:
     """Sends feedback to a learner elsewhere, and serves the weights that come back. The learner has a gate and a buffer of its own.
 
-    A learner of this assistant's own is sent each request at once. The buffer here keeps the same feedback, to refill one that is started in place of a
-    dead one; what the dead one knew of its candidate is lost. A learner that others share (`transport.shared`) is sent batches of `update_interval`
-    requests, which leave the buffer.
+    A learner that serves this assistant alone is sent each request at once. We keep a copy of the feedback in the buffer here, to refill a restarted
+    learner; what the dead one had recorded of its candidate is lost. A learner that several assistants share (`transport.shared`) is sent batches of
+    `update_interval` requests, which leave the buffer.
 
     Args:
         transport (`Transport`): reaches the learner.
@@ -56,17 +56,17 @@ class RemoteLearner:
 
     def __init__(self, transport: Transport, serving: HotSwapDraft, buffer: FeedbackBuffer, config: OnlineConfig):
         self.transport, self.buffer, self.config, self._serving = transport, buffer, config, serving
-        self._figures: dict = {}  # of this learner
-        self._before = dict.fromkeys(_COUNTS, 0)  # of those that have died
-        self._connection: Connection | None = None  # which the next three are of
+        self._figures: dict = {}  # of the learner that runs
+        self._before = dict.fromkeys(_COUNTS, 0)  # of the learners that died, added up
+        self._connection: Connection | None = None  # the next three belong to it
         self._sent: weakref.WeakSet[Feedback] = weakref.WeakSet()
-        self._behind = False  # the buffer may hold what has not been sent
-        self._base = 0  # how often the weights under an adapter were replaced
+        self._behind = False  # the buffer may hold requests that were not sent
+        self._base = 0  # times that the weights under an adapter were replaced
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         self._asked = 0  # questions so far; a question's number comes back in its answer
         self._lock, self._asking = released(threading.Lock()), released(threading.Lock())
         self._closed = False
-        transport.listen(weakly(self._take_frame), weakly(self._note_death))
+        transport.listen(weakly(self._on_frame), weakly(self._on_death))
 
     # What an assistant asks of every learner.
 
@@ -78,7 +78,7 @@ class RemoteLearner:
         with self._lock:
             connection = self._connect(requests=1)
             if connection is not None and self._behind:
-                self._send_held(connection)
+                self._send_buffer(connection)
             self.buffer.add(feedback)
             self.buffer.mark_seen([feedback])
             if connection is not None and connection.has_room(self.buffer):
@@ -86,8 +86,8 @@ class RemoteLearner:
                 connection.send("feedback", feedback=[feedback])
 
     def due(self) -> bool:
-        """Tell whether `update` has something to send: what came into the buffer otherwise than by `offer`; to a shared learner a full batch, while those
-        before it are not still on their way. When to learn is up to the learner."""
+        """Return whether `update` has anything to send: requests that came into the buffer by another way than `offer`; for a shared learner a full batch,
+        if there is room for it on the way. The learner decides itself when to learn."""
         new = len(self.buffer.new())
         if not self.transport.shared:
             return new > 0 and self.transport.over is None
@@ -95,14 +95,14 @@ class RemoteLearner:
         return new >= self.config.update_interval and connection is not None and connection.has_room(self.buffer)
 
     def update(self, wait: bool = True) -> bool:
-        """Send what is new in the buffer. With `wait`, have the learner learn from all that it has, and wait for it: `True` if the serving draft was
-        refreshed; `False` also if the learner died over it."""
+        """Send the new requests in the buffer. With `wait`, have the learner learn from all that it has, and wait for it. Returns `True` if the serving
+        draft was refreshed, `False` also if the learner died before it answered."""
         if self._closed or self.transport.over is not None or not (wait or self.buffer.new()):
             return False
         with self._lock:
             connection = self._connect()
             if connection is not None and (self._behind or self.buffer.new()):
-                self._send_held(connection)
+                self._send_buffer(connection)
         if not wait:
             return False
         try:
@@ -113,23 +113,24 @@ class RemoteLearner:
         return values["refreshed"]
 
     def note_served(self, seconds: float):
-        """Do nothing: learning elsewhere takes no time of a call's."""
+        """Do nothing: a call does not wait for a learner elsewhere."""
 
     def figures(self) -> dict:
+        """Return what the learner last reported, by the names of [`hf_osd.metrics.stats.Stats`]; counts include those of dead learners."""
         counts = {name: before + self._figures.get(name, 0) for name, before in self._before.items()}
         counts["learner_restarts"] += self.transport.restarts
         over = self.transport.over
         return self._figures | counts | ({} if over is None else {"learning_over": over})
 
     def trouble(self) -> str | None:
-        """As [`hf_osd.learning.learner.Learner.trouble`], as the learner last reported it."""
+        """Return what is wrong, as the learner last reported it; `None` if nothing is."""
         return self._figures.get("trouble")
 
     def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
-        """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names.
+        """Continue learning from weights that somebody else trained; with `base`, in an adapter over other weights of the plain draft, by its names.
 
         Raises:
-            RuntimeError: if the learner is shared: its next weights would undo it.
+            RuntimeError: if the learner is shared: the next weights that it sends would undo this.
         """
         if self.transport.shared:
             raise RuntimeError("The draft learns on another rank, which alone gives it weights; refresh it there.")
@@ -144,29 +145,29 @@ class RemoteLearner:
             connection.send("take", tensors, {"base": self._base})
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """As [`hf_osd.learning.learner.Learner.state`]. Where no learner can give its own, the state of one that begins with what serves.
+        """Return the learner's state, as [`hf_osd.learning.learner.Learner.state`]; where no learner can answer, that of a new one made of the serving draft.
 
         Raises:
             RuntimeError: if the learner is shared.
         """
         self._refuse_shared()
         if self.transport.is_starting:
-            return self._state_of_what_serves()  # there is nothing else yet, and nothing to wait for
+            return self._state_from_serving()  # there is nothing else yet, and nothing to wait for
         try:
             tensors, values = self._ask("state")
         except RuntimeError:
             logger.warning(
                 "The process that learns is dead: what is saved of learning is the draft that serves, without the optimizer and the rate of before."
             )
-            return self._state_of_what_serves()
+            return self._state_from_serving()
         return tensors, values["state"]
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
-        """Go on from `state()`; the serving draft with it.
+        """Continue from `state()`; the serving draft becomes the one that the state has.
 
         Raises:
-            ValueError: if the state is that of another draft, or of another number of members.
-            RuntimeError: if the learner dies over it, or is shared.
+            ValueError: if the state belongs to another draft, or has another number of members.
+            RuntimeError: if the learner dies before it answers, or is shared.
         """
         self._refuse_shared()
         _, answer = self._ask("load", tensors, {"state": values})
@@ -175,14 +176,14 @@ class RemoteLearner:
         self._behind = True  # a buffer may be restored with it
 
     def serve(self):
-        """Do nothing: the learner does it."""
+        """Do nothing: the learner serves by itself what may serve."""
 
     def after_fork(self) -> str | None:
-        """In a forked child: why this cannot learn there; `None` if it can."""
+        """Prepare a forked child. Returns why it cannot learn there; `None` if it can."""
         if (reason := self.transport.after_fork()) is None:
             self._answers = queue.SimpleQueue()  # a thread of the parent may have held the other
             self._connection = None
-            self._sum_up()
+            self._add_up()
         return reason
 
     def close(self):
@@ -191,7 +192,7 @@ class RemoteLearner:
             self._closed = True
         self.transport.close()
 
-    # What goes there, and what comes back.
+    # Frames.
 
     def _connect(self, requests: int = 0) -> Connection | None:
         connection = None if self._closed else self.transport.connect(requests)
@@ -199,14 +200,14 @@ class RemoteLearner:
             self._connection, self._sent, self._behind, self._base = connection, weakref.WeakSet(), True, 0
         return connection
 
-    def _send_held(self, connection: Connection):
-        """Send all in the buffer that this learner has not been sent: what is new to be learnt, the rest for replay."""
-        new = self.buffer.new()
-        fresh = set(map(id, new))
-        seen = [one for one in self.buffer.requests() if one not in self._sent and id(one) not in fresh]
+    def _send_buffer(self, connection: Connection):
+        """Send the requests in the buffer that this learner lacks: new ones to be learnt, the others for replay."""
+        new, seen = self.buffer.new(), []
         if self.transport.shared:
             self.buffer.discard(new)
         else:
+            ids = set(map(id, new))
+            seen = [one for one in self.buffer.requests() if one not in self._sent and id(one) not in ids]
             self.buffer.mark_seen(new)
         for kind, requests in (("replay", seen), ("feedback", new)):
             if requests:
@@ -217,7 +218,7 @@ class RemoteLearner:
     def _ask(
         self, kind: str, tensors: Mapping[str, Tensor] | None = None, values: dict | None = None
     ) -> tuple[dict, dict]:
-        """Send a question, and wait for its answer, for no longer than one may come.
+        """Send a question and wait for its answer, as long as one may still come.
 
         Raises:
             RuntimeError: if none comes.
@@ -234,28 +235,28 @@ class RemoteLearner:
                 waits = may_answer()  # first: what a dead one answered is here by then
                 with suppress(queue.Empty):
                     while True:
-                        asked, tensors, values = self._answers.get(timeout=_LOOK if waits else 0)
+                        asked, tensors, values = self._answers.get(timeout=_POLL if waits else 0)
                         if asked == self._asked:  # else it answers a call that was interrupted
                             return tensors, values
         raise RuntimeError(f"The remote learner is dead, so it cannot answer ({kind}). {self.transport.outlook}")
 
-    def _take_frame(self, kind: str, tensors: dict[str, Tensor], values: dict):
-        """Use a frame that the learner sent, in the transport's thread."""
+    def _on_frame(self, kind: str, tensors: dict[str, Tensor], values: dict):
+        """Handle a frame of the learner; called in the transport's thread."""
         try:
             if values.get("figures") is not None:
                 self._figures = figures_from_json(values["figures"])
-            # An adapter that was learnt over the weights before is nothing to those of now.
+            # An adapter fits only the weights that it was learnt over.
             if kind == "weights" and values["base"] == self._base:
                 self._serving.refresh(tensors)
         finally:
             if kind == "answer":  # somebody waits
                 self._answers.put((values["asked"], tensors, values))
 
-    def _note_death(self, sentence: str):
-        self._sum_up()
+    def _on_death(self, sentence: str):
+        self._add_up()
         logger.error("%s %s", sentence, self.transport.outlook)
 
-    def _sum_up(self):
+    def _add_up(self):
         for name in _COUNTS:
             self._before[name] += self._figures.pop(name, 0)
 
@@ -263,7 +264,7 @@ class RemoteLearner:
         if self.transport.shared:
             raise RuntimeError("The learner's state is on another rank; save the draft itself with save_pretrained.")
 
-    def _state_of_what_serves(self) -> tuple[dict[str, Tensor], dict]:
+    def _state_from_serving(self) -> tuple[dict[str, Tensor], dict]:
         serving, figures = self._serving, self.figures()
         leased = serving.lease()
         try:

@@ -1,4 +1,4 @@
-"""`Pipe`: a process that learns, at the other end of two pipes: how it is started, sent frames, listened to and ended."""
+"""`Pipe`: starts a learning process, exchanges frames with it over its standard input and output, and ends it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_osd.distill.ranks import LAUNCH_VARIABLES
 from hf_osd.feedback.trace import pack
 from hf_osd.remote.frames import END, FrameWriter, read_frame
 from hf_osd.remote.shared_flags import SharedFlags
-from hf_osd.remote.transport import LONGEST_ANSWER, OnFrame
+from hf_osd.remote.transport import ANSWER_TIMEOUT, OnFrame
 from hf_osd.system.threads import start_thread
 
 if TYPE_CHECKING:
@@ -34,31 +34,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Seconds that a process is given to end by itself.
-PATIENCE = 10.0
-# Seconds without a sign of life, before it has begun and after, in which somebody waits for an answer.
-_BEGINNING, _SILENCE = 300.0, 20.0
+EXIT_TIMEOUT = 10.0
+# Seconds without a sign of life, before the process has begun and after, before whoever waits for an answer kills it.
+_START_TIMEOUT, _PULSE_TIMEOUT = 300.0, 20.0
 
 
 class Pipe:
-    """A [`hf_osd.remote.transport.Connection`] to a process that this starts, with a thread that writes to it and one that reads. The process ends with
-    this object; neither thread holds it.
+    """A [`hf_osd.remote.transport.Connection`] to a process that it starts, with a thread that writes to it and one that reads. The process ends when this
+    object does, which neither thread keeps alive.
 
-    The process is in a session of its own: a terminal's Ctrl-C or hang-up comes to whoever serves, who may still want its state.
+    The process has its own session: a terminal's Ctrl-C or hang-up reaches the serving process alone, which may still want the learner's state.
 
     Args:
-        lay_out (`Callable[[Path], None]`): writes what the process begins with into a new folder.
+        write_folder (`Callable[[Path], None]`): writes the files that the process begins with into a new folder.
         on_frame (`OnFrame`): called for each frame, in a thread.
-        on_death (`Callable[[int], None]`): called with the exit status, in a thread, unless the process was to end.
+        on_death (`Callable[[int], None]`): called with the exit status, in a thread, unless the process was told to end.
 
     Raises:
         OSError: if it cannot be started.
     """
 
-    def __init__(self, lay_out: Callable[[Path], None], on_frame: OnFrame, on_death: Callable[[int], None]):
+    def __init__(self, write_folder: Callable[[Path], None], on_frame: OnFrame, on_death: Callable[[int], None]):
         self.dead, ending = threading.Event(), threading.Event()  # dead once `on_death` has returned
         folder = Path(tempfile.mkdtemp(prefix="hf_osd-"))
         try:
-            lay_out(folder)
+            write_folder(folder)
             self._flags = SharedFlags.create(folder)
             # Under a launcher it would take itself for one of the job's processes.
             alone = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
@@ -83,7 +83,7 @@ class Pipe:
             (process, folder, self.dead, ending, on_frame, on_death),
             stop,
             process.kill,
-            PATIENCE,
+            EXIT_TIMEOUT,
         )
         threading.Thread(target=_write, args=(process, self._out, ending), name="hf_osd learner", daemon=True).start()
 
@@ -94,21 +94,21 @@ class Pipe:
         values: dict | None = None,
         feedback: Sequence[Feedback] = (),
     ):
-        """Have a frame written, soon; requests are packed by the thread that writes."""
+        """Queue a frame; the thread that writes packs its requests."""
         self._out.put((kind, tensors, values, feedback))
 
     @property
     def waiting(self) -> int:
-        """Frames that are not written yet."""
+        """Number of frames that are not written yet."""
         return self._out.qsize()
 
     def has_room(self, buffer: FeedbackBuffer) -> bool:
-        """Tell whether no more frames wait than `buffer` has requests."""
+        """Return whether at most as many frames wait as `buffer` has requests."""
         return self.waiting <= len(buffer)
 
     def watch(self) -> Callable[[], bool]:
-        """Begin to wait for an answer. The function tells whether one may still come; a process that shows no sign of life, or takes longer than anybody
-        waits, it kills."""
+        """Begin to wait for an answer. The function returned says whether one may still come; it kills a process that shows no sign of life, or that has
+        not answered within `ANSWER_TIMEOUT`."""
         began = lived = time.monotonic()
         pulse = self._flags.pulse
 
@@ -119,46 +119,46 @@ class Pipe:
             now = time.monotonic()
             if self._flags.pulse != pulse:
                 pulse, lived = self._flags.pulse, now
-            if now - lived <= (_SILENCE if pulse else _BEGINNING) and now - began <= LONGEST_ANSWER:
+            if now - lived <= (_PULSE_TIMEOUT if pulse else _START_TIMEOUT) and now - began <= ANSWER_TIMEOUT:
                 return True
             logger.error("The process that learns (%d) does not answer, and is ended.", self.pid)
             self._process.kill()
-            self.dead.wait(PATIENCE)
+            self.dead.wait(EXIT_TIMEOUT)
             return False
 
         return may_answer
 
     @property
     def has_begun(self) -> bool:
-        """Whether the process may have learnt anything yet."""
+        """Whether the process has begun, and may have learnt."""
         return self._flags.pulse != 0
 
     def note_busy(self, busy: bool):
-        """Let the process see whether somebody is served. Takes no lock."""
+        """Show the process whether a call runs. Takes no lock."""
         self._flags.busy = busy
 
     def close(self):
-        """End the process, and wait for that."""
+        """End the process and wait until it has ended."""
         self._end()
-        self._reader.join(PATIENCE)
+        self._reader.join(EXIT_TIMEOUT)
         if self._reader.is_alive():  # it does not read, stopped maybe
             self._process.kill()
-            self._reader.join(PATIENCE)
+            self._reader.join(EXIT_TIMEOUT)
 
     def forget(self):
-        """Leave the process to the parent of this one, which was forked."""
+        """Never end the process: it belongs to the parent that this process was forked off."""
         self._end.detach()
 
 
 def _write(process: subprocess.Popen, out: queue.SimpleQueue, ending: threading.Event):
     frames = FrameWriter(process.stdin)
     try:
-        while (item := out.get()) is not None and not ending.is_set():  # else what waits is not learnt any more
+        while (item := out.get()) is not None and not ending.is_set():  # at the end what waits is not learnt
             kind, tensors, values, feedback = item
             frames.write(kind, pack(feedback) if feedback else tensors, values)
         frames.write(END)  # a process forked off this one may hold the pipe open
     except OSError:
-        pass  # dead: whoever reads notices
+        pass  # dead, which the reading thread notices
     except Exception:
         logger.exception("What is to be learnt could not be sent to the process that learns, which is ended.")
     with suppress(OSError):
@@ -194,16 +194,16 @@ def _read(
 
 
 def _wait_for(process: subprocess.Popen) -> int:
-    """Wait for a process that is to end, kill it if it does not, and return its exit status."""
+    """Wait until a process ends, kill it if it does not, and return its exit status."""
     try:
-        return process.wait(PATIENCE)
+        return process.wait(EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
 
 
 def _stop(process: subprocess.Popen, flags: SharedFlags, out: queue.SimpleQueue, ending: threading.Event):
-    """End the process, and wait for nothing: garbage collection calls this too, anywhere and under any lock."""
+    """Tell the process to end, without waiting: garbage collection calls this too, anywhere and under any lock."""
     ending.set()
     out.put(None)
     if not flags.pulse:  # it has not begun, which takes seconds, and has nothing to lose

@@ -1,7 +1,7 @@
-"""The process of `OnlineConfig(learn="process")`: a [`BackgroundLearner`] that reads feedback from a pipe and writes weights into another.
+"""Runs in the process of `OnlineConfig(learn="process")`: a [`BackgroundLearner`] reads feedback from a pipe and writes weights into another.
 
-[`hf_osd.remote.pipe.Pipe`] starts it, as `python -m hf_osd.remote.process FOLDER PARENT`; FOLDER is a
-draft folder. It ends when it is told to, when its input ends, and when the process PARENT is gone, however that went.
+[`hf_osd.remote.pipe.Pipe`] starts it, as `python -m hf_osd.remote.process FOLDER PARENT`; FOLDER is a draft folder. It ends on an `end` frame, when its input
+ends, and when the process PARENT is gone, however that ended.
 """
 
 # ruff: noqa: E402 (signals come before imports that take seconds)
@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-# Seconds from a SIGTERM to the end: it may have come to all processes of a service, of which one wants the learner's state first.
+# Seconds from a SIGTERM to the end: all processes of a service may have got it, and the serving one wants the learner's state first.
 _GRACE = 5.0
 
 
@@ -28,7 +28,7 @@ def _leave_later(number: int, frame):
     timer.start()
 
 
-# Before imports that take seconds. Ctrl-C and the end of a terminal are for whoever serves to answer.
+# Before imports that take seconds. Ctrl-C and the end of a terminal are for the serving process to handle.
 if __name__ == "__main__":
     for _name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, _name):
@@ -47,20 +47,20 @@ from hf_osd.remote.frames import END, FrameWriter, read_frame
 from hf_osd.remote.service import LearnerService
 from hf_osd.remote.shared_flags import SharedFlags
 
-# Below whoever serves, where they share a CPU: enough to be let in between, not to be in the way.
+# Below the serving process, where they share a CPU: enough to get a share, not to be in the way.
 _NICENESS = 10
-# Where memory is short, this process is to go before the one that serves: of 1000.
+# Of 1000: where memory is short, the system is to kill this process before the serving one.
 _OOM_SCORE = 500
-# Seconds between two signs of life, and from the end of whoever serves to the end of this one, wherever it is then.
+# Seconds between two beats of the pulse, and from the end of the serving process to the end of this one, in the middle of whatever it does.
 _PULSE, _PATIENCE = 0.5, 5.0
 
 
 class LearnerProcess:
-    """Learns as the frames ask, until they end.
+    """Learns from the frames of a stream, and writes weights, figures and answers.
 
     Args:
-        folder (`Path`): a draft folder, with the flags.
-        frames (`FrameWriter`): where weights, figures and answers go.
+        folder (`Path`): a draft folder, with the file of [`SharedFlags`].
+        frames (`FrameWriter`): writes to the serving process.
     """
 
     def __init__(self, folder: Path, frames: FrameWriter):
@@ -81,7 +81,7 @@ class LearnerProcess:
         self.service = LearnerService(self.learner, flush=self.learner.update)
 
     def run(self, stream: BinaryIO):
-        """Handle frames until there are no more."""
+        """Handle frames until the stream ends."""
         while (frame := read_frame(stream)) is not None and frame[0] != END:
             answer = self.service.handle(*frame)
             if answer is not None:
@@ -96,8 +96,8 @@ class LearnerProcess:
 
 
 def _live(parent: int, folder: Path, flags: SharedFlags, begun: threading.Event):
-    """The pulse, from when frames are read and for as long as whoever started this process is there. That its input ends is not enough: processes that were
-    forked off there hold the other end too."""
+    """Beat the pulse, from when frames are read until the parent is gone; then end this process. To wait for the end of its input is not enough:
+    forks of the parent hold the other end too."""
     if os.name != "posix":  # where nobody else becomes the parent
         parent = os.getppid()
     elif os.getppid() != parent:
@@ -114,12 +114,12 @@ def _live(parent: int, folder: Path, flags: SharedFlags, begun: threading.Event)
 
 
 def main(argv: list[str]) -> int:
-    """Run the process; the exit status."""
+    """Run the process. Returns the exit status."""
     folder = Path(argv[1])
     begun = threading.Event()
     threading.Thread(target=_live, args=(int(argv[2]), folder, SharedFlags(folder), begun), daemon=True).start()
     frames = FrameWriter(os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whoever prints must not print into a frame
+    os.dup2(2, 1)  # nothing must print into a frame
     with suppress(OSError, AttributeError):
         os.nice(_NICENESS)
     with suppress(OSError):  # no Linux
@@ -128,8 +128,8 @@ def main(argv: list[str]) -> int:
     disable_progress_bar()
     process = LearnerProcess(folder, frames)
     begun.set()
-    shutil.rmtree(folder, ignore_errors=True)  # it is all here; and whoever serves may not live to do it
-    with suppress(OSError):  # nobody reads any more: the other process has ended
+    shutil.rmtree(folder, ignore_errors=True)  # all of it is loaded; and the serving process may not live to remove it
+    with suppress(OSError):  # the serving process has ended
         process.run(sys.stdin.buffer)
     process.learner.close()
     return 0

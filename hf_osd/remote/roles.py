@@ -1,5 +1,5 @@
-"""Serving ranks and a learning rank: replicas of a target send what they verified, one process without a target learns from it all, and its weights come
-back."""
+"""Parts a job into serving ranks and a learning rank: replicas of a target send what they verified, one process without a target learns from all of it and
+sends its weights back."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Silence is no death, which closes the connection: somebody may serve for days before there is a batch to send.
+# Only a closed connection is a death: a rank may serve for days before there is a batch to send.
 _FOR_EVER = timedelta(days=3650)
-# Seconds between two looks at whether somebody still serves.
-_LOOK = 0.5
+# Seconds between two checks that a rank still serves.
+_POLL = 0.5
 
 
 class JobRoles:
-    """Who does what in a job of several processes: the last one learns, the others serve.
+    """Assigns the processes of a job: the last one learns, the others serve.
 
-    Made once in each process, before anything of accelerate: it brings the processes together, and hides them from accelerate, by whose view each is then
-    alone. Nothing that trains waits for a rank that serves.
+    Make it once in each process, before anything of accelerate: it connects the processes, and hides them from accelerate, which then takes each to be
+    alone. So nothing that trains waits for a rank that serves.
 
     Args:
-        init_method (`str`, *optional*): where they meet, as torch.distributed has it; by the variables of `accelerate launch` if left out.
+        init_method (`str`, *optional*): how torch.distributed finds the other processes; from the variables of `accelerate launch` if left out.
 
     Raises:
         ValueError: if there is no second process.
@@ -53,12 +53,12 @@ class JobRoles:
         for name in LAUNCH_VARIABLES:
             os.environ.pop(name, None)
         self.rank, self.learning_rank, self.learns = rank, size - 1, rank == size - 1
-        # Of those that serve: to bring their figures together, say.
+        # The serving ranks, to add up their figures, say.
         self.serving = RankGroup() if self.learns else RankGroup(size - 1, rank, group=group)
 
 
 def serve_separately(assistant: LearningAssistant, roles: JobRoles):
-    """Let `assistant` learn on the learning rank, in place of here. Every serving rank calls this, with the same draft, and `assistant.close()` at its end.
+    """Move the learning of `assistant` to the learning rank. Every serving rank calls this, with the same draft, and `assistant.close()` at its end.
 
     Raises:
         ValueError: if the assistant does not learn inline, or not at all.
@@ -69,13 +69,13 @@ def serve_separately(assistant: LearningAssistant, roles: JobRoles):
 
 
 class LearningRank:
-    """The process that learns, from the feedback of all that serve: it has the one buffer, and the gate.
+    """Learns from the feedback of all serving ranks, with the only buffer and the only gate of the job.
 
     Args:
-        assistant (`OnlineAssistant`): with the same draft and config as on the serving ranks; its intervals are here of all requests together. It is
-            given no calls, and needs no target.
+        assistant (`OnlineAssistant`): with the same draft and config as on the serving ranks; intervals count the requests of all ranks. It serves no
+            calls and needs no target.
         roles (`JobRoles`): of the job.
-        weights_every (`int`): times that other weights are to serve after which they go out. The static draft, where it is better, goes out at once.
+        weights_every (`int`): weights are sent once they have changed so many times; the static draft, where it is better, at once.
 
     Raises:
         ValueError: if the assistant does not learn inline, or not at all.
@@ -86,32 +86,32 @@ class LearningRank:
         self._service = LearnerService(self.learner, flush=lambda: self._learn(None))
         self._every, self._sent = weights_every, self._serving.version
         self._most = assistant.osd_config.requests_an_update
-        self._came: queue.SimpleQueue = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue = queue.SimpleQueue()
         self.channels = {rank: RankTransport(rank, f"rank {rank}") for rank in range(roles.learning_rank)}
         for rank, channel in self.channels.items():
             channel.listen(
-                on_frame=lambda *frame, rank=rank: self._came.put((rank, *frame)),
+                on_frame=lambda *frame, rank=rank: self._frames.put((rank, *frame)),
                 on_death=lambda sentence: logger.error("%s Learning goes on from the others.", sentence),
             )
 
     def run(self):
-        """Learn until nobody serves any more."""
-        while any(channel.open for channel in self.channels.values()) or not self._came.empty():
-            self._take_frames()
+        """Learn until no rank serves any more."""
+        while any(channel.open for channel in self.channels.values()) or not self._frames.empty():
+            self._handle_waiting()
             if self.learner.due():
                 self._learn(self._most)
-        self._learn(None)  # what the last of them left
+        self._learn(None)  # requests that the last of them sent
         for channel in self.channels.values():
             channel.close()
 
-    def _take_frames(self):
-        """Handle all frames that have come; if there is none, the next, or none after a while."""
+    def _handle_waiting(self):
+        """Handle all frames that wait; if there are none, wait a moment for one."""
         with suppress(queue.Empty):
-            self._take_frame(*self._came.get(timeout=_LOOK))
+            self._handle(*self._frames.get(timeout=_POLL))
             while True:
-                self._take_frame(*self._came.get_nowait())
+                self._handle(*self._frames.get_nowait())
 
-    def _take_frame(self, rank: int, kind: str, tensors: dict[str, Tensor], values: dict):
+    def _handle(self, rank: int, kind: str, tensors: dict[str, Tensor], values: dict):
         try:
             answer = self._service.handle(kind, tensors, values)
         except BadFrame as error:

@@ -1,4 +1,4 @@
-"""`LearnerService`: answers the frames of those that serve, for a learner in a process of its own or on the learning rank."""
+"""`LearnerService`: handles the frames that serving processes send, for the learner of a process and of a learning rank alike."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Answer = tuple[dict[str, Tensor], dict]  # tensors and values
 
 
 class LearnerService:
-    """Does what a frame asks of a learner.
+    """Has a learner do what a frame asks.
 
     Args:
-        learner (`Learner` or `BackgroundLearner`): the learner.
+        learner (`Learner` or `BackgroundLearner`): the learner to ask.
         flush (`Callable[[], bool]`): learns from all that is new; returns whether other weights serve than before.
     """
 
     def __init__(self, learner: Learner | BackgroundLearner, flush: Callable[[], bool]):
         self.learner, self._flush = learner, flush
-        self._base = 0  # the number that came with the weights under an adapter
+        self._base = 0  # the number of the weights under an adapter
         self._handlers: dict[str, Callable[[dict[str, Tensor], dict], Answer | None]] = {
             "feedback": self._learn,
             "replay": self._replay,
@@ -40,10 +40,10 @@ class LearnerService:
         }
 
     def handle(self, kind: str, tensors: dict[str, Tensor], values: dict) -> Answer | None:
-        """Do what a frame asks; the answer, where its kind has one.
+        """Do what a frame asks. Returns the answer's tensors and values; `None` for kinds that have no answer.
 
         Raises:
-            BadFrame: if its kind is not known, or it holds no requests where it should.
+            BadFrame: if the kind is unknown, or the requests cannot be read.
         """
         if kind not in self._handlers:
             raise BadFrame(f"A frame of kind {kind!r} came; both ends must run one version of hf_osd.")
@@ -51,7 +51,7 @@ class LearnerService:
         return None if answer is None else (answer[0], {**answer[1], "asked": values["asked"]})
 
     def report(self) -> dict:
-        """The values that every frame to those that serve has."""
+        """Return the values that belong to every frame from the learner: figures, and the number of the weights under an adapter."""
         return {"figures": figures_to_json(self.learner.figures()), "base": self._base}
 
     def _learn(self, tensors: dict[str, Tensor], values: dict):

@@ -1,4 +1,4 @@
-"""`SharedFlags`: two bytes of memory that a serving process and its learning process share: whether a call runs, and a pulse."""
+"""`SharedFlags`: shares two bytes of memory between a serving process and its learning process: whether a call runs, and a pulse."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ BUSY = "busy"
 
 
 class SharedFlags:
-    """Maps the two bytes of `folder/busy`. No access waits or takes a lock, and the mapping outlives the file.
+    """Maps the two bytes of `folder/busy`. Access takes no lock, and the mapping outlives the file.
 
     Args:
         folder (`Path`): shared by the two processes.
 
     Raises:
-        OSError: if there is no such file.
+        OSError: if the file does not exist.
     """
 
     def __init__(self, folder: Path):
@@ -30,7 +30,7 @@ class SharedFlags:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody is served: set by the serving process."""
+        """Whether a call runs, which the serving process sets."""
         return self._bytes[0] != 0
 
     @busy.setter
@@ -39,7 +39,7 @@ class SharedFlags:
 
     @property
     def pulse(self) -> int:
-        """A number that changes while the learning process lives; 0 until it has begun."""
+        """Number that changes as long as the learning process lives; 0 until it has begun."""
         return self._bytes[1]
 
     def beat(self):

@@ -1,4 +1,4 @@
-"""`Supervisor`: keeps a process that learns. Where it has died, another one is started, later each time, and a few times at most."""
+"""`Supervisor`: keeps a learning process running. One that died is replaced, later each time, and a few times at most."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Processes that are started in place of dead ones, until one has lived through so many requests.
+# Restarts in all, and the requests that one process must live through for the count to begin anew.
 _MOST_RESTARTS, _FORGIVEN = 5, 1000
 
 
 def learn_in_process(serving: HotSwapDraft, buffer: FeedbackBuffer, config: OnlineConfig) -> RemoteLearner:
-    """Make a learner in a process of its own, which is started when there is something to learn.
+    """Return a learner in another process, which starts with the first request to learn from.
 
     Raises:
         ValueError: if another process could not load the draft.
     """
     check_loadable(serving.active)
-    lay_out = functools.partial(write_draft_folder, serving=serving, config=config)
-    return RemoteLearner(Supervisor(lay_out, config.update_interval), serving, buffer, config)
+    write_folder = functools.partial(write_draft_folder, serving=serving, config=config)
+    return RemoteLearner(Supervisor(write_folder, config.update_interval), serving, buffer, config)
 
 
 class Supervisor:
@@ -46,28 +46,28 @@ class Supervisor:
     After n deaths in a row the next process is started once 2ⁿ × `interval` requests have come, at most 64 × `interval`; weights that serve end the row.
     After five restarts none is started any more, unless one of the processes lived through 1,000 requests.
 
-    In a forked child it starts a process of its own, and leaves alone that of the parent.
+    In a forked child it starts another process, and leaves the parent's alone.
 
     Args:
-        lay_out (`Callable[[Path], None]`): writes what a process begins with into a folder.
+        write_folder (`Callable[[Path], None]`): writes the files that a process begins with into a folder.
         interval (`int`): requests between two updates.
     """
 
     shared = False
 
-    def __init__(self, lay_out: Callable[[Path], None], interval: int):
-        self._lay_out, self._interval = lay_out, interval
-        self.pipe: Pipe | None = None  # to the last process
+    def __init__(self, write_folder: Callable[[Path], None], interval: int):
+        self._write_folder, self._interval = write_folder, interval
+        self.pipe: Pipe | None = None  # to the process that was started last
         self.restarts, self.over = 0, None
         self._deaths = self._requests = 0  # in a row; since the last death
         self._restarts_left = _MOST_RESTARTS
         self._lock, self._closed = released(threading.Lock()), False
 
     def listen(self, on_frame: OnFrame, on_death: OnDeath):
-        self._on_frame, self._on_death = on_frame, on_death
+        self._deliver, self._announce = on_frame, on_death
 
     def connect(self, requests: int = 0) -> Pipe | None:
-        """The process, started if it was not, or if it has died and enough requests have come since."""
+        """Return the pipe to the process, which is started if it was not, or if it has died and enough requests have come since."""
         with self._lock:
             self._requests += requests
             if self._closed or self.over is not None:
@@ -81,7 +81,7 @@ class Supervisor:
                 self._restarts_left -= 1
             self.pipe = None
             try:
-                self.pipe = Pipe(self._lay_out, weakly(self._take_frame), weakly(self._count_exit))
+                self.pipe = Pipe(self._write_folder, weakly(self._on_frame), weakly(self._on_exit))
             except Exception:  # the disk is full, say: no reason to break the user's call
                 self._count_death()
                 logger.exception("The process that learns could not be started. %s", self.outlook)
@@ -104,13 +104,13 @@ class Supervisor:
         return f"The draft serves as it is; another process is started after {self.wait} more requests."
 
     def note_busy(self, busy: bool):
-        """Let the process see whether somebody is served. May be called anywhere, and takes no lock."""
+        """Show the process whether a call runs. May be called anywhere, and takes no lock."""
         pipe = self.pipe
         if pipe is not None:
             pipe.note_busy(busy)
 
     def after_fork(self) -> None:
-        """In a forked child: begin with a process of its own."""
+        """Leave the process to the parent; the next `connect` in a forked child starts another."""
         if self.pipe is not None:
             self.pipe.forget()
             self.pipe = None
@@ -123,16 +123,16 @@ class Supervisor:
         if pipe is not None:
             pipe.close()
 
-    def _take_frame(self, kind: str, tensors: dict[str, Tensor], values: dict):
-        self._on_frame(kind, tensors, values)
+    def _on_frame(self, kind: str, tensors: dict[str, Tensor], values: dict):
+        self._deliver(kind, tensors, values)
         if kind == "weights":  # which serve, or that would have raised
             self._deaths = 0
 
-    def _count_exit(self, status: int):
+    def _on_exit(self, status: int):
         with self._lock:
             self._count_death()
         killed = ", killed, as the system does where memory is short" if status == -9 else ""
-        self._on_death(f"The process that learns has died (exit status {status}{killed}); what it wrote is on stderr.")
+        self._announce(f"The process that learns has died (exit status {status}{killed}); what it wrote is on stderr.")
 
     def _count_death(self):
         if self._requests >= _FORGIVEN:

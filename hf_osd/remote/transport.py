@@ -1,4 +1,4 @@
-"""`Transport`: how a serving process reaches a learner elsewhere. Implemented by [`hf_osd.remote.supervisor.Supervisor`], for a process of its own, and by
+"""`Transport`: carries frames between a serving process and a learner elsewhere. Implemented by [`hf_osd.remote.supervisor.Supervisor`], for a process of its own, and by
 [`hf_osd.remote.channel.RankTransport`], for a rank of a job."""
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 OnFrame = Callable[[str, "dict[str, Tensor]", dict], Any]  # kind, tensors, values
 OnDeath = Callable[[str], Any]  # a sentence for the log
-# Seconds that anybody waits for an answer.
-LONGEST_ANSWER = 3600.0
+# Longest wait for an answer, in seconds.
+ANSWER_TIMEOUT = 3600.0
 
 
 class Connection(Protocol):
@@ -29,49 +29,49 @@ class Connection(Protocol):
         values: dict | None = None,
         feedback: Sequence[Feedback] = (),
     ):
-        """Have a frame sent, soon: of tensors, or of requests, and plain values. To a dead end nothing is sent."""
+        """Queue a frame of tensors or of requests, and plain values. It is dropped if the other end is dead."""
 
     def has_room(self, buffer: FeedbackBuffer) -> bool:
-        """Tell whether less waits to be sent than `buffer` may hold, so that more may be."""
+        """Return whether more may be sent: no more waits than `buffer` may hold."""
 
     def watch(self) -> Callable[[], bool]:
-        """Begin to wait for an answer. The function tells whether one may still come; it is called until it is `False`, and bounds the wait."""
+        """Begin to wait for an answer. The function returned is called again and again, and says whether one may still come; in the end it says no."""
 
 
 class Transport(Protocol):
-    """Connects to a learner, again where that has died and can be replaced."""
+    """Connects to a learner, and again to another one where that died and can be replaced."""
 
-    shared: bool  # several serving processes teach the one learner, whose own its state and weights are
+    shared: bool  # several assistants teach the one learner, which alone has its state and sets its weights
     over: str | None  # why nothing will be learnt any more
     restarts: int  # learners started in place of dead ones
 
     @property
     def is_starting(self) -> bool:
-        """Whether the first learner has not begun yet, and so has learnt nothing."""
+        """Whether the first learner has yet to begin, and has learnt nothing."""
 
     @property
     def outlook(self) -> str:
-        """What follows from a death, in sentences."""
+        """Says what follows from a death, in sentences for the log."""
 
     def listen(self, on_frame: OnFrame, on_death: OnDeath):
-        """Call these, from a thread, for each frame that comes and for each death; no `connect` returns another connection before `on_death` has."""
+        """Call these, in a thread, for each frame that comes and for each death. `connect` returns no other connection before `on_death` has returned."""
 
     def connect(self, requests: int = 0) -> Connection | None:
-        """The connection, made if need be and if it may be; `None` if there is none now.
+        """Return the connection, which is made if there is none and there may be; `None` if there is none.
 
         Args:
-            requests (`int`, defaults to 0): how many have been served since the last time.
+            requests (`int`, defaults to 0): requests served since the last call.
         """
 
     def after_fork(self) -> str | None:
-        """In a forked child: leave the learner to the parent. Returns why there can be none here; `None` if there can."""
+        """Leave the learner to the parent, in a forked child. Returns why there can be none here; `None` if there can."""
 
     def close(self):
-        """End the learner, or tell it that nothing more comes; and wait for that, though not for ever."""
+        """End the learner, or tell a shared one that nothing more comes; the wait for it is bounded."""
 
 
 def weakly(method: Callable) -> Callable:
-    """Wrap a bound method so that holding it keeps its object from nothing; once that is gone, calls do nothing."""
+    """Wrap a bound method in a function that does not keep its object alive, and does nothing once that is gone."""
     reference = weakref.WeakMethod(method)
 
     def call(*args):

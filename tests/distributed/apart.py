@@ -22,10 +22,10 @@ CONFIG |= {"learning_rate": 1e-3}
 class Mortal(LearningRank):
     """One that can be told to die."""
 
-    def _take_frame(self, rank, kind, tensors, values):
+    def _handle(self, rank, kind, tensors, values):
         if kind == "die":
             os._exit(0)
-        super()._take_frame(rank, kind, tensors, values)
+        super()._handle(rank, kind, tensors, values)
 
 
 class Apart:

@@ -35,7 +35,7 @@ def remote(serving, monkeypatch):
         made.append(weakref.ref(one))
         return one
 
-    monkeypatch.setattr(pipe_module, "PATIENCE", 5.0)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 5.0)
     yield make
     for reference in made:
         if (one := reference()) is not None:

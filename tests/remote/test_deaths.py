@@ -53,7 +53,7 @@ def silence(process):
 def test_a_process_that_dies_or_says_nonsense_is_counted_and_the_draft_serves_on(
     remote, serving, make_feedback, monkeypatch, caplog, behaviour
 ):
-    monkeypatch.setattr(pipe_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 0.1)
     made, before = remote(behaviour), weights_of(serving)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         offer(made, make_feedback())
@@ -190,8 +190,8 @@ def silent(process):
 
 
 def test_one_that_shows_no_life_is_ended_by_who_waits_for_it(remote, serving, make_feedback, monkeypatch, caplog):
-    monkeypatch.setattr(pipe_module, "_SILENCE", 0.1)
-    monkeypatch.setattr(learner_module, "_LOOK", 0.02)
+    monkeypatch.setattr(pipe_module, "_PULSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(learner_module, "_POLL", 0.02)
     made = remote(silent)
     offer(made, make_feedback())
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
@@ -202,8 +202,8 @@ def test_one_that_shows_no_life_is_ended_by_who_waits_for_it(remote, serving, ma
 
 
 def test_one_that_lives_is_waited_for(remote, serving, make_feedback, monkeypatch):
-    monkeypatch.setattr(pipe_module, "_SILENCE", 0.2)
-    monkeypatch.setattr(learner_module, "_LOOK", 0.02)
+    monkeypatch.setattr(pipe_module, "_PULSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(learner_module, "_POLL", 0.02)
 
     def slow(process):
         while (frame := process.read()) is not None:
@@ -219,7 +219,7 @@ def test_one_that_lives_is_waited_for(remote, serving, make_feedback, monkeypatc
 
 
 def test_to_close_one_that_does_not_read_takes_no_longer_than_it_is_given(remote, make_feedback, monkeypatch):
-    monkeypatch.setattr(pipe_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 0.1)
     made = remote(silent)
     for i in range(3):
         offer(made, make_feedback(seed=i))

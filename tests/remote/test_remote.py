@@ -194,7 +194,7 @@ def test_one_that_does_not_end_is_made_to(remote, make_feedback, monkeypatch):
         reads_on(process)
         process.killed.wait(LONG)
 
-    monkeypatch.setattr(pipe_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 0.1)
     made = remote(deaf)
     offer(made, make_feedback())
     made.close()
