@@ -36,8 +36,8 @@ def feedback_frame(batch: Sequence[Feedback], kind: str = "feedback") -> bytes:
 
 
 class RankTransport:
-    """A [`hf_osd.remote.transport.Transport`] to the learning rank that is its only [`hf_osd.remote.transport.Connection`] too, for a rank that died is
-    not replaced. The learning rank has one to each serving rank. One thread sends and one receives.
+    """Connects to another rank: a [`hf_osd.remote.transport.Transport`], and its only [`hf_osd.remote.transport.Connection`] too, for a rank that died is
+    not replaced. A serving rank has one to the learning rank, and that has one to each serving rank. One thread sends and one receives.
 
     Args:
         peer (`int`): the other rank.

@@ -40,8 +40,8 @@ _START_TIMEOUT, _PULSE_TIMEOUT = 300.0, 20.0
 
 
 class Pipe:
-    """A [`hf_osd.remote.transport.Connection`] to a process that it starts, with a thread that writes to it and one that reads. The process ends when this
-    object does, which neither thread keeps alive.
+    """Starts a process and connects to it: a [`hf_osd.remote.transport.Connection`], with a thread that writes and one that reads. The process ends when
+    this object does, which neither thread keeps alive.
 
     The process has its own session: a terminal's Ctrl-C or hang-up reaches the serving process alone, which may still want the learner's state.
 

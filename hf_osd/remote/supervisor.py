@@ -41,7 +41,7 @@ def learn_in_process(serving: HotSwapDraft, buffer: FeedbackBuffer, config: Onli
 
 
 class Supervisor:
-    """A [`hf_osd.remote.transport.Transport`] to a process, which it starts.
+    """Starts a process that learns, and another one where that died: a [`hf_osd.remote.transport.Transport`].
 
     After n deaths in a row the next process is started once 2ⁿ × `interval` requests have come, at most 64 × `interval`; weights that serve end the row.
     After five restarts none is started any more, unless one of the processes lived through 1,000 requests.

@@ -1,5 +1,5 @@
-"""`Transport`: carries frames between a serving process and a learner elsewhere. Implemented by [`hf_osd.remote.supervisor.Supervisor`], for a process of its own, and by
-[`hf_osd.remote.channel.RankTransport`], for a rank of a job."""
+"""`Transport`: carries frames between a serving process and a learner elsewhere. Implemented twice: by [`hf_osd.remote.supervisor.Supervisor`] for a
+learning process, and by [`hf_osd.remote.channel.RankTransport`] for a learning rank."""
 
 from __future__ import annotations
 
