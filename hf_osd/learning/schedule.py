@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from hf_osd.config import OnlineConfig
 from hf_osd.feedback.feedback import Feedback
 
-# After n updates in a row that failed learning rests for 2ⁿ of their turns, at most for this many.
-_LONGEST_REST = 64
+_LONGEST_REST = 64  # turns
 # What learning a token takes, in times of judging it, until that is measured: a forward, and a backward of twice that.
 _LEARN_OVER_JUDGE = 3.0
 # Of a measured speed, what the next measurement changes.
@@ -19,6 +18,11 @@ _WEIGHT = 0.3
 _TRIAL, _ENOUGH = 4096, 512
 # Where less than this share of the tokens that come could be learnt once, the machine is too slow for the draft.
 _LEAST = 1 / 16
+
+
+def backoff(failures: int) -> int:
+    """Return how many turns to wait after so many failures in a row: 2ⁿ, at most 64."""
+    return min(2**failures, _LONGEST_REST)
 
 
 class Schedule:
@@ -166,7 +170,7 @@ class Schedule:
     def failed(self) -> int:
         """An update failed: the turns that learning rests for."""
         self.misses += 1
-        self._rest = min(2**self.misses, _LONGEST_REST) - 1
+        self._rest = backoff(self.misses) - 1
         return self._rest
 
     def succeeded(self):

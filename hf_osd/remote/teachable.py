@@ -1,4 +1,4 @@
-"""`TeachableAssistant`: what of an assistant's draft learns, and where; and how weights that were trained elsewhere come into it."""
+"""`TeachableAssistant`: chooses which of an assistant's weights learn, and where, and loads weights that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from hf_osd.models.clean_copy import unwrapped
 from hf_osd.models.copies import check_weights, copy_draft
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
-from hf_osd.remote.learner import RemoteLearner
+from hf_osd.remote.supervisor import learn_in_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hf_osd.remote.learner import RemoteLearner
 
 logger = logging.getLogger(__name__)
 
 
 class TeachableAssistant:
-    """The part of [`OnlineAssistant`] that makes its learner, and takes in weights."""
+    """Makes the learner of an [`OnlineAssistant`], of which it is a part, and refreshes its weights."""
 
     def _serve(self, own: PreTrainedModel, trainable: set[str]):
-        """Make what serves of the draft, and what learns of it: all that is `trainable`, an adapter, or nothing, by the memory there is."""
+        """Make the serving draft, and a learner of all `trainable` parameters, of an adapter, or of none, as the memory allows."""
         config = self.osd_config
         if not config.learns:
             self.serving, self.learning_choice = HotSwapDraft(own, trainable), "Nothing learns, as asked."
@@ -55,8 +57,8 @@ class TeachableAssistant:
     ) -> Learner | BackgroundLearner | RemoteLearner:
         config = self.osd_config
         if config.learn == "process":
-            learner = RemoteLearner(self.serving, self.buffer, config)
-            self._calls.on_change = learner.note_busy
+            learner = learn_in_process(self.serving, self.buffer, config)
+            self._calls.on_change = learner.transport.note_busy
             return learner
         if config.learner_device is not None:
             try:
@@ -74,7 +76,7 @@ class TeachableAssistant:
         return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
 
     def after_fork(self):
-        """In a forked child: go on learning, with a learner of its own, or say that there is none."""
+        """Continue learning in a forked child, or replace a learner that cannot by an [`Orphan`]."""
         if self.learner is not None and (reason := self.learner.after_fork()) is not None:
             self.learner = Orphan(self.learner, reason)
 
@@ -105,7 +107,7 @@ class TeachableAssistant:
             self.learner.take(weights)
 
     def _rebase(self, weights: dict[str, Tensor]):
-        """Serve a plain model's weights, and go on learning from them in an adapter that begins anew."""
+        """Serve a plain model's weights, and continue learning from them in an adapter that begins anew."""
         adapter = self.adapter
         if not adapter.merges:
             raise ValueError(
@@ -122,7 +124,7 @@ class TeachableAssistant:
         self.serving.rebase(base)
 
     def _check_fixed(self, weights: dict[str, Tensor], served: nn.Module, trainable: set[str]):
-        """See that a trained model has not changed what this assistant holds fixed."""
+        """Raise `ValueError` if a trained model has changed weights that this assistant holds fixed."""
         for name, p in served.named_parameters():
             if name not in trainable and name in weights and not torch.equal(p, weights[name].to(p)):
                 raise ValueError(

@@ -3,7 +3,7 @@
     python -m recipes.benchmarks.traffic --threads 2 --seed 0
 
 The source of every figure of docs/scale.md. A few requests are served on one process, so that their feedback has drafts in it as in service; it is
-packed in frames as hf_osd.remote.roles sends them. Frames are not sent anywhere: bytes are those of the frames, without what a network adds.
+packed in frames as hf_osd.remote.channel sends them. Frames are not sent anywhere: bytes are those of the frames, without what a network adds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import unpack
+from hf_osd.remote.channel import feedback_frame
 from hf_osd.remote.frames import from_bytes, to_bytes
-from hf_osd.remote.roles import feedback_frame
 from hf_osd.system.strict_json import write_json
 from recipes.common.command import check_numbers, run_command
 from recipes.common.models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
