@@ -1,4 +1,4 @@
-"""The killed service: three real kills, and that what it looks for is found where it is planted."""
+"""The killed service: three real kills, and that planted corruption is found."""
 
 import json
 import shutil
@@ -39,15 +39,15 @@ def service(tmp_path):
     """A service that has served eight requests and stopped; and its arguments."""
     args = kill.KillArguments(output_dir=str(tmp_path))
     RunLog(tmp_path / "service", kill.identity(args))
-    kill.serve(args, tmp_path / "service", lambda told: None, requests=8)
+    kill.serve(args, tmp_path / "service", lambda sent: None, requests=8)
     return args, tmp_path / "service"
 
 
-def test_a_whole_service_is_told_from_a_corrupt_one(service):
+def test_a_corrupt_state_is_recognised(service):
     args, directory = service
-    whole = kill.look(args, directory, [])
+    whole = kill.check_disk(args, directory, [])
     assert (whole["corrupt"], whole["served"], whole["saved"], whole["lost"]) == (None, 8, 8, 0)
-    assert kill.look(args, directory, whole["rows"])["corrupt"] is None
+    assert kill.check_disk(args, directory, whole["rows"])["corrupt"] is None
 
     harms = {
         "passed over": lambda d: _write(states(d / "checkpoint")[0] / "learner.safetensors", b"half"),
@@ -63,7 +63,7 @@ def test_a_whole_service_is_told_from_a_corrupt_one(service):
         copy = directory.parent / f"copy{i}"
         shutil.copytree(directory, copy)
         harm(copy)
-        assert expected in str(kill.look(args, copy, whole["rows"])["corrupt"])
+        assert expected in str(kill.check_disk(args, copy, whole["rows"])["corrupt"])
 
 
 def _lines(directory: Path) -> list[bytes]:

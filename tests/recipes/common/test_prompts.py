@@ -1,4 +1,4 @@
-"""Streams: what a file may hold and what it is told when it does not, and the two streams that need no file."""
+"""Streams: what a file may contain, errors for one that does not, and the two streams that need no file."""
 
 import json
 import os
@@ -161,7 +161,7 @@ def test_a_dataset_is_read_no_further_than_asked(hub):
         ("hub:o/n", "row 3"),
     ],
 )
-def test_what_is_wrong_with_a_dataset_is_said(hub, spec, message):
+def test_a_bad_dataset_is_named(hub, spec, message):
     with pytest.raises(ValueError, match=message):
         load_streams(spec)
 
@@ -173,7 +173,7 @@ ROWS = [{"prompt": "für α"}, {"prompt": "b"}]
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_byte_order_mark_is_read_over_and_says_the_encoding(tmp_path, encoding, end):
+def test_a_byte_order_mark_is_skipped_and_gives_the_encoding(tmp_path, encoding, end):
     path = tmp_path / "s.jsonl"
     text = "".join(json.dumps(row, ensure_ascii=False) + end for row in ROWS)
     mark = "\ufeff" if encoding.endswith("e") else ""  # of these two Python writes none
@@ -197,7 +197,7 @@ def test_what_is_not_in_the_encoding_of_its_mark_is_named(tmp_path):
 
 @pytest.mark.parametrize("field", ["prompt", "domain", "id", "group"])
 @pytest.mark.parametrize("half", [r"\ud83d", r"\ude00"])
-def test_half_a_character_is_named_by_its_line_and_place_and_not_told(write, field, half):
+def test_half_a_character_is_named_by_its_line_and_place_and_not_quoted(write, field, half):
     whole = json.dumps({"prompt": "secret words"} | {field: "secret"})
     path = write("s.jsonl", {"prompt": "a"}, "", whole.replace('secret"', f'secret{half}"'))
     with pytest.raises(

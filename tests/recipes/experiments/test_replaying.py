@@ -1,4 +1,4 @@
-"""`replay`: what a trace says of a draft, and teaches it, is what serving would have said and taught."""
+"""`replay`: predictions and learning on a trace are those of serving."""
 
 import dataclasses
 
@@ -111,7 +111,7 @@ def test_other_answers_are_learnt_beside_their_requests(target, trace):
     for one in (assistant, alone):
         one.flush()
         assert one.stats.estimate.requests == one.learner.contenders.shadow.requests == len(trace)
-    with pytest.raises(ValueError, match="of 15 requests and there are 16"):
+    with pytest.raises(ValueError, match="has 15 items and there are 16 requests"):
         next(replay(alone, trace, LONGEST, other[:15]))
 
 

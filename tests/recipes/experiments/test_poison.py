@@ -1,4 +1,4 @@
-"""`recipes/experiments/poison.py`: streams with poison in them, and how long it serves good traffic."""
+"""`recipes/experiments/poison.py`: streams with poison in them, and how long a poisoned draft serves good traffic."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_every_poison_and_order_is_a_row_and_without_a_gate_poison_serves(target
     assert capsys.readouterr().out.count("| other-target | first |") == 2
 
 
-def test_poison_is_what_its_name_says(make_feedback):
+def test_each_poison_changes_what_its_name_means(make_feedback):
     from recipes.experiments.poison import POISONS
 
     good = [make_feedback(n=5, prompt=4, seed=i) for i in range(3)]

@@ -172,7 +172,7 @@ def test_what_is_missing_is_named_with_the_way_out(run, refused, flags, message)
     assert not (run.folder / "counts.json").exists()
 
 
-def test_a_python_without_vllm_is_told_how_to_install_it(run, refused, caplog, monkeypatch):
+def test_a_python_without_vllm_gets_install_instructions(run, refused, caplog, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     refused(run, says=f"{sys.executable} has no vllm")
     assert "vllm-env/bin/pip uninstall -y torchvision" in caplog.text

@@ -1,4 +1,4 @@
-"""The embedded model's file is checked before it is used, and its cache is whole or made again. No real model is converted."""
+"""The embedded model's file is checked before use, and an incomplete cache is made again. No real model is converted."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""`recipes/checks/soak.py`, with small numbers: what it counts, prints and writes, and when its exit status is not 0."""
+"""`recipes/checks/soak.py`, with small numbers: its counts, output and exit status."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_calls_of_several_threads_are_counted_and_compared(run, capsys):
     assert "identical" in capsys.readouterr().out
 
 
-def test_an_output_that_differs_or_a_call_that_fails_is_said(run, soak, monkeypatch):
+def test_an_output_that_differs_or_a_call_that_fails_is_counted(run, soak, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(soak, "compare_outputs", lambda *args: "mismatch")
         status, figures = run(*THREADS)
@@ -57,7 +57,7 @@ MEMORY = ("--what", "memory", "--requests", 12, "--warm_up", 4)
 
 
 @pytest.mark.parametrize(("grows", "status"), [(0.0, 0), (0.002, 0), (0.01, 1), (-0.01, 1)])
-def test_memory_is_flat_after_the_warm_up_or_the_status_says_so(run, soak, monkeypatch, grows, status):
+def test_memory_that_changes_after_the_warm_up_fails(run, soak, monkeypatch, grows, status):
     looks = iter(range(100))
     monkeypatch.setattr(soak, "_resident_mb", lambda: 500 * (1 + grows * next(looks)))
     found, figures = run(*MEMORY)
@@ -81,7 +81,7 @@ def test_refreshes_are_timed_while_another_thread_leases(run, capsys):
     assert "longest_lease_ms" in capsys.readouterr().out
 
 
-def test_what_it_cannot_do_is_said(soak, refused):
+def test_bad_flags_are_named(soak, refused):
     for flags, words in (
         (["--what", "nothing"], "choose one of 'threads', 'memory', 'flip'"),
         (["--what", "memory", "--requests", "10", "--warm_up", "10"], "`requests` is 10; give a whole number ≥ 11"),

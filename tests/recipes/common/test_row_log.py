@@ -1,4 +1,4 @@
-"""Rows that runs add to a file: what is torn goes, what is not theirs is named by its line, and nothing is mixed."""
+"""Rows that runs append to a file: an incomplete row is dropped, a foreign line is named, and concurrent runs do not mix."""
 
 import json
 import threading

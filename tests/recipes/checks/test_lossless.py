@@ -1,4 +1,4 @@
-"""The long comparison on a tiny model: that it counts right, goes on where it stopped, tells a bug, and writes no prompt."""
+"""The long comparison on a tiny model: it counts right, goes on where it stopped, reports a bug, and writes no prompt."""
 
 import json
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(run, refused):
     refused(run, "--resume", "--lookahead", "heuristic", says="another lookahead")
 
 
-def test_a_wrong_token_is_a_mismatch_and_the_exit_status_says_so(run, monkeypatch):
+def test_a_wrong_token_is_a_mismatch_and_the_exit_status_is_one(run, monkeypatch):
     answer, seen = lossless.answer, []
 
     def answering(target, prompt, *args, **kwargs):
@@ -171,7 +171,7 @@ def test_a_near_tie_is_counted_and_no_failure(run, monkeypatch):
     assert summary["overall"]["near_ties_per_10k_tokens"] == 2e4 / summary["overall"]["tokens"]
 
 
-def test_a_failed_update_is_told_and_is_no_mismatch(run, monkeypatch):
+def test_a_failed_update_is_counted_and_is_no_mismatch(run, monkeypatch):
     from hf_osd.distill.student import Student
 
     def failing(self, requests):

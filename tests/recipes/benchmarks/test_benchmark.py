@@ -1,4 +1,4 @@
-"""The benchmark on a tiny model: the figures they print are there, whole and of the right sort."""
+"""The benchmark on a tiny model: every figure is there and plausible."""
 
 import json
 
@@ -242,10 +242,10 @@ def test_traces_are_what_the_assistant_scores(target_dir, stream):
 
     work = workload(target_dir, stream, requests=2)
     answers = record_answers(work.target, [row["ids"] for row in work.requests], 8)
-    traces = benchmark.traces_of(work.draft, answers)
+    predictions = benchmark.predictions_of(work.draft, answers)
     scored = OnlineAssistant(work.draft, learn=False).score(answers)
-    assert [list(trace.hits) for trace in traces] == [overlap.tolist() for overlap in scored]
-    assert all(0 < value <= 1 for trace in traces for value in trace.confidence)
+    assert [list(one.hits) for one in predictions] == [overlap.tolist() for overlap in scored]
+    assert all(0 < value <= 1 for one in predictions for value in one.confidence)
 
 
 def test_ideal_speedup_is_the_formulas_at_a_fixed_length():

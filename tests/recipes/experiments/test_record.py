@@ -1,4 +1,4 @@
-"""Recording on a tiny model: what files there are, what is in them, and that a recording goes on where it stopped."""
+"""Recording on a tiny model: the files, their contents, and that a recording goes on where it stopped."""
 
 import json
 import stat
@@ -86,7 +86,7 @@ def test_no_file_has_more_than_was_asked_for(run):
     assert [len(trace(run.out, domain, "stream")[0]) for domain in STREAMS] == [6, 4]
 
 
-def test_what_is_recorded_is_what_record_answers_says(run, target_dir):
+def test_a_recording_is_what_record_answers_returns(run, target_dir):
     assert run("--top_k", "8", "--feedback_dtype", "float32") == 0
     target, _ = load_target(str(target_dir), "auto")
     for part in ("held_back", "stream"):
@@ -126,7 +126,7 @@ def test_another_answer_to_each_request_is_recorded_where_asked_for(run, target_
     assert sum(one != other for one, other in zip(first, second, strict=True)) > len(first) // 2
 
 
-def test_a_trace_says_what_it_is_of_and_is_its_owners_alone(run, target_dir):
+def test_a_trace_has_its_facts_and_only_its_owner_can_read_it(run, target_dir):
     assert run() == 0
     for path in run.out.rglob("*.safetensors"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -243,7 +243,7 @@ def test_prompts_of_the_same_numbers_and_another_text_are_another_recording(run,
         (["--prompt_positions", "3"], "prompt_positions"),
     ],
 )
-def test_a_recording_of_other_rows_of_the_target_is_told_too(run, refused, flags, message):
+def test_a_recording_of_other_rows_or_another_target_is_noticed(run, refused, flags, message):
     assert run() == 0
     refused(run, *flags, says=f"another {message}")
 

@@ -180,7 +180,7 @@ def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, trace
     assert (tmp_path / "0-0" / "model.safetensors").is_file()
 
 
-def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
+def test_bad_flags_are_named(target_dir, traces, caplog):
     from recipes.experiments import replay
 
     for more, words in (
@@ -205,7 +205,7 @@ def test_what_cannot_be_run_is_said(target_dir, traces, caplog):
         assert words in caplog.text
 
 
-def test_what_cannot_be_run_is_said_before_anything_is(target_dir, traces, monkeypatch, caplog):
+def test_bad_flags_are_refused_before_any_run(target_dir, traces, monkeypatch, caplog):
     from recipes.experiments import replay
 
     monkeypatch.setattr(replay.Experiment, "run", lambda *args: pytest.fail("something was learnt"))
@@ -251,7 +251,7 @@ def test_arms_are_fields_over_the_base():
     assert arm.config.ensemble == [1, 2, 4]
     assert arm.config.replay_ratio == 5.0
     assert arm.config.divergence == "jsd"
-    assert (arm.name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
+    assert (arm.draft_name, arm.config.adapter, arm.config.lora) == ("grow:0,2", "lora", 4)
     assert read_arm("adapter=off,lora=4", base, "").config.adapter == "off", "what is said goes before what is meant"
     assert read_arm("preset=paper,learning_rate=3e-3", base, "").config == OnlineConfig.paper(learning_rate=3e-3)
     assert read_arm("preset=paper,lora=2", base, "").config == OnlineConfig.paper(adapter="lora", lora=2)
@@ -287,7 +287,7 @@ def test_intervals_are_paired():
     assert noisy.difference == pytest.approx(0)
 
 
-def test_on_policy_arms_learn_from_what_the_draft_said(target_dir, traces, tmp_path):
+def test_on_policy_arms_learn_from_the_drafts_text(target_dir, traces, tmp_path):
     from recipes.experiments import on_policy
 
     log = tmp_path / "runs.jsonl"

@@ -1,4 +1,4 @@
-"""`RunLog`: rows and checkpoints of one moment, whatever ends the run; and a disk that refuses, which does not end it."""
+"""`RunLog`: rows and checkpoints agree, whatever ends the run; and a full disk does not end it."""
 
 import errno
 import json

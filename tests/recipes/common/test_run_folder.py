@@ -1,4 +1,4 @@
-"""An output folder belongs to one run: what is in it is nobody else's, and nothing that is refused has touched it."""
+"""An output folder belongs to one run: other jobs are kept out, and a refused one touches nothing."""
 
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from hf_osd.system.files import new_state
 from recipes.common.run_folder import RunFolder, folder_name, locked
 
-ROOT = str(Path(__file__).parents[2])
+ROOT = str(Path(__file__).parents[3])
 
 
 def leave(folder: Path, *names: str):

@@ -1,4 +1,4 @@
-"""Signals that end a run: what they raise, when they are let pass, and a job that gets them with all of its process group."""
+"""Signals that end a run: what they raise, when they are ignored, and a job whose whole process group gets them."""
 
 import json
 import os

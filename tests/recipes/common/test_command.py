@@ -1,4 +1,4 @@
-"""Flags and config files: what is refused says which value and how to mend it, before any work."""
+"""Flags and config files: an error names the value and how to correct it, before any work."""
 
 import dataclasses
 import json
@@ -7,42 +7,47 @@ from dataclasses import dataclass
 import pytest
 
 from hf_osd.config import REMOVED, OnlineConfig
-from recipes.common.command import check_kinds, check_paths, check_repository, numbers_of, run_command
+from hf_osd.system.bounds import check_options, number, option, switch, whole
+from recipes.common.command import check_paths, check_repository, numbers_of, run_command
+from recipes.common.options import optional_string, sampling_temperature, string
 
 
 @dataclass
 class Arguments:
-    output_dir: str = "out"
-    push_to_hub: str | None = None
-    requests: int | None = None
-    share: float = 0.5
-    flag: bool = False
-    json: str | None = None
-    overwrite: bool = False
-    target: str = "embedded"
-    stream: str = "stdlib"
+    output_dir: str = option("out", string(), "Where to write.")
+    push_to_hub: str | None = option(None, optional_string(), "A repository.")
+    requests: int | None = option(None, whole(1).or_none(), "How many.")
+    share: float = option(0.5, number(0), "Of all.")
+    flag: bool = option(False, switch(), "Whether.")
+    json: str | None = option(None, optional_string(), "A file.")
+    overwrite: bool = option(False, switch(), "Whether to replace it.")
+    target: str = option("embedded", string(), "A model.")
+    stream: str = option("stdlib", string(), "Prompts.")
+    again: float = option(0.0, sampling_temperature(), "A temperature.")
 
     def __post_init__(self):
-        check_kinds(self)
+        check_options(self)
 
 
 @pytest.mark.parametrize("word", ["false", "False", "no", "off", "none", "null", "", False, None])
-def test_a_text_that_may_be_left_out_is_by_every_word_for_that(word):
+def test_an_optional_text_is_left_out_by_false_no_off_and_none(word):
     assert Arguments(push_to_hub=word).push_to_hub is None
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"push_to_hub": "true"}, "`push_to_hub` is 'true'; name"),
-        ({"push_to_hub": True}, "`push_to_hub` is True; name"),
+        ({"push_to_hub": "true"}, "`push_to_hub` is 'true'; give a text, or none"),
+        ({"push_to_hub": True}, "`push_to_hub` is True; give"),
         ({"output_dir": None}, "`output_dir` is None; give a text"),
         ({"output_dir": False}, "`output_dir` is False; give a text"),
-        ({"requests": "12"}, "`requests` is '12'; give a whole number or nothing"),
+        ({"requests": "12"}, "`requests` is '12'; give a whole number ≥ 1, or None"),
         ({"requests": 2.5}, "`requests` is 2.5"),
         ({"requests": True}, "`requests` is True"),
         ({"share": "much"}, "`share` is 'much'; give a number"),
-        ({"flag": "perhaps"}, "`flag` is 'perhaps'; give true or false"),
+        ({"again": float("inf")}, "`again` is inf; give a temperature"),
+        ({"again": -1}, "`again` is -1; give a temperature"),
+        ({"flag": "perhaps"}, "`flag` is 'perhaps'; choose one of True, False"),
     ],
 )
 def test_a_value_of_another_kind_is_named(values, says):
@@ -137,7 +142,7 @@ def test_no_name_that_data_has_breaks_off_a_table(monkeypatch, tmp_path):
     assert stream.buffer.getvalue() == b"\\u03b1\\u65e5\\u672c\n"
 
 
-def test_a_config_file_says_false_and_means_it(tmp_path, refused):
+def test_false_in_a_config_file_leaves_a_text_out(tmp_path, refused):
     config, seen = tmp_path / "mine.yaml", []
     config.write_text("push_to_hub: false\nrequests: 3\n")
     flags = ["--config", str(config), "--output_dir", str(tmp_path / "out")]
