@@ -9,21 +9,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hf_osd.config import OnlineConfig
-from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.learner import Learner
 from hf_osd.system.default_device import default_device
 from hf_osd.system.forks import importing, released
 from hf_osd.system.random_state import isolated_random_state
 from hf_osd.system.threads import start_thread
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -95,27 +89,29 @@ class BackgroundLearner:
     object any more.
 
     Args:
-        draft, trainable, buffer, config, serve: as [`Learner`] takes them. `serve` is called from the thread.
+        learner (`Learner`): made with `alone=False`; what it calls is called from the thread.
         busy (`Callable[[], bool]`): whether somebody is served.
         after_update (`Callable[[], None]`, *optional*): called from the thread after each update, whatever came of it.
         worked (`Callable[[], float]`, *optional*): the clock of the budget; that on the wall if left out, which counts the waiting for cores too.
+
+    Raises:
+        ValueError: if the learner takes itself to be alone.
     """
 
     def __init__(
         self,
-        draft: PreTrainedModel,
-        trainable: set[str],
-        buffer: FeedbackBuffer,
-        config: OnlineConfig,
-        serve: Callable[[Mapping[str, Tensor]], None],
+        learner: Learner,
         busy: Callable[[], bool],
         after_update: Callable[[], None] | None = None,
         worked: Callable[[], float] | None = None,
     ):
-        self._after_update = after_update
+        if learner.alone:
+            raise ValueError("The learner takes itself to be alone; make it with Learner(..., alone=False).")
+        self.learner, self._after_update = learner, after_update
+        config = learner.config
         self._most = config.requests_an_update
         self.pace = Throttle(config.share_of_time(config.learn), busy, worked)
-        self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
+        learner.pause_by(self.pace.pause)
         self.restarts, self._prepared = 0, False
         self._deaths = self._updates_then = 0  # in a row without an update between; updates at the last one
         self._over: str | None = None  # why no thread is started any more
@@ -201,8 +197,7 @@ class BackgroundLearner:
             if self._prepared:
                 return
             with isolated_random_state(), default_device("cpu"):
-                for member in self.learner.ensemble.members:
-                    member.trainer  # noqa: B018 (made when first asked for)
+                self.learner.student.prepare()
             self._prepared = True
 
     @contextlib.contextmanager

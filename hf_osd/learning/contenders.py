@@ -8,14 +8,14 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_osd.config import OnlineConfig
-from hf_osd.distill.ensemble import Ensemble
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged
+from hf_osd.distill.student import Student
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.gate import Gate, Verdict
 from hf_osd.learning.shadow import Reservoir, Shadow
@@ -31,23 +31,21 @@ class Point:
     """A draft that was learnt: the `weights` that would serve, in the serving dtype, and what it takes to go on learning from there (`snapshot`)."""
 
     weights: dict[str, Tensor]
-    snapshot: list[tuple]
+    snapshot: Any
 
 
 class Contenders:
     """Three drafts of one learner, judged on each request before it is learnt, and what serves of them.
 
     Args:
-        ensemble (`Ensemble`): what learns; its modules judge.
-        static (`dict[str, Tensor]`): the weights before any learning, in the serving dtype.
-        config (`OnlineConfig`): whether there is a gate, and how strict.
+        student (`Student`): learns, and scores the drafts. Its config says whether there is a gate, and how strict.
         ranks (`RankGroup`): of the job.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes weights that are to serve.
-        pause (`Callable[[], None]`, *optional*): called after each judging.
         judged (`Callable[[Sequence[Feedback], float], None]`, *optional*): told what was judged, by one draft, and the seconds it took.
         thinned (`Callable[[list[Feedback]], list[Feedback]]`, *optional*): gives those of the remembered requests that there is time to judge by.
 
     Attributes:
+        pause (`Callable[[], None]`, *optional*): called after each judging.
         gate (`Gate`, *optional*): without one all that is learnt serves at once, and nothing is judged.
         shadow (`Shadow`): how what served did beside the static draft.
         changes (`int`): times that other weights went out.
@@ -56,22 +54,21 @@ class Contenders:
 
     def __init__(
         self,
-        ensemble: Ensemble,
-        static: dict[str, Tensor],
-        config: OnlineConfig,
+        student: Student,
         ranks: RankGroup,
         serve: Callable[[Mapping[str, Tensor]], None],
-        pause: Callable[[], None] | None = None,
         judged: Callable[[Sequence[Feedback], float], None] = lambda requests, seconds: None,
         thinned: Callable[[list[Feedback]], list[Feedback]] = lambda requests: requests,
     ):
-        self._ensemble, self._ranks, self._serve, self._pause = ensemble, ranks, serve, pause
+        config = student.config
+        self._student, self._ranks, self._serve = student, ranks, serve
         self._judged, self._thinned = judged, thinned
-        self._dtypes = {name: weight.dtype for name, weight in static.items()}
+        self._dtypes = {name: weight.dtype for name, weight in student.initial.items()}
+        self.pause: Callable[[], None] | None = None
         self._max_age = config.buffer_age
         self.gate = Gate(config.gate_tolerance, ranks) if config.gate else None
         self.shadow, self.remembered = Shadow(ranks), Reservoir(_REMEMBERED, config.seed)
-        self.static = self._accepted = self._out = Point(static, ensemble.snapshot())
+        self.static = self._accepted = self._out = Point(student.initial, student.snapshot())
         self._candidate: Point | None = None
         # The static draft's scores on what is remembered.
         self._known: weakref.WeakKeyDictionary[Feedback, Tensor] = weakref.WeakKeyDictionary()
@@ -94,7 +91,7 @@ class Contenders:
 
     def serve_again(self):
         """Put out once more what serves already: it may not have come to serve on all ranks."""
-        self._serve(self._ensemble.serving_weights() if self.gate is None else self.serving.weights)
+        self._serve(self._student.serving_weights() if self.gate is None else self.serving.weights)
 
     def decide(self, new: Sequence[Feedback]) -> tuple[Verdict, bool]:
         """Judge all three on requests that none of them has learnt, and do what the gate says.
@@ -136,8 +133,9 @@ class Contenders:
 
     def reset(self, weights: Mapping[str, Tensor]):
         """Weights that were trained elsewhere serve already, and what learns goes on from them: all are compared with these from now on."""
-        self._ensemble.set_weights(weights)
+        self._student.set_weights(weights)
         self.static = self._accepted = self._out = self.point()
+        self._student.initial = self.static.weights  # those before need not be kept
         self._candidate = None
         self._known.clear()
         if self.gate is not None:
@@ -146,20 +144,20 @@ class Contenders:
     def point(self) -> Point:
         """What has been learnt so far."""
         with torch.no_grad():
-            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self._ensemble.serving_weights().items()}
+            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self._student.serving_weights().items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ArithmeticError(
                 "What was learnt has weights that are not finite. Lower the learning rate if that comes again."
             )
-        return Point(weights, self._ensemble.snapshot())
+        return Point(weights, self._student.snapshot())
 
     def judge(self, requests: Sequence[Feedback], point: Point, whole: bool = True) -> list[Judged]:
         """What a draft says of requests, see [`hf_osd.distill.scoring.judge`]."""
         start = time.perf_counter()
-        judged = self._ensemble.judge(list(requests), point.weights, whole) if requests else []
+        judged = self._student.score(list(requests), point.weights, whole) if requests else []
         self._judged(requests, time.perf_counter() - start)
-        if self._pause is not None:
-            self._pause()
+        if self.pause is not None:
+            self.pause()
         return judged
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
@@ -175,7 +173,7 @@ class Contenders:
     def load_state(self, weights: Mapping[str, Tensor], values: dict):
         """Go on from `state()`. A candidate that was waiting is given up."""
         same = all(torch.equal(weight, self.static.weights[name].to(weight)) for name, weight in weights.items())
-        self._accepted = self.static if same else Point(dict(weights), self._ensemble.snapshot_of(weights))
+        self._accepted = self.static if same else Point(dict(weights), self._student.snapshot_of(weights))
         self._candidate = None
         self.shadow.load_state(values["shadow"])
         self.accepted, self.dropped = values["accepted"], values["dropped"]
@@ -196,7 +194,7 @@ class Contenders:
             self._accepted, self._candidate = self._candidate, None
             self.accepted += 1
         elif verdict is Verdict.DROP:
-            self._ensemble.restore(self._accepted.snapshot)
+            self._student.restore(self._accepted.snapshot)
             self._candidate = None
             self.gate.begin()
             self.dropped += 1

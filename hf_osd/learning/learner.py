@@ -20,15 +20,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_osd.config import OnlineConfig
-from hf_osd.distill.ensemble import Ensemble
 from hf_osd.distill.ranks import RankGroup, RanksParted, check_job
 from hf_osd.distill.scoring import Judged, learners_autocast
+from hf_osd.distill.student import Student
 from hf_osd.distill.windows import what_is_read
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
@@ -36,13 +35,10 @@ from hf_osd.learning.contenders import Contenders, Point
 from hf_osd.learning.gate import Verdict
 from hf_osd.learning.rate import Rate, Trial
 from hf_osd.learning.schedule import Schedule
-from hf_osd.learning.trouble import have_moved, trouble
+from hf_osd.learning.trouble import trouble
 from hf_osd.system.default_device import default_device
 from hf_osd.system.forks import released
 from hf_osd.system.random_state import isolated_random_state
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +55,9 @@ class Learner:
     `update` and `update_together` are to be called on all ranks. What an update learns, says and is judged by is then of all ranks together.
 
     Args:
-        draft (`PreTrainedModel`): the draft to start from; it is copied, and what does not train is shared with it.
-        trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
+        student (`Student`): what learns, see [`hf_osd.distill.ensemble.make_student`]. Its config says when.
         buffer (`FeedbackBuffer`): where feedback comes from.
-        config (`OnlineConfig`): when to learn, and how.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name.
-        after_step (`Callable[[], None]`, *optional*): called after each optimizer step and each judging, where learning is to pause.
         alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it gives back the process's random
             state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout. Alone, learning holds up
             serving, and keeps to its share of the time itself.
@@ -75,16 +68,13 @@ class Learner:
 
     def __init__(
         self,
-        draft: PreTrainedModel,
-        trainable: set[str],
+        student: Student,
         buffer: FeedbackBuffer,
-        config: OnlineConfig,
         serve: Callable[[Mapping[str, Tensor]], None],
-        after_step: Callable[[], None] | None = None,
         alone: bool = True,
     ):
-        self.buffer, self.config, self.trainable = buffer, config, trainable
-        self._alone = alone
+        self.student, self.buffer, self.config = student, buffer, student.config
+        self.alone, config = alone, self.config
         self.ranks = RankGroup.of_job()
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
@@ -92,19 +82,14 @@ class Learner:
         self.updates = self.failed = self.learned_tokens = 0  # updates that learnt, and that raised
         self.unmoved = 0  # the last ones in a row that learnt and changed nothing
         self.seconds = 0.0
-        self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in trainable))
+        self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in student.trainable))
         self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
-        self.ensemble = Ensemble(draft, trainable, buffer, config, self, after_step, self.ranks)
-        self.ensemble.set_rate(self.rate.value)
-        # In the dtype they came in, which holds them exactly.
-        static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-        time_of = self.schedule.note_judging, self.schedule.thinned
-        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step, *time_of)
+        student.set_rate(self.rate.value)
+        self.contenders = Contenders(student, self.ranks, serve, self.schedule.note_judging, self.schedule.thinned)
         # New requests learnt since, for as long as the buffer holds them; and what is to be learnt, and not judged by.
         self._since_accepted: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self._drops = 0  # in a row
-        self._trying = False  # rates, of which nothing serves
         self._generator = torch.Generator("cpu")
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
@@ -197,19 +182,9 @@ class Learner:
         """What is wrong, if learning goes on and changes nothing."""
         return trouble(self.failed, self.updates, self.unmoved)
 
-    def refresh(self, model: nn.Module | None = None):
-        """An update is over. [`RefreshAssistantCallback`] calls this when the last member has been trained; without a gate that serves at once.
-
-        Raises:
-            ArithmeticError: if the loss of this update is not finite.
-        """
-        self.ranks.agree_on(
-            next((member.failure for member in self.ensemble.members if member.failure is not None), None)
-        )
-        self._check_losses()
-        if self.contenders.gate is None and not self._trying:
-            with self.ranks.together():
-                self.contenders.serve()
+    def pause_by(self, pause: Callable[[], None]):
+        """Call `pause` after each optimizer step and each judging."""
+        self.student.on_step = self.contenders.pause = pause
 
     def serve(self):
         """Serve what may serve; without a gate what has been learnt."""
@@ -220,7 +195,7 @@ class Learner:
         already, and are what later ones are compared with. An update that runs is waited for."""
         with self._lock:
             if base is not None:
-                self.ensemble.set_base(base)
+                self.student.set_base(base)
             self.contenders.reset(weights)
             self._since_accepted, self._drops = weakref.WeakSet(), 0
             self._begun_together = False
@@ -236,7 +211,7 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
         with self._lock:
-            tensors, values = self.ensemble.state()
+            tensors, values = self.student.state()
             accepted, contenders = self.contenders.state()
             tensors |= {f"accepted.{name}": tensor for name, tensor in accepted.items()}
             return tensors | {"draws": self._generator.get_state()}, {
@@ -256,13 +231,13 @@ class Learner:
         with self._lock, isolated_random_state():  # a Trainer seeds the process's
             accepted = {n.removeprefix("accepted."): t for n, t in tensors.items() if n.startswith("accepted.")}
             members = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
-            self.ensemble.load_state(members, values)
+            self.student.load_state(members, values)
             self._generator.set_state(tensors["draws"].cpu())
             for name in _COUNTS:
                 setattr(self, name, values[name])
             self.schedule.misses = values["misses"]
             self.rate.load_state(values["rate"])
-            self.ensemble.set_rate(self.rate.value)
+            self.student.set_rate(self.rate.value)
             self.contenders.load_state(accepted, values["contenders"])
             self._since_accepted, self._drops = weakref.WeakSet(), 0
             self._begun_together = False
@@ -284,7 +259,7 @@ class Learner:
             new, served = new[-most:], served[-most:]
         if self.rate.found:
             served = self.schedule.within(served, 1.0, bounded)  # three drafts' forwards are as learning once
-        before = self.ensemble.snapshot()
+        before = self.student.snapshot()
         try:
             with self._apart():
                 if self.rate.found:
@@ -295,8 +270,8 @@ class Learner:
             self._undo(error, new, before)
             return
         except BaseException:  # an interrupt: of the rates that were tried nothing is left
-            self.ensemble.restore(before)
-            self.ensemble.set_rate(self.rate.value)
+            self.student.restore(before)
+            self.student.set_rate(self.rate.value)
             raise
         self.contenders.remember(served)
         if not self.schedule.rests():
@@ -318,13 +293,13 @@ class Learner:
             if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
                 self.buffer.discard(list(self._since_accepted))
             self._since_accepted = weakref.WeakSet()
-        self.ensemble.set_rate(self.rate.value)
+        self.student.set_rate(self.rate.value)
 
     def _find_rate(self, new: list[Feedback], bounded: bool):
         """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
         half = len(new) // 2
         taught, judged = new[:half], self.schedule.within(new[half:], 1.0, bounded)
-        start = self.ensemble.snapshot()
+        start = self.student.snapshot()
         with self.ranks.together():
             static = self.contenders.judge(judged, self.contenders.static)
         before = self._gathered(static)
@@ -336,33 +311,29 @@ class Learner:
         most = self.schedule.passes(round(self.config.passes), tokens, bounded, beside)
         trials: list[Trial] = []
         best: tuple[Point, list[Judged]] | None = None
-        self._trying = True
-        try:
-            for rate in self.rate.ladder:
-                self.ensemble.restore(start)
-                self.ensemble.set_rate(rate)
-                done = 0
-                for passes in sorted({min(n, most) for n in self.rate.tried_passes}):
-                    try:
-                        self._train(taught * (passes - done))
-                        done, point = passes, self.contenders.point()
-                    except ArithmeticError:  # too fast by far
-                        break
-                    with self.ranks.together():
-                        said = self.contenders.judge(judged, point)
-                    trials.append(Trial(rate, passes, self._gathered(said)))
-                    if self.rate.prefers(trials[-1], before):
-                        best = point, said
-                if self.rate.is_enough(before):
+        for rate in self.rate.ladder:
+            self.student.restore(start)
+            self.student.set_rate(rate)
+            done = 0
+            for passes in sorted({min(n, most) for n in self.rate.tried_passes}):
+                try:
+                    self._train(taught * (passes - done))
+                    done, point = passes, self.contenders.point()
+                except ArithmeticError:  # too fast by far
                     break
-        finally:
-            self._trying = False
+                with self.ranks.together():
+                    said = self.contenders.judge(judged, point)
+                trials.append(Trial(rate, passes, self._gathered(said)))
+                if self.rate.prefers(trials[-1], before):
+                    best = point, said
+            if self.rate.is_enough(before):
+                break
         if best is None:
             raise ArithmeticError("The loss was not finite at any learning rate that was tried.")
         self.rate.settle(len(trials), before, most)
         logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
-        self.ensemble.set_rate(self.rate.value)
-        self.ensemble.restore(best[0].snapshot)
+        self.student.set_rate(self.rate.value)
+        self.student.restore(best[0].snapshot)
         self._since_accepted = weakref.WeakSet(taught)
         self._see_through(*self.contenders.choose(best[0], len(trials), static, best[1]))
 
@@ -390,37 +361,42 @@ class Learner:
         rows = int(self.ranks.sum(rows)[0])
         if not rows:
             return  # nothing but accepted drafts, where errors alone teach; or no time
-        before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
+        before = self.student.snapshot()
         first = not self.updates
         try:
             with self._apart():
-                for member in self.ensemble.members:
-                    member.trainer  # noqa: B018 (made when first asked for, which takes seconds)
+                self.student.prepare()
                 start = time.perf_counter()
-                self.ensemble.count_losses(new)
+                self.student.count_losses(new, self.ranks)
                 self._train(requests)
+                if self.contenders.gate is None:
+                    with self.ranks.together():
+                        self.contenders.serve()
                 self.contenders.propose()
         except Exception as error:
-            self.ensemble.losses = losses
             self._undo(error, new, before)
             return
         except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
-            self.ensemble.losses = losses
-            self.ensemble.restore(before)
+            self.student.undo(before)
             raise
         self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
         self.schedule.succeeded()
         self.updates += 1
-        self.unmoved = 0 if have_moved(self.ensemble.members, before) else self.unmoved + 1
+        self.unmoved = 0 if self.student.has_moved(before) else self.unmoved + 1
         self.learned_tokens += rows
         self._since_accepted.update(new)
 
     def _train(self, requests: list[Feedback]):
-        requests = what_is_read(requests, self.config, self._generator)
-        for member in self.ensemble.members:
-            member.learn(requests)
+        """Pass once over `requests`.
 
-    def _undo(self, error: Exception, new: list[Feedback], before: list[tuple]):
+        Raises:
+            ArithmeticError: if the loss is not finite.
+        """
+        self.student.learn(what_is_read(requests, self.config, self._generator))
+        self.ranks.agree_on(self.student.failure)
+        self._check_losses()
+
+    def _undo(self, error: Exception, new: list[Feedback], before: Any):
         """Be as before an update that failed, and rest before the next."""
         if isinstance(error, RanksParted):
             raise error
@@ -428,7 +404,7 @@ class Learner:
         rest = self.schedule.failed()
         self.buffer.discard(new)
         self.contenders.remembered.discard(new)
-        self.ensemble.restore(before)
+        self.student.undo(before)
         if self.ranks.size > 1:
             self.contenders.serve_again()  # it may have been another rank that could not take the new weights
         logger.error(
@@ -438,14 +414,14 @@ class Learner:
         )
 
     def _check_beginning(self):
-        if not self._begun_together and not self.ranks.same(self.ensemble.members[0].weights()):
+        if not self._begun_together and not self.ranks.same(self.student.weights()):
             raise ValueError(
                 "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
             )
         self._begun_together = True
 
     def _check_losses(self):
-        sums = self.ranks.sum(*itertools.chain.from_iterable(member.last_losses for member in self.ensemble.members))
+        sums = self.ranks.sum(*itertools.chain.from_iterable(self.student.last_losses))
         losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
         if not all(map(math.isfinite, losses)):
             raise ArithmeticError(
@@ -457,10 +433,10 @@ class Learner:
         """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer seeds the
         process's random state."""
         with (
-            isolated_random_state() if self._alone else contextlib.nullcontext(),
+            isolated_random_state() if self.alone else contextlib.nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            learners_autocast(self.ensemble.members[0].module.device.type, None),
+            learners_autocast(self.student.device.type, None),
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
             default_device("cpu"),  # and a Trainer's own tensors
         ):

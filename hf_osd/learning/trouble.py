@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
-
-if TYPE_CHECKING:
-    from hf_osd.distill.student import Student
-
 # A first step may be one of a warm-up, at a rate of 0, and one failure be bad luck.
 _TIMES = 2
 FAILS = (
@@ -32,12 +24,3 @@ def trouble(failed: int, updates: int, unmoved: int) -> str | None:
     if failed >= _TIMES and not updates:
         return FAILS
     return STANDS if unmoved >= _TIMES else None
-
-
-def have_moved(members: Sequence[Student], before: Sequence[tuple]) -> bool:
-    """Whether a weight of a member is another than in its snapshot."""
-    return any(
-        not torch.equal(weight, old[name])
-        for member, (old, *_) in zip(members, before, strict=True)
-        for name, weight in member.weights().items()
-    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hf_osd.config import OnlineConfig
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.learner import Learner
@@ -238,7 +239,8 @@ class RemoteLearner:
             draft, weights = serving.begin()
             if serving.adapter is not None:
                 draft = serving.adapter.with_weights(weights)
-            learner = Learner(draft, serving.trainable, self.buffer, self.config, serve=lambda weights: None)
+            student = make_student(draft, serving.trainable, self.config)
+            learner = Learner(student, self.buffer, serve=lambda weights: None)
             learner.updates, learner.failed = figures["updates"], figures["failed_updates"]
             learner.learned_tokens, learner.seconds = figures["learned_tokens"], figures["learning_seconds"]
             return learner.state()

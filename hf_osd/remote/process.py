@@ -42,9 +42,11 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from hf_osd.config import OnlineConfig
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.trace import unpack
 from hf_osd.learning.background import BackgroundLearner
+from hf_osd.learning.learner import Learner
 from hf_osd.metrics.intervals import figures_to_json
 from hf_osd.models.copies import check_weights
 from hf_osd.models.lora import Adapter
@@ -85,12 +87,9 @@ class LearnerProcess:
         self._frames = frames
         self._served = {name: p for name, p in draft.named_parameters() if name in begin["trainable"]}
         self._buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
+        student = make_student(draft, set(begin["trainable"]), config)
         self.learner = BackgroundLearner(
-            draft,
-            set(begin["trainable"]),
-            self._buffer,
-            config,
-            serve=self._serve,
+            Learner(student, self._buffer, self._serve, alone=False),
             busy=lambda: self._busy[0] == 1,
             after_update=lambda: self._send("figures"),
             worked=time.process_time,  # of a core; at a low priority it may stretch over much more time than that

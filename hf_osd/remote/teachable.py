@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
@@ -69,9 +70,9 @@ class TeachableAssistant:
                     f"`learner_device` is {config.learner_device!r}, where the draft cannot be put ({error}); name a device of this machine, or leave it "
                     "out to learn where the draft is."
                 ) from error
-        if config.learn == "background":
-            return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
-        return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
+        student, alone = make_student(draft, trainable, config), config.learn != "background"
+        learner = Learner(student, self.buffer, self.serving.refresh, alone)
+        return learner if alone else BackgroundLearner(learner, busy=self._calls.any)
 
     def after_fork(self):
         """In a forked child: go on learning, with a learner of its own, or say that there is none."""

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning import background as background_module
 from hf_osd.learning.background import BackgroundLearner, Stopped, Throttle
+from hf_osd.learning.learner import Learner
 
 LONG = 120  # seconds in which anything has happened, on any machine
 
@@ -127,7 +129,8 @@ def background(tiny_llama):
         settings = {"seed": 0, "update_interval": 2, "replay_ratio": 0.0, "warmup_steps": 0, "gate": False}
         settings |= {"learning_rate": 1e-3}
         config = OnlineConfig(**settings | fields)
-        one = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, served.append, busy, learnt.set)
+        learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), served.append, alone=False)
+        one = BackgroundLearner(learner, busy, learnt.set)
         one.served, one.learnt = served, learnt
         one.prepare()
         made.append(weakref.ref(one))
@@ -220,7 +223,7 @@ def test_so_do_a_state_and_weights_from_elsewhere(background, make_feedback):
     def ask():
         tensors, values = made.state()
         made.load_state(tensors, values)
-        made.take({name: p.clone() for name, p in made.ensemble.serving_weights().items()})
+        made.take({name: p.clone() for name, p in made.student.serving_weights().items()})
         done.set()
 
     threading.Thread(target=ask, daemon=True).start()
@@ -328,12 +331,12 @@ def test_a_thread_that_dies_is_made_anew_and_waits_longer(background, make_feedb
     def die():
         raise Killed
 
-    made.ensemble.members[0]._after_step = die  # in the middle of an update
+    made.learner.student.on_step = die  # in the middle of an update
     made.offer(make_feedback(seed=0))
     made._thread.join(LONG)
     assert not made._thread.is_alive()
     assert made.served == []
-    made.ensemble.members[0]._after_step = None
+    made.learner.student.on_step = None
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         made.offer(make_feedback(seed=1))
     assert "The learner's thread was dead; another one takes over" in caplog.text
@@ -377,13 +380,11 @@ def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feed
     made._prepared = False
     made._imported.set()
 
-    class Student:
-        @property
-        def trainer(self):
-            raise RuntimeError("out of memory")
+    def fail():
+        raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
-        patch.setattr(made.learner.ensemble, "members", [Student()])
+        patch.setattr(made.learner.student, "prepare", fail)
         made.offer(make_feedback())
     assert "The trainer could not be made" in caplog.text
     assert made.figures()["failed_updates"] == 1
@@ -399,13 +400,11 @@ def test_two_callers_make_one_trainer(background, monkeypatch):
     made = background()
     made._prepared, asked, inside = False, [], threading.Event()
 
-    class Student:
-        @property
-        def trainer(self):
-            asked.append(1)
-            inside.set()
+    def prepare():
+        asked.append(1)
+        inside.set()
 
-    monkeypatch.setattr(made.learner.ensemble, "members", [Student()])
+    monkeypatch.setattr(made.learner.student, "prepare", prepare)
     with made._preparing:
         threads = [threading.Thread(target=made.prepare) for _ in range(2)]
         for thread in threads:
@@ -440,20 +439,23 @@ def test_a_process_may_end_in_the_middle_of_an_update():
 import threading, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import Feedback, FeedbackBuffer, OnlineConfig
-from hf_osd.learning.background import BackgroundLearner
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.feedback import SparseLogits
+from hf_osd.learning.background import BackgroundLearner
+from hf_osd.learning.learner import Learner
 
 torch.set_num_threads(1)
 sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 draft = LlamaForCausalLM(LlamaConfig(**sizes))
 trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
 config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, gate=False, learning_rate=1e-3, warmup_steps=0)
-learner, idle = (BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True) for _ in range(2))
+learners = [Learner(make_student(draft, trainable, config), FeedbackBuffer(), print, alone=False) for _ in range(2)]
+learner, idle = (BackgroundLearner(one, busy=lambda: True) for one in learners)
 learner.prepare()
 idle.update(wait=False)
 assert idle._imported.wait(120)
 stepped, pause = threading.Event(), learner.pace.pause
-learner.ensemble.members[0]._after_step = lambda: (stepped.set(), pause())
+learner.learner.student.on_step = lambda: (stepped.set(), pause())
 for i in range(2):
     tokens = torch.randint(32, (8,))
     learner.offer(Feedback.of_target(tokens, 4, SparseLogits.from_logits(torch.randn(4, 32), 8)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, grow_draft
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.learner import Learner
 from hf_osd.metrics.stats import Stats
 from hf_osd.policy.report import report
@@ -25,7 +26,7 @@ def made(target):
             **settings,
         }
         out = []
-        learner = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**settings), out.append)
+        learner = Learner(make_student(draft, trainable, OnlineConfig(**settings)), FeedbackBuffer(), out.append)
         learner.learnt = []
         train = learner._train
         learner._train = lambda requests: (learner.learnt.append(len(requests)), train(requests))
@@ -105,7 +106,7 @@ def test_a_call_waits_no_longer_for_long_texts_than_for_short_ones(made, make_fe
     def read(module, args, kwargs, output):
         clock[0] += kwargs["input_ids"].numel() * (3e-3 if torch.is_grad_enabled() else 1e-3)
 
-    learner.ensemble.members[0].module.register_forward_hook(read, with_kwargs=True)
+    learner.student.module.register_forward_hook(read, with_kwargs=True)
     longest = 0.0
     for i in range(40):
         learner.offer(make_feedback(seed=i, prompt=3000))

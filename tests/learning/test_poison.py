@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, record_answers
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.scoring import score
 from hf_osd.learning.learner import Learner
 
@@ -52,7 +53,7 @@ class World:
         served = copy.deepcopy(draft)
         static = now = self._alpha(served)
         went_out: list = []
-        learner = Learner(draft, trainable, FeedbackBuffer(), config, went_out.append)
+        learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), went_out.append)
         differences = []
         for request in stream:
             differences.append(now - static)

@@ -62,11 +62,11 @@ def test_greedy_calls_with_a_step_of_learning_in_their_rounds(target, assistant,
 
     def pause(pace):
         while not rounds.acquire(timeout=0.1):
-            if pace._stop:
+            if pace.stopped:
                 raise background.Stopped
 
     monkeypatch.setattr(background.Throttle, "pause", pause)
-    assistant.learner.ensemble.members[0]._after_step = lambda: pause(assistant.learner.pace)
+    assistant.learner.learner.student.on_step = lambda: pause(assistant.learner.pace)
     assistant.learner.prepare()
     handle = target.register_forward_pre_hook(lambda *args: rounds.release())
     try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.learner import Learner
 from hf_osd.models.hot_swap import HotSwapDraft
@@ -127,7 +128,8 @@ def test_one_that_dies_again_and_again_is_not_started_any_more_and_that_is_said_
     assert caplog.text.count("None is started any more: the draft serves as it is, and learns no more") == 1
     with pytest.raises(RuntimeError, match="None is started any more"):
         made.load_state({}, {})
-    Learner(serving.active, serving.trainable, FeedbackBuffer(), made.config, print).load_state(*made.state())
+    student = make_student(serving.active, serving.trainable, made.config)
+    Learner(student, FeedbackBuffer(), print).load_state(*made.state())
 
 
 def test_deaths_that_lie_a_thousand_requests_apart_end_nothing(remote, make_feedback):
@@ -159,7 +161,7 @@ def test_the_state_of_a_dead_one_is_that_of_what_serves(remote, serving, make_fe
     assert "what is saved of learning is the draft that serves" in caplog.text
     served = []
     draft = serving.adapter.draft if adapter else tiny_llama(layers=1)
-    learner = Learner(draft, serving.trainable, FeedbackBuffer(), made.config, served.append)
+    learner = Learner(make_student(draft, serving.trainable, made.config), FeedbackBuffer(), served.append)
     learner.load_state(tensors, values)
     learner.serve()
     assert learner.trainable == learnt.keys()

@@ -335,7 +335,7 @@ def test_the_process_takes_another_base_under_its_adapter(lora_serving, tmp_path
     worker_module.lay_out(tmp_path, lora_serving, OnlineConfig(learn="process"), base=2)
     written = io.BytesIO()
     process = LearnerProcess(tmp_path, FrameWriter(written))
-    member = process.learner.ensemble.members[0]
+    member = process.learner.student
     assert all(w.eq(0.5).all() for w in member.weights().values()), "as it has been learnt so far"
     base = {f"{name}.weight": torch.full_like(p.base_layer.weight, 0.25) for name, p in layers_of(adapter)}
     sent = {f"base.{name}": w for name, w in base.items()} | adapter.weights()
