@@ -61,7 +61,7 @@ class Contenders:
         thinned: Callable[[list[Feedback]], list[Feedback]] = lambda requests: requests,
     ):
         config = student.config
-        self._student, self._ranks, self._serve = student, ranks, serve
+        self.student, self.ranks, self._serve = student, ranks, serve
         self._judged, self._thinned = judged, thinned
         self._dtypes = {name: weight.dtype for name, weight in student.initial.items()}
         self.pause: Callable[[], None] | None = None
@@ -91,7 +91,7 @@ class Contenders:
 
     def serve_again(self):
         """Put out once more what serves already: it may not have come to serve on all ranks."""
-        self._serve(self._student.serving_weights() if self.gate is None else self.serving.weights)
+        self._serve(self.student.serving_weights() if self.gate is None else self.serving.weights)
 
     def decide(self, new: Sequence[Feedback]) -> tuple[Verdict, bool]:
         """Judge all three on requests that none of them has learnt, and do what the gate says.
@@ -101,7 +101,7 @@ class Contenders:
         """
         if self.gate is None:
             return Verdict.WAIT, False
-        with self._ranks.together():
+        with self.ranks.together():
             static = self._scores(new, self.static)
             accepted = static if self._accepted is self.static else self._scores(new, self._accepted)
             candidate = None if self._candidate is None else self._scores(new, self._candidate)
@@ -133,9 +133,9 @@ class Contenders:
 
     def reset(self, weights: Mapping[str, Tensor]):
         """Weights that were trained elsewhere serve already, and what learns goes on from them: all are compared with these from now on."""
-        self._student.set_weights(weights)
+        self.student.set_weights(weights)
         self.static = self._accepted = self._out = self.point()
-        self._student.initial = self.static.weights  # those before need not be kept
+        self.student.initial = self.static.weights  # those before need not be kept
         self._candidate = None
         self._known.clear()
         if self.gate is not None:
@@ -144,17 +144,17 @@ class Contenders:
     def point(self) -> Point:
         """What has been learnt so far."""
         with torch.no_grad():
-            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self._student.serving_weights().items()}
+            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self.student.serving_weights().items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ArithmeticError(
                 "What was learnt has weights that are not finite. Lower the learning rate if that comes again."
             )
-        return Point(weights, self._student.snapshot())
+        return Point(weights, self.student.snapshot())
 
     def judge(self, requests: Sequence[Feedback], point: Point, whole: bool = True) -> list[Judged]:
         """What a draft says of requests, see [`hf_osd.distill.scoring.judge`]."""
         start = time.perf_counter()
-        judged = self._student.score(list(requests), point.weights, whole) if requests else []
+        judged = self.student.score(list(requests), point.weights, whole) if requests else []
         self._judged(requests, time.perf_counter() - start)
         if self.pause is not None:
             self.pause()
@@ -173,7 +173,7 @@ class Contenders:
     def load_state(self, weights: Mapping[str, Tensor], values: dict):
         """Go on from `state()`. A candidate that was waiting is given up."""
         same = all(torch.equal(weight, self.static.weights[name].to(weight)) for name, weight in weights.items())
-        self._accepted = self.static if same else Point(dict(weights), self._student.snapshot_of(weights))
+        self._accepted = self.static if same else Point(dict(weights), self.student.snapshot_of(weights))
         self._candidate = None
         self.shadow.load_state(values["shadow"])
         self.accepted, self.dropped = values["accepted"], values["dropped"]
@@ -194,7 +194,7 @@ class Contenders:
             self._accepted, self._candidate = self._candidate, None
             self.accepted += 1
         elif verdict is Verdict.DROP:
-            self._student.restore(self._accepted.snapshot)
+            self.student.restore(self._accepted.snapshot)
             self._candidate = None
             self.gate.begin()
             self.dropped += 1
@@ -204,7 +204,7 @@ class Contenders:
 
     def _swap(self):
         try:
-            with self._ranks.together():
+            with self.ranks.together():
                 self.serve()
         except Exception:  # they cannot serve: what does is the accepted draft again
             self._accepted, self._candidate = self._out, None
@@ -220,13 +220,13 @@ class Contenders:
         """Whether the candidate is worse than the static draft on requests of before. Where that one knew next to nothing there is nothing to unlearn."""
         requests = self._thinned(self.remembered.requests())
         new = [request for request in requests if request not in self._known]
-        with self._ranks.together():
+        with self.ranks.together():
             for request, score in zip(new, self._scores(new, self.static), strict=True):
                 self._known[request] = score
         static = [self._known[request] for request in requests]
         if not self.gate.may_break(static):
             return False
-        with self._ranks.together():
+        with self.ranks.together():
             candidate = self._scores(requests, self._candidate)
         return self.gate.breaks(static, candidate)
 

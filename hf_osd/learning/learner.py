@@ -1,13 +1,16 @@
-"""`Learner`: decides when to learn, on what, and what is to serve of it. Between it and the serving draft lies one refresh; whatever goes wrong
-here leaves that draft as it was.
+"""`Learner`: decides when a draft learns, on what, and which weights of it may serve. Between it and the serving draft lies one call of `serve`; whatever goes
+wrong here leaves that draft as it was.
 
-An update (Algorithm 1 of arXiv 2310.07177, section 4.2, with what stands between learning and serving):
+An update, with p the target, q the draft, Q the buffer (Algorithm 1 of arXiv 2310.07177, section 4.2, with judging before learning):
 
-1. new feedback is due, and none of it has been learnt;
-2. the static draft, the accepted one and the candidate are judged on it, teacher-forced;
-3. the gate says whether the candidate becomes the accepted draft, waits, or is dropped, and which of accepted and static serves ([`Contenders.decide`]);
-4. the student learns from the new requests and replayed ones, as many as fit the time (`_learn`);
-5. what has been learnt by then is the candidate.
+1. Wait until Q holds `update_interval` new requests N, with p at each of their positions, as verification has computed it.      `is_due`
+2. Score three drafts on N, teacher-forced: static (q before any learning), accepted and candidate. None has learnt N.           `Contenders.decide`
+3. The gate accepts the candidate, drops it (q ← accepted), or waits for more; accepted serves, or static where it is better.    `Gate.observe`
+4. R ← N and requests sampled from Q for replay, as many as fit the time.                                                        `_with_replay`
+5. For each batch B of R: q ← q - η ∇ mean of D(p ‖ q) over the positions of B.                                                  `Student.learn`
+6. candidate ← q.                                                                                                                `Contenders.propose`
+
+Until η is known, 2 and 3 are a search for it on the first requests (`RateSearch`). What fails is undone (`Rollback`).
 """
 
 from __future__ import annotations
@@ -20,20 +23,20 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_osd.distill.ranks import RankGroup, RanksParted, check_job
-from hf_osd.distill.scoring import Judged, learners_autocast
+from hf_osd.distill.scoring import learners_autocast
 from hf_osd.distill.student import Student
 from hf_osd.distill.windows import what_is_read
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
-from hf_osd.learning.contenders import Contenders, Point
-from hf_osd.learning.gate import Verdict
-from hf_osd.learning.rate import Rate, Trial
+from hf_osd.learning.contenders import Contenders
+from hf_osd.learning.rate import Rate
+from hf_osd.learning.rate_search import RateSearch
+from hf_osd.learning.rollback import Rollback, UpdateFailed
 from hf_osd.learning.schedule import Schedule
 from hf_osd.learning.trouble import trouble
 from hf_osd.system.default_device import default_device
@@ -85,11 +88,10 @@ class Learner:
         self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in student.trainable))
         self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
         student.set_rate(self.rate.value)
-        self.contenders = Contenders(student, self.ranks, serve, self.schedule.note_judging, self.schedule.thinned)
-        # New requests learnt since, for as long as the buffer holds them; and what is to be learnt, and not judged by.
-        self._since_accepted: weakref.WeakSet[Feedback] = weakref.WeakSet()
-        self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
-        self._drops = 0  # in a row
+        self.contenders = Contenders(student, self.ranks, serve, self.schedule.note_judged, self.schedule.thinned)
+        self.rollback = Rollback(self.contenders, buffer, self.rate, self.schedule)
+        self.rate_search = RateSearch(self.contenders, self.rollback, self.rate, self.schedule, self._train)
+        self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()  # to be learnt, and not judged by
         self._generator = torch.Generator("cpu")
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
@@ -129,7 +131,10 @@ class Learner:
         try:
             new = self.buffer.new()
             if self.ranks.any(bool(new)):
-                self._update(new, most, bounded=not wait)
+                self._update(new, most)
+            return self.contenders.changes > changes
+        except UpdateFailed:
+            self.failed += 1
             return self.contenders.changes > changes
         except RanksParted as error:
             return self._parted(error)
@@ -197,7 +202,7 @@ class Learner:
             if base is not None:
                 self.student.set_base(base)
             self.contenders.reset(weights)
-            self._since_accepted, self._drops = weakref.WeakSet(), 0
+            self.rollback.begin()
             self._begun_together = False
 
     def after_fork(self) -> str | None:
@@ -239,7 +244,7 @@ class Learner:
             self.rate.load_state(values["rate"])
             self.student.set_rate(self.rate.value)
             self.contenders.load_state(accepted, values["contenders"])
-            self._since_accepted, self._drops = weakref.WeakSet(), 0
+            self.rollback.begin()
             self._begun_together = False
 
     def _parted(self, error: RanksParted) -> bool:
@@ -248,143 +253,58 @@ class Learner:
 
     # One update.
 
-    def _update(self, new: list[Feedback], most: int | None, bounded: bool):
-        """Steps 2 to 5 of an update, see above."""
+    def _update(self, new: list[Feedback], most: int | None):
         self._check_beginning()
-        served = [one for one in new if one not in self._rehearsed]
-        if not self.rate.found and not self._may_find_rate(served):
-            return  # nothing to try a rate on, or to judge it by; it stays new
+        judged = [one for one in new if one not in self._rehearsed]
+        if not self.rate.found and not self.rate_search.is_possible(judged):
+            return  # it stays new
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
         if most is not None:
-            new, served = new[-most:], served[-most:]
+            new, judged = new[-most:], judged[-most:]
+        # 2 and 3.
         if self.rate.found:
-            served = self.schedule.within(served, 1.0, bounded)  # three drafts' forwards are as learning once
-        before = self.student.snapshot()
-        try:
-            with self._apart():
-                if self.rate.found:
-                    self._see_through(*self.contenders.decide(served))
-                else:
-                    self._find_rate(served, bounded)
-        except Exception as error:
-            self._undo(error, new, before)
-            return
-        except BaseException:  # an interrupt: of the rates that were tried nothing is left
-            self.student.restore(before)
-            self.student.set_rate(self.rate.value)
-            raise
-        self.contenders.remember(served)
+            judged = self.schedule.within(judged)  # three drafts' forwards are as learning once
+        with self.rollback.attempt(new), self._isolated():
+            decide = self.contenders.decide if self.rate.found else self.rate_search.run
+            self.rollback.follow(*decide(judged))
+        self.contenders.remember(judged)
+        # 4 to 6.
         if not self.schedule.rests():
-            self._learn(new, most, bounded)
+            self._learn(new, most)
 
-    def _see_through(self, verdict: Verdict, gained: bool):
-        """What becomes of the rate, and of what was learnt, with a candidate."""
-        if verdict is Verdict.ACCEPT:
-            self._since_accepted, self._drops = weakref.WeakSet(), 0
-            if gained:
-                self.rate.higher()
-        elif verdict is Verdict.DROP:
-            self._drops += 1
-            self.rate.lower()
-            logger.warning(
-                "What was learnt made the draft worse on requests that it had not learnt yet, and is dropped; the learning rate is %.1e now.",
-                self.rate.value,
-            )
-            if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
-                self.buffer.discard(list(self._since_accepted))
-            self._since_accepted = weakref.WeakSet()
-        self.student.set_rate(self.rate.value)
-
-    def _find_rate(self, new: list[Feedback], bounded: bool):
-        """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
-        half = len(new) // 2
-        taught, judged = new[:half], self.schedule.within(new[half:], 1.0, bounded)
-        start = self.student.snapshot()
-        with self.ranks.together():
-            static = self.contenders.judge(judged, self.contenders.static)
-        before = self._gathered(static)
-        rates = self.rate.to_try(before)
-        taught = self.schedule.within(taught, rates, bounded)
-        if not len(before):
-            return  # nobody can be judged by these
-        tokens, beside = (rates * self.schedule.tokens(part) for part in (taught, judged))
-        most = self.schedule.passes(round(self.config.passes), tokens, bounded, beside)
-        trials: list[Trial] = []
-        best: tuple[Point, list[Judged]] | None = None
-        for rate in self.rate.ladder:
-            self.student.restore(start)
-            self.student.set_rate(rate)
-            done = 0
-            for passes in sorted({min(n, most) for n in self.rate.tried_passes}):
-                try:
-                    self._train(taught * (passes - done))
-                    done, point = passes, self.contenders.point()
-                except ArithmeticError:  # too fast by far
-                    break
+    def _learn(self, new: list[Feedback], most: int | None):
+        requests = self._with_replay(new, most)
+        rows = sum(request.num_teaching(self.config.positions) for request in requests)
+        rows = int(self.ranks.sum(rows)[0])
+        if not rows:
+            return  # nothing but accepted drafts, where errors alone teach; or no time
+        before, first = self.student.snapshot(), not self.updates
+        with self.rollback.attempt(new), self._isolated():
+            self.student.prepare()
+            start = time.perf_counter()
+            self.student.count_losses(new, self.ranks)
+            self._train(requests)
+            if self.contenders.gate is None:
                 with self.ranks.together():
-                    said = self.contenders.judge(judged, point)
-                trials.append(Trial(rate, passes, self._gathered(said)))
-                if self.rate.prefers(trials[-1], before):
-                    best = point, said
-            if self.rate.is_enough(before):
-                break
-        if best is None:
-            raise ArithmeticError("The loss was not finite at any learning rate that was tried.")
-        self.rate.settle(len(trials), before, most)
-        logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
-        self.student.set_rate(self.rate.value)
-        self.student.restore(best[0].snapshot)
-        self._since_accepted = weakref.WeakSet(taught)
-        self._see_through(*self.contenders.choose(best[0], len(trials), static, best[1]))
+                    self.contenders.serve()
+            self.contenders.propose()
+        self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
+        self.schedule.succeeded()
+        self.updates += 1
+        self.unmoved = 0 if self.student.has_moved(before) else self.unmoved + 1
+        self.learned_tokens += rows
+        self.rollback.note_learnt(new)
 
-    def _may_find_rate(self, new: list[Feedback]) -> bool:
-        """Whether there is something to try rates on, and to judge them by, which all ranks answer alike."""
-        taught, judged = self.ranks.sum(len(new) // 2, len(new) - len(new) // 2)
-        return min(taught, judged) > 0
-
-    def _gathered(self, said: list[Judged]) -> Tensor:
-        """Σ min(p, q) at all positions of all ranks that have a target, request by request: `(N,)`."""
-        parts = self.ranks.gather([judged.shared[~judged.overlap.isnan()].nan_to_num(0.0) for judged in said])
-        return torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *parts])
-
-    def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
-        config = self.config
-        passes = min(self.rate.passes or config.passes, config.passes)
+    def _with_replay(self, new: list[Feedback], most: int | None) -> list[Feedback]:
+        """Choose what an update learns: new requests and a sample of the buffer, as many as there is time for, cut to what is read of them."""
+        passes = min(self.rate.passes or self.config.passes, self.config.passes)
         count = round((passes - 1) * len(new))
         if most is not None:
             count = min(count, most - len(new))
         # After a failure without replay: what broke the update may be in it, and would break every other one.
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator)
-        requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
-        rows = sum(request.num_teaching(config.positions) for request in requests)
-        rows = int(self.ranks.sum(rows)[0])
-        if not rows:
-            return  # nothing but accepted drafts, where errors alone teach; or no time
-        before = self.student.snapshot()
-        first = not self.updates
-        try:
-            with self._apart():
-                self.student.prepare()
-                start = time.perf_counter()
-                self.student.count_losses(new, self.ranks)
-                self._train(requests)
-                if self.contenders.gate is None:
-                    with self.ranks.together():
-                        self.contenders.serve()
-                self.contenders.propose()
-        except Exception as error:
-            self._undo(error, new, before)
-            return
-        except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
-            self.student.undo(before)
-            raise
-        self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
-        self.schedule.succeeded()
-        self.updates += 1
-        self.unmoved = 0 if self.student.has_moved(before) else self.unmoved + 1
-        self.learned_tokens += rows
-        self._since_accepted.update(new)
+        return what_is_read(self.schedule.fitting(new, replayed), self.config, self._generator)
 
     def _train(self, requests: list[Feedback]):
         """Pass once over `requests`.
@@ -394,24 +314,12 @@ class Learner:
         """
         self.student.learn(what_is_read(requests, self.config, self._generator))
         self.ranks.agree_on(self.student.failure)
-        self._check_losses()
-
-    def _undo(self, error: Exception, new: list[Feedback], before: Any):
-        """Be as before an update that failed, and rest before the next."""
-        if isinstance(error, RanksParted):
-            raise error
-        self.failed += 1
-        rest = self.schedule.failed()
-        self.buffer.discard(new)
-        self.contenders.remembered.discard(new)
-        self.student.undo(before)
-        if self.ranks.size > 1:
-            self.contenders.serve_again()  # it may have been another rank that could not take the new weights
-        logger.error(
-            "An update failed; the serving draft is as it was, and learning goes on from it. %s",
-            f"The next {rest} updates are left out." if rest else "The next one comes as usual.",
-            exc_info=error,
-        )
+        sums = self.ranks.sum(*itertools.chain.from_iterable(self.student.last_losses))
+        losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
+        if not all(map(math.isfinite, losses)):
+            raise ArithmeticError(
+                f"The loss of this update is {', '.join(map(str, losses))}. Lower the learning rate if that comes again."
+            )
 
     def _check_beginning(self):
         if not self._begun_together and not self.ranks.same(self.student.weights()):
@@ -420,16 +328,8 @@ class Learner:
             )
         self._begun_together = True
 
-    def _check_losses(self):
-        sums = self.ranks.sum(*itertools.chain.from_iterable(self.student.last_losses))
-        losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
-        if not all(map(math.isfinite, losses)):
-            raise ArithmeticError(
-                f"The loss of this update is {', '.join(map(str, losses))}. Lower the learning rate if that comes again."
-            )
-
     @contextlib.contextmanager
-    def _apart(self) -> Iterator[None]:
+    def _isolated(self) -> Iterator[None]:
         """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer seeds the
         process's random state."""
         with (

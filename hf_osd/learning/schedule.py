@@ -40,7 +40,7 @@ class Schedule:
         self.spent = self.longest = 0.0  # seconds that updates took, in all and at most
         self._before = 0.0  # of the seconds in all, those before the first call
         self._since: float | None = None  # when the update that runs began
-        self._waited = False  # whether somebody waits for it who has not asked for it
+        self.is_bounded = False  # whether a call waits for it that has not asked for it
         self.seconds: float | None = None  # to learn one token
         self._tokens = self._came = 0  # learnt; that have come to be learnt
 
@@ -55,14 +55,10 @@ class Schedule:
         self.served += seconds
         self._calls += 1
 
-    def note_judged(self, tokens: int, seconds: float):
-        """Judging so many tokens took so long: until learning is measured, all that is known of its speed."""
-        if self.seconds is None and tokens:
+    def note_judged(self, requests: Sequence[Feedback], seconds: float):
+        """Note how long it took to judge requests: until learning is measured, all that is known of its speed."""
+        if self.seconds is None and (tokens := self.tokens(requests)):
             self.seconds = _LEARN_OVER_JUDGE * seconds / tokens
-
-    def note_judging(self, requests: Sequence[Feedback], seconds: float):
-        """As `note_judged`, of requests."""
-        self.note_judged(self.tokens(requests), seconds)
 
     def note_learned(self, tokens: int, seconds: float, first: bool):
         """Learning so many tokens took so long; `first` if that was the first time, of which nothing is known but a guess."""
@@ -72,8 +68,8 @@ class Schedule:
             self.seconds = now if known is None else (1 - _WEIGHT) * known + _WEIGHT * now
 
     def begin(self, bounded: bool):
-        """An update begins; `bounded` if a call waits for it that has not asked for it."""
-        self._since, self._waited = time.perf_counter(), bounded
+        """An update begins, which keeps to the time there is if it is `bounded`: a call waits for it that has not asked for it."""
+        self._since, self.is_bounded = time.perf_counter(), bounded
 
     def note_update(self, seconds: float):
         """An update, with all that it judged, took so long."""
@@ -101,9 +97,9 @@ class Schedule:
         sources = sum(len(request.source) for request in requests if request.source is not None)
         return sum(min(len(request.tokens), most) for request in requests) + sources
 
-    def within(self, requests: list[Feedback], times: float, bounded: bool) -> list[Feedback]:
+    def within(self, requests: list[Feedback], times: float = 1.0) -> list[Feedback]:
         """The last requests that may be learnt `times` each in the time there is; some at least, that something is known."""
-        room, chosen = max(self._room_for(bounded), _ENOUGH), 0
+        room, chosen = max(self._room_for_update(), _ENOUGH), 0
         for request in reversed(requests):
             room -= times * self.tokens([request])
             if room < 0 and chosen:
@@ -114,27 +110,27 @@ class Schedule:
     def thinned(self, requests: list[Feedback]) -> list[Feedback]:
         """Of requests of before those, evenly, that two drafts can judge in the time there is; eight at least."""
         count, cost = len(requests), 2 / 3 * self.tokens(requests)
-        room = max(self._room_for(self._waited), _ENOUGH)
+        room = max(self._room_for_update(), _ENOUGH)
         if cost <= room:
             return requests
         keep = max(int(count * room / cost), min(count, 8))
         return [requests[i * count // keep] for i in range(keep)]
 
-    def _room_for(self, bounded: bool) -> float:
-        """As `room`; with a bound on what is done for the first time, while somebody waits."""
-        if not bounded:
+    def _room_for_update(self) -> float:
+        """`room` for the update that runs; with a bound also on what is done for the first time."""
+        if not self.is_bounded:
             return math.inf
         unknown = self._share < 1 and self.served is not None and not self.seconds
         return _TRIAL if unknown else self.room()
 
-    def passes(self, most: int, tokens: int, bounded: bool, beside: int = 0) -> int:
+    def passes(self, most: int, tokens: int, beside: int = 0) -> int:
         """How often so many tokens may be passed over, from once to `most` times, when `beside` others are learnt, or judged three times, once."""
-        room = self.room() - beside if bounded else math.inf
+        room = self.room() - beside if self.is_bounded else math.inf
         return max(1, most if room >= most * tokens else int(room // max(tokens, 1)))
 
-    def fitting(self, new: list[Feedback], replayed: list[Feedback], bounded: bool) -> list[Feedback]:
-        """Of what is new and replayed as much as there is room for: what is new before what is not, and of that the last. All of it if not `bounded`."""
-        room, chosen = self._room_for(bounded), []
+    def fitting(self, new: list[Feedback], replayed: list[Feedback]) -> list[Feedback]:
+        """Choose as many requests as there is room for: the last new ones first, then replayed ones. All of them if the update is not bounded."""
+        room, chosen = self._room_for_update(), []
         for request in [*reversed(new), *replayed]:
             room -= self.tokens([request])
             if room < 0:

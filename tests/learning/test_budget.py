@@ -28,8 +28,8 @@ def made(target):
         out = []
         learner = Learner(make_student(draft, trainable, OnlineConfig(**settings)), FeedbackBuffer(), out.append)
         learner.learnt = []
-        train = learner._train
-        learner._train = lambda requests: (learner.learnt.append(len(requests)), train(requests))
+        learn = learner.student.learn
+        learner.student.learn = lambda requests: (learner.learnt.append(len(requests)), learn(requests))
         return learner
 
     return make
