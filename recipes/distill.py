@@ -339,7 +339,7 @@ class Job:
         most = self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + interval]:
-                assistant.learner.offer(known.only_new(feedback, self.config.prompt_positions))
+                assistant.learner.add(known.only_new(feedback, self.config.prompt_positions))
             # Beside serving it would all be one update by the time that one begins, and what that learns not be judged.
             assistant.update_together(force=self.config.learn in ("background", "process"))
         if most:

@@ -99,11 +99,11 @@ class Learner:
             self._generator.manual_seed(config.seed + self.ranks.rank)
         self._lock = released(threading.Lock())
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether enough requests wait. Never in a job of several processes: one of them must not begin."""
-        return self.ranks.size == 1 and self._due()
+        return self.ranks.size == 1 and self._is_due()
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         new = self.buffer.new()
         if self.rate.found:
             return self.schedule.due(new)
@@ -147,11 +147,11 @@ class Learner:
     def update_together(self, force: bool = False) -> bool:
         """[`hf_osd.OnlineAssistant.update_together`], of calls that have been taken in."""
         try:
-            return not self.ranks.parted and self.ranks.any(force or self._due()) and self.update(wait=force)
+            return not self.ranks.parted and self.ranks.any(force or self._is_due()) and self.update(wait=force)
         except RanksParted as error:
             return self._parted(error)
 
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Put a request into the buffer, to be judged by and then learnt."""
         self.buffer.add(feedback)
 
@@ -164,7 +164,7 @@ class Learner:
         """A call took so long: what learning may take follows from that."""
         self.schedule.note_served(seconds)
 
-    def figures(self) -> dict:
+    def metrics(self) -> dict:
         """What [`hf_osd.metrics.stats.Stats`] says of learning, by its names there."""
         return {
             "updates": self.updates,
@@ -195,7 +195,7 @@ class Learner:
         """Serve what may serve; without a gate what has been learnt."""
         self.contenders.serve()
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names. They serve
         already, and are what later ones are compared with. An update that runs is waited for."""
         with self._lock:

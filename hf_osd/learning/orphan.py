@@ -28,12 +28,12 @@ class Orphan:
             "OnlineAssistant after the fork, or fork before its first call, or pass learn='process', which starts a process that learns for each"
         )
 
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Nothing is kept: nobody would learn it."""
 
-    rehearse = offer
+    rehearse = add
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Asked as each call begins, so that the first says what has become of learning."""
         if not self._said:
             self._said = True
@@ -41,7 +41,7 @@ class Orphan:
         return False
 
     def update(self, wait: bool = True) -> bool:
-        return self.due()
+        return self.is_due()
 
     def trouble(self) -> None:
         """None but that it learns nothing, which has been said."""
@@ -49,12 +49,12 @@ class Orphan:
     def note_served(self, seconds: float):
         pass
 
-    def figures(self) -> dict:
-        return self._learner.figures() | {"learning_over": self._over}
+    def metrics(self) -> dict:
+        return self._learner.metrics() | {"learning_over": self._over}
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """They serve already, and are learnt on nowhere."""
-        self.due()
+        self.is_due()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Refused: it may be one of the middle of an update.

@@ -86,7 +86,7 @@ class RemoteLearner:
 
     # What an assistant asks of every learner.
 
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Send a request to the process. One that does not keep up is sent no more than the buffer holds."""
         with self._lock:
             self._offered += 1
@@ -99,12 +99,12 @@ class RemoteLearner:
                 self._sent.add(feedback)
                 worker.send("feedback", [feedback])
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the buffer holds what is new and was not offered. When to learn is seen to by the process."""
         return bool(self.buffer.new()) and self._over is None
 
     def update(self, wait: bool = True) -> bool:
-        """Send what has come into the buffer otherwise than by `offer`. With `wait`, have the process learn from all that is new and wait for it: `True` if
+        """Send what has come into the buffer otherwise than by `add`. With `wait`, have the process learn from all that is new and wait for it: `True` if
         the serving draft was refreshed; `False` also if the process died over it."""
         if self._closed or self._over is not None or not (wait or self.buffer.new()):
             return False
@@ -124,7 +124,7 @@ class RemoteLearner:
     def note_served(self, seconds: float):
         """Nothing to the process, which learns beside serving."""
 
-    def figures(self) -> dict:
+    def metrics(self) -> dict:
         counts = {name: before + self._figures.get(name, 0) for name, before in self._before.items()}
         counts["learner_restarts"] += self.restarts
         return self._figures | counts | ({} if self._over is None else {"learning_over": self._over})
@@ -133,7 +133,7 @@ class RemoteLearner:
         """What the process says is wrong, if learning goes on and changes nothing."""
         return self._figures.get("trouble")
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names."""
         with self._lock:
             worker = self._running()
@@ -233,7 +233,7 @@ class RemoteLearner:
         self._behind = False
 
     def _state_of_what_serves(self) -> tuple[dict[str, Tensor], dict]:
-        serving, figures = self._serving, self.figures()
+        serving, figures = self._serving, self.metrics()
         leased = serving.lease()
         try:
             draft, weights = serving.begin()

@@ -92,7 +92,7 @@ class LearnerProcess:
             Learner(student, self._buffer, self._serve, alone=False),
             busy=lambda: self._busy[0] == 1,
             after_update=lambda: self._send("figures"),
-            worked=time.process_time,  # of a core; at a low priority it may stretch over much more time than that
+            clock=time.process_time,  # of a core; at a low priority it may stretch over much more time than that
         )
         self.learner.prepare()
 
@@ -104,7 +104,7 @@ class LearnerProcess:
                 return
             if kind == "feedback":
                 for feedback in unpack(tensors):
-                    self.learner.offer(feedback)
+                    self.learner.add(feedback)
             elif kind == "replay":
                 requests = unpack(tensors)
                 for feedback in requests:
@@ -120,7 +120,7 @@ class LearnerProcess:
 
     def _take(self, tensors: dict[str, Tensor], values: dict):
         base = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
-        self.learner.take(tensors, base or None)
+        self.learner.load_weights(tensors, base or None)
         self._base = values["base"]
 
     def _flush(self, tensors: dict[str, Tensor], values: dict) -> tuple[dict, dict]:
@@ -143,7 +143,7 @@ class LearnerProcess:
         self._send("weights", {name: tensor.to(self._served[name].dtype) for name, tensor in weights.items()})
 
     def _send(self, kind: str, tensors: dict | None = None, values: dict | None = None):
-        figures = figures_to_json(self.learner.figures())
+        figures = figures_to_json(self.learner.metrics())
         self._frames.write(kind, tensors, {**(values or {}), "figures": figures, "base": self._base})
 
 

@@ -175,11 +175,11 @@ class SeparateLearner:
         self._asking = threading.Lock()
         self.channel = RankTransport(learning_rank, self._take_frame, self._lost)
 
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Keep a request until a batch is full."""
         self.buffer.add(feedback)
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether a batch is full, and those before it are not still on their way: what is too much for the other rank stays in the buffer, which
         is bounded."""
         full = len(self.buffer.new()) >= self.config.update_interval
@@ -209,10 +209,10 @@ class SeparateLearner:
     def note_served(self, seconds: float):
         """Nothing to the learning rank, which learns beside serving."""
 
-    def figures(self) -> dict:
+    def metrics(self) -> dict:
         return dict(self._figures)
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """Refused: another rank's next weights would undo it.
 
         Raises:
@@ -296,7 +296,7 @@ class LearningRank:
         """Learn until nobody serves any more."""
         while any(channel.open for channel in self.channels.values()) or not self._came.empty():
             self._take_frames()
-            if self.learner.due():
+            if self.learner.is_due():
                 self._learn(self._most)
         self._learn(None)  # what the last of them left
         for channel in self.channels.values():
@@ -317,7 +317,7 @@ class LearningRank:
                 logger.exception("What rank %d sent is no feedback; learning goes on without it.", rank)
                 return
             for feedback in requests:
-                self.learner.offer(feedback)
+                self.learner.add(feedback)
         elif kind == "flush":
             values = {"refreshed": self._learn(None)}
             self._send_weights()
@@ -342,7 +342,7 @@ class LearningRank:
             channel.send("weights", data, latest=True)
 
     def _figures(self) -> dict:
-        return {"figures": figures_to_json(self.learner.figures())}
+        return {"figures": figures_to_json(self.learner.metrics())}
 
 
 def _inline(assistant: LearningAssistant) -> Learner:

@@ -103,7 +103,7 @@ class TeachableAssistant:
         self._check_fixed(weights, served, self.serving.trainable)
         self.serving.refresh(weights)
         if self.learner is not None:
-            self.learner.take(weights)
+            self.learner.load_weights(weights)
 
     def _rebase(self, weights: dict[str, Tensor]):
         """Serve a plain model's weights, and go on learning from them in an adapter that begins anew."""
@@ -119,7 +119,7 @@ class TeachableAssistant:
         base = {name: weights[name] for name in base}
         # Learning first: what it learns meanwhile over the new weights, the old ones serve with for a moment.
         if self.learner is not None:
-            self.learner.take(adapter.weights(), base)
+            self.learner.load_weights(adapter.weights(), base)
         self.serving.rebase(base)
 
     def _check_fixed(self, weights: dict[str, Tensor], served: nn.Module, trainable: set[str]):

@@ -215,7 +215,7 @@ def test_other_weights_come_without_a_past(learner, requests):
     made = learner(ensemble=[1, 4], **BOTH)
     assert learn(made, requests[:4])
     weights = cloned(students_of(made)[0].weights())
-    made.take(weights)
+    made.load_weights(weights)
     for member in students_of(made):
         assert not member.is_averaged
         assert member.steps == 0

@@ -165,7 +165,7 @@ def test_no_more_of_a_text_is_read_to_learn_it(target, make_feedback, window):
     widths = Widths(learner.student.module)
     before = learner.student.snapshot().weights
     for i in range(6):
-        learner.offer(make_feedback(seed=i, n=8, prompt=400))
+        learner.add(make_feedback(seed=i, n=8, prompt=400))
         if i % 2:
             learner.update()
     assert (learner.updates, learner.failed) == (3, 0)

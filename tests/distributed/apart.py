@@ -54,7 +54,7 @@ class Apart:
         self.facts["alone"] = [self.assistant.flush(), self.figures()]
         self.keep("alone")
         self.assistant.learner.channel.send("die", to_bytes("die"))
-        self.facts["nobody"] = [self.assistant.flush(), self.serve(5), self.assistant.learner.due()]
+        self.facts["nobody"] = [self.assistant.flush(), self.serve(5), self.assistant.learner.is_due()]
         self.keep("nobody")
         self.assistant.close()
         self.end()

@@ -138,7 +138,7 @@ class Job:
         for i in range(6):
             learner.contenders.judge = functools.partial(self.says, learner.contenders, i)
             for _ in range(16 if rank == 0 or i % 2 == 0 else 0):
-                learner.offer(next(requests))
+                learner.add(next(requests))
             learner.update_together(force=True)
             counts.append([learner.updates, learner.contenders.dropped, learner.failed])
             self.keep(f"learning.{i}", served)
@@ -147,7 +147,7 @@ class Job:
             "learned": learner.learned_tokens,
             "shares": learner.student.shares,
         }
-        self.facts["estimate"] = learner.figures()["estimate"].to_dict()
+        self.facts["estimate"] = learner.metrics()["estimate"].to_dict()
 
     def says(self, contenders: Contenders, i: int, requests: list, point: Point, whole: bool = True) -> list[Judged]:
         alpha = 0.5
@@ -162,7 +162,7 @@ class Job:
         (learner, _), facts = make(self.draft, {**FULL, "learning_rate": "auto", "ensemble": None}), []
         for count in ((1, 1), (6, 0), (0, 6)):
             for request in self.requests[: count[self.ranks.rank]]:
-                learner.offer(replace(request))
+                learner.add(replace(request))
             learner.update_together(force=True)
             # Those of the first round stay new, and are learnt with the others.
             facts.append(
@@ -200,7 +200,7 @@ class Job:
         """What is refused."""
         found = {}
         learner, _ = make(self.draft, PLAIN)
-        learner.take({name: tensor + self.ranks.rank for name, tensor in learner.student.weights().items()})
+        learner.load_weights({name: tensor + self.ranks.rank for name, tensor in learner.student.weights().items()})
         learner.buffer.add(self.requests[0])
         state = PartialState()
         kind = state.distributed_type

@@ -38,7 +38,7 @@ def made(target):
 def serve(learner, make_feedback, requests: int, seconds: float):
     """So many requests of 17 tokens, which took so long together."""
     for i in range(requests):
-        learner.offer(make_feedback(seed=i))
+        learner.add(make_feedback(seed=i))
         learner.note_served(seconds / requests)
 
 
@@ -77,7 +77,7 @@ def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(ma
         assert not learner.update(wait=False)
     assert (learner.learnt, learner.updates, learner.failed) == ([], 0, 0)
     stats = Stats()
-    for name, value in learner.figures().items():
+    for name, value in learner.metrics().items():
         setattr(stats, name, value)
     stats.total.rounds = 1
     said = report(stats, DraftPolicy("cost", 5, None, 0.0))
@@ -109,9 +109,9 @@ def test_a_call_waits_no_longer_for_long_texts_than_for_short_ones(made, make_fe
     learner.student.module.register_forward_hook(read, with_kwargs=True)
     longest = 0.0
     for i in range(40):
-        learner.offer(make_feedback(seed=i, prompt=3000))
+        learner.add(make_feedback(seed=i, prompt=3000))
         learner.note_served(1.0)
-        if learner.due():
+        if learner.is_due():
             before = clock[0]
             learner.update(wait=False)
             longest = max(longest, clock[0] - before)

@@ -46,23 +46,23 @@ def learner(tiny_llama):
 def test_an_update_is_due_after_so_many_requests(learner, make_feedback):
     made = learner(update_interval=3)
     for i in range(3):
-        assert not made.due()
+        assert not made.is_due()
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
 
 
 def test_to_find_a_rate_takes_twice_as_many(learner, make_feedback):
     """Some to try rates on, and as many to judge them by; after that an update is due as ever."""
     made = learner(update_interval=2, learning_rate="auto")
     for i in range(4):
-        assert not made.due()
+        assert not made.is_due()
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
     assert made.update()
     for i in range(2):
-        assert not made.due()
+        assert not made.is_due()
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
 
 
 def test_an_update_learns_new_and_replayed_requests_once_and_refreshes(learner, make_feedback):
@@ -157,7 +157,7 @@ PLAIN = {"replay_ratio": 3.0, "warmup_steps": 0, "sampled_columns": None}
 
 def offer(learner, *requests):
     for request in requests:
-        learner.offer(request)
+        learner.add(request)
 
 
 def same(one, other) -> bool:
@@ -246,7 +246,7 @@ def test_an_update_serves_only_when_requests_that_came_since_have_said_so(learne
     [weights] = made.refreshed
     assert any(same(weights, then) for then in learnt)
     assert not same(weights, made.student.serving_weights())
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["accepted_updates"], figures["rejected_updates"]) == (1, 0)
     assert figures["updates"] == i + 1
 
@@ -274,7 +274,7 @@ def test_what_has_become_worse_is_dropped_with_what_was_learnt_and_never_serves(
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
         offer(made, *map(replace, texts))
         assert not made.update()
-    assert made.figures()["rejected_updates"] == 1
+    assert made.metrics()["rejected_updates"] == 1
     assert made.refreshed == []
     assert "made the draft worse on requests that it had not learnt yet, and is dropped" in caplog.text
     # What it goes on from is the static draft, and what it has learnt of the requests that said so.
@@ -295,12 +295,12 @@ def test_the_estimate_is_of_what_served_before_each_request_was_learnt(learner, 
         made.update()
         if made.refreshed:
             serving.load_state_dict(made.refreshed[-1], strict=False)
-    estimate = made.figures()["estimate"]
+    estimate = made.metrics()["estimate"]
     assert estimate.requests == 30
     assert estimate.alpha == pytest.approx(torch.cat(expected).mean().item(), abs=1e-5)
     assert estimate.gain.before == pytest.approx(torch.cat(before).mean().item(), abs=1e-5)
     assert estimate.gain.low > 0.0
-    assert made.figures()["regret_vs_static"] < 0
+    assert made.metrics()["regret_vs_static"] < 0
 
 
 def test_without_a_gate_nothing_is_judged_and_there_is_no_estimate(learner, make_feedback, monkeypatch):
@@ -309,7 +309,7 @@ def test_without_a_gate_nothing_is_judged_and_there_is_no_estimate(learner, make
     for i in range(12):
         offer(made, make_feedback(seed=i))
         assert made.update()
-    assert made.figures()["estimate"] is None
+    assert made.metrics()["estimate"] is None
     assert made.failed == 0
 
 
@@ -324,12 +324,12 @@ def test_a_draft_that_cannot_be_judged_does_not_serve(learner, tiny_llama, answe
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert not made.update()
     assert "out of memory" in caplog.text
-    assert (made.updates, made.failed, made.figures()["estimate"], made.refreshed) == (0, 1, None, [])
+    assert (made.updates, made.failed, made.metrics()["estimate"], made.refreshed) == (0, 1, None, [])
     monkeypatch.undo()
     for i in range(24):
         offer(made, replace(texts[i % 3]))
         made.update()
-    assert made.figures()["estimate"] is not None
+    assert made.metrics()["estimate"] is not None
     assert made.refreshed
 
 
@@ -347,7 +347,7 @@ def test_a_restart_goes_on_from_what_was_accepted_and_what_was_learnt_since(lear
     learnt = cloned(straight.student.serving_weights())
     assert same(resumed.student.serving_weights(), learnt), "and learning goes on from all that was learnt"
     assert not same(resumed.refreshed[-1], learnt)
-    now, then = resumed.figures(), straight.figures()
+    now, then = resumed.metrics(), straight.metrics()
     of_this_process = {"estimate", "longest_update", "too_slow"}
     assert {n: v for n, v in now.items() if n not in of_this_process} == {
         n: v for n, v in then.items() if n not in of_this_process

@@ -57,8 +57,8 @@ class World:
         differences = []
         for request in stream:
             differences.append(now - static)
-            learner.offer(replace(request))
-            if learner.due() and learner.update():
+            learner.add(replace(request))
+            if learner.is_due() and learner.update():
                 served.load_state_dict(went_out[-1], strict=False)
                 now = self._alpha(served)
         assert learner.failed == 0

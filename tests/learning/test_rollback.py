@@ -99,7 +99,7 @@ def test_a_dropped_candidate_leaves_no_trace_but_its_count(learner, make_feedbac
         assert not learn(made, make_feedback(seed=5))
     assert same(everything(made), (served, accepted))
     assert made.serving.version == 1
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["accepted_updates"], figures["rejected_updates"], figures["failed_updates"]) == (1, 1, 0)
     assert made.rate.value == rate, "one that was given is obeyed"
     assert all(member._trainer.optimizer is None for member in getattr(made.student, "students", [made.student]))
@@ -138,7 +138,7 @@ def test_a_rate_that_was_found_falls_with_a_drop_and_does_not_come_back_to_it(le
     with a_gate_that_says(made, Verdict.DROP):
         learn(made, make_feedback(seed=5))
     assert made.rate.value < found
-    assert made.student.learning_rate == made.figures()["learning_rate"] == made.rate.value
+    assert made.student.learning_rate == made.metrics()["learning_rate"] == made.rate.value
     trainer = made.student.trainer
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(made.rate.value)
 
@@ -154,7 +154,7 @@ def test_the_static_draft_serves_while_the_gate_says_so_and_learning_goes_on(lea
         made.contenders.gate.serves_static = True
         assert learn(made, make_feedback(seed=2))
         assert same(everything(made)[0], static)
-        assert made.figures()["serves_static"]
+        assert made.metrics()["serves_static"]
         assert "worse than the draft before any learning" in caplog.text
         made.contenders.gate.serves_static = False
         assert learn(made, make_feedback(seed=3))
@@ -309,7 +309,7 @@ def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_fe
     if gate:
         let_one_through(made, make_feedback(seed=10))
     for i in range(3):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
         made.update()
     assert made.updates >= 3
     before, version = everything(made), made.serving.version
@@ -319,7 +319,7 @@ def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_fe
         assert not learn(made, make_feedback(seed=7), make_feedback(seed=8))
     assert same(everything(made), before)
     assert (made.serving.version, made.failed, made.contenders.dropped) == (version, 1, 0)
-    assert made.figures()["failed_updates"] == 1
+    assert made.metrics()["failed_updates"] == 1
     assert "An update failed; the serving draft is as it was" in caplog.text
     assert words in caplog.text
     learn(made, make_feedback(seed=9))
