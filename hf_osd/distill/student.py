@@ -88,6 +88,7 @@ class Student:
         self.on_step: Callable[[], None] | None = None
         self.steps = 0
         self._average: dict[str, Tensor] | None = None  # of the weights over steps, where the config asks for it
+        self._snapshot: Snapshot | None = None  # of now, if there is one
         self._trainer: OnlineGKDTrainer | None = None
 
     @property
@@ -125,6 +126,7 @@ class Student:
 
     def learn(self, requests: Sequence[Feedback]):
         """Pass once over `requests`."""
+        self._snapshot = None
         self.module.train()
         self.trainer.learn(requests)
 
@@ -182,8 +184,10 @@ class Student:
         set_base(self.module, base)
 
     def snapshot(self) -> Snapshot:
-        """Copy all that `restore` needs."""
-        return Snapshot(copied(self.weights()), copied(self._average), steps=self.steps)
+        """Copy all that `restore` needs, if anything has changed since the last snapshot. To read, not to write."""
+        if self._snapshot is None:
+            self._snapshot = Snapshot(copied(self.weights()), copied(self._average), steps=self.steps)
+        return self._snapshot
 
     def snapshot_of(self, weights: Mapping[str, Tensor]) -> Snapshot:
         """Make a snapshot of these weights, with no steps behind them."""
@@ -208,6 +212,7 @@ class Student:
             self._trainer.optimizer = self._trainer.lr_scheduler = None
 
     def _set(self, snapshot: Snapshot):
+        self._snapshot = None
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in self.weights().items():
                 parameter.copy_(snapshot.weights[name])
@@ -222,6 +227,7 @@ class Student:
     @torch.no_grad()
     def after_step(self):
         """An optimizer step has been taken."""
+        self._snapshot = None
         self.steps += 1
         if self.config.ema_decay:
             decay = min(self.config.ema_decay, (1 + self.steps) / (_AVERAGE_WARM_UP + self.steps))

@@ -194,6 +194,32 @@ def test_going_back_is_being_as_before(member, requests):
     assert one.trainer.lr_scheduler.last_epoch == 1, "and the optimizer is a new one"
 
 
+@pytest.mark.parametrize("fields", [{}, BOTH])
+def test_weights_are_copied_once_for_as_long_as_nothing_changes_them(member, requests, fields):
+    one = member(**fields)
+    begun = one.snapshot()
+    for change in (lambda: one.learn(requests[:2]), lambda: one.set_weights(one.initial), lambda: one.restore(begun)):
+        first = one.snapshot()
+        weights = cloned(first.weights)
+        assert one.snapshot().weights is first.weights
+        one.score(requests[:1], one.initial)
+        assert one.snapshot().weights is first.weights
+        change()
+        assert one.snapshot().weights is not first.weights
+        assert same(one.snapshot().weights, one.weights())
+        assert same(first.weights, weights)
+
+
+def test_what_is_restored_under_inference_mode_can_be_learnt_on(member, requests):
+    """As after an update that failed in a user's own inference mode."""
+    one = member(ema_decay=0.9)
+    one.learn(requests[:2])
+    with torch.inference_mode():
+        one.restore(one.snapshot())
+    one.learn(requests[2:4])
+    assert one.steps == 4
+
+
 def test_a_step_that_failed_is_none(member, requests, monkeypatch):
     """Its beginning must not be taken for that of a later step."""
     one = member(optimism=1.0)
