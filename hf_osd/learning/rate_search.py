@@ -39,7 +39,7 @@ class RateSearch:
         self._rollback, self._rate, self._schedule, self._train = rollback, rate, schedule, train
 
     def is_possible(self, new: list[Feedback]) -> bool:
-        """Tell whether the ranks together have requests to try rates on, and others to score them on; all get the same answer."""
+        """Tell whether all ranks together have requests to try rates on, and others to score them on."""
         learnt, judged = self._ranks.sum(len(new) // 2, len(new) - len(new) // 2)
         return min(learnt, judged) > 0
 
@@ -57,10 +57,10 @@ class RateSearch:
         learnt, judged = new[:half], self._schedule.within(new[half:])
         start = self._student.snapshot()
         with self._ranks.together():
-            static = self._contenders.judge(judged, self._contenders.static)
+            static = self._contenders.score(judged, self._contenders.static)
         before = self._gathered(static)
         if not len(before):
-            return Verdict.WAIT, False  # nobody can be judged by these
+            return Verdict.WAIT, False  # there is nothing to score on
         # 2. As many requests and passes as there is time for.
         rates = self._rate.to_try(before)
         learnt = self._schedule.within(learnt, rates)
@@ -80,7 +80,7 @@ class RateSearch:
                 except ArithmeticError:  # too fast by far
                     break
                 with self._ranks.together():
-                    scores = self._contenders.judge(judged, point)
+                    scores = self._contenders.score(judged, point)
                 trials.append(Trial(rate, passes, self._gathered(scores)))
                 if self._rate.prefers(trials[-1], before):
                     best = point, scores

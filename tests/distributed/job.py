@@ -136,7 +136,7 @@ class Job:
         requests = (replace(request) for request in itertools.cycle(self.requests))  # each one of its own
         counts = []
         for i in range(6):
-            learner.contenders.judge = functools.partial(self.says, learner.contenders, i)
+            learner.contenders.score = functools.partial(self.says, learner.contenders, i)
             for _ in range(16 if rank == 0 or i % 2 == 0 else 0):
                 learner.add(next(requests))
             learner.update_together(force=True)

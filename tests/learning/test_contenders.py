@@ -349,7 +349,7 @@ def test_the_best_of_several_serves_if_what_chose_it_and_what_comes_say_so(made)
         one.student.number = 0.6
         candidate = one.contenders.point()
         requests = one.requests(8)
-        static, said = (one.contenders.judge(requests, point) for point in (one.contenders.static, candidate))
+        static, said = (one.contenders.score(requests, point) for point in (one.contenders.static, candidate))
         chances[of] = one.contenders.choose(candidate, of, static, said)
         assert one.out == ([0.6] if of == 1 else [])
         assert one.contenders.shadow.requests == 8

@@ -189,7 +189,7 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
     made, learnt, judged = learner(learning_rate="auto", **PLAIN), [], []
     requests = [make_feedback(n=4, seed=i) for i in range(6)]
     member, contenders = made.student, made.contenders
-    learn, judge = member.learn, contenders.judge
+    learn, judge = member.learn, contenders.score
 
     def learning(batch):
         assert made.refreshed == []
@@ -198,7 +198,7 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
 
     monkeypatch.setattr(member, "learn", learning)
     monkeypatch.setattr(
-        contenders, "judge", lambda batch, point, **how: (judged.append(batch), judge(batch, point, **how))[1]
+        contenders, "score", lambda batch, point, **how: (judged.append(batch), judge(batch, point, **how))[1]
     )
     offer(made, *requests)
     assert made.update()
