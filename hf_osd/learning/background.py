@@ -1,4 +1,4 @@
-"""`BackgroundLearner`: a [`Learner`] in a thread of its own, which takes no more than its share of the time while somebody is served."""
+"""`BackgroundLearner`: runs a [`Learner`] in a thread of its own, which takes no more than its share of the time while somebody is served."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class BackgroundLearner:
     """Runs a [`Learner`] beside serving: `add` and `update` return at once, and a thread learns when an update is due.
 
     A thread that ends for whatever reason is made anew at the next call of `update`, and counted in `restarts`; it waits longer then, as after an update
-    that failed, and after some deaths in a row nothing is learnt any more. The thread ends with `close`, with the process, and when nobody holds this
-    object any more.
+    that failed, and after some deaths in a row learning is over. The thread ends with `close`, with the process, and when nobody holds this
+    object any more. Everything else that a learner has is the attribute `learner`'s.
 
     Args:
         learner (`Learner`): made with `alone=False`; what it calls is called from the thread.
@@ -142,8 +142,8 @@ class BackgroundLearner:
         return "its thread is not in this process"
 
     def prepare(self):
-        """Make the trainers here and now. The thread imports what they need, which takes seconds; but it must not make them: Trainer then seeds the
-        process's random state, and giving that back from another thread would repeat what this one has drawn meanwhile."""
+        """Make the trainers here and now. The thread imports their modules, which takes seconds; but it must not make them: Trainer then seeds the
+        process's random state, and restoring that from another thread would repeat numbers that this one has drawn meanwhile."""
         with self._preparing:
             if self._prepared:
                 return
@@ -153,7 +153,7 @@ class BackgroundLearner:
 
     @contextlib.contextmanager
     def _unthrottled(self) -> Iterator[None]:
-        """Somebody waits for the update that runs, if one does."""
+        """Let the update that runs, if one does, finish without pauses: somebody waits for it."""
         self.throttle.unthrottle()
         try:
             yield
@@ -185,7 +185,7 @@ class BackgroundLearner:
         return True
 
     def _learn(self):
-        """What the thread does each time it is woken."""
+        """Learn for as long as updates are due; the thread does this each time it is woken."""
         while self._prepared and self.is_due():
             self.throttle.begin()
             self.learner.update(wait=True, most=self._most)
@@ -195,7 +195,7 @@ class BackgroundLearner:
 
 
 def _run(owner: weakref.ref, throttle: Throttle, wake: threading.Event, imported: threading.Event):
-    """The thread: holds its owner for as long as it learns, and no longer."""
+    """Run the thread, which holds its owner only while it learns."""
     try:
         with importing():
             import hf_osd.distill.callbacks

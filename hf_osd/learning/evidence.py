@@ -4,8 +4,9 @@ Positions are taken in *blocks*, runs of 16 of one request: whether two drafts d
 those a block away. Where two drafts are alike, which of them is better in a block is a toss of a coin, whatever came before: the differences are
 symmetric about 0. For such differences d and any λ, exp(λ·Σd - λ²·Σd²/2) is a supermartingale that starts at 1 (de la Peña 1999), and so is its mean over
 λ > 0 that are normally distributed (Robbins 1970). By Ville's inequality it is ever above 1/ε with a probability of at most ε: an e-process, which may be
-looked at after each request and stopped at any time. It assumes nothing of the spread of the differences, and gains from a small one. About another point than 0, such as
-a tolerance, symmetry is an assumption: where one draft has nothing but losses in long runs, `better(-tolerance)` errs more often (simulated in tests/learning/test_evidence.py).
+looked at after each request and stopped at any time. It assumes nothing of the spread of the differences, and gains from a small one. About another point than
+0, such as a tolerance, symmetry is an assumption: where one draft has nothing but losses in long runs, `better(-tolerance)` errs more often (simulated in
+tests/learning/test_evidence.py).
 """
 
 from __future__ import annotations

@@ -51,19 +51,24 @@ _COUNTS = ("updates", "failed", "learned_tokens", "seconds")  # of a restart
 class Learner:
     """Trains a draft on a buffer, in the caller's thread.
 
-    What is learnt serves if the [`Gate`] lets it. An update that fails leaves no trace but its count: learning goes back to where it was, forgets the requests
-    that it broke on, and rests the longer, the more often in a row that happens.
+    A draft that was learnt serves if the [`Gate`] lets it. An update that fails leaves no trace but its count: learning goes back to where it was, forgets the
+    requests that it failed on, and rests the longer, the more often in a row that happens.
 
-    In a job of several processes all learn one draft, each from its own buffer, and at the same moments alone: no update falls due by itself, and
-    `update` and `update_together` are to be called on all ranks. What an update learns, says and is judged by is then of all ranks together.
+    In a job of several processes all learn one draft, each from its own buffer, and at the same moments: no update falls due by itself, and
+    `update` and `update_together` are to be called on all ranks. They sum gradients, losses and evidence, and come to the same decisions.
 
     Args:
-        student (`Student`): what learns, see [`hf_osd.distill.ensemble.make_student`]. Its config says when.
-        buffer (`FeedbackBuffer`): where feedback comes from.
+        student (`Student`): the draft that trains, see [`hf_osd.distill.ensemble.make_student`]; it has the config.
+        buffer (`FeedbackBuffer`): the requests to learn from.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name.
-        alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it gives back the process's random
-            state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout. Alone, learning holds up
+        alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it can restore the process's random
+            state. In the background that would repeat numbers that others have drawn; nothing there draws from it but dropout. Alone, learning holds up
             serving, and keeps to its share of the time itself.
+
+    Attributes:
+        updates (`int`), failed (`int`): updates that learnt, and that raised.
+        unmoved (`int`): the last ones in a row that learnt and changed nothing.
+        learned_tokens (`int`), seconds (`float`): in all updates.
 
     Raises:
         ValueError: if this is one of several processes that cannot learn like that.
@@ -82,8 +87,7 @@ class Learner:
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
         self._begun_together = False  # whether all ranks are known to have the same draft
-        self.updates = self.failed = self.learned_tokens = 0  # updates that learnt, and that raised
-        self.unmoved = 0  # the last ones in a row that learnt and changed nothing
+        self.updates = self.failed = self.unmoved = self.learned_tokens = 0
         self.seconds = 0.0
         self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in student.trainable))
         self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
@@ -100,29 +104,29 @@ class Learner:
         self._lock = released(threading.Lock())
 
     def is_due(self) -> bool:
-        """Whether enough requests wait. Never in a job of several processes: one of them must not begin."""
+        """Tell whether enough requests wait. Never in a job of several processes: one of them must not begin alone."""
         return self.ranks.size == 1 and self._is_due()
 
     def _is_due(self) -> bool:
         new = self.buffer.new()
         if self.rate.found:
             return self.schedule.due(new)
-        # To find a rate takes requests to try it on, and others to judge it by.
+        # A search for the rate takes requests to try it on, and others to score it on.
         return self.schedule.due([one for one in new if one not in self._rehearsed], times=2)
 
     def update(self, wait: bool = True, most: int | None = None) -> bool:
-        """One update on what is new and its replay. `True` if other weights serve than before.
+        """Make one update on new and replayed requests. `True` if other weights serve than before.
 
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
         it had, with new optimizers. An interrupt passes through.
 
-        In a job of several processes all ranks call this, and learn if there is anything new on one of them.
+        In a job of several processes all ranks call this, and learn if there is a new request on one of them.
 
         Args:
-            wait (`bool`): somebody asked for it: learn all that is new, whatever time that takes, and wait for another thread that learns. Else that is left
-                to the other thread, and learning that holds up serving keeps to `learning_budget`.
-            most (`int`, *optional*): requests to learn at once, replay included. Of what is new the oldest are then left to later replay, and a learner
-                that falls behind its traffic serves what it learns as often as ever.
+            wait (`bool`): somebody asked for it: learn all new requests, whatever time that takes, and wait for another thread that learns. Else leave them
+                to the other thread; and learning that holds up serving keeps to `learning_budget`.
+            most (`int`, *optional*): requests to learn at once, replay included. The oldest new ones are then left to later replay, and a learner that falls
+                behind its traffic updates the draft as often as ever.
         """
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
@@ -145,7 +149,7 @@ class Learner:
             self._lock.release()
 
     def update_together(self, force: bool = False) -> bool:
-        """[`hf_osd.OnlineAssistant.update_together`], of calls that have been taken in."""
+        """Update with all ranks, as [`hf_osd.OnlineAssistant.update_together`] does, on the calls collected so far."""
         try:
             return not self.ranks.parted and self.ranks.any(force or self._is_due()) and self.update(wait=force)
         except RanksParted as error:
@@ -156,16 +160,16 @@ class Learner:
         self.buffer.add(feedback)
 
     def rehearse(self, answer: Feedback):
-        """Put into the buffer what is to be learnt, and not judged by: its prompt has been learnt already."""
+        """Put an answer into the buffer to be learnt, and not judged by: its prompt has been learnt already."""
         self._rehearsed.add(answer)
         self.buffer.add(answer)
 
     def note_served(self, seconds: float):
-        """A call took so long: what learning may take follows from that."""
+        """Note how long a call took: learning gets a share of it."""
         self.schedule.note_served(seconds)
 
     def metrics(self) -> dict:
-        """What [`hf_osd.metrics.stats.Stats`] says of learning, by its names there."""
+        """Collect the figures of learning, by their names in [`hf_osd.metrics.stats.Stats`]."""
         return {
             "updates": self.updates,
             "failed_updates": self.failed,
@@ -184,7 +188,7 @@ class Learner:
         }
 
     def trouble(self) -> str | None:
-        """What is wrong, if learning goes on and changes nothing."""
+        """Explain what is wrong, if learning goes on and changes nothing."""
         return trouble(self.failed, self.updates, self.unmoved)
 
     def pause_by(self, pause: Callable[[], None]):
@@ -192,12 +196,12 @@ class Learner:
         self.student.on_step = self.contenders.pause = pause
 
     def serve(self):
-        """Serve what may serve; without a gate what has been learnt."""
+        """Serve the draft that may serve; without a gate the newest."""
         self.contenders.serve()
 
     def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
-        """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names. They serve
-        already, and are what later ones are compared with. An update that runs is waited for."""
+        """Go on from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names. They serve
+        already, and later ones are compared with them. Waits for an update that runs."""
         with self._lock:
             if base is not None:
                 self.student.set_base(base)
@@ -206,15 +210,15 @@ class Learner:
             self._begun_together = False
 
     def after_fork(self) -> str | None:
-        """In a forked child: why this cannot learn there; `None` if it can."""
+        """Explain, in a forked child, why this cannot learn there; `None` if it can."""
         return "another thread was in the middle of an update" if self._lock.locked() else None
 
     def close(self):
-        """Forget the requests of before; learning has ended."""
+        """Forget all requests; learning has ended."""
         self.contenders.remembered.clear()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
+        """Copy what a restart needs: tensors, by student and name, and plain values. Waits for an update that runs."""
         with self._lock:
             tensors, values = self.student.state()
             accepted, contenders = self.contenders.state()
@@ -228,15 +232,15 @@ class Learner:
             }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
-        """Go on from `state()`. A candidate that was waiting is given up, and what has been learnt becomes one after the next update.
+        """Go on from `state()`. A candidate that was waiting is given up; the next update proposes one.
 
         Raises:
-            ValueError: if the state is that of another draft, or of another number of members.
+            ValueError: if the state is that of another draft, or of another number of students.
         """
         with self._lock, isolated_random_state():  # a Trainer seeds the process's
             accepted = {n.removeprefix("accepted."): t for n, t in tensors.items() if n.startswith("accepted.")}
-            members = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
-            self.student.load_state(members, values)
+            students = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
+            self.student.load_state(students, values)
             self._generator.set_state(tensors["draws"].cpu())
             for name in _COUNTS:
                 setattr(self, name, values[name])
@@ -330,8 +334,8 @@ class Learner:
 
     @contextlib.contextmanager
     def _isolated(self) -> Iterator[None]:
-        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer seeds the
-        process's random state."""
+        """Shield learning and its caller from each other: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer
+        seeds the process's random state."""
         with (
             isolated_random_state() if self.alone else contextlib.nullcontext(),
             torch.inference_mode(False),
