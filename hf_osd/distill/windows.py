@@ -77,7 +77,7 @@ def cut(
     ), slice(a, b)
 
 
-def what_is_read(requests: Sequence[Feedback], config: OnlineConfig, generator: torch.Generator) -> list[Feedback]:
+def cut_to_learn(requests: Sequence[Feedback], config: OnlineConfig, generator: torch.Generator) -> list[Feedback]:
     """Cut long requests to the windows that are learnt: another one each time, if several teach alike."""
     return [cut(one, config.learning_window, config.positions, generator=generator)[0] for one in requests]
 

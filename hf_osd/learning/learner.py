@@ -30,7 +30,7 @@ from torch import Tensor
 from hf_osd.distill.ranks import RankGroup, RanksParted, check_job
 from hf_osd.distill.scoring import learners_autocast
 from hf_osd.distill.student import Student
-from hf_osd.distill.windows import what_is_read
+from hf_osd.distill.windows import cut_to_learn
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.contenders import Contenders
@@ -308,7 +308,7 @@ class Learner:
         # After a failure without replay: what broke the update may be in it, and would break every other one.
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator)
-        return what_is_read(self.schedule.fitting(new, replayed), self.config, self._generator)
+        return cut_to_learn(self.schedule.fitting(new, replayed), self.config, self._generator)
 
     def _train(self, requests: list[Feedback]):
         """Pass once over `requests`.
@@ -316,7 +316,7 @@ class Learner:
         Raises:
             ArithmeticError: if the loss is not finite.
         """
-        self.student.learn(what_is_read(requests, self.config, self._generator))
+        self.student.learn(cut_to_learn(requests, self.config, self._generator))
         self.ranks.agree_on(self.student.failure)
         sums = self.ranks.sum(*itertools.chain.from_iterable(self.student.last_losses))
         losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
