@@ -52,8 +52,8 @@ class FeedbackCollator:
             at = tokens + (0 if has_source else longest - length)  # their columns
             labels[b, at] = feedback.tokens[tokens].long()
             rows.append(b * keep + at - 1 - (longest - 1 - keep))  # each is predicted by the column before its own
-            said = [*([prompts[b]] if read[b] else []), feedback.rows.at(taught)]
-            targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in said]
+            parts = [*([prompts[b]] if read[b] else []), feedback.rows.at(taught)]
+            targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in parts]
         top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
         texts = [feedback.tokens[:-1] for feedback in batch]
         if has_source:

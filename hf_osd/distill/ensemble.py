@@ -134,8 +134,8 @@ class StudentEnsemble:
         return next((student.failure for student in self.students if student.failure is not None), None)
 
     def count_losses(self, new: Sequence[Feedback], ranks: RankGroup):
-        """Add to each student's loss the one that it would have had on `new`. One verification tells that of all: nothing has to be tried out to choose
-        among them."""
+        """Add to each student's loss the one that it would have had on `new`. One verification gives the losses of all: nothing has to be tried out to
+        choose among them."""
         for i, student in enumerate(self.students if len(self.students) > 1 else []):
             with ranks.together():
                 overlap = torch.cat(

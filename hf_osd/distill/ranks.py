@@ -49,7 +49,7 @@ class RankGroup:
         """Make the group of processes among which accelerate, and with it Trainer, shares out training.
 
         Raises:
-            ValueError: if this process is one of several and accelerate has not been told.
+            ValueError: if this process is one of several and accelerate has not been set up.
         """
         from accelerate import PartialState
         from accelerate.state import is_initialized

@@ -141,7 +141,7 @@ class Student:
         return self._trainer.failure if self._trainer is not None else None
 
     def count_losses(self, new: Sequence[Feedback], ranks: RankGroup):
-        """Only several students have shares, which losses on new requests decide."""
+        """Do nothing: only several students have shares, which losses on new requests decide."""
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters that train, by name: live storage, float32."""
@@ -153,7 +153,7 @@ class Student:
 
     @property
     def is_averaged(self) -> bool:
-        """Whether `serving_weights` are others than those that train."""
+        """`serving_weights` are others than those that train."""
         return self._average is not None
 
     def score(
@@ -203,7 +203,7 @@ class Student:
         self.restore(snapshot)
 
     def has_moved(self, snapshot: Snapshot) -> bool:
-        """Whether a weight is another than in `snapshot`."""
+        """Tell whether a weight is another than in `snapshot`."""
         return any(not torch.equal(weight, snapshot.weights[name]) for name, weight in self.weights().items())
 
     def reset_optimizer(self):

@@ -54,7 +54,7 @@ class OnlineGKDTrainer(GKDTrainer):
         buffer (`FeedbackBuffer`): where `train()` takes its requests from.
         config (`OnlineConfig`, *optional*): divergence, positions, batch size, optimizer; its other fields do not matter here.
         learning_rate (`float`, *optional*): in place of the config's.
-        args (`GKDConfig`, *optional*): replaces what `config` says of the optimizer; see `training_args`.
+        args (`GKDConfig`, *optional*): replaces `config` for the optimizer; see `training_args`.
         autocast_dtype (`torch.dtype`, *optional*): run forward passes under autocast in it.
         callbacks (`list[TrainerCallback]`, *optional*): such as [`RefreshAssistantCallback`].
     """
@@ -295,8 +295,10 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
 
 
 def _set_launch_settings_aside(accelerator: Accelerator):
-    """What a launch config, or an Accelerator of the user's own, says of compilation and mixed precision is of their training, and stays with it. Compiled anew
-    for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it."""
+    """Ignore compilation and mixed precision of a launch config, or of a user's own Accelerator: they are meant for the user's training, and stay with it.
+
+    Compiled anew for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it.
+    """
     state, aside = accelerator.state, {}
     if state.dynamo_plugin is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
         aside["dynamo_backend"] = state.dynamo_plugin.backend.value.lower()

@@ -95,15 +95,15 @@ class Windows:
         return [self._within(*each) for each in zip(self._whole, self.requests, self._at, judged, strict=True)]
 
     @staticmethod
-    def _within(whole: Feedback, part: Feedback, at: slice, said: Judged) -> Judged:
+    def _within(whole: Feedback, part: Feedback, at: slice, judged: Judged) -> Judged:
         if part is whole:
-            return said
-        spread = [one.new_full((len(whole),), torch.nan) for one in said]
+            return judged
+        spread = [one.new_full((len(whole),), torch.nan) for one in judged]
         taught = whole.teaching_mask("all")
         # The first part of a token that is several of the draft's counts as wrong; a window that ends there does not show the other parts.
         if at.start < at.stop < len(taught) and not taught[at.stop]:
             at = slice(at.start, at.stop - 1)
-        for wide, one in zip(spread, said, strict=True):
+        for wide, one in zip(spread, judged, strict=True):
             wide[at] = one[: at.stop - at.start]
         return Judged(*spread)
 

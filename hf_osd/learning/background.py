@@ -135,7 +135,7 @@ class BackgroundLearner:
         return self.learner.metrics() | {"learner_restarts": self.restarts, "learning_over": self._over}
 
     def after_fork(self) -> str | None:
-        """As [`hf_osd.learning.learner.Learner.after_fork`]."""
+        """Explain, in a forked child, why this cannot learn there; `None` if it can."""
         if self._thread is None and not self._preparing.locked():
             return self.learner.after_fork()
         self._end.detach()  # else the end of the child would wake a thread that is not there

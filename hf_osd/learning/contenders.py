@@ -38,7 +38,7 @@ class Contenders:
     """Scores three drafts of one learner on each request before it is learnt, and serves the one that the gate lets serve.
 
     Args:
-        student (`Student`): learns, and scores the drafts. Its config says whether there is a gate, and how strict.
+        student (`Student`): learns, and scores the drafts. Its config decides whether there is a gate, and how strict it is.
         ranks (`RankGroup`): of the job.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes weights that are to serve.
         note_scored (`Callable[[Sequence[Feedback], float], None]`, *optional*): called with the requests that one draft was scored on, and the seconds it took.
@@ -81,7 +81,7 @@ class Contenders:
 
     @property
     def serves_static(self) -> bool:
-        """Whether the static draft serves though another was accepted."""
+        """The static draft serves though another was accepted."""
         return self.gate is not None and self.gate.serves_static
 
     def serve(self):

@@ -164,7 +164,7 @@ class LearningChoice:
     Args:
         learns (`bool`): anything learns.
         rank (`int`, *optional*): of the adapter that hf_osd puts on the draft; `None` where it puts none.
-        sentence (`str`): tells the choice and its reason, to be read.
+        sentence (`str`): the choice and its reason, to be read.
     """
 
     learns: bool
@@ -247,7 +247,7 @@ def available(device: torch.device | str) -> float:
 
     with contextlib.suppress(
         RuntimeError, AssertionError, ValueError, OSError
-    ):  # no such device: whoever puts the draft there says so
+    ):  # no such device: whoever puts the draft there finds out
         device = torch.device(device)
         if device.type == "cpu":
             import psutil

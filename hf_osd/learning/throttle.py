@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hf_osd.system.forks import released
 
-# Seconds between two looks at whether anybody is still served: the end of a generate call tells nobody.
+# Seconds between two looks at whether anybody is still served: the end of a generate call wakes nobody.
 _LOOK = 0.02
 
 
