@@ -252,7 +252,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self.collect()
         if self.learner is None:
             return False
-        refreshed = (force or self.learner.due()) and self.learner.update(wait=force)
+        refreshed = (force or self.learner.is_due()) and self.learner.update(wait=force)
         if (trouble := self.learner.trouble()) is not None:
             self._warn_once(trouble)
         return refreshed
@@ -304,7 +304,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._finish(self._calls.pop_finished())
         stats = self._stats
         if self.learner is not None:
-            for name, value in self.learner.figures().items():
+            for name, value in self.learner.metrics().items():
                 setattr(stats, name, value)
         stats.buffer_requests, stats.buffer_bytes = len(self.buffer), self.buffer.nbytes
         stats.buffer_capacity, stats.draft_version = self.buffer.max_bytes, self.serving.version
@@ -353,7 +353,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             if feedback is not None and self.learner is not None:
                 if call.rehearsable:
                     self.rehearsable.add(feedback)
-                self.learner.offer(feedback)
+                self.learner.add(feedback)
 
     def _needs_draft(self, what: str):
         if not self.lookahead.has_draft:

@@ -220,7 +220,7 @@ class Job:
         seen, most = SeenTexts(), self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, config.update_interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + config.update_interval]:
-                learner.offer(seen.only_new(feedback, config.prompt_positions))
+                learner.add(seen.only_new(feedback, config.prompt_positions))
             # A thread or process would otherwise begin late, with a single update of all answers, and no answers left to judge it by.
             self.assistant.update_together(force=config.learn in ("background", "process"))
         if most:

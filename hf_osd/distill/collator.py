@@ -1,4 +1,4 @@
-"""`FeedbackCollator`: requests to one batch for the draft. It knows Feedback and tensors, no model."""
+"""`FeedbackCollator`: makes one batch of requests for the draft. It knows Feedback and tensors, no model."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class FeedbackCollator:
 
 
 def _padded(texts: list[Tensor], left: bool, longest: int | None = None) -> tuple[Tensor, Tensor]:
-    """Token ids padded with 0, to the longest of them if not told otherwise, and their mask, int64 `(B, longest)` each."""
+    """Pad token ids with 0, to the longest of them by default, and return them and their mask, int64 `(B, longest)` each."""
     longest = max(map(len, texts)) if longest is None else longest
     ids = torch.zeros(len(texts), longest, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)

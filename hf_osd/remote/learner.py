@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hf_osd.config import OnlineConfig
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.learner import Learner
@@ -70,7 +71,7 @@ class RemoteLearner:
 
     # What an assistant asks of every learner.
 
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Send a request, or keep it for the next batch. A learner that does not keep up is sent no more than the buffer holds."""
         if self.transport.shared:
             self.buffer.add(feedback)
@@ -85,8 +86,8 @@ class RemoteLearner:
                 self._sent.add(feedback)
                 connection.send("feedback", feedback=[feedback])
 
-    def due(self) -> bool:
-        """Return whether `update` has anything to send: requests that came into the buffer by another way than `offer`; for a shared learner a full batch,
+    def is_due(self) -> bool:
+        """Return whether `update` has anything to send: requests that came into the buffer by another way than `add`; for a shared learner a full batch,
         if there is room for it on the way. The learner decides itself when to learn."""
         new = len(self.buffer.new())
         if not self.transport.shared:
@@ -115,7 +116,7 @@ class RemoteLearner:
     def note_served(self, seconds: float):
         """Do nothing: a call does not wait for a learner elsewhere."""
 
-    def figures(self) -> dict:
+    def metrics(self) -> dict:
         """Return what the learner last reported, by the names of [`hf_osd.metrics.stats.Stats`]; counts include those of dead learners."""
         counts = {name: before + self._figures.get(name, 0) for name, before in self._before.items()}
         counts["learner_restarts"] += self.transport.restarts
@@ -126,7 +127,7 @@ class RemoteLearner:
         """Return what is wrong, as the learner last reported it; `None` if nothing is."""
         return self._figures.get("trouble")
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
         """Continue learning from weights that somebody else trained; with `base`, in an adapter over other weights of the plain draft, by its names.
 
         Raises:
@@ -265,13 +266,14 @@ class RemoteLearner:
             raise RuntimeError("The learner's state is on another rank; save the draft itself with save_pretrained.")
 
     def _state_from_serving(self) -> tuple[dict[str, Tensor], dict]:
-        serving, figures = self._serving, self.figures()
+        serving, figures = self._serving, self.metrics()
         leased = serving.lease()
         try:
             draft, weights = serving.for_learner()
             if serving.adapter is not None:
                 draft = serving.adapter.with_weights(weights)
-            learner = Learner(draft, serving.trainable, self.buffer, self.config, serve=lambda weights: None)
+            student = make_student(draft, serving.trainable, self.config)
+            learner = Learner(student, self.buffer, serve=lambda weights: None)
             learner.updates, learner.failed = figures["updates"], figures["failed_updates"]
             learner.learned_tokens, learner.seconds = figures["learned_tokens"], figures["learning_seconds"]
             return learner.state()

@@ -39,8 +39,10 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.background import BackgroundLearner
+from hf_osd.learning.learner import Learner
 from hf_osd.models.copies import check_weights
 from hf_osd.remote.draft_folder import read_draft_folder
 from hf_osd.remote.frames import END, FrameWriter, read_frame
@@ -67,15 +69,13 @@ class LearnerProcess:
         begin, flags = read_draft_folder(folder), SharedFlags(folder)
         self._frames = frames
         self._served = {name: p for name, p in begin.draft.named_parameters() if name in begin.trainable}
+        buffer = FeedbackBuffer(begin.config.buffer_bytes, begin.config.buffer_age)
+        student = make_student(begin.draft, begin.trainable, begin.config)
         self.learner = BackgroundLearner(
-            begin.draft,
-            begin.trainable,
-            FeedbackBuffer(begin.config.buffer_bytes, begin.config.buffer_age),
-            begin.config,
-            serve=self._serve,
+            Learner(student, buffer, self._serve, alone=False),
             busy=lambda: flags.busy,
             after_update=lambda: self._send("figures"),
-            worked=time.process_time,  # of a core; at a low priority it may stretch over much more time than that
+            clock=time.process_time,  # of a core; at a low priority it may stretch over much more time than that
         )
         self.learner.prepare()
         self.service = LearnerService(self.learner, flush=self.learner.update)

@@ -98,7 +98,7 @@ class LearningRank:
         """Learn until no rank serves any more."""
         while any(channel.open for channel in self.channels.values()) or not self._frames.empty():
             self._handle_waiting()
-            if self.learner.due():
+            if self.learner.is_due():
                 self._learn(self._most)
         self._learn(None)  # requests that the last of them sent
         for channel in self.channels.values():

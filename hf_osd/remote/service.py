@@ -52,11 +52,11 @@ class LearnerService:
 
     def report(self) -> dict:
         """Return the values that belong to every frame from the learner: figures, and the number of the weights under an adapter."""
-        return {"figures": figures_to_json(self.learner.figures()), "base": self._base}
+        return {"figures": figures_to_json(self.learner.metrics()), "base": self._base}
 
     def _learn(self, tensors: dict[str, Tensor], values: dict):
         for feedback in _requests(tensors):
-            self.learner.offer(feedback)
+            self.learner.add(feedback)
 
     def _replay(self, tensors: dict[str, Tensor], values: dict):
         requests = _requests(tensors)
@@ -66,7 +66,7 @@ class LearnerService:
 
     def _take(self, tensors: dict[str, Tensor], values: dict):
         base = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
-        self.learner.take(tensors, base or None)
+        self.learner.load_weights(tensors, base or None)
         self._base = values["base"]
 
     def _update(self, tensors: dict[str, Tensor], values: dict) -> Answer:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
@@ -71,9 +72,9 @@ class TeachableAssistant:
                     f"`learner_device` is {config.learner_device!r}, where the draft cannot be put ({error}); name a device of this machine, or leave it "
                     "out to learn where the draft is."
                 ) from error
-        if config.learn == "background":
-            return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
-        return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
+        student, alone = make_student(draft, trainable, config), config.learn != "background"
+        learner = Learner(student, self.buffer, self.serving.refresh, alone)
+        return learner if alone else BackgroundLearner(learner, busy=self._calls.any)
 
     def after_fork(self):
         """Continue learning in a forked child, or replace a learner that cannot by an [`Orphan`]."""
@@ -104,7 +105,7 @@ class TeachableAssistant:
         self._check_fixed(weights, served, self.serving.trainable)
         self.serving.refresh(weights)
         if self.learner is not None:
-            self.learner.take(weights)
+            self.learner.load_weights(weights)
 
     def _rebase(self, weights: dict[str, Tensor]):
         """Serve a plain model's weights, and continue learning from them in an adapter that begins anew."""
@@ -120,7 +121,7 @@ class TeachableAssistant:
         base = {name: weights[name] for name in base}
         # Learning first: what it learns meanwhile over the new weights, the old ones serve with for a moment.
         if self.learner is not None:
-            self.learner.take(adapter.weights(), base)
+            self.learner.load_weights(adapter.weights(), base)
         self.serving.rebase(base)
 
     def _check_fixed(self, weights: dict[str, Tensor], served: nn.Module, trainable: set[str]):

@@ -53,7 +53,7 @@ class Apart:
         self.facts["alone"] = [self.assistant.flush(), self.figures()]
         self.keep("alone")
         self.assistant.learner.transport.send("die")
-        self.facts["nobody"] = [self.assistant.flush(), self.serve(5), self.assistant.learner.due()]
+        self.facts["nobody"] = [self.assistant.flush(), self.serve(5), self.assistant.learner.is_due()]
         self.facts["over"] = self.assistant.stats.learning_over
         self.keep("nobody")
         self.assistant.close()

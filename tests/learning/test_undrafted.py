@@ -77,6 +77,6 @@ def test_one_that_fails_breaks_no_call(serving, request_, monkeypatch, caplog):
     monkeypatch.setattr("hf_osd.distill.scoring.judge", judge)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert score_undrafted(request_, record(request_), serving, policy) is request_
-    assert "could not be judged" in caplog.text
+    assert "could not be scored" in caplog.text
     assert not policy.told
     assert not serving._leases

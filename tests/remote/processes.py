@@ -136,7 +136,7 @@ def obedient(serving):
 
 def offer(learner, *requests):
     for request in requests:
-        learner.offer(request)
+        learner.add(request)
 
 
 def wait_for_death(learner):

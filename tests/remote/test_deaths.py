@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.learner import Learner
 from hf_osd.models.hot_swap import HotSwapDraft
@@ -82,7 +83,7 @@ def test_the_next_one_starts_after_more_requests_with_what_is_in_the_buffer(remo
     for deaths in (1, 2, 3):
         wait_for_death(made)
         assert offers_until_a_start() == INTERVAL * 2**deaths
-        assert made.figures()["learner_restarts"] == deaths
+        assert made.metrics()["learner_restarts"] == deaths
     assert made.processes[1].seen.get(timeout=LONG) == ("replay", 1 + 2 * INTERVAL - 1)
     wait_for_death(made)
     assert not made.update(wait=True), "and a flush starts none before its time"
@@ -109,7 +110,7 @@ def test_counts_go_on_over_deaths(remote, serving, make_feedback):
     for i in range(2 * INTERVAL):
         offer(made, make_feedback(seed=i))
     wait_for_death(made)
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["updates"], figures["learned_tokens"], figures["learner_restarts"]) == (10, 200, 1)
 
 
@@ -122,13 +123,14 @@ def test_one_that_dies_again_and_again_is_not_started_any_more_and_that_is_said_
             offer(made, make_feedback(seed=i % 7))
             if made.transport.pipe is not None:
                 wait_for_death(made)
-        assert (made.due(), made.update(wait=True)) == (False, False)
-    assert len(made.processes) == 1 + made.figures()["learner_restarts"] == 6
-    assert "5 that were started in its place" in made.figures()["learning_over"]
+        assert (made.is_due(), made.update(wait=True)) == (False, False)
+    assert len(made.processes) == 1 + made.metrics()["learner_restarts"] == 6
+    assert "5 that were started in its place" in made.metrics()["learning_over"]
     assert caplog.text.count("None is started any more: the draft serves as it is, and learns no more") == 1
     with pytest.raises(RuntimeError, match="None is started any more"):
         made.load_state({}, {})
-    Learner(serving.active, serving.trainable, FeedbackBuffer(), made.config, print).load_state(*made.state())
+    student = make_student(serving.active, serving.trainable, made.config)
+    Learner(student, FeedbackBuffer(), print).load_state(*made.state())
 
 
 def test_deaths_that_lie_a_thousand_requests_apart_end_nothing(remote, make_feedback):
@@ -137,8 +139,8 @@ def test_deaths_that_lie_a_thousand_requests_apart_end_nothing(remote, make_feed
         made.transport._requests = 1000  # as if so many had come since the last death
         offer(made, make_feedback())
         wait_for_death(made)
-    assert made.figures()["learner_restarts"] == 9
-    assert "learning_over" not in made.figures()
+    assert made.metrics()["learner_restarts"] == 9
+    assert "learning_over" not in made.metrics()
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -159,10 +161,10 @@ def test_the_state_of_a_dead_one_is_that_of_what_serves(remote, serving, make_fe
     assert "what is saved of learning is the draft that serves" in caplog.text
     served = []
     draft = serving.adapter.draft if adapter else tiny_llama(layers=1)
-    learner = Learner(draft, serving.trainable, FeedbackBuffer(), made.config, served.append)
+    learner = Learner(make_student(draft, serving.trainable, made.config), FeedbackBuffer(), served.append)
     learner.load_state(tensors, values)
     learner.serve()
-    assert learner.trainable == learnt.keys()
+    assert learner.student.trainable == learnt.keys()
     assert same(learnt, served[-1])
     assert (learner.updates, learner.learned_tokens) == (5, 100)
 
@@ -342,7 +344,7 @@ def test_where_none_can_be_started_calls_go_on_and_it_is_tried_again(
         offer(made, make_feedback(seed=i))
     assert len(made.processes) == 1
     assert made.update(wait=True)
-    assert made.figures()["learner_restarts"] == 1
+    assert made.metrics()["learner_restarts"] == 1
 
 
 @pytest.mark.parametrize("python", ["false", "no-such-python"])

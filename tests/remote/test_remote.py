@@ -38,13 +38,13 @@ def test_requests_are_sent_and_weights_that_come_back_serve(remote, serving, mak
     [process] = made.processes
     assert process.laid_out == sorted([BEGIN, BUSY, DRAFT])
     assert [process.seen.get() for _ in range(3)] == [("feedback", 1), ("feedback", 1), ("flush", 0)]
-    assert made.figures() == FIGURES
+    assert made.metrics() == FIGURES
     assert (len(made.buffer), made.buffer.new()) == (2, []), "kept for a process that has to be started anew"
 
 
 def test_nothing_is_started_before_there_is_something_to_learn(remote, serving):
     made = remote(obedient(serving))
-    assert (made.due(), made.update(wait=False), made.processes) == (False, False, [])
+    assert (made.is_due(), made.update(wait=False), made.processes) == (False, False, [])
 
 
 def test_its_state_is_asked_for_and_given_back(remote, serving):
@@ -65,9 +65,9 @@ def test_a_flush_sends_what_came_into_the_buffer_otherwise(remote, serving, make
     made = remote(obedient(serving))
     for i in range(3):
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
     assert made.update(wait=True)
-    assert (made.due(), made.buffer.new()) == (False, [])
+    assert (made.is_due(), made.buffer.new()) == (False, [])
     assert seen_by(made.processes[0], 2) == [("feedback", 3), ("flush", 0)]
     made.buffer.add(make_feedback(seed=3))
     assert not made.update(wait=False), "the process says when"
@@ -111,7 +111,7 @@ def test_a_forked_child_begins_with_a_process_of_its_own_and_leaves_its_parents_
             flushed = made.update(wait=True)
             seen = seen_by(made.processes[1], 3)
             made.close()
-            os.write(writing, repr((flushed, seen, serving.version, made.figures()["updates"])).encode())
+            os.write(writing, repr((flushed, seen, serving.version, made.metrics()["updates"])).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -141,7 +141,7 @@ def test_weights_from_elsewhere_are_sent_as_they_were(remote, serving):
     name = next(iter(serving.trainable))
     expected = weights[name].clone()
     made._connect().send("state", {"much": torch.zeros(10**6)})  # it is written some time later
-    made.take(weights)
+    made.load_weights(weights)
     weights[name].zero_()
     taken.get(timeout=LONG)
     sent = taken.get(timeout=LONG)
@@ -242,10 +242,10 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
     assert made.update(wait=True)
     learnt = weights_of(serving)
     assert not same(learnt, before)
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["updates"], figures["failed_updates"]) == (1, 0)
     tensors, state = made.state()
-    made.take({name: torch.zeros_like(p) for name, p in serving.active.named_parameters()})
+    made.load_weights({name: torch.zeros_like(p) for name, p in serving.active.named_parameters()})
     made.load_state(tensors, state)
     assert same(weights_of(serving), learnt), "what was saved serves again"
     assert serving.version == 2
@@ -264,7 +264,7 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
     os.kill(worker.pid, signal.SIGKILL)
     wait_for_death(made)
     assert same(weights_of(serving), learnt)
-    assert made.figures()["updates"] == 1
+    assert made.metrics()["updates"] == 1
     assert not made.update(wait=True)
     with pytest.raises(ChildProcessError):
         os.waitpid(worker.pid, 0)
@@ -315,7 +315,7 @@ def test_an_adapter_over_weights_that_are_gone_does_not_serve(lora_remote, lora_
     made = lora_remote(behave)
     offer(made, make_feedback())
     base = {"model.norm.weight": torch.full((32,), 2.0)}
-    made.take(lora_serving.adapter.weights(), base)
+    made.load_weights(lora_serving.adapter.weights(), base)
     assert read.wait(LONG)
     lora_serving.rebase(base)
     version = lora_serving.version
@@ -331,7 +331,7 @@ def test_the_process_takes_another_base_under_its_adapter(lora_serving, tmp_path
     lay_out(tmp_path, lora_serving)
     written = io.BytesIO()
     process = LearnerProcess(tmp_path, FrameWriter(written))
-    member = process.learner.ensemble.members[0]
+    member = process.learner.learner.student
     assert all(w.eq(0.5).all() for w in member.weights().values()), "as it has been learnt so far"
     base = {f"{name}.weight": torch.full_like(p.base_layer.weight, 0.25) for name, p in layers_of(adapter)}
     sent = {f"base.{name}": w for name, w in base.items()} | adapter.weights()

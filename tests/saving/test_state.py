@@ -67,8 +67,8 @@ def test_what_was_let_through_serves_again_and_learning_goes_on_from_what_was_no
     resumed.load_state(tmp_path)
     assert torch.equal(weights(resumed), weights(assistant))
     assert not torch.equal(weights(resumed), static)
-    for name, learnt in assistant.learner.ensemble.serving_weights().items():
-        assert torch.equal(learnt, resumed.learner.ensemble.serving_weights()[name])
+    for name, learnt in assistant.learner.student.serving_weights().items():
+        assert torch.equal(learnt, resumed.learner.student.serving_weights()[name])
     then, now = assistant.stats.to_dict(), resumed.stats.to_dict()
     for name in (
         "updates",
