@@ -1,4 +1,4 @@
-"""`hf-osd`: a thin console entry over the library."""
+"""Runs the library's console command, `hf-osd`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command and return its exit status."""
     from hf_osd import __version__
 
     parser = argparse.ArgumentParser(prog="hf-osd", description="Online speculative decoding for Hugging Face.")
     parser.add_argument("--version", action="version", version=f"hf_osd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="whether the installed transformers is one that hf_osd can work with")
+    commands.add_parser("check", help="check that hf_osd can work with the installed transformers")
     grow = commands.add_parser("grow", help="make a draft out of a target's own layers")
     grow.add_argument("target", help="path or Hub id of a causal LM")
     grow.add_argument("output", help="folder for the draft")
     grow.add_argument("--layers", default="0,1", help="layers of the target, comma-separated; default 0,1")
-    grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the output folder")
+    grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
@@ -30,20 +30,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check() -> int:
-    """Open the seam, which checks what it relies on."""
+    """Patch transformers and undo it again: the patch checks everything it relies on."""
     import torch
     import transformers
 
-    from hf_osd.generation import patch as seam
+    from hf_osd.generation import patch
 
-    seam.enable()
-    seam.disable()
+    patch.enable()
+    patch.disable()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}: hf_osd can work with these.")
     return 0
 
 
 def grow_to(target: str, output: str, layers: str, overwrite: bool = False) -> int:
-    """Save a draft grown from `target`, with its tokenizer, into a folder of its own."""
+    """Grow a draft from `target`, and save it with the target's tokenizer into the folder `output`.
+
+    Raises:
+        OSError: if the target cannot be read or the output not be written.
+        ValueError: if `layers` are no numbers or none of the target's, the output has a checkpoint already, or it would overwrite the target.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_osd.saving.drafts import drop_older, files_of_checkpoint, grow_draft

@@ -180,7 +180,7 @@ class Job:
         check_apart({"--output_dir": self.folder.path / DRAFT}, {"--draft's base": base})
         # For generate; empty if the draft has the target's own tokens.
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
-        self.mapping = VocabMapping.of_models(self.target, draft, **self.tokenizers)
+        self.mapping = VocabMapping.from_models(self.target, draft, **self.tokenizers)
         check_vocabularies(self.target, self.mapping)
         self.draft_tokenizer = self.tokenizers.get("assistant_tokenizer", self.tokenizer)
         self.log = processes.open_log(self.folder, self._identity(draft), args.resume)
@@ -220,7 +220,7 @@ class Job:
         seen, most = SeenTexts(), self.processes.serving.most(len(answers))
         for start in tqdm(range(0, most, config.update_interval), desc="warm-up", disable=not answers):
             for feedback in answers[start : start + config.update_interval]:
-                learner.offer(seen.only_new(feedback, config.prompt_positions))
+                learner.add(seen.only_new(feedback, config.prompt_positions))
             # A thread or process would otherwise begin late, with a single update of all answers, and no answers left to judge it by.
             self.assistant.update_together(force=config.learn in ("background", "process"))
         if most:
@@ -297,7 +297,7 @@ class Job:
         if plain is not None:
             plain_output, plain_seconds = plain
             source = prompt if self.target.config.is_encoder_decoder else None
-            verdict = compare_outputs(self.target, plain_output, output, source)
+            verdict = compare_outputs(self.target, plain_output, output, source, len(prompt))
             log.add_pair(domain.name, verdict, plain_seconds, decode_seconds)
 
     def _generate(self, prompt: Tensor, **kwargs) -> tuple[Tensor, float]:

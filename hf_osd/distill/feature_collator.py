@@ -97,9 +97,9 @@ class FeatureCollator:
         """The tokens of a request that teach, by their places in it, int64 `(r,)`; and their targets, in parts."""
         start = feedback.prompt_length
         taught = feedback.teaching_mask(self.positions, states=True).nonzero().squeeze(-1)
-        tokens, parts = [start + taught], [feedback.rows.at(taught)]
+        tokens, parts = [start + taught], [feedback.rows.select(taught)]
         if self.prompts and feedback.prompt_rows is not None:
             first = start - len(feedback.prompt_rows)
             known = feedback.predicted_from_states()[first:start].nonzero().squeeze(-1)
-            tokens, parts = [first + known, *tokens], [feedback.prompt_rows.at(known), *parts]
+            tokens, parts = [first + known, *tokens], [feedback.prompt_rows.select(known), *parts]
         return torch.cat(tokens), parts

@@ -1,4 +1,4 @@
-"""`score`: a draft's α on recorded feedback, teacher-forced: what learning is judged by."""
+"""`score`: measures a draft's α on recorded feedback, teacher-forced. Learning is judged by it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_osd.models.hot_swap import HotSwapDraft
 
 
-# Bytes of float32 logits that judging makes at once, unless one request has more.
+# Bytes of float32 logits that are made at once, unless one request has more.
 _LOGITS = 64 * 2**20
 
 
@@ -44,10 +44,10 @@ def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
 
 
 class Judged(NamedTuple):
-    """What a draft says of one request, teacher-forced: float32 `(N,)` each, NaN where a position has no target.
+    """Holds a draft's scores on one request, teacher-forced: float32 `(N,)` each, NaN where a position has no target.
 
     `overlap` is its expected acceptance, see [`score`]; `confidence` the probability of its likeliest token; `shared` Σ min(p, q) over the stored top k at
-    temperature 1, which says more of small differences than whether a token is right.
+    temperature 1, which shows smaller differences than whether a token is right.
     """
 
     overlap: Tensor
@@ -75,8 +75,8 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
 def judge(
     model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8, whole: bool = True
 ) -> list[Judged]:
-    """[`score`], and, if `whole`, what else there is to know of it; arguments as there. A greedy request's overlap takes the likeliest tokens alone, and
-    passes once over the logits of a vocabulary, where the rest takes five; without `whole` that is NaN."""
+    """Compute what [`score`] does, and, if `whole`, confidence and shared probability too; arguments as there. A greedy request's overlap takes the likeliest
+    tokens alone, and passes once over the logits of a vocabulary, where the rest takes five; without `whole` the rest is NaN."""
     judged: list[Judged | None] = [None] * len(feedback)
     order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
     collate, training, states = _collator(model), model.training, reads_states(model)
@@ -191,7 +191,7 @@ def _collator(model: PreTrainedModel) -> FeedbackCollator | FeatureCollator:
 
 
 def judge_served(serving: HotSwapDraft, feedback: Sequence[Feedback]) -> list[Judged]:
-    """[`judge`] of the draft that serves, which is leased meanwhile; not under the caller's autocast."""
+    """[`judge`] the draft that serves, which is leased meanwhile; not under the caller's autocast."""
     model = serving.lease()
     try:
         with learners_autocast(model.device.type, None):
@@ -203,7 +203,7 @@ def judge_served(serving: HotSwapDraft, feedback: Sequence[Feedback]) -> list[Ju
 def _batches(
     feedback: Sequence[Feedback], at: Sequence[int], size: int, model: PreTrainedModel
 ) -> Iterator[list[int]]:
-    """`at` in batches of up to `size`, of fewer where the logits of their requests would be too many."""
+    """Split `at` into batches of up to `size`, of fewer where the logits of their requests would be too many."""
     vocabulary, batch, rows = getattr(model.get_output_embeddings(), "out_features", 0), [], 0
     for request, i in zip(feedback, at, strict=True):
         if batch and (len(batch) == size or (rows + len(request)) * vocabulary * 4 > _LOGITS):
@@ -216,19 +216,19 @@ def _batches(
 
 
 def _spelled(feedback: Feedback) -> Tensor:
-    """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`VocabMapping`])."""
+    """Mask `(N,)` the target's tokens that are several of the draft's: it can predict their first part, and they are not proposed (see [`VocabMapping`])."""
     taught = feedback.teaching_mask("all")
     return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
 
 
 def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
+    """Make an autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
     the optimizer's steps, and the draft would be trained on weights it no longer has."""
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def learners_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype | None:
-    """bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
+    """Choose bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
     if config.learner_dtype == "bfloat16":
         return torch.bfloat16
     if config.learner_dtype == "float32" or draft.dtype == torch.float32:

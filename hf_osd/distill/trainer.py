@@ -57,7 +57,7 @@ class OnlineGKDTrainer(GKDTrainer):
         buffer (`FeedbackBuffer`): where `train()` takes its requests from.
         config (`OnlineConfig`, *optional*): divergence, positions, batch size, optimizer; its other fields do not matter here.
         learning_rate (`float`, *optional*): in place of the config's.
-        args (`GKDConfig`, *optional*): replaces what `config` says of the optimizer; see `training_args`.
+        args (`GKDConfig`, *optional*): replaces `config` for the optimizer; see `training_args`.
         autocast_dtype (`torch.dtype`, *optional*): run forward passes under autocast in it.
         callbacks (`list[TrainerCallback]`, *optional*): such as [`RefreshAssistantCallback`].
     """
@@ -108,13 +108,13 @@ class OnlineGKDTrainer(GKDTrainer):
             self.accelerator.free_memory = self._drop_prepared
 
     def create_accelerator_and_postprocess(self):
-        """Upstream's, and a launch config's settings set aside."""
+        """Make the accelerator as upstream does, and set a launch config's settings aside."""
         super().create_accelerator_and_postprocess()
         if not self._has_own_args:
             _set_launch_settings_aside(self.accelerator)
 
     def learn(self, requests: Sequence[Feedback]) -> float:
-        """One pass over `requests`; the mean loss a row."""
+        """Pass once over `requests`, and return the mean loss a row."""
         self._requests, self._losses, self.failure = requests, [], None
         try:
             with warnings.catch_warnings():
@@ -126,11 +126,11 @@ class OnlineGKDTrainer(GKDTrainer):
 
     @property
     def losses(self) -> tuple[float, int]:
-        """The loss of `learn` on this rank, as far as it has come: its sum, and over how many rows."""
+        """The loss of `learn` on this rank so far: its sum, and the number of rows."""
         return float(sum(total for total, _ in self._losses)), sum(rows for _, rows in self._losses)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of requests of like length, in random order; as many on each rank.
+        """Make batches of requests of like length, in random order; as many on each rank.
 
         Raises:
             ValueError: if there is nothing to learn from, on any rank.
@@ -152,7 +152,7 @@ class OnlineGKDTrainer(GKDTrainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Without what GKDTrainer adds: it draws from Python's random state, which may be a user's, whether to have the student answer."""
+        """Make a step as Trainer does. GKDTrainer would draw whether to let the student answer, from Python's random state, which may be a user's."""
         return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -162,7 +162,7 @@ class OnlineGKDTrainer(GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step, on all ranks.
+        """Compute the divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step, on all ranks.
 
         Where it fails on one of several ranks, out of memory say, that one goes on without rows, for the others wait for its gradients; whoever
         called `learn` finds the error in `failure`. Not with FSDP and DeepSpeed.
@@ -194,15 +194,15 @@ class OnlineGKDTrainer(GKDTrainer):
         return (loss, SimpleNamespace(logits=logits)) if return_outputs else loss
 
     def _nothing(self) -> Feedback:
-        """A request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
+        """Make a request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
         tokens = torch.zeros(2, dtype=torch.int32, device="cpu")
         nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
         rows = SparseLogits(tokens[:1, None], nothing[:, None], nothing)
         source = tokens if self.model.config.is_encoder_decoder else None
-        return replace(Feedback.of_target(tokens, 1, rows), source=source)
+        return replace(Feedback.from_target(tokens, 1, rows), source=source)
 
     def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
-        """The draft's logits `(R, C)`, and in which columns those of `top_ids` are, `(R, k)`: all V of them, or enough to estimate the loss."""
+        """Compute the draft's logits `(R, C)` for all V tokens, or for enough to estimate the loss, and the columns `(R, k)` of `top_ids` in them."""
         head = getattr(model, "module", model).get_output_embeddings()
         columns, samples = None, self.config.sampled_columns
         if samples is not None and not whole and isinstance(head, LossHead):
@@ -222,7 +222,7 @@ class OnlineGKDTrainer(GKDTrainer):
         return answer_logits(model, inputs)
 
     def _drop_prepared(self, *objects) -> list:
-        """`Accelerator.free_memory`, with which every `train()` begins, without what it costs an update: a full garbage collection (a
+        """Replace `Accelerator.free_memory`, with which every `train()` begins, without its cost to an update: a full garbage collection (a
         quarter of a second in a process that has imported trl) and an emptied device cache, which the next batch fills again."""
         for name in ("_schedulers", "_optimizers", "_models", "_dataloaders"):
             getattr(self.accelerator, name).clear()
@@ -230,7 +230,7 @@ class OnlineGKDTrainer(GKDTrainer):
         return list(objects)
 
     def scale_rate(self, factor: float):
-        """Learn at so many times the rate from now on; the optimizer's moments and the warm-up stay."""
+        """Multiply the learning rate; the optimizer's moments and the warm-up stay."""
         self.args.learning_rate *= factor
         for group in self.optimizer.param_groups if self.optimizer is not None else []:
             group["lr"] *= factor
@@ -239,7 +239,7 @@ class OnlineGKDTrainer(GKDTrainer):
             self.lr_scheduler.base_lrs = [rate * factor for rate in self.lr_scheduler.base_lrs]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """One warm-up, and then a rate that is constant or falls with the root of the steps. Made once: upstream would begin anew at every update."""
+        """Make the schedule once, where upstream would begin anew at every update: one warm-up, then a rate that is constant or falls with the root of the steps."""
         if self.lr_scheduler is None:
             decay = self.config.decay_steps
             self.lr_scheduler = get_scheduler(
@@ -310,8 +310,10 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
 
 
 def _set_launch_settings_aside(accelerator: Accelerator):
-    """What a launch config, or an Accelerator of the user's own, says of compilation and mixed precision is of their training, and stays with it. Compiled anew
-    for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it."""
+    """Ignore compilation and mixed precision of a launch config, or of a user's own Accelerator: they are meant for the user's training, and stay with it.
+
+    Compiled anew for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it.
+    """
     state, aside = accelerator.state, {}
     if state.dynamo_plugin is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
         aside["dynamo_backend"] = state.dynamo_plugin.backend.value.lower()

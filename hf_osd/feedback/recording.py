@@ -1,5 +1,5 @@
-"""`record_answers`: the target's own answers to prompts, generated in batches and kept as [`Feedback`]. For prompts that are to be held
-back, for warming a draft up, and for rehearsal. Nothing is drafted."""
+"""`record_answers` has the target answer prompts in batches, without drafts, and keeps the answers as [`Feedback`]: for held-out prompts, for warming up a
+draft, and for rehearsal."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Prompt tokens a batch, padding included: a few long prompts would otherwise make a batch of dozens take minutes, and gigabytes.
+# Prompt tokens in a batch, padding included: otherwise a few long prompts would make a batch of dozens take minutes, and gigabytes.
 _BATCH_TOKENS = 8192
 # Of a prompt, positions whose states are kept at least: what a draft reads before the answer, whether it teaches or not.
 _CONTEXT = 256
 
 
-class _RawRows:
-    """While open, keeps top k and tail of the logits `(B, V)` that each forward of `target` ends with: of the model's own
-    distribution, before the logits processors that its generation settings may ask for."""
+class _RawLogits:
+    """While open, keeps top k and tail of the last logits `(B, V)` of each forward of `target`: the model's own distribution, before the logits processors
+    of its generation settings."""
 
     def __init__(
         self,
@@ -41,19 +41,19 @@ class _RawRows:
         prefill: PromptStates | None = None,
     ):
         self.top_k, self.dtype, self._translation, self._prefill = top_k, dtype, translation, prefill
-        self.steps: list[SparseLogits] = []  # a row a request
+        self.steps: list[SparseLogits] = []  # one a forward, with a row for each request
         self._thread = threading.get_ident()  # the target may serve others meanwhile
         self._handle = target.register_forward_hook(self._keep)
 
     def _keep(self, target, inputs, output):
         if threading.get_ident() == self._thread:
             if self._prefill is not None and not self.steps:
-                self._prefill.settle(0, output.logits[0, -1])
+                self._prefill.finish_prefill(0, output.logits[0, -1])
             logits = output.logits[:, -1].float()
             columns = self._translation.shared_columns(logits.device)
             self.steps.append(SparseLogits.from_logits(logits, self.top_k, self.dtype, columns).cpu())
 
-    def __enter__(self) -> _RawRows:
+    def __enter__(self) -> _RawLogits:
         return self
 
     def __exit__(self, *exception):
@@ -114,27 +114,28 @@ def record_answers(
     translation: VocabMapping | None = None,
     states_of: Sequence[int] | None = None,
 ) -> list[Feedback]:
-    """Answers of `target` to `prompts`, greedy ones if not said otherwise, in their order.
+    """Have `target` answer `prompts`, by greedy decoding unless a temperature is given, and return the answers as feedback, in order.
 
     Args:
-        target (`PreTrainedModel`): a causal LM, or an encoder-decoder, whose encoder reads the prompts.
+        target (`PreTrainedModel`): a causal LM, or an encoder-decoder, whose encoder then reads the prompts.
         prompts (`Sequence[Tensor]`): token ids, int64 `(L,)` each.
-        max_new_tokens (`int`): the longest answer; an answer ends with its first end-of-sequence token.
-        batch_size (`int`): prompts a `generate` call, at most; long prompts come in smaller batches.
-        top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
-        prompt_positions (`int`): of each prompt, its last ones, that teach as well, at most; none where the draft has another tokenizer, or an encoder reads
-            the prompts.
-        on_batch (`Callable[[int], None]`, *optional*): told after each batch how many prompts it had, for a progress bar.
-        temperature (`float`): above 0, answers are sampled at it, from all tokens, with the process's random numbers. What is kept of the target is its
-            distribution at temperature 1 either way.
-        translation (`VocabMapping`, *optional*): to the draft's vocabulary, where that is not the target's: see [`VocabMapping.of_models`]. What is kept is then
-            in the draft's ids, as a generate call keeps it: a token of the target may be several of them, of which the first one teaches.
+        max_new_tokens (`int`): length of the longest answer; an answer ends with its first end-of-sequence token.
+        batch_size (`int`): largest number of prompts in a `generate` call; long prompts come in smaller batches.
+        top_k (`int`): how many of the target's largest log-probs are kept at each position.
+        dtype (`torch.dtype`): dtype of these log-probs.
+        prompt_positions (`int`): largest number of prompt positions, counted from the prompt's end, whose distributions are kept as `prompt_rows`; always 0
+            where the draft has another tokenizer, or an encoder reads the prompts.
+        on_batch (`Callable[[int], None]`, *optional*): called after each batch with its number of prompts, for a progress bar.
+        temperature (`float`): 0 for greedy answers; above 0, answers are sampled at it, from all tokens, with the process's random numbers. The distributions
+            kept are the target's at temperature 1 in both cases.
+        translation (`VocabMapping`, *optional*): maps to the draft's vocabulary, where it differs from the target's: see [`VocabMapping.from_models`]. Feedback
+            then has the draft's ids, as in a generate call: one token of the target may become several, of which the first has the target distribution.
         states_of (`Sequence[int]`, *optional*): the target's layers whose hidden states are kept as well, for a feature-level draft to learn from: its
             `config.aux_layers`, counted as in `output_hidden_states`, 0 being the embeddings. Of a prompt those of its last positions, as many as teach and 256 at
             least. They cost no forward.
 
     Returns:
-        `list[Feedback]`: without drafts; all tokens of the answers teach.
+        `list[Feedback]`: one a prompt, without drafts; all tokens of the answers can be learnt.
 
     Raises:
         ValueError: if `target` is an encoder-decoder and the draft's vocabulary another, or `temperature` is negative or not finite; with `states_of`, if the
@@ -142,11 +143,11 @@ def record_answers(
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(
-            f"`temperature` is {temperature!r}; give 0 for greedy answers, or a number above, such as 0.7."
+            f"`temperature` is {temperature!r}; give 0 for greedy answers, or a number above 0, such as 0.7."
         )
     if translation is None:
         size = target.config.get_text_config().vocab_size
-        translation = VocabMapping.of_sizes(size, size)
+        translation = VocabMapping.from_sizes(size, size)
     check_vocabularies(target, translation)
     encodes = target.config.is_encoder_decoder
     if states_of is not None:
@@ -169,14 +170,16 @@ def record_answers(
         input_ids = torch.full((len(chosen), longest), pad, dtype=torch.long, device="cpu")
         mask = torch.zeros_like(input_ids)
         for row, i in enumerate(chosen):
-            # Answers go on where a decoder's prompts end; an encoder counts positions from its first column.
+            # A decoder continues where its prompts end; an encoder counts positions from its first column.
             columns = slice(0, len(prompts[i])) if encodes else slice(longest - len(prompts[i]), longest)
             input_ids[row, columns] = prompts[i]
             mask[row, columns] = 1
-        prefill = PromptStates(target, prompt_positions) if prompt_positions and PromptStates.offers(target) else None
+        prefill = (
+            PromptStates(target, prompt_positions) if prompt_positions and PromptStates.can_capture(target) else None
+        )
         states = None if states_of is None else _States(target, states_of, max(prompt_positions, _CONTEXT) + 2)
         with (
-            _RawRows(target, top_k, dtype, translation, prefill) as raw,
+            _RawLogits(target, top_k, dtype, translation, prefill) as raw,
             contiguous_head(target),
             states or nullcontext(),
         ):
@@ -187,27 +190,22 @@ def record_answers(
                 pad_token_id=pad,
                 **how,
             ).cpu()
-        begin = sequences.shape[1] - len(raw.steps)  # each step gave a token
+        begin = sequences.shape[1] - len(raw.steps)  # each step generated a token
         for row, i in enumerate(chosen):
             answer = sequences[row, begin:]
             end = torch.isin(answer, ends).nonzero()
             n = int(end[0]) + 1 if len(end) else len(answer)
-            rows = SparseLogits(
-                *(
-                    torch.stack([getattr(s, f)[row] for s in raw.steps[:n]])
-                    for f in ("top_ids", "top_logps", "tail_logp")
-                )
-            )
+            rows = SparseLogits.cat([step.select([row]) for step in raw.steps[:n]])
             source = prompts[i].cpu() if encodes else None
-            prompt, of_prompt = sequences[row, :begin] if encodes else prompts[i].cpu(), None
-            if prefill is not None:  # its first token follows nothing
-                of_prompt = prefill.rows(len(prompt) - 1, top_k, dtype, row, translation.shared_columns)
-            prompt, pieces = translation.prompt(prompt), translation.tokens(answer[:n].tolist())
-            answers[i] = Feedback.of_target(
+            prompt, prompt_rows = sequences[row, :begin] if encodes else prompts[i].cpu(), None
+            if prefill is not None:  # the first token follows nothing
+                prompt_rows = prefill.rows(len(prompt) - 1, top_k, dtype, row, translation.shared_columns)
+            prompt, pieces = translation.to_draft_prompt(prompt), translation.to_draft_ids(answer[:n].tolist())
+            answers[i] = Feedback.from_target(
                 torch.cat([prompt, torch.tensor([token for piece in pieces for token in piece], device="cpu")]),
                 len(prompt),
-                translation.rows(rows, pieces),
-                prompt_rows=of_prompt,
+                translation.to_draft_rows(rows, pieces),
+                prompt_rows=prompt_rows,
                 sampled=temperature > 0,
                 source=source,
                 states=None if states is None else states.of_row(row, len(prompt), n),
@@ -232,7 +230,7 @@ def _check_layers(target: PreTrainedModel, layers: Sequence[int], translation: V
 
 
 def _batches(order: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
-    """`order`, which is by ascending length, in parts of at most `size` prompts and `_BATCH_TOKENS` tokens, or of one prompt."""
+    """Split `order`, sorted by ascending length, into batches of at most `size` prompts and `_BATCH_TOKENS` tokens, or of one longer prompt."""
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) == size or lengths[i] * (len(batch) + 1) > _BATCH_TOKENS):

@@ -1,4 +1,4 @@
-"""What hf_osd serves, and what it refuses: every refusal names the thing, its value and the mend, before anything has run."""
+"""Drafts and calls that cannot be served are refused here, before anything has run, by an error that names the thing, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_draft(draft):
-    """Whether `draft` can draft at all: a `ValueError` if not."""
+    """Raises a `ValueError` if `draft` cannot draft for any target."""
     config = getattr(draft, "config", None)
     if not isinstance(draft, nn.Module) or config is None:
         raise ValueError(
@@ -36,7 +36,7 @@ def check_draft(draft):
 
 
 def check_call(request: GenerateRequest, draft: PreTrainedModel):
-    """Whether `draft` can assist this generate call: a `ValueError` if not."""
+    """Raises a `ValueError` if `draft` cannot assist this generate call."""
     target, input_ids, inputs_tensor = request.target, request.input_ids, request.inputs_tensor
     if input_ids.shape[0] != 1:
         raise ValueError(

@@ -128,7 +128,9 @@ def lookahead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
     traces = predictions_of(work.draft, answers)
     most, c, slope = config.num_assistant_tokens, config.draft_cost, config.verify_cost
     if c is None:
-        bare = BareForwards(work.target, work.draft, answers[0].tokens.long(), DraftHead.of(work.draft, config))
+        bare = BareForwards(
+            work.target, work.draft, answers[0].tokens.long(), DraftHead.from_config(work.draft, config)
+        )
         c, slope = costs_of(bare, most)
     found = {"costs": {"c": c, "verify_cost": slope, "measured": config.draft_cost is None}}
     found |= {"alpha": statistics.mean(hit for trace in traces for hit in trace.hits)}

@@ -219,7 +219,10 @@ class Contest:
         if plain is None or self.args.sample:
             return {"identical_share": None, "near_ties": None, "mismatches": None}
         pairs = zip(plain.calls, run.calls, strict=True)
-        verdicts = [compare_outputs(self.work.target, one.output, other.output) for one, other in pairs]
+        verdicts = [
+            compare_outputs(self.work.target, one.output, other.output, prompt_length=len(one.output) - one.new)
+            for one, other in pairs
+        ]
         return {
             "identical_share": verdicts.count("identical") / len(verdicts),
             "near_ties": verdicts.count("near_tie"),

@@ -91,10 +91,9 @@ class Overhead:
         """Compare the learner's updates with the bare forward, backward and optimizer step of the same batches, in turn."""
         assistant = OnlineAssistant(self.draft, self.config)
         learner = assistant.learner
-        ensemble = learner.ensemble
-        # Copied before the trainer patches forward: a later copy would run the original's weights.
-        bare = copy.deepcopy(ensemble.members[0].module)
-        trainer = ensemble.members[0].trainer
+        # Before the trainer patches forward: a later copy would run the original's weights.
+        bare = copy.deepcopy(learner.student.module)
+        trainer = learner.student.trainer
         feedback = self.answers[: self.interval]
         replayed = round(self.config.replay_ratio * len(feedback))
         optimizer = torch.optim.AdamW(
@@ -130,7 +129,9 @@ class Overhead:
             "whole_head_seconds_over_bare": spread(whole_head),
             "tokens_an_update": tokens,
             "failed_updates": learner.failed,
-            "learner_dtype": "float32" if ensemble.autocast_dtype is None else str(ensemble.autocast_dtype),
+            "learner_dtype": "float32"
+            if learner.student.autocast_dtype is None
+            else str(learner.student.autocast_dtype),
         }
 
     @torch.no_grad()
@@ -232,7 +233,7 @@ class Overhead:
 
     def _head(self, name: str, seen: list[Feedback]) -> DraftHead | None:
         """Make the head of an assistant that has served `seen`; `None` stands for the draft's own."""
-        head = DraftHead.of(self.draft, OnlineConfig.from_dict({**self.config.to_dict(), "draft_head": name}))
+        head = DraftHead.from_config(self.draft, OnlineConfig.from_dict({**self.config.to_dict(), "draft_head": name}))
         if head is None:
             return None
         for answer in seen:

@@ -80,9 +80,9 @@ class Driven:
         reach = 1.0
         for j in range(length):
             reach *= policy.confidence.acceptance(policy.confidence.bin(answer.confidence[at + j]))
-            if not policy.worth_token(j, reach):
+            if not policy.should_keep(j, reach):
                 return j, j + 1
-            if j + 1 < length and not policy.worth_step(j + 1, reach):
+            if j + 1 < length and not policy.should_step(j + 1, reach):
                 return j + 1, j + 1
         return length, length
 

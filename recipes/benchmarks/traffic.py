@@ -3,7 +3,7 @@
     python -m recipes.benchmarks.traffic --threads 2 --seed 0
 
 All figures of docs/scale.md come from here. A few requests are served in one process, so that their feedback has drafts in it, and packed in frames as
-hf_osd.remote.roles sends them. Nothing is sent: bytes are those of the frames, without what a network adds.
+hf_osd.remote.channel sends them. Nothing is sent: bytes are those of the frames, without what a network adds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import unpack
+from hf_osd.remote.channel import feedback_frame
 from hf_osd.remote.frames import from_bytes, to_bytes
-from hf_osd.remote.roles import feedback_frame
 from hf_osd.system.bounds import number, option, switch, whole
 from hf_osd.system.strict_json import write_json
 from recipes.common.command import run_command

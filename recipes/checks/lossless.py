@@ -123,7 +123,7 @@ class Job:
             assisted = self._answer(prompt, assistant_model=assistant, **self.tokenizers)
             if plain is None:
                 plain = self._answer(prompt)
-            verdict = compare_outputs(self.target, plain, assisted)
+            verdict = compare_outputs(self.target, plain, assisted, prompt_length=len(prompt))
             found = {"id": request["id"], "verdict": verdict}
             if verdict != "identical":
                 found |= first_difference(self.target, plain, assisted, len(prompt))
@@ -211,7 +211,7 @@ def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int
     """Find where two outputs differ first, and the difference of the two candidates' logits there.
 
     Returns:
-        `dict`: `differs_at`, an index among the new tokens; `logit_difference` by a fresh forward, on which the verdict is based; and
+        `dict`: `differs_at`, an index among the new tokens; `logit_difference` by a fresh forward in the target's dtype; and
         `plain_logit_difference` in plain decoding itself.
     """
     shared = min(len(plain), len(assisted))

@@ -105,7 +105,7 @@ def in_threads(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
             n = (caller * args.calls + i) % len(prompts)
             try:
                 output = target.generate(prompts[n], assistant_model=assistant, **asked)
-                verdicts[compare_outputs(target, plain[n], output)] += 1
+                verdicts[compare_outputs(target, plain[n], output, prompt_length=prompts[n].shape[1])] += 1
             except Exception as error:  # errors are counted
                 errors[f"{type(error).__name__}: {error}"] += 1
 

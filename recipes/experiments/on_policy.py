@@ -184,7 +184,7 @@ def _recorded(target, texts: list[tuple[Tensor, int]], top_k: int) -> list[Feedb
         logits = target(input_ids=ids.to(target.device), use_cache=False, logits_to_keep=keep).logits.float()
     first = longest - keep
     return [
-        Feedback.of_target(
+        Feedback.from_target(
             text, given, SparseLogits.from_logits(logits[i, given - 1 - first : len(text) - 1 - first], top_k).cpu()
         )
         for i, (text, given) in enumerate(texts)

@@ -93,7 +93,7 @@ def record(args: RecordArguments, config: OnlineConfig):
     translation, vocabulary = None, {}
     if args.draft:
         draft = load_draft(args.draft, target, any_vocabulary=True)
-        translation = VocabMapping.of_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
+        translation = VocabMapping.from_models(target, draft, **draft_tokenizers(args.draft, draft, target, tokenizer))
         if not translation.is_identity:
             vocabulary = {"draft": args.draft, "draft_size": str(translation.draft_size)}
     layers = state_layers(args.states, target)

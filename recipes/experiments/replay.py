@@ -222,8 +222,8 @@ class Experiment:
             "prequential": prequential,
             **learning_of(assistant, began),
             "peak_rss_mb": [round(peak), round(peak_rss_mb())],
-            "shares": [round(share, 4) for share in assistant.learner.ensemble.shares],
-            "losses": [round(loss, 4) for loss in assistant.learner.ensemble.losses],
+            "shares": [round(share, 4) for share in assistant.learner.student.shares],
+            "losses": [round(loss, 4) for loss in assistant.learner.student.losses],
         }
 
     def _check_states(self, draft: PreTrainedModel, name: str):

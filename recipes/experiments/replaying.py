@@ -66,7 +66,7 @@ def replay(
         for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
             served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
             served = known.only_new(served, config.prompt_positions)
-            assistant.learner.offer(served)
+            assistant.learner.add(served)
             if again is not None:
                 for other in again[at]:
                     assistant.learner.rehearse(_kept(assistant, other))

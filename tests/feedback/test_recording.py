@@ -253,7 +253,7 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
 
 def test_a_draft_of_another_vocabulary_for_an_encoder_decoder_is_refused(prompts):
     with pytest.raises(ValueError, match=r"encoder-decoder of 64 tokens and the draft has 72"):
-        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.of_sizes(64, 72))
+        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.from_sizes(64, 72))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -312,6 +312,6 @@ def test_states_that_there_are_not_are_refused(tiny_llama, prompts):
         with pytest.raises(ValueError, match=r"0 \(its embeddings\) to 3"):
             record_answers(target, prompts, max_new_tokens=2, states_of=layers)
     with pytest.raises(ValueError, match="leave it out"):
-        record_answers(target, prompts, 2, states_of=[1], translation=VocabMapping.of_sizes(64, 60))
+        record_answers(target, prompts, 2, states_of=[1], translation=VocabMapping.from_sizes(64, 60))
     with pytest.raises(ValueError, match="leave it out"):
         record_answers(encoder_decoder("t5"), prompts, 2, states_of=[1])

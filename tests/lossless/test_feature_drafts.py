@@ -8,7 +8,6 @@ from hf_osd.drafting.feature_context import FeatureContext
 
 from .checks import assistant_of, check_sampling, forwards_of, unpadded
 from .feature_drafts import check_drafted, fitted, states_of
-from .models import one_layer
 
 DECODERS = ["Llama", "Qwen2", "Qwen3", "Gemma3", "Mistral", "GPT2", "Phi", "Mixtral", "Qwen2Moe"]
 PROMPTS = torch.randint(3, 60, (3, 1, 6), generator=torch.Generator().manual_seed(0))
@@ -45,7 +44,9 @@ def test_what_is_kept_are_the_states_of_a_fresh_forward(tiny_model, serve_as_pla
 def test_a_long_prompt_keeps_the_states_of_its_last_tokens(tiny_model, serve_as_plain):
     target = tiny_model("Llama", layers=4)
     prompt = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(1))
-    served = serve_as_plain(target, fitted(target, PROMPTS[:1]), [prompt], {"suffix_cache": False, "prompt_positions": 8})
+    served = serve_as_plain(
+        target, fitted(target, PROMPTS[:1]), [prompt], {"suffix_cache": False, "prompt_positions": 8}
+    )
     [feedback] = served.feedback
     assert feedback.states.start == 40 - 8 - 2
     fresh = states_of(target, feedback.tokens[None].long(), served.assistant.serving.active.config.aux_layers)[0]
@@ -58,7 +59,12 @@ def test_there_is_no_forward_of_the_target_more(tiny_model):
     assistant = assistant_of(fitted(target, PROMPTS[:1]), verify_target=False, **GAMMA)
     with forwards_of(target) as seen:
         target.generate(
-            PROMPTS[0], assistant_model=assistant, max_new_tokens=24, do_sample=False, pad_token_id=0, **unpadded(PROMPTS[0])
+            PROMPTS[0],
+            assistant_model=assistant,
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=0,
+            **unpadded(PROMPTS[0]),
         )
     total = assistant.stats.total
     assert total.accepted > 0
@@ -88,7 +94,9 @@ def test_padding_before_a_prompt_is_nothing_to_the_draft(tiny_model, serve_as_pl
     draft = fitted(target, PROMPTS[:2])
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPTS[0]], dim=-1)
     plain = serve_as_plain(target, draft, [PROMPTS[0]], {"suffix_cache": False, **GAMMA})
-    served = serve_as_plain(target, draft, [padded], {"suffix_cache": False, **GAMMA}, attention_mask=(padded != 0).long())
+    served = serve_as_plain(
+        target, draft, [padded], {"suffix_cache": False, **GAMMA}, attention_mask=(padded != 0).long()
+    )
     assert served.feedback[0].drafted.tolist() == plain.feedback[0].drafted.tolist()
     torch.testing.assert_close(served.feedback[0].states.dense(), plain.feedback[0].states.dense(), atol=2e-2, rtol=0)
 
@@ -207,7 +215,9 @@ def the_prompts_last_state_is_left_out(monkeypatch):
     def add_states(self, hidden_states, count, read=None):
         if read is not None:
             lost = len(read) - 1
-            hidden_states = [None if h is None else h.clone().index_fill_(1, torch.tensor([lost]), 0.0) for h in hidden_states]
+            hidden_states = [
+                None if h is None else h.clone().index_fill_(1, torch.tensor([lost]), 0.0) for h in hidden_states
+            ]
         return original(self, hidden_states, count, read)
 
     monkeypatch.setattr(FeatureContext, "add_states", add_states)

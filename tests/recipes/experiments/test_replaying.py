@@ -59,8 +59,8 @@ def test_replayed_alpha_is_live_alpha_request_by_request(target, trace, config):
     draft, config = grow_draft(target), learning(**config)
     live, again = OnlineAssistant(draft, config), OnlineAssistant(draft, config)
     seen = []
-    taken = live.learner.offer
-    live.learner.offer = lambda feedback: (seen.append(feedback), taken(feedback))
+    taken = live.learner.add
+    live.learner.add = lambda feedback: (seen.append(feedback), taken(feedback))
     for prompt in PROMPTS:
         target.generate(prompt[None], assistant_model=live, max_new_tokens=LONGEST, do_sample=False)
         live.update()

@@ -1,7 +1,7 @@
-"""`own_draft`: the copy of a given draft that an assistant keeps: out of what was wrapped round it, with all of its weights, and tried before it is trusted.
+"""`clean_copy` makes the copy of a given draft that an assistant keeps: without wrappers and patches, and with all of its weights.
 
-torch.compile, accelerate and trl put wrappers and patched `forward`s round a model. A copy of such a model runs the weights of the one it was copied
-from, and would learn nothing for ever without a word.
+torch.compile, accelerate and trl put wrappers and patched `forward`s around a model. A plain copy of such a model would still run the weights of the original,
+and so silently never learn.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.models.copies import copy_draft
-from hf_osd.models.plain import has_adapter, say_ties
+from hf_osd.models.plain import has_adapter, record_ties
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Whose patches of `forward` compute what the class's own does: they compile it, cast, move tensors, or add a loss.
+# Packages whose patches of `forward` compute the same as the class's own: they compile it, cast, move tensors, or add a loss.
 _PATCHERS = ("torch", "accelerate", "trl", "transformers", "peft")
-# What accelerate puts into an instance beside `forward`.
+# Attributes that accelerate puts into an instance besides `forward`.
 _HOOKED = ("_hf_hook", "_old_forward", "_original_forward", "hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "musa")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile(model)`, DataParallel, DistributedDataParallel and other wrappers of one `module`, however often. Sharded ones
-    stay, and are refused as drafts."""
+    """Return the model inside `torch.compile(model)`, DataParallel, DistributedDataParallel and other wrappers of one `module`, nested ones included. Sharded
+    models stay wrapped; they are refused as drafts."""
     while not hasattr(type(model), "get_output_embeddings") and not _shards(model):
         if list(model._modules) not in (["_orig_mod"], ["module"]):
             break
@@ -35,55 +35,55 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def own_draft(draft: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `draft` that runs its own weights alone; frozen ones are shared, see [`copy_draft`]. `draft`, which is unwrapped, stays as it is.
+def clean_copy(draft: PreTrainedModel) -> PreTrainedModel:
+    """Copy `draft` so that the copy runs its own weights alone; frozen ones are shared, see [`copy_draft`]. `draft` must be unwrapped, and stays as it is.
 
     Raises:
-        ValueError: if weights are not there (on the meta device, sharded), or a `forward` is patched in a way that cannot be undone.
+        ValueError: if weights are missing (on the meta device, or sharded).
     """
     _check_whole(draft)
-    own = copy_draft(draft)
-    for name, module in list(own.named_modules()):
+    made = copy_draft(draft)
+    for name, module in list(made.named_modules()):
         if "_orig_mod" in module._modules:
             parent, _, child = name.rpartition(".")
-            setattr(own.get_submodule(parent), child, unwrapped(module))
-    loaded = [(module, name) for module in own.modules() for name, _ in _offloaded(module)]
+            setattr(made.get_submodule(parent), child, unwrapped(module))
+    loaded = [(module, name) for module in made.modules() for name, _ in _offloaded(module)]
     for module, name in loaded:
         _load(module, name)
     if loaded:
-        own.tie_weights()
-    hooked = any("_hf_hook" in vars(module) for module in own.modules())
-    for module in own.modules():
+        made.tie_weights()
+    hooked = any("_hf_hook" in vars(module) for module in made.modules())
+    for module in made.modules():
         _unpatch(module)
-    lacking = [name for name, tensor in (*own.named_parameters(), *own.named_buffers()) if tensor.is_meta]
+    lacking = [name for name, tensor in (*made.named_parameters(), *made.named_buffers()) if tensor.is_meta]
     if lacking:
         raise ValueError(
             f"`draft` has no values for {lacking[0]!r} (it is on the meta device, as {len(lacking)} of its tensors are). Load it whole, with "
             "from_pretrained(...) without device_map, or give its weights values."
         )
-    devices = {tensor.device for tensor in (*own.parameters(), *own.buffers())}
+    devices = {tensor.device for tensor in (*made.parameters(), *made.buffers())}
     if hooked and len(devices) > 1:
-        own.to(own.get_input_embeddings().weight.device)  # what moved tensors between them is gone
-    if not has_adapter(own):
-        say_ties(own)
-    for config in (own.config, own.config.get_text_config(decoder=True)):
+        made.to(made.get_input_embeddings().weight.device)  # the hooks that moved tensors between devices are gone
+    if not has_adapter(made):
+        record_ties(made)
+    for config in (made.config, made.config.get_text_config(decoder=True)):
         if getattr(config, "output_router_logits", False):
-            config.output_router_logits = False  # nobody reads them, and layers without a router have none
-    return own
+            config.output_router_logits = False  # nothing reads them, and layers without a router have none
+    return made
 
 
 def real_tensor(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a model, by name, with its values: where accelerate has offloaded it, what it keeps of it.
+    """Return a parameter or buffer of a model by name, with its values: where accelerate has offloaded it, the tensor that it keeps.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it has no values.
     """
     owner, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(owner), leaf)
     if not tensor.is_meta:
         return tensor
     parts = name.split(".")
-    for i in reversed(range(len(parts))):  # of the module itself, or of one that it is in
+    for i in reversed(range(len(parts))):  # the hook of the module itself, or of one around it
         key = ".".join(parts[i:])
         for found, kept in _offloaded(model.get_submodule(".".join(parts[:i]))):
             if found == key:
@@ -94,7 +94,7 @@ def real_tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate brings them."""
+    """Return the device on which a module computes: that of its weights, or the one to which accelerate moves them."""
     hook = vars(module).get("_hf_hook")
     for one in getattr(hook, "hooks", [hook]):
         if getattr(one, "execution_device", None) is not None:
@@ -103,11 +103,12 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def _shards(module: nn.Module) -> bool:
+    """Tell whether it is a module of FSDP."""
     return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
 
 
 def _check_whole(draft: nn.Module):
-    """See that weights are not spread over processes."""
+    """Raise `ValueError` if weights are sharded over processes."""
     sharded = any(_shards(module) for module in draft.modules())
     if sharded or any(hasattr(p, "ds_id") and not p.numel() for p in draft.parameters()):
         raise ValueError(
@@ -117,7 +118,7 @@ def _check_whole(draft: nn.Module):
 
 
 def _unpatch(module: nn.Module):
-    """Have a copied module run its class's forward, or somebody's patch of it that does something else, which the trial judges."""
+    """Undo patches of a copied module's `forward` that compute the same. A patch that computes something else stays, and is tested by `try_draft`."""
     forward = patched = vars(module).get("forward")
     while forward is not None and getattr(forward, "__func__", forward) is not type(module).forward:
         patched, forward = forward, _inside(module, forward)
@@ -129,11 +130,11 @@ def _unpatch(module: nn.Module):
 
 
 def _inside(module: nn.Module, forward):
-    """What is called by a patch that computes the same; `None` if it is none of those."""
+    """Return the function that a patch wraps, if the patch computes the same; else `None`."""
     if vars(module).get("_hf_hook") is not None and getattr(forward, "args", ())[:1] == (module,):
         return module._old_forward  # accelerate's hooks
     function = getattr(forward, "__func__", forward)
-    # By where it is written: functools.wraps makes all else look like what is wrapped.
+    # We go by the defining module: functools.wraps copies everything else from the wrapped function.
     written = getattr(function, "__globals__", {"__name__": type(function).__module__})["__name__"]
     if written.split(".")[0] not in _PATCHERS:
         return None
@@ -141,7 +142,7 @@ def _inside(module: nn.Module, forward):
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Names of tensors that accelerate keeps elsewhere for a module, and where it does."""
+    """Yield names of a module's tensors that accelerate has offloaded, with the mapping that holds each."""
     hook = vars(module).get("_hf_hook")
     for one in getattr(hook, "hooks", [hook]):
         if getattr(one, "offload", False) and one.weights_map is not None:
@@ -152,7 +153,7 @@ def _offloaded(module: nn.Module) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
 
 
 def _load(module: nn.Module, name: str):
-    """Have a copied module hold an offloaded tensor where it computes."""
+    """Load an offloaded tensor of a copied module onto the device on which it computes."""
     owner, _, leaf = name.rpartition(".")
     old = getattr(module.get_submodule(owner), leaf)
     with torch.inference_mode(False), torch.no_grad():
