@@ -91,8 +91,8 @@ def _cut_states(states: TargetStates, begin: int, end: int) -> TargetStates | No
     return states.select(positions[there]).moved(int(there[0])) if len(there) else None
 
 
-def what_is_read(requests: Sequence[Feedback], config: OnlineConfig, generator: torch.Generator) -> list[Feedback]:
-    """What is learnt of requests, where they are long: another part each time, if several teach alike."""
+def cut_to_learn(requests: Sequence[Feedback], config: OnlineConfig, generator: torch.Generator) -> list[Feedback]:
+    """Cut long requests to the windows that are learnt: another one each time, if several teach alike."""
     return [cut(one, config.learning_window, config.positions, generator=generator)[0] for one in requests]
 
 

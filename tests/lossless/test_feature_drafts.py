@@ -151,7 +151,7 @@ def asked_of(target, draft, **kwargs):
 
 def test_another_target_is_refused(tiny_model):
     draft = grow_feature_draft(tiny_model("Llama", layers=4))
-    with pytest.raises(ValueError, match="width 32 and those of the target .* have 48"):
+    with pytest.raises(ValueError, match=r"width 32 and those of the target .* have 48"):
         asked_of(tiny_model("Llama", layers=4, hidden_size=48), draft)
     with pytest.raises(ValueError, match=r"after layer \d and the target .* has 1 layers"):
         asked_of(tiny_model("Llama", layers=1), draft)
