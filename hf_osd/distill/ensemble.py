@@ -93,6 +93,10 @@ class StudentEnsemble:
             student.initial = self.initial
 
     @property
+    def reads_states(self) -> bool:
+        return self._first.reads_states
+
+    @property
     def device(self) -> torch.device:
         return self._first.device
 

@@ -20,6 +20,7 @@ from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.models.copies import copy_draft
 from hf_osd.models.lora import set_base
+from hf_osd.models.properties import reads_states
 from hf_osd.system.forks import importing
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ class Student:
     @property
     def device(self) -> torch.device:
         return self.module.device
+
+    @property
+    def reads_states(self) -> bool:
+        """Tell whether the draft reads the target's hidden states."""
+        return reads_states(self.module)
 
     @property
     def trainer(self) -> OnlineGKDTrainer:

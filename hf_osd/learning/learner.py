@@ -39,7 +39,6 @@ from hf_osd.learning.rate_search import RateSearch
 from hf_osd.learning.rollback import Rollback, UpdateFailed
 from hf_osd.learning.schedule import Schedule
 from hf_osd.learning.trouble import trouble
-from hf_osd.models.properties import reads_states
 from hf_osd.system.default_device import default_device
 from hf_osd.system.forks import released
 from hf_osd.system.random_state import isolated_random_state
@@ -84,7 +83,7 @@ class Learner:
     ):
         self.student, self.buffer, self.config = student, buffer, student.config
         self.alone, config = alone, self.config
-        self._reads_states = reads_states(student.module)
+        self._reads_states = student.reads_states
         self.ranks = RankGroup.of_job()
         if self.ranks.size > 1:
             check_job(self.ranks, alone)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, grow_feature_draft, record_answers
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import LearningFacts, choose_learning, learning_bytes
 from hf_osd.models.lora import adaptable
@@ -28,13 +29,13 @@ def learner_of(target, served, **fields):
     draft = grow_feature_draft(target, seed=0)
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
     config = OnlineConfig(**{"learning_rate": 3e-3, "update_interval": 4, "replay_ratio": 1.0, "seed": 0} | fields)
-    return Learner(draft, trainable, FeedbackBuffer(), config, served.append)
+    return Learner(make_student(draft, trainable, config), FeedbackBuffer(), served.append)
 
 
 def run(learner, requests):
     for one in requests:
-        learner.offer(one)
-        if learner.due():
+        learner.add(one)
+        if learner.is_due():
             learner.update()
     return learner
 
