@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
+from hf_osd.distill.scoring import score_by_step
 from hf_osd.feedback.trace import read_trace
 from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import files_of_checkpoint
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.replay")
+
+_STEPS = 3  # tokens of a block whose α is told apart
 
 
 @dataclass
@@ -104,6 +107,12 @@ class Traced:
 def main(argv: list[str] | None = None) -> int:
     """Learn with each arm and seed, print a line for each and a table at the end; returns the exit status."""
     return run_command(ReplayArguments, measure, argv)
+
+
+def alpha_by_step(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[float]:
+    """Compute α of each of the first three tokens of a block, those before it being right; the first is α itself."""
+    steps = torch.cat(score_by_step(assistant.serving.active, held_back, _STEPS), dim=-1)  # (3, positions)
+    return [round(float(step.nanmean()), 4) for step in steps]
 
 
 def measure(args: ReplayArguments, base: OnlineConfig):
@@ -219,6 +228,7 @@ class Experiment:
             "scores": {
                 traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
             },
+            "alpha_by_step": {traced.name: alpha_by_step(assistant, traced.held_back) for traced in self.judged},
             "prequential": prequential,
             **learning_of(assistant, began),
             "peak_rss_mb": [round(peak), round(peak_rss_mb())],
@@ -399,7 +409,8 @@ def _line(row: dict) -> str:
         + " ".join(f"{alpha_of(hits):.3f}" for _, hits in sorted(points.items(), key=lambda item: int(item[0])))
         for name, points in row["scores"].items()
     )
-    return f"{row['arm']:<40} seed {row['seed']} α {curves}  ({row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all)"
+    steps = "; ".join(" ".join(f"{alpha:.3f}" for alpha in steps) for steps in row["alpha_by_step"].values())
+    return f"{row['arm']:<40} seed {row['seed']} α {curves}  by step {steps}  ({row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all)"
 
 
 def alpha_of(hits: list[list[int]]) -> float:
