@@ -53,13 +53,13 @@ class Elsewhere:
 
     def __init__(self):
         self.buffer, self.loaded = FeedbackBuffer(), None
-        self.offer, self.figures = self.buffer.add, lambda: FIGURES
+        self.add, self.metrics = self.buffer.add, lambda: FIGURES
 
     def update(self):
         self.buffer.mark_seen(self.buffer.new())
         return True
 
-    def take(self, weights, base):
+    def load_weights(self, weights, base):
         self.taken = weights, base
 
     def state(self):
