@@ -53,13 +53,13 @@ class Elsewhere:
 
     def __init__(self):
         self.buffer, self.loaded = FeedbackBuffer(), None
-        self.offer, self.figures = self.buffer.add, lambda: FIGURES
+        self.add, self.metrics = self.buffer.add, lambda: FIGURES
 
     def update(self):
         self.buffer.mark_seen(self.buffer.new())
         return True
 
-    def take(self, weights, base):
+    def load_weights(self, weights, base):
         self.taken = weights, base
 
     def state(self):
@@ -90,25 +90,25 @@ def made(tiny_llama):
 
 def test_requests_of_a_shared_learner_go_in_batches_and_leave_the_buffer(made, make_feedback):
     learner, elsewhere = made(shared=True)
-    learner.offer(make_feedback(seed=1))
-    assert (learner.due(), learner.transport.sent) == (False, [])
-    learner.offer(make_feedback(seed=2))
+    learner.add(make_feedback(seed=1))
+    assert (learner.is_due(), learner.transport.sent) == (False, [])
+    learner.add(make_feedback(seed=2))
     learner.transport.full = True
-    assert not learner.due(), "the batches before are still on their way"
+    assert not learner.is_due(), "the batches before are still on their way"
     learner.transport.full = False
-    assert learner.due()
+    assert learner.is_due()
     assert not learner.update(wait=False)
     assert (learner.transport.sent, len(learner.buffer), len(elsewhere.buffer.new())) == ([("feedback", 2)], 0, 2)
-    learner.offer(make_feedback(seed=3))
+    learner.add(make_feedback(seed=3))
     assert learner.update(wait=True), "part of a batch too, where somebody waits"
     assert (learner.transport.sent[1:], elsewhere.buffer.new()) == ([("feedback", 1), ("flush", 0)], [])
-    assert learner.figures()["updates"] == FIGURES["updates"]
+    assert learner.metrics()["updates"] == FIGURES["updates"]
 
 
 def test_weights_and_state_of_a_shared_learner_are_its_own(made):
     learner, _ = made(shared=True)
     with pytest.raises(RuntimeError, match="refresh it there"):
-        learner.take({})
+        learner.load_weights({})
     for refused in (learner.state, lambda: learner.load_state({}, {})):
         with pytest.raises(RuntimeError, match="on another rank; save the draft itself"):
             refused()
@@ -119,7 +119,7 @@ def test_a_learner_of_its_own_is_sent_each_request_and_asked_for_its_state(made,
     learner, elsewhere = made(shared=False)
     learner.buffer.add(make_feedback(seed=1))
     learner.buffer.mark_seen(learner.buffer.new())
-    learner.offer(make_feedback(seed=2))
+    learner.add(make_feedback(seed=2))
     assert learner.transport.sent == [("replay", 1), ("feedback", 1)]
     assert (len(elsewhere.buffer), len(elsewhere.buffer.new()), len(learner.buffer)) == (2, 1, 2)
     tensors, state = learner.state()
@@ -128,7 +128,7 @@ def test_a_learner_of_its_own_is_sent_each_request_and_asked_for_its_state(made,
     with pytest.raises(ValueError, match="that of another draft"):
         learner.load_state(tensors, {"n": 2})
     weights = dict(learner._serving.active.named_parameters())
-    learner.take(weights, {"norm": torch.zeros(3)})
+    learner.load_weights(weights, {"norm": torch.zeros(3)})
     assert elsewhere.taken[0].keys() >= weights.keys()
     assert elsewhere.taken[1]["norm"].tolist() == [0.0, 0.0, 0.0]
     assert elsewhere.buffer.new()

@@ -219,7 +219,7 @@ def test_a_child_of_a_rank_that_serves_waits_for_no_answer():
     transport.listen = lambda on_frame, on_death: None  # there is no other rank
     learner = RemoteLearner(transport, None, FeedbackBuffer(), OnlineConfig())
     assert "through threads that are not here" in learner.after_fork()
-    assert (learner.due(), learner.update(wait=True)) == (False, False)
+    assert (learner.is_due(), learner.update(wait=True)) == (False, False)
 
 
 def test_a_child_that_never_serves_says_nothing(made, target, caplog):

@@ -264,7 +264,7 @@ def test_ideal_speedup_is_the_formulas_at_a_fixed_length():
 def test_difference_is_what_was_observed_in_between():
     first, second, both = CallStats(), CallStats(), CallStats()
     first.observe_round(3, 2, 1, 2)
-    second.observe_round(2, 2, 2, 3, own=1)
+    second.observe_round(2, 2, 2, 3, from_draft=1)
     both.add(first)
     both.add(second)
     assert methods.difference(both, first) == second

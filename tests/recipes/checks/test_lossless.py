@@ -36,11 +36,11 @@ def stopping(monkeypatch, error: BaseException, at: int):
     """Raise `error` in place of comparison number `at`."""
     compare, seen = lossless.compare_outputs, []
 
-    def comparing(*args):
+    def comparing(*args, **kwargs):
         seen.append(None)
         if len(seen) == at:
             raise error
-        return compare(*args)
+        return compare(*args, **kwargs)
 
     monkeypatch.setattr(lossless, "compare_outputs", comparing)
 
@@ -162,7 +162,7 @@ def test_a_wrong_token_is_a_mismatch_and_the_exit_status_is_one(run, monkeypatch
 
 
 def test_a_near_tie_is_counted_and_no_failure(run, monkeypatch):
-    monkeypatch.setattr(lossless, "compare_outputs", lambda *args: "near_tie")
+    monkeypatch.setattr(lossless, "compare_outputs", lambda *args, **kwargs: "near_tie")
     monkeypatch.setattr(lossless, "first_difference", lambda *args: {"differs_at": 1, "logit_difference": 0.0})
     assert run("--requests", "2") == 0
     rows, summary = read(run.out)

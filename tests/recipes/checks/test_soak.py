@@ -40,11 +40,11 @@ def test_calls_of_several_threads_are_counted_and_compared(run, capsys):
 
 def test_an_output_that_differs_or_a_call_that_fails_is_counted(run, soak, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(soak, "compare_outputs", lambda *args: "mismatch")
+        patch.setattr(soak, "compare_outputs", lambda *args, **kwargs: "mismatch")
         status, figures = run(*THREADS)
         assert (status, figures["mismatch"]) == (1, 12)
 
-    def breaks(*args):
+    def breaks(*args, **kwargs):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(soak, "compare_outputs", breaks)
