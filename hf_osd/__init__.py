@@ -16,6 +16,8 @@ _PUBLIC = {
     "RefreshAssistantCallback": "distill.callbacks",
     "grow_draft": "saving.drafts",
     "grow_feature_draft": "models.feature_growth",
+    "save_feature_draft": "saving.feature_drafts",
+    "load_feature_draft": "saving.feature_drafts",
     "record_answers": "feedback.recording",
     "Rehearsal": "learning.rehearsal",
     "compare_outputs": "metrics.parity",
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from hf_osd.metrics.parity import compare_outputs as compare_outputs
     from hf_osd.models.feature_growth import grow_feature_draft as grow_feature_draft
     from hf_osd.saving.drafts import grow_draft as grow_draft
+    from hf_osd.saving.feature_drafts import load_feature_draft as load_feature_draft
+    from hf_osd.saving.feature_drafts import save_feature_draft as save_feature_draft
 
 
 def __getattr__(name: str):

@@ -14,16 +14,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hf_osd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="check that hf_osd can work with the installed transformers")
-    grow = commands.add_parser("grow", help="make a draft out of a target's own layers")
+    grow = commands.add_parser("grow", help="make a draft for a target that has none")
     grow.add_argument("target", help="path or Hub id of a causal LM")
     grow.add_argument("output", help="folder for the draft")
-    grow.add_argument("--layers", default="0,1", help="layers of the target, comma-separated; default 0,1")
+    grow.add_argument(
+        "--kind",
+        choices=("layers", "feature"),
+        default="layers",
+        help="of the target's own layers (the default), or one new layer that reads the target's hidden states",
+    )
+    grow.add_argument(
+        "--layers",
+        help="layers of the target, comma-separated: those that the draft is made of, default 0,1; with --kind feature those after which it reads the "
+        "target's states, default three over the depth",
+    )
     grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
             return check()
-        return grow_to(args.target, args.output, args.layers, args.overwrite)
+        return grow_to(args.target, args.output, args.layers, args.overwrite, args.kind)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"hf-osd: {error}", file=sys.stderr)
         return 2
@@ -42,7 +52,7 @@ def check() -> int:
     return 0
 
 
-def grow_to(target: str, output: str, layers: str, overwrite: bool = False) -> int:
+def grow_to(target: str, output: str, layers: str | None, overwrite: bool = False, kind: str = "layers") -> int:
     """Grow a draft from `target`, and save it with the target's tokenizer into the folder `output`.
 
     Raises:
@@ -51,12 +61,14 @@ def grow_to(target: str, output: str, layers: str, overwrite: bool = False) -> i
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hf_osd.models.feature_growth import grow_feature_draft
     from hf_osd.saving.drafts import drop_older, files_of_checkpoint, grow_draft
     from hf_osd.system.files import staged
     from hf_osd.system.output_paths import check_apart, check_writable
 
+    grown, layers = (grow_feature_draft, layers) if kind == "feature" else (grow_draft, layers or "0,1")
     try:
-        picked = [int(i) for i in layers.split(",")]
+        picked = None if layers is None else [int(i) for i in layers.split(",")]
     except ValueError as error:
         raise ValueError(f"`--layers` is {layers!r}; write numbers with commas between, such as 0,1.") from error
     check_apart({"the output": output}, {"the target": target})
@@ -67,7 +79,7 @@ def grow_to(target: str, output: str, layers: str, overwrite: bool = False) -> i
         )
     model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
     check_apart({"the output": output}, {"the target's base": model.config._name_or_path})  # of an adapter
-    draft = grow_draft(model, picked)
+    draft = grown(model, picked)
     tokenizer = AutoTokenizer.from_pretrained(target)
     with staged(output) as staging:
         draft.save_pretrained(staging)

@@ -20,7 +20,9 @@ class FeatureDraftConfig(PreTrainedConfig):
         norm_output (`bool`): what is fed back is the state after the last norm.
         embed_scale (`float`): what embeddings are multiplied by.
         head_bias (`bool`): the LM head has one.
-        draft_vocab_size (`int`, *optional*): how many tokens an LM head of the draft's own has rows for; all, of the target's head, if left out.
+        draft_vocab_size (`int`, *optional*): how many tokens an LM head of the draft's own has rows for; it has the target's whole head if left out.
+        target_num_hidden_layers, target_name_or_path, target_architectures (*optional*): of the target that it was made for: how many layers it has, its name on
+            the Hub, and the names of its classes.
 
     Raises:
         ValueError: if they contradict each other.
@@ -49,6 +51,9 @@ class FeatureDraftConfig(PreTrainedConfig):
     embed_scale: float = 1.0
     head_bias: bool = False
     draft_vocab_size: int | None = None
+    target_num_hidden_layers: int | None = None
+    target_name_or_path: str | None = None
+    target_architectures: list[str] | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None

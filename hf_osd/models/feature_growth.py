@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -123,13 +124,21 @@ def check_ends(target: PreTrainedModel):
         )
 
 
+def of_target(target: PreTrainedModel) -> dict:
+    """What a config says of the target that the draft is for, and of its embeddings."""
+    entry, name = target.get_input_embeddings(), target.config._name_or_path
+    return {
+        "embed_scale": float(getattr(entry, "scalar_embed_scale", getattr(entry, "embed_scale", 1.0))),
+        "target_num_hidden_layers": depth_of(target),
+        # A folder of this machine is nobody else's business.
+        "target_name_or_path": None if not name or os.path.exists(name) or os.path.isabs(name) else name,
+        "target_architectures": [type(target).__name__],
+    }
+
+
 def _config_of(target: PreTrainedModel, layers: list[int]) -> FeatureDraftConfig:
     check_ends(target)
-    text, head, entry = (
-        target.config.get_text_config(decoder=True),
-        target.get_output_embeddings(),
-        target.get_input_embeddings(),
-    )
+    text, head = target.config.get_text_config(decoder=True), target.get_output_embeddings()
     size, heads = text.hidden_size, text.num_attention_heads
     pairs = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or max(size // heads, 1)
@@ -147,7 +156,7 @@ def _config_of(target: PreTrainedModel, layers: list[int]) -> FeatureDraftConfig
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,
         rope_parameters=_rope_of(text),
         head_bias=getattr(head, "bias", None) is not None,
-        embed_scale=float(getattr(entry, "scalar_embed_scale", getattr(entry, "embed_scale", 1.0))),
+        **of_target(target),
         **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd.config import OnlineConfig
+from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.lora import Adapter
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +28,7 @@ def check_loadable(draft: PreTrainedModel):
     Raises:
         ValueError: if the draft is not a class of transformers, or serves with an adapter.
     """
-    if not type(draft).__module__.startswith("transformers."):
+    if not type(draft).__module__.startswith("transformers.") and not reads_states(draft):
         raise ValueError(
             f"learn='process' loads the draft in another process, and {type(draft).__name__} is no class of transformers. Pass learn='background', which "
             "learns in a thread."
@@ -82,9 +84,8 @@ def read_draft_folder(folder: Path) -> Beginning:
     import transformers
 
     begin = json.loads((folder / BEGIN).read_text(encoding="utf-8"))
-    draft = getattr(transformers, begin["class"]).from_pretrained(
-        folder / DRAFT, dtype=getattr(torch, begin["dtype"]), local_files_only=True
-    )
+    kind = FeatureDraft if begin["class"] == FeatureDraft.__name__ else getattr(transformers, begin["class"])
+    draft = kind.from_pretrained(folder / DRAFT, dtype=getattr(torch, begin["dtype"]), local_files_only=True)
     draft.to(begin["device"])
     if begin["adapter"] is not None:
         draft = _with_adapter(draft, folder / ADAPTER, **begin["adapter"])

@@ -23,6 +23,7 @@ from hf_osd.saving.adapters import (
     load_with_adapter,
     save_adapter,
 )
+from hf_osd.saving.feature_drafts import refuse_without_target
 from hf_osd.saving.hub import FROM_WHERE
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
     Raises:
         OSError: if there is no such draft, or its weights are damaged or not in safetensors.
-        ValueError: if it is neither a causal LM nor an encoder-decoder, or is an adapter that names no base.
+        ValueError: if it is neither a causal LM nor an encoder-decoder, is an adapter that names no base, or an EAGLE-3 head, which
+            [`hf_osd.load_feature_draft`] loads.
     """
     from safetensors import SafetensorError
 
@@ -79,6 +81,7 @@ def load_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     config = kwargs.get("config")
     if config is None:
         names = (*FROM_WHERE, "subfolder", "trust_remote_code")
+        refuse_without_target(name_or_path, {name: kwargs[name] for name in names[:-1] if name in kwargs})
         config = AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(name_or_path, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_osd import grow_feature_draft
 from hf_osd.saving import drafts
+from hf_osd.saving.feature_drafts import layout_of, load_feature_draft
 from hf_osd.saving.hub import find_file
 from hf_osd.system.bounds import check_options, choice, option, whole
 from recipes.common.options import optional_string, string
@@ -194,6 +195,8 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
                 f"`draft` is {name!r}; write 'feature', or feature:2,15,27 with layer numbers."
             ) from error
         return grow_feature_draft(target, layers)
+    if layout_of(name) is not None:
+        return load_feature_draft(name, target)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
     decode_alone(draft, f"The draft {name}")
     kinds = [one.config.is_encoder_decoder for one in (target, draft)]
