@@ -1,5 +1,5 @@
-"""`OnlineAssistant`: what a user passes as `assistant_model`. It holds the draft in service, its learner and its statistics, and joins
-serving to learning; it drafts no tokens and computes no losses itself."""
+"""`OnlineAssistant` is passed to `generate` as `assistant_model`. It owns the serving draft, its learner and the statistics, and connects serving with
+learning; proposing tokens and computing losses is done elsewhere."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.prompt_states import SeenTexts
-from hf_osd.generation.call import Call, Parts
+from hf_osd.generation.call import Call
 from hf_osd.generation.checks import check_call, check_draft
 from hf_osd.generation.logit_widths import LogitWidths
 from hf_osd.generation.open_calls import OpenCalls
+from hf_osd.generation.parts import Parts
 from hf_osd.generation.patch import enable
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import AssistantView
 from hf_osd.learning.trouble import WAITS
 from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
+from hf_osd.models.clean_copy import clean_copy, unwrapped
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.hot_swap import NullHotSwap
 from hf_osd.models.lora import Adapter
-from hf_osd.models.own_draft import own_draft, unwrapped
 from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.policy.report import report
 from hf_osd.remote.teachable import TeachableAssistant
@@ -53,32 +54,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the suffix cache a round, at most.
-_MOST_CACHED = 16
+# Largest number of suffix-cache tokens in a round.
+_MAX_CACHED = 16
 
 
 class OnlineAssistant(TeachableAssistant, SavableAssistant):
-    """A draft model, and a cache of recent text, that learn from the requests they assist.
+    """Assists `generate` with a draft model that learns from the requests it serves: online speculative decoding (arXiv 2310.07177).
 
     ```python
     assistant = OnlineAssistant(draft)
     target.generate(**inputs, assistant_model=assistant)
     ```
 
-    Each call drafts with weights that do not change while it lasts. What the target said of the drafts is kept, and learnt from at the
-    start of a later call, in `update()` or in `flush()`. The output is the target's own, whatever the draft has learnt.
+    The draft model proposes tokens, and so does a suffix cache, which looks up what followed the same words in recent text. The target verifies all of them:
+    greedy output is the target's own and sampled output has its distribution, whatever the draft has learnt. Only the speed changes. (In bf16 and fp16 tied
+    logits may change places, as in stock assisted generation.)
+
+    Verification computes the target's distribution at each generated position. It is recorded, and the draft learns from it at the start of a later call, in
+    `update()` or in `flush()`; with `learn="background"` or `learn="process"` it learns beside the calls. The learnt weights serve once they have passed the
+    gate, and from the next call on: the weights that a call drafts with do not change while it runs. `stats` has all statistics, `report()` a summary.
 
     Args:
         draft (`PreTrainedModel`, *optional*): a causal LM, or an encoder-decoder if the target is one. It is copied and never written;
-            weights without `requires_grad` are shared with it. Where its vocabulary is not the target's, pass `tokenizer` and
-            `assistant_tokenizer` to `generate`, as transformers asks for. Without a draft the suffix cache drafts alone.
-        config ([`OnlineConfig`], *optional*): every choice there is; the defaults learn from all verified positions, with replay.
-        **overrides: fields of the config, for short: `OnlineAssistant(draft, learn=False)`.
+            weights without `requires_grad` are shared with it. If its vocabulary differs from the target's, pass `tokenizer` and
+            `assistant_tokenizer` to `generate`, as transformers requires. Without a draft only the suffix cache proposes tokens.
+        config ([`OnlineConfig`], *optional*): all settings; by default the draft learns from all verified positions, with replay.
+        **overrides: single fields of the config, as in `OnlineAssistant(draft, learn=False)`.
 
     Raises:
-        ValueError: if `draft` is not a decoder with an LM head that can read tokens alone, or is patched, or lacks values; or a field of the config is wrong, or
-            there is neither draft nor cache.
-        RuntimeError: if the installed transformers has changed what the seam relies on.
+        ValueError: if `draft` is not a model with an LM head that can read tokens alone, or its forward is patched, or weights of it have no values; if a field
+            of the config is wrong; or if there is neither a draft nor a suffix cache.
+        RuntimeError: if the installed transformers lacks parameters that hf_osd relies on.
     """
 
     def __init__(self, draft: PreTrainedModel | None = None, config: OnlineConfig | None = None, **overrides):
@@ -97,35 +103,35 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
         self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
         self.serving, self.learner, self.head = NullHotSwap(), None, None
-        self.reach: Reach | None = None  # of the draft
+        self.reach: Reach | None = None  # the draft's limits
         self._widths = LogitWidths()
-        self.adapter: Adapter | None = None  # that hf_osd has put on the draft
-        self.learning_choice = "Nothing learns: there is no draft."  # what learns, and why
+        self.adapter: Adapter | None = None  # the one that hf_osd puts on the draft, if any
+        self.learning_choice = "Nothing learns: there is no draft."  # which weights learn, and why
         self._calls = OpenCalls()
         if draft is not None:
-            # Made before any trainer exists, and in storage of its own, so that a user's training of `draft` reaches the serving draft by
-            # refreshes alone. Whatever serves and learns begins with this storage, and leaves it where it writes.
-            own = own_draft(draft)
-            reads = try_draft(own, draft)
-            self.reach = Reach(own, reads)
-            self._widths = LogitWidths(own.config.get_text_config(decoder=True), reads.width)
-            fixed = embedding_names(own) if config.freeze_embeddings else set()
-            trainable = {name for name, p in own.named_parameters() if p.requires_grad and name not in fixed}
+            # A copy in storage of its own, made before any trainer exists: a user's training of `draft` then reaches the serving draft by
+            # `refresh` only. The copies that serve and learn share this storage until they write.
+            copied = clean_copy(draft)
+            trial = try_draft(copied, draft)
+            self.reach = Reach(copied, trial)
+            self._widths = LogitWidths(copied.config.get_text_config(decoder=True), trial.width)
+            fixed = embedding_names(copied) if config.freeze_embeddings else set()
+            trainable = {name for name, p in copied.named_parameters() if p.requires_grad and name not in fixed}
             if config.learns and not trainable and config.adapter != "lora":
                 raise ValueError(
                     f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
                     "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own; or freeze_embeddings=False, if what "
                     "does lies on embeddings or LM head."
                 )
-            self._serve(own, trainable)
-            self.head = DraftHead.of(own, config)
+            self._serve(copied, trainable)
+            self.head = DraftHead.from_config(copied, config)
         self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
         self.lookahead = DraftPolicy(
             config.lookahead,
             config.num_assistant_tokens,
             config.draft_cost,
             config.verify_cost,
-            most_cached=_MOST_CACHED if config.suffix_cache else 0,
+            max_cached=_MAX_CACHED if config.suffix_cache else 0,
             has_draft=draft is not None,
         )
 
@@ -135,18 +141,19 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         # Feedback whose prompt is plain token ids of a shared vocabulary: it alone can be rehearsed.
         self.rehearsable: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.seen_texts = SeenTexts()
-        self._translation = functools.lru_cache(maxsize=4)(self._translate)
+        self._mapping = functools.lru_cache(maxsize=4)(self._make_mapping)
         on_fork(self)
 
-    # What transformers reads on an assistant model.
+    # Attributes that transformers reads on an assistant model.
 
     @property
     def config(self):
-        """The draft's own config, which is what transformers reads on an assistant. Ours is `osd_config`."""
+        """Returns the draft's config, which transformers reads on an assistant model. The [`OnlineConfig`] is `osd_config`."""
         return self.serving.active.config
 
     @property
     def generation_config(self):
+        """Returns the draft's generation config."""
         return self.serving.active.generation_config
 
     @property
@@ -161,7 +168,11 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return self.serving.active._supports_logits_to_keep()
 
     def generate(self, *args, **kwargs):
-        """The serving draft's own `generate`. Stock candidate generators call it, once the seam is closed: capture is then off."""
+        """Generates with the serving draft alone. Stock candidate generators call it after `hf_osd.disable()`; nothing is then recorded or learnt.
+
+        Raises:
+            ValueError: if there is no draft.
+        """
         config = kwargs.get("generation_config")
         if config is not None and config.is_assistant:
             self._warn_once(
@@ -174,28 +185,28 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     # Serving.
 
     def tenant(self, name: Hashable) -> AssistantView:
-        """This assistant as one tenant sees it: `generate(..., assistant_model=assistant.tenant("acme"))`. Draft, learner and statistics are
-        shared; text in the suffix cache never comes to another tenant's calls, nor to those of none."""
+        """Returns a view of this assistant for one tenant's calls: `generate(..., assistant_model=assistant.tenant("acme"))`. Draft, learner and statistics
+        are shared; text in the suffix cache is never proposed to another tenant's calls, nor to calls without a tenant."""
         return AssistantView(self, name)
 
     def private(self) -> AssistantView:
-        """This assistant for calls of which nothing is to be kept: `generate(..., assistant_model=assistant.private())`. They are drafted for as others are,
-        and counted; nothing is learnt from them, and none of their text goes into a cache. `assistant.tenant(name).private()` is both."""
+        """Returns a view of this assistant for calls of which nothing is kept: `generate(..., assistant_model=assistant.private())`. They get drafts like
+        others and are counted; nothing is learnt from them, and none of their text goes into a cache. `assistant.tenant(name).private()` is both."""
         return AssistantView(self, private=True)
 
     def open_call(
         self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
     ) -> OnlineCandidateGenerator:
-        """The candidate generator of one generate call. Called by the seam; learns first if an update is due.
+        """Opens one generate call and returns its candidate generator. The seam calls it; if an update is due, it is made first.
 
         Raises:
-            ValueError: for what assisted generation, or hf_osd, cannot serve; nothing has run by then.
+            ValueError: if assisted generation or hf_osd cannot serve the call; nothing has run by then.
         """
         check_call(request, self.serving.active)
         target = request.target
-        width = self._widths.of(target)
-        translation = self._translation(width or self._widths.least(target), request.tokenizers)
-        check_vocabularies(target, translation)
+        width = self._widths.width_of(target)
+        mapping = self._mapping(width or self._widths.min_width(target), request.tokenizers)
+        check_vocabularies(target, mapping)
         began = time.perf_counter()
         self.update()
         self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
@@ -203,54 +214,58 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             config=self.osd_config,
             serving=self.serving,
             lookahead=self.lookahead,
-            translation=translation,
+            mapping=mapping,
             seen_texts=self.seen_texts,
             warn=self._warn_once,
             learns=self.learner is not None,
             reach=self.reach,
             head=self.head,
             texts=self.texts,
-            see_width=None if width else functools.partial(self._widths.note, target),
+            note_width=None if width else functools.partial(self._widths.note, target),
         )
         call, generator = Call.open(request, parts, tenant, private)
         self._calls.add(call, generator)
         return generator
 
-    def _translate(self, target_size: int, tokenizers: tuple | None) -> VocabMapping:
-        if not self.lookahead.has_draft:  # what was said before is in the target's own tokens
-            return VocabMapping.of_sizes(target_size, target_size)
-        sizes = {"target_size": target_size, "draft_size": self.reach.width, "rows": self.reach.rows}
-        if tokenizers is None:  # transformers lets that through for equal sizes alone
-            return VocabMapping.of_sizes(**sizes)
-        return VocabMapping.of_tokenizers(*tokenizers, **sizes)
+    def _make_mapping(self, target_size: int, tokenizers: tuple | None) -> VocabMapping:
+        if not self.lookahead.has_draft:  # the suffix cache has the target's tokens
+            return VocabMapping.from_sizes(target_size, target_size)
+        sizes = {
+            "target_size": target_size,
+            "draft_size": self.reach.width,
+            "num_embeddings": self.reach.num_embeddings,
+        }
+        if tokenizers is None:  # transformers accepts that for equal sizes only
+            return VocabMapping.from_sizes(**sizes)
+        return VocabMapping.from_tokenizers(*tokenizers, **sizes)
 
-    def decodes_plainly(self, target: PreTrainedModel, why: str):
-        """Say once of calls that they are not drafted for."""
+    def warn_plain_decoding(self, target: PreTrainedModel, why: str):
+        """Warns, once, that calls of `target` get no drafts."""
         self._warn_once(plain_warning(target, why))
 
     def update(self, force: bool = False) -> bool:
-        """Take in the calls that have ended, and learn if an update is due, or if anything is new and `force` is set.
+        """Collects the calls that have ended, and learns if an update is due, or, with `force`, if there is any new feedback.
 
         Returns:
-            `bool`: whether the serving draft was refreshed.
+            `bool`: `True` if the serving draft was refreshed.
         """
         self.collect()
         if self.learner is None:
             return False
-        refreshed = (force or self.learner.due()) and self.learner.update(wait=force)
+        refreshed = (force or self.learner.is_due()) and self.learner.update(wait=force)
         if (trouble := self.learner.trouble()) is not None:
             self._warn_once(trouble)
         return refreshed
 
     def update_together(self, force: bool = False) -> bool:
-        """`update`, with all ranks of the job: if an update is due on any of them, or anything is new anywhere and `force` is set. Every rank calls this at the
-        same points: after each request, say, and as often when its own requests have come to an end. In a job of one process it is `update(force)`.
+        """Updates on all ranks of a job together, if an update is due on any of them, or, with `force`, if any has new feedback. Every rank must call it equally
+        often and at the same points, for example after each request, also once its own requests are served. In a job of one process it is `update(force)`.
 
-        Between these points nothing is learnt: calls of `generate` start no update in a job of several processes.
+        In a job of several processes calls of `generate` start no update: learning happens here only.
 
         Returns:
-            `bool`: whether the serving draft was refreshed, which is the same everywhere. `False` for good once a rank has gone: the draft goes on
-            serving as it is.
+            `bool`: `True` if the serving draft was refreshed; the same on all ranks. Once a rank has gone it is always `False`: the draft goes on
+            serving unchanged.
 
         Raises:
             ValueError: if the ranks did not begin with the same draft.
@@ -261,19 +276,19 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return self.learner.update_together(force)
 
     def flush(self) -> bool:
-        """Learn from everything that is new, now, whether an update is due or not. `True` if the serving draft was refreshed."""
+        """Learns from all new feedback now, even if no update is due. Returns `True` if the serving draft was refreshed."""
         refreshed, stats = self.update(force=True), self.stats
         if self.osd_config.gate and stats.updates and not stats.accepted_updates:
             self._warn_once(WAITS)
         return refreshed
 
     def close(self):
-        """Stop learning and let go of learner, feedback and cached text. The draft goes on drafting, frozen; closing again does nothing."""
+        """Stops learning and frees learner, feedback and cached text. The draft goes on drafting with fixed weights; closing again does nothing."""
         self.collect()
         if self.learner is not None:
             self.learner.close()
         self.learner, self.texts, self.closed = None, None, True
-        self.lookahead.most_cached = 0
+        self.lookahead.max_cached = 0
         self.buffer.clear()
         self.seen_texts.replace([])
 
@@ -285,11 +300,11 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
 
     @property
     def stats(self) -> Stats:
-        """What was observed so far, see [`Stats`]. Calls that have ended are taken in first."""
-        self._take_in(self._calls.pop_finished())
+        """Returns the statistics so far, see [`Stats`]. Calls that have ended are collected first."""
+        self._finish(self._calls.pop_finished())
         stats = self._stats
         if self.learner is not None:
-            for name, value in self.learner.figures().items():
+            for name, value in self.learner.metrics().items():
                 setattr(stats, name, value)
         stats.buffer_requests, stats.buffer_bytes = len(self.buffer), self.buffer.nbytes
         stats.buffer_capacity, stats.draft_version = self.buffer.max_bytes, self.serving.version
@@ -297,28 +312,34 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return stats
 
     def report(self) -> str:
-        """Whether drafting pays, by how much, and what to do about it: c, v, α, the best γ, the α from which it pays, and the speed-up that is
-        expected and the one observed."""
+        """Describes in a few lines if drafting pays, by how much, and how to improve it.
+
+        It gives c and v(n), the times of a draft step and of verifying n tokens, in one-token target steps; α, the expected acceptance; the best γ, the number
+        of drafted tokens; the α from which drafting pays; and the expected and the observed speed-up.
+        """
         return report(self.stats, self.lookahead, self.learning_choice)
 
     def score(self, feedback: list[Feedback]) -> list[Tensor]:
-        """Expected acceptance of the draft at each position of `feedback`, `(N,)` a request, teacher-forced; α is the mean.
+        """Computes the serving draft's expected acceptance at each position of `feedback`, `(N,)` for each request, teacher-forced; α is the mean.
 
-        See [`hf_osd.distill.scoring.score`]; `record_answers` makes the feedback of prompts that are to be held back.
+        See [`hf_osd.distill.scoring.score`]; `record_answers` makes feedback of prompts, for example held-out ones.
+
+        Raises:
+            ValueError: if there is no draft.
         """
         self._needs_draft("score")
         return [judged.overlap for judged in judge_served(self.serving, feedback)]
 
-    # How calls end.
+    # Ending calls.
 
     def collect(self):
-        """Take in the calls that have ended, and those of this thread, without learning."""
-        self._take_in(self._calls.pop_finished(here=True))
+        """Collects statistics and feedback of the calls that have ended, without learning. Calls that this thread has come back from count as ended."""
+        self._finish(self._calls.pop_finished(this_thread=True))
 
     @torch.autocast("cpu", enabled=False)
-    def _take_in(self, over: list[Call]):
-        """Finish calls that are over, and take in their statistics and feedback."""
-        for call in over:
+    def _finish(self, calls: list[Call]):
+        """Finishes calls that have ended, and adds their statistics and feedback."""
+        for call in calls:
             record, feedback = call.record, call.finish(keep_text=self.texts is not None)
             if feedback is not None and self.learner is not None:
                 window = self.osd_config.learning_window
@@ -332,7 +353,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             if feedback is not None and self.learner is not None:
                 if call.rehearsable:
                     self.rehearsable.add(feedback)
-                self.learner.offer(feedback)
+                self.learner.add(feedback)
 
     def _needs_draft(self, what: str):
         if not self.lookahead.has_draft:

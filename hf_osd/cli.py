@@ -1,4 +1,4 @@
-"""`hf-osd`: a thin console entry over the library."""
+"""Runs the library's console command, `hf-osd`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command and return its exit status."""
     from hf_osd import __version__
 
     parser = argparse.ArgumentParser(prog="hf-osd", description="Online speculative decoding for Hugging Face.")
     parser.add_argument("--version", action="version", version=f"hf_osd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="whether the installed transformers is one that hf_osd can work with")
+    commands.add_parser("check", help="check that hf_osd can work with the installed transformers")
     grow = commands.add_parser("grow", help="make a draft for a target that has none")
     grow.add_argument("target", help="path or Hub id of a causal LM")
     grow.add_argument("output", help="folder for the draft")
@@ -21,13 +21,14 @@ def main(argv: list[str] | None = None) -> int:
         "--kind",
         choices=("layers", "feature"),
         default="layers",
-        help="layers: a draft made of some of the target's layers; feature: one layer that reads the target's hidden states, as EAGLE-3 does",
+        help="of the target's own layers (the default), or one new layer that reads the target's hidden states",
     )
     grow.add_argument(
         "--layers",
-        help="layers of the target, comma-separated; default 0,1. Of kind feature: after how many layers its hidden states are read, by default three",
+        help="layers of the target, comma-separated: those that the draft is made of, default 0,1; with --kind feature those after which it reads the "
+        "target's states, default three over the depth",
     )
-    grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the output folder")
+    grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
@@ -39,20 +40,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check() -> int:
-    """Open the seam, which checks what it relies on."""
+    """Patch transformers and undo it again: the patch checks everything it relies on."""
     import torch
     import transformers
 
-    from hf_osd.generation import patch as seam
+    from hf_osd.generation import patch
 
-    seam.enable()
-    seam.disable()
+    patch.enable()
+    patch.disable()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}: hf_osd can work with these.")
     return 0
 
 
-def grow_to(target: str, output: str, layers: str | None = None, overwrite: bool = False, kind: str = "layers") -> int:
-    """Save a draft of this kind grown from `target`, with its tokenizer, into a folder of its own."""
+def grow_to(target: str, output: str, layers: str | None, overwrite: bool = False, kind: str = "layers") -> int:
+    """Grow a draft from `target`, and save it with the target's tokenizer into the folder `output`.
+
+    Raises:
+        OSError: if the target cannot be read or the output not be written.
+        ValueError: if `layers` are no numbers or none of the target's, the output has a checkpoint already, or it would overwrite the target.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_osd.models.feature_growth import grow_feature_draft
@@ -60,6 +66,7 @@ def grow_to(target: str, output: str, layers: str | None = None, overwrite: bool
     from hf_osd.system.files import staged
     from hf_osd.system.output_paths import check_apart, check_writable
 
+    grown, layers = (grow_feature_draft, layers) if kind == "feature" else (grow_draft, layers or "0,1")
     try:
         picked = None if layers is None else [int(i) for i in layers.split(",")]
     except ValueError as error:
@@ -72,7 +79,7 @@ def grow_to(target: str, output: str, layers: str | None = None, overwrite: bool
         )
     model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
     check_apart({"the output": output}, {"the target's base": model.config._name_or_path})  # of an adapter
-    draft = grow_feature_draft(model, picked) if kind == "feature" else grow_draft(model, picked or (0, 1))
+    draft = grown(model, picked)
     tokenizer = AutoTokenizer.from_pretrained(target)
     with staged(output) as staging:
         draft.save_pretrained(staging)

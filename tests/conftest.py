@@ -144,7 +144,7 @@ def answer_of() -> Callable:
                 logits.append(model(input_ids=tokens[None], use_cache=False).logits[0, -1])
                 tokens = torch.cat([tokens, logits[-1].argmax()[None]])
         rows = SparseLogits.from_logits(torch.stack(logits), k, dtype)
-        return Feedback.of_target(tokens, len(prompt), rows)
+        return Feedback.from_target(tokens, len(prompt), rows)
 
     return make
 

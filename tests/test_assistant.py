@@ -254,7 +254,7 @@ def test_error_positions_are_learnt_alone_under_the_papers_preset(target, draft)
     assert assistant.buffer.new() == [], "none is learnt again"
     # Every round ends in an error position, but for those that a draft's own EOS or last token ended.
     assert rejected_or_bonus - 8 <= stats.learned_tokens <= rejected_or_bonus
-    assert assistant.learner.ensemble.members[0].trainer.state.global_step == 1  # one optimizer step
+    assert assistant.learner.student.trainer.state.global_step == 1  # one optimizer step
 
 
 def test_grad_mode_of_the_caller_does_not_matter(target, draft):
@@ -272,7 +272,7 @@ def test_a_bfloat16_draft_learns_in_float32_masters(tiny_llama):
         assistant = at_once(draft, learner_dtype=learner_dtype, update_interval=2, learning_rate=1e-5)
         serve(target, assistant, PROMPTS[:5])
         assert (assistant.stats.updates, assistant.stats.failed_updates) == (2, 0)
-        assert {p.dtype for p in assistant.learner.ensemble.members[0].weights().values()} == {torch.float32}
+        assert {p.dtype for p in assistant.learner.student.weights().values()} == {torch.float32}
         assert {p.dtype for p in assistant.serving.active.parameters()} == {torch.bfloat16}
 
 
@@ -367,7 +367,7 @@ def test_requests_say_how_the_draft_does_before_they_are_learnt(target, draft):
     # What it says of its draft is of the one that serves.
     [first] = record_answers(target, PROMPTS[0], 16)
     assert torch.equal(assistant.score([first])[0], score(assistant.serving.active, [first])[0])
-    assert not same(assistant.learner.ensemble.serving_weights(), dict(assistant.serving.weights()))
+    assert not same(assistant.learner.student.serving_weights(), dict(assistant.serving.weights()))
 
 
 # What bad input gets.
@@ -386,27 +386,27 @@ def test_unknown_overrides_are_named(draft):
         OnlineAssistant(draft, learning_rat=1e-3)
 
 
-def test_a_failed_update_leaves_the_serving_draft_and_says_so(target, draft, monkeypatch, caplog):
+def test_a_failed_update_leaves_the_serving_draft_and_warns(target, draft, monkeypatch, caplog):
     assistant = at_once(draft, update_interval=10**6)
     serve(target, assistant, PROMPTS[:2])
     assert assistant.flush()
     served = [p.clone() for _, p in assistant.serving.weights()]
-    masters = {name: p.clone() for name, p in assistant.learner.ensemble.members[0].weights().items()}
+    masters = {name: p.clone() for name, p in assistant.learner.student.weights().items()}
     serve(target, assistant, PROMPTS[:2])
 
     def diverge(requests):
-        member = assistant.learner.ensemble.members[0]
+        member = assistant.learner.student
         with torch.no_grad():
             next(iter(member.weights().values())).fill_(torch.nan)
         member.after_step()  # as the trainer tells it: the average that serves takes it in
         assistant.learner.refresh()
 
-    monkeypatch.setattr(assistant.learner.ensemble.members[0].trainer, "learn", diverge)
+    monkeypatch.setattr(assistant.learner.student.trainer, "learn", diverge)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert not assistant.flush()
     assert "update failed" in caplog.text
     assert all(torch.equal(a, b) for (_, a), b in zip(assistant.serving.weights(), served, strict=True))
-    assert all(torch.equal(p, masters[name]) for name, p in assistant.learner.ensemble.members[0].weights().items())
+    assert all(torch.equal(p, masters[name]) for name, p in assistant.learner.student.weights().items())
     monkeypatch.undo()
     serve(target, assistant, PROMPTS[:2])
     assert not assistant.flush()  # it rests a turn

@@ -37,7 +37,7 @@ def room(name: str) -> str:
 
 def test_the_files_are_read():
     assert len(FILES) > 60
-    assert "hf_osd.learning.gate" in IMPORTS["hf_osd.learning.learner"]
+    assert "hf_osd.learning.gate" in IMPORTS["hf_osd.learning.contenders"]
     assert "hf_osd.assistant" in IMPORTS["hf_osd"]
 
 

@@ -106,4 +106,4 @@ def test_a_closed_assistant_keeps_nothing(target, assistant):
     gc.collect()
     assert [reference() for reference in gone] == [None] * 4
     assert assistant.texts is None
-    assert not any(assistant.seen_texts.shared(p[0]) for p in PROMPTS[:4])
+    assert not any(assistant.seen_texts.shared_prefix(p[0]) for p in PROMPTS[:4])

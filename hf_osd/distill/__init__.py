@@ -1,1 +1,1 @@
-"""Learning: recorded feedback in, a better draft out. Knows nothing of generation."""
+"""Distils recorded feedback into a better draft. It knows how to learn, not when, and nothing of generation."""

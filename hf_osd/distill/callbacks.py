@@ -1,5 +1,4 @@
-"""Callbacks between a Trainer and a draft in service: `RefreshAssistantCallback` puts what was learnt into it; `FollowStepsCallback` tells
-whoever keeps weights beside those that train of each step."""
+"""Callbacks of a Trainer: `RefreshAssistantCallback` puts the trained weights into an assistant; `FollowStepsCallback` reports each optimizer step to a student."""
 
 from __future__ import annotations
 
@@ -10,13 +9,13 @@ from transformers import TrainerCallback
 
 
 class Refreshable(Protocol):
-    """What can take new draft weights: an [`OnlineAssistant`], for one."""
+    """Takes new draft weights, as an [`OnlineAssistant`] does."""
 
     def refresh(self, model: nn.Module): ...
 
 
 class Follower(Protocol):
-    """What keeps weights beside those that train: a [`hf_osd.distill.student.Student`]."""
+    """Keeps weights beside those that train, as a [`hf_osd.distill.student.Student`] does."""
 
     def before_step(self, last: bool): ...
 
@@ -30,7 +29,7 @@ class RefreshAssistantCallback(TrainerCallback):
     on the weights they began with, the next ones get the new.
 
     Args:
-        assistant ([`OnlineAssistant`]): what to refresh.
+        assistant ([`OnlineAssistant`]): the one to refresh.
         every_steps (`int`, *optional*): also refresh after every so many optimizer steps.
 
     Raises:
@@ -53,7 +52,7 @@ class RefreshAssistantCallback(TrainerCallback):
 
 
 class FollowStepsCallback(TrainerCallback):
-    """Tells a [`Follower`] of each optimizer step."""
+    """Calls a [`Follower`] before and after each optimizer step."""
 
     def __init__(self, follower: Follower):
         self.follower = follower

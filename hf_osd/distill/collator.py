@@ -1,4 +1,4 @@
-"""`FeedbackCollator`: requests to one batch for the draft. It knows Feedback and tensors, no model."""
+"""`FeedbackCollator`: makes one batch of requests for the draft. It knows Feedback and tensors, no model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FeedbackCollator:
             at = tokens + (0 if has_source else longest - length)  # their columns
             labels[b, at] = feedback.tokens[tokens].long()
             rows.append(b * keep + at - 1 - (longest - 1 - keep))  # each is predicted by the column before its own
-            said = [*([prompts[b]] if read[b] else []), feedback.rows.at(taught)]
+            said = [*([prompts[b]] if read[b] else []), feedback.rows.select(taught)]
             targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in said]
         top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
         texts = [feedback.tokens[:-1] for feedback in batch]
@@ -79,7 +79,7 @@ class FeedbackCollator:
 
 
 def _padded(texts: list[Tensor], left: bool, longest: int | None = None) -> tuple[Tensor, Tensor]:
-    """Token ids padded with 0, to the longest of them if not told otherwise, and their mask, int64 `(B, longest)` each."""
+    """Pad token ids with 0, to the longest of them by default, and return them and their mask, int64 `(B, longest)` each."""
     longest = max(map(len, texts)) if longest is None else longest
     ids = torch.zeros(len(texts), longest, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)

@@ -1,10 +1,11 @@
-"""`Ensemble`: the copies of the draft that train, and what of them is to serve. It knows weights and what they say; when to learn, on what, and whether
-that may serve, is the learner's."""
+"""`StudentEnsemble` and `OptimisticStudent`: students for a config that asks for more than one learning rate, or for weights ahead of what was learnt; and
+`make_student`, which chooses. An ordinary update passes through none of this."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,81 +13,154 @@ from torch import Tensor
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.ranks import RankGroup
-from hf_osd.distill.scoring import Judged, judge, learners_autocast, learners_dtype
-from hf_osd.distill.student import Student, swap_weights
-from hf_osd.distill.windows import Windows
-from hf_osd.feedback.buffer import FeedbackBuffer
+from hf_osd.distill.scoring import Judged
+from hf_osd.distill.student import Snapshot, Student, copied, load_state_into, state_of
 from hf_osd.feedback.feedback import Feedback
-from hf_osd.models.lora import set_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.distill.callbacks import Refreshable
-
-# ε of the shares: how fast a member's falls with its loss.
+# ε of the shares: how fast a student's falls with its loss.
 _SHARPNESS = 10.0
 
 
-class Ensemble:
-    """One copy of a draft that trains, or with `config.ensemble` several, at several rates. The average of their weights serves, a member's share falling
-    exponentially with the loss it has had on new requests so far (OnlineSPEC, arXiv 2603.12617).
+def make_student(draft: PreTrainedModel, trainable: set[str], config: OnlineConfig) -> Student | StudentEnsemble:
+    """Make the student that `config` asks for; arguments as for [`hf_osd.distill.student.Student`]."""
+    kind = OptimisticStudent if config.optimism else Student
+    if not config.ensemble:
+        return kind(draft, trainable, config)
+    return StudentEnsemble([kind(draft, trainable, config) for _ in config.ensemble], config.ensemble)
+
+
+class OptimisticStudent(Student):
+    """Serves weights that are moved on by `config.optimism` times the last optimizer step (OnlineSPEC, arXiv 2603.12617)."""
+
+    _last_step: dict[str, Tensor] | None = None
+    _before_step: dict[str, Tensor] | None = None
+
+    def serving_weights(self) -> dict[str, Tensor]:
+        weights = super().serving_weights()
+        if self._last_step is None:
+            return weights
+        return {name: w.add(self._last_step[name], alpha=self.config.optimism) for name, w in weights.items()}
+
+    @property
+    def is_averaged(self) -> bool:
+        return super().is_averaged or self._last_step is not None
+
+    def snapshot(self) -> Snapshot:
+        return replace(super().snapshot(), last_step=self._last_step)
+
+    def _set(self, snapshot: Snapshot):
+        super()._set(snapshot)
+        self._last_step, self._before_step = snapshot.last_step, None
+
+    def before_step(self, last: bool):
+        if last:
+            self._before_step = copied(self.weights())
+
+    @torch.no_grad()
+    def after_step(self):
+        if self._before_step is not None:
+            self._last_step = {name: t - self._before_step[name] for name, t in self.weights().items()}
+            self._before_step = None
+        super().after_step()
+
+    def own_state(self) -> tuple[dict[str, Tensor], dict]:
+        tensors, values = super().own_state()
+        return tensors | {f"last_step.{name}": tensor for name, tensor in (self._last_step or {}).items()}, values
+
+
+class StudentEnsemble:
+    """Trains several students on the same requests, at several rates. The average of their weights serves, a student's share falling exponentially with the loss
+    it has had on new requests so far (OnlineSPEC, arXiv 2603.12617). It answers as a [`Student`] does.
 
     Args:
-        draft (`PreTrainedModel`), trainable (`set[str]`), buffer (`FeedbackBuffer`), config (`OnlineConfig`): as [`Student`] wants them.
-        refreshes (`Refreshable`): told when all have learnt.
-        after_step (`Callable[[], None]`, *optional*): called after each optimizer step.
-        ranks (`RankGroup`): of the job; losses are of all of them together.
+        students (`Sequence[Student]`): copies of one draft.
+        factors (`Sequence[float]`): multiples of the learning rate, one for each.
 
     Attributes:
-        members (`list[Student]`): the copies.
-        losses (`list[float]`): of each, summed over updates: the mean rejection rate on new requests of what it would have served.
+        losses (`list[float]`): of each, summed over updates: the mean rejection rate on new requests of the weights it would have served.
     """
 
-    def __init__(
-        self,
-        draft: PreTrainedModel,
-        trainable: set[str],
-        buffer: FeedbackBuffer,
-        config: OnlineConfig,
-        refreshes: Refreshable,
-        after_step: Callable[[], None] | None,
-        ranks: RankGroup,
-    ):
-        self.autocast_dtype = learners_dtype(config, draft)
-        self._ranks, self._window = ranks, config.learning_window
-        factors = config.ensemble or [1.0]
-        self.members = [
-            Student(
-                draft,
-                trainable,
-                buffer,
-                config,
-                learning_rate=factor,
-                autocast_dtype=self.autocast_dtype,
-                after_step=after_step,
-                refreshes=refreshes if i == len(factors) - 1 else None,
-            )
-            for i, factor in enumerate(factors)
-        ]
-        self.losses, self._factors = [0.0] * len(self.members), factors
+    def __init__(self, students: Sequence[Student], factors: Sequence[float]):
+        self.students, self._factors = list(students), list(factors)
+        self._first = self.students[0]
+        self.losses = [0.0] * len(self.students)
+        self.config, self.trainable = self._first.config, self._first.trainable
+        self.initial = self._first.initial
+        for student in self.students:
+            student.initial = self.initial
 
-    def set_rate(self, rate: float):
-        """Learn at this rate from now on; each member at its multiple of it."""
-        for member, factor in zip(self.members, self._factors, strict=True):
-            member.set_rate(factor * rate)
+    @property
+    def reads_states(self) -> bool:
+        return self._first.reads_states
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
 
     @property
     def shares(self) -> list[float]:
-        """The weight of each member in what serves: ∝ exp(-sharpness · its loss so far)."""
+        """The share of each student in what serves: ∝ exp(-sharpness · its loss so far)."""
         least = min(self.losses)
         raw = [math.exp(-_SHARPNESS * (loss - least)) for loss in self.losses]
         return [weight / sum(raw) for weight in raw]
 
+    def prepare(self):
+        for student in self.students:
+            student.prepare()
+
+    def set_rate(self, rate: float):
+        """Learn at this rate from now on; each student at its multiple of it."""
+        for student, factor in zip(self.students, self._factors, strict=True):
+            student.set_rate(factor * rate)
+
+    @property
+    def on_step(self) -> Callable[[], None] | None:
+        return self._first.on_step
+
+    @on_step.setter
+    def on_step(self, call: Callable[[], None] | None):
+        for student in self.students:
+            student.on_step = call
+
+    def learn(self, requests: Sequence[Feedback]):
+        for student in self.students:
+            student.learn(requests)
+
+    @property
+    def last_losses(self) -> list[tuple[float, int]]:
+        return [loss for student in self.students for loss in student.last_losses]
+
+    @property
+    def failure(self) -> Exception | None:
+        return next((student.failure for student in self.students if student.failure is not None), None)
+
+    def count_losses(self, new: Sequence[Feedback], ranks: RankGroup):
+        """Add to each student's loss the one that it would have had on `new`. One verification gives the losses of all: nothing has to be tried out to
+        choose among them."""
+        for i, student in enumerate(self.students if len(self.students) > 1 else []):
+            with ranks.together():
+                overlap = torch.cat(
+                    [
+                        torch.zeros(0, dtype=torch.float32, device="cpu"),
+                        *(judged.overlap for judged in student.score(new, whole=False)),
+                    ]
+                )
+            overlap = overlap[~overlap.isnan()]
+            total, count = ranks.sum(float(overlap.double().sum()), len(overlap))
+            if count:
+                self.losses[i] += 1.0 - total / count
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters that train, by the student's number and name: live storage, float32."""
+        return {f"{i}.{name}": w for i, student in enumerate(self.students) for name, w in student.weights().items()}
+
     def serving_weights(self) -> dict[str, Tensor]:
-        """What is to serve, by name, float32: the members' serving weights, averaged by `shares`. To read, not to write."""
+        """The weights that are to serve, by name, float32: the students' serving weights, averaged by `shares`. To read, not to write."""
         with torch.inference_mode(False), torch.no_grad():
-            parts = [member.serving_weights() for member in self.members]
+            parts = [student.serving_weights() for student in self.students]
             if len(parts) == 1:
                 return parts[0]
             shares = self.shares
@@ -94,88 +168,42 @@ class Ensemble:
                 name: sum(share * part[name] for share, part in zip(shares, parts, strict=True)) for name in parts[0]
             }
 
-    def count_losses(self, new: list[Feedback]):
-        """One verification says of every member how it would have done: nothing has to be tried out to choose among them."""
-        for i, member in enumerate(self.members if len(self.members) > 1 else []):
-            weights = None if member.serves_as_is else member.serving_weights()
-            with self._ranks.together():
-                overlap = torch.cat(
-                    [
-                        torch.zeros(0, dtype=torch.float32, device="cpu"),
-                        *(judged.overlap for judged in self._judge(member, new, weights)),
-                    ]
-                )
-            overlap = overlap[~overlap.isnan()]
-            total, count = self._ranks.sum(float(overlap.double().sum()), len(overlap))
-            if count:
-                self.losses[i] += 1.0 - total / count
-
-    def judge(
-        self, feedback: list[Feedback], weights: Mapping[str, Tensor] | None = None, whole: bool = True
+    def score(
+        self, requests: Sequence[Feedback], weights: Mapping[str, Tensor] | None = None, whole: bool = True
     ) -> list[Judged]:
-        """What is said of requests, see [`hf_osd.distill.scoring.judge`], of `weights`, or of what is to serve."""
-        if weights is None and not (len(self.members) == 1 and self.members[0].serves_as_is):
-            weights = self.serving_weights()
-        return self._judge(self.members[0], feedback, weights, whole)
-
-    def _judge(
-        self, member: Student, feedback: list[Feedback], weights: Mapping[str, Tensor] | None, whole: bool = False
-    ) -> list[Judged]:
-        """What a member's module says; of `weights`, if given, which it then holds for as long as this takes."""
-        kept = None if weights is None else swap_weights(member.module, weights)
-        try:
-            # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
-            with learners_autocast(member.module.device.type, self.autocast_dtype):
-                windows = Windows(feedback, self._window)
-                return windows.spread(judge(member.module, windows.requests, whole=whole))
-        finally:
-            if kept is not None:
-                swap_weights(member.module, kept)
+        return self._first.score(requests, self.serving_weights() if weights is None else weights, whole)
 
     def set_weights(self, weights: Mapping[str, Tensor]):
-        """Go on from other weights, all members from the same."""
-        for member in self.members:
-            member.set_weights(weights)
+        """Go on from other weights, all students from the same."""
+        for student in self.students:
+            student.set_weights(weights)
 
     def set_base(self, base: Mapping[str, Tensor]):
-        """Go on over other weights of the plain draft, by its names."""
-        for member in self.members:
-            set_base(member.module, base)
+        for student in self.students:
+            student.set_base(base)
 
-    def snapshot(self) -> list[tuple]:
-        """What `restore` needs; without the losses, which are what requests said."""
-        return [member.snapshot() for member in self.members]
+    def snapshot(self) -> tuple[list[Snapshot], list[float]]:
+        return [student.snapshot() for student in self.students], list(self.losses)
 
-    def snapshot_of(self, weights: Mapping[str, Tensor]) -> list[tuple]:
-        """What `restore` needs to go on from these weights, with nothing known of how they came about."""
-        return [(dict(weights), None, None, 0) for _ in self.members]
+    def snapshot_of(self, weights: Mapping[str, Tensor]) -> tuple[list[Snapshot], list[float]]:
+        return [student.snapshot_of(weights) for student in self.students], list(self.losses)
 
-    def restore(self, snapshot: list[tuple]):
-        """Be as at `snapshot`, with new optimizers."""
-        for member, own in zip(self.members, snapshot, strict=True):
-            member.restore(own)
+    def restore(self, snapshot: tuple[list[Snapshot], list[float]]):
+        """Be as at `snapshot`, with new optimizers; but for the losses, which new requests have shown since."""
+        for student, own in zip(self.students, snapshot[0], strict=True):
+            student.restore(own)
+
+    def undo(self, snapshot: tuple[list[Snapshot], list[float]]):
+        """Be as at `snapshot`, before an update that failed; the losses too."""
+        self.restore(snapshot)
+        self.losses = list(snapshot[1])
+
+    def has_moved(self, snapshot: tuple[list[Snapshot], list[float]]) -> bool:
+        return any(student.has_moved(own) for student, own in zip(self.students, snapshot[0], strict=True))
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """What a restart needs: tensors, by member and name, and plain values."""
-        tensors, members = {}, []
-        for i, member in enumerate(self.members):
-            own, values = member.state()
-            tensors |= {f"{i}.{name}": tensor.clone() for name, tensor in own.items()}
-            members.append(values)
-        return tensors, {"losses": list(self.losses), "members": members}
+        return state_of(self.students, self.losses)
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping):
-        """Go on from `state()`.
-
-        Raises:
-            ValueError: if the state is that of another draft, or of another number of members.
-        """
-        if len(values["members"]) != len(self.members):
-            raise ValueError(
-                f"The saved learner has {len(values['members'])} members and this one {len(self.members)}; resume with the `ensemble` it was "
-                "started with, or start afresh."
-            )
-        for i, (member, own) in enumerate(zip(self.members, values["members"], strict=True)):
-            prefix = f"{i}."
-            member.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
+        load_state_into(self.students, tensors, values)
         self.losses = list(values["losses"])

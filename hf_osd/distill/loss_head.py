@@ -1,5 +1,5 @@
-"""`LossHead`: the LM head of a draft in training, which can compute some of its columns alone. For a small draft the head is most of the
-work, and the loss asks for the target's top k and a tail alone."""
+"""`LossHead`: computes some columns of the LM head of a draft in training. For a small draft the head is most of the work, and the loss asks for the target's top k
+and a tail alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LossHead(nn.Linear):
-    """An LM head in place of another, with its very parameters, under the same names."""
+    """Takes the place of an LM head, with its very parameters, under the same names."""
 
     def __init__(self, full: nn.Linear):
         nn.Module.__init__(self)
@@ -29,7 +29,7 @@ class LossHead(nn.Linear):
 
     @classmethod
     def install(cls, draft: PreTrainedModel) -> LossHead | None:
-        """Put one into `draft`, before any trainer has patched it; `None`, and nothing changed, where its head is no plain linear layer whose
+        """Put a loss head into `draft`, before any trainer has patched it; change nothing, and return `None`, where its head is no plain linear layer whose
         logits are treated one by one."""
         if not can_select_rows(draft):
             return None
@@ -46,7 +46,7 @@ class LossHead(nn.Linear):
 
     @contextlib.contextmanager
     def only(self, columns: Tensor) -> Iterator[None]:
-        """While open, logits are those of the tokens `columns`, int64 `(C,)`, in their order."""
+        """Compute only the logits of the tokens `columns`, int64 `(C,)`, in their order, while this is open."""
         self._columns = columns
         try:
             yield
@@ -61,7 +61,7 @@ class LossHead(nn.Linear):
 
 
 def loss_columns(top_ids: Tensor, size: int, samples: int, generator: torch.Generator | None = None):
-    """The columns that a loss over the targets `top_ids` is computed of.
+    """Choose the columns that a loss over the targets `top_ids` is computed from.
 
     Args:
         top_ids (`Tensor` int64 `(R, k)`): the tokens that have a log-prob of their own.
@@ -84,8 +84,8 @@ def loss_columns(top_ids: Tensor, size: int, samples: int, generator: torch.Gene
 
 
 def sampled_tail(logits: Tensor, support: int, size: int) -> Tensor:
-    """Logits `(R, C)` with those of the drawn columns raised by the log of how many each stands for, so that sums of exp over the row estimate
-    those over all of V."""
+    """Raise the drawn columns of logits `(R, C)` by the log of how many tokens each stands for, so that sums of exp over the row estimate those over all
+    of V."""
     drawn = logits.shape[1] - support
     raised = torch.zeros(logits.shape[1], device=logits.device, dtype=logits.dtype)
     raised[support:] = math.log((size - support) / drawn)

@@ -25,12 +25,12 @@ _RULED_OUT = -100.0
 
 
 def target_buckets(top_logps: Tensor, tail_logp: Tensor) -> Tensor:
-    """p: `(R, k)` and `(R,)` stored log-probs, any float dtype, to float32 `(R, k+1)`."""
+    """Join p's stored log-probs, `(R, k)` and `(R,)` of any float dtype, to float32 `(R, k+1)`."""
     return torch.cat([top_logps.float(), tail_logp.float()[:, None]], dim=-1).clamp_min(_RULED_OUT)
 
 
 def draft_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:
-    """q: the draft's logits `(R, V)` to log-probs `(R, k+1)` over the target's top k `(R, k)` and the tail.
+    """Turn the draft's logits `(R, V)` into q's log-probs `(R, k+1)` over the target's top k `(R, k)` and the tail.
 
     Costs one log-sum-exp over V and a gather; no `(R, V)` log-softmax is kept.
     """
@@ -40,8 +40,8 @@ def draft_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:
 
 
 class _LogProbsAt(torch.autograd.Function):
-    """`logits.log_softmax(-1).gather(-1, ids)`, whose backward makes one `(R, V)` tensor where that of the plain expression makes
-    four. Beside the matrix products these are what learning spends its time on."""
+    """Computes `logits.log_softmax(-1).gather(-1, ids)` with one `(R, V)` tensor in its backward, where the plain expression makes four. Beside the matrix
+    products learning spends its time on these."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
@@ -58,17 +58,17 @@ class _LogProbsAt(torch.autograd.Function):
 
 
 def forward_kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p‖q): `generalized_jsd_loss` at beta 0."""
+    """Compute KL(p‖q): `generalized_jsd_loss` at beta 0."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(q‖p): `generalized_jsd_loss` at beta 1."""
+    """Compute KL(q‖p): `generalized_jsd_loss` at beta 1."""
     return (q.exp() * (q - p)).sum(-1)
 
 
 def generalized_jsd(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
-    """beta·KL(p‖m) + (1-beta)·KL(q‖m) with the mixture m = beta·p + (1-beta)·q; the KLs themselves at beta 0 and 1."""
+    """Compute beta·KL(p‖m) + (1-beta)·KL(q‖m) with the mixture m = beta·p + (1-beta)·q; the KLs themselves at beta 0 and 1."""
     if beta == 0:
         return forward_kl(p, q)
     if beta == 1:
@@ -78,12 +78,12 @@ def generalized_jsd(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """½ Σ |p - q| = 1 - Σ min(p, q): the probability that a token sampled from q is rejected."""
+    """Compute ½ Σ |p - q| = 1 - Σ min(p, q): the probability that a token sampled from q is rejected."""
     return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
 
 
 def divergence(p: Tensor, q: Tensor, kind: str, beta: float = 0.5, total_variation_weight: float = 0.0) -> Tensor:
-    """The divergence an [`OnlineConfig`] names, plus its total variation term. `(R, k+1)` twice to `(R,)`.
+    """Compute the divergence that an [`OnlineConfig`] names, plus its total variation term: `(R, k+1)` twice to `(R,)`.
 
     Raises:
         ValueError: if `kind` is none of `config.DIVERGENCES`.

@@ -1,4 +1,4 @@
-"""`RankGroup`: the processes that learn one draft together, and what they agree on. It knows neither drafts nor learning."""
+"""`RankGroup`: lets the processes that learn one draft together agree on numbers. It knows neither drafts nor learning."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# By which torchrun and accelerate launch tell a process that it is one of several.
+# Variables by which torchrun and accelerate launch let a process know that it is one of several.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 class RanksParted(RuntimeError):
-    """A rank has gone, or has not answered within the process group's timeout: there is no agreeing any more."""
+    """Raised when a rank has gone, or has not answered within the process group's timeout: there is no agreeing any more."""
 
 
 class RankGroup:
-    """The processes of a job. Each calls every method at the same point as the others do, with what it has itself, and all get the same answer, bit for
-    bit. One process alone agrees with itself, at no cost.
+    """Exchanges values among the processes of a job. Each calls every method at the same point as the others do, with its own values, and all get the same answer,
+    bit for bit. One process alone agrees with itself, at no cost.
 
     Args:
         size (`int`), rank (`int`): how many there are, and which this one is.
-        device (`torch.device`): where the backend wants what is exchanged.
-        group (`dist.ProcessGroup`, *optional*): of the processes; all of torch.distributed's if left out.
+        device (`torch.device`): where the backend wants the tensors.
+        group (`dist.ProcessGroup`, *optional*): all of torch.distributed's processes if left out.
+
+    Attributes:
+        parted (`bool`): a rank has gone.
     """
 
     def __init__(
@@ -43,10 +46,10 @@ class RankGroup:
 
     @classmethod
     def of_job(cls) -> RankGroup:
-        """Those among which accelerate, and with it Trainer, shares out training.
+        """Make the group of processes among which accelerate, and with it Trainer, shares out training.
 
         Raises:
-            ValueError: if this process is one of several and accelerate has not been told.
+            ValueError: if this process is one of several and accelerate has not been set up.
         """
         from accelerate import PartialState
         from accelerate.state import is_initialized
@@ -63,7 +66,7 @@ class RankGroup:
         return cls()
 
     def each(self, *numbers: float) -> Tensor:
-        """What every rank has given: float64 `(size, len(numbers))`.
+        """Collect every rank's numbers: float64 `(size, len(numbers))`.
 
         Raises:
             RanksParted: if a rank has gone. So do all that follow.
@@ -71,19 +74,19 @@ class RankGroup:
         return self._exchange(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sum over ranks of each number."""
+        """Sum each number over ranks."""
         return list(numbers) if self.size == 1 else self.each(*numbers).sum(0).tolist()
 
     def most(self, number: int) -> int:
-        """The largest of all."""
+        """Return the largest number of all ranks."""
         return number if self.size == 1 else int(self.each(number).max())
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on some rank."""
+        """Tell whether the flag is set on some rank."""
         return bool(self.most(int(flag)))
 
     def gather(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The vectors `(N,)` of all ranks, rank by rank; on the CPU, in `dtype`."""
+        """Collect the vectors `(N,)` of all ranks, rank by rank; on the CPU, in `dtype`."""
         if self.size == 1:
             return list(parts)
         counts = self.each(len(parts), sum(map(len, parts))).long()  # (size, 2)
@@ -101,12 +104,12 @@ class RankGroup:
         return found
 
     def gather_json(self, value: Any) -> list:
-        """What JSON can hold, of every rank."""
+        """Collect a value of every rank that JSON can hold."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         return [json.loads(part.numpy().tobytes()) for part in self.gather([data], torch.uint8)]
 
     def same(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether all ranks have the very same tensors."""
+        """Tell whether all ranks have the very same tensors."""
         if self.size == 1:
             return True
         digest = hashlib.sha256()
@@ -119,10 +122,10 @@ class RankGroup:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in here on one rank fails on all. In here no rank may wait for another.
+        """Fail on all ranks if the block fails on one. In the block no rank may wait for another.
 
         Raises:
-            RuntimeError: on the ranks where it went well; on the others, what they ran into.
+            RuntimeError: on the ranks where it went well; on the others, their own error.
         """
         failure = None
         try:
@@ -144,7 +147,7 @@ class RankGroup:
             raise RuntimeError(f"It failed on rank {failed.index(True)}, whose log says how.")
 
     def _exchange(self, mine: Tensor) -> Tensor:
-        """Tensors of one shape and dtype, stacked by rank, on the CPU. Gathered and not reduced: no order of sums differs from rank to rank."""
+        """Stack tensors of one shape and dtype by rank, on the CPU. They are gathered and not reduced, lest the order of sums differs from rank to rank."""
         if self.parted:
             raise RanksParted("The ranks have parted before.")
         mine = mine.to(self.device)

@@ -1,4 +1,4 @@
-"""`score`: a draft's α on recorded feedback, teacher-forced: what learning is judged by."""
+"""`score`: measures a draft's α on recorded feedback, teacher-forced. Learning is judged by it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.feature_collator import FeatureCollator
+from hf_osd.distill.unrolled import unrolled_logits, unrolled_rows
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.models.heads import contiguous_head
-from hf_osd.models.properties import forward_parameters
+from hf_osd.models.properties import forward_parameters, reads_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,17 +22,17 @@ if TYPE_CHECKING:
     from hf_osd.models.hot_swap import HotSwapDraft
 
 
-# Bytes of float32 logits that judging makes at once, unless one request has more.
+# Bytes of float32 logits that are made at once, unless one request has more.
 _LOGITS = 64 * 2**20
 
 
 def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
-    """The draft's logits at the teaching rows of a batch made by [`FeedbackCollator`]: `(R, V)`.
+    """The draft's logits at the teaching rows of a batch made by [`FeedbackCollator`] or, for a draft that reads the target's states, [`FeatureCollator`]: `(R, V)`.
 
     The LM head runs over the last `keep` columns alone where the model can do that.
     """
     base = getattr(model, "module", model)  # under DDP the forward must go through the wrapper, facts are the module's
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "features") if name in batch}
     if "decoder_input_ids" in batch:
         inputs["decoder_input_ids"] = batch["decoder_input_ids"]
     elif "position_ids" in forward_parameters(base):
@@ -42,10 +44,10 @@ def answer_logits(model: PreTrainedModel, batch: dict) -> Tensor:
 
 
 class Judged(NamedTuple):
-    """What a draft says of one request, teacher-forced: float32 `(N,)` each, NaN where a position has no target.
+    """Holds a draft's scores on one request, teacher-forced: float32 `(N,)` each, NaN where a position has no target.
 
     `overlap` is its expected acceptance, see [`score`]; `confidence` the probability of its likeliest token; `shared` Σ min(p, q) over the stored top k at
-    temperature 1, which says more of small differences than whether a token is right.
+    temperature 1, which shows smaller differences than whether a token is right.
     """
 
     overlap: Tensor
@@ -55,7 +57,8 @@ class Judged(NamedTuple):
 
 def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8) -> list[Tensor]:
     """Expected acceptance of `model` at every position of each request: a float32 tensor `(N,)` each; α is their mean. NaN where a
-    position has no target (see [`Feedback`]).
+    position has no target (see [`Feedback`]), or, for a draft that reads the target's states, no state to be predicted from: it is judged by the first token that it
+    drafts after a verified one ([`score_by_step`] judges the others too).
 
     Greedy requests: 1 where the draft's argmax is the target's token, else 0; 0 as well where that token is several of the draft's. Of a draft with another
     tokenizer that is a lower bound: where its likeliest token is none of the target's, a call takes the next one. Sampled ones: Σ min(p, q) over the
@@ -72,11 +75,11 @@ def score(model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int 
 def judge(
     model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8, whole: bool = True
 ) -> list[Judged]:
-    """[`score`], and, if `whole`, what else there is to know of it; arguments as there. A greedy request's overlap takes the likeliest tokens alone, and
-    passes once over the logits of a vocabulary, where the rest takes five; without `whole` that is NaN."""
+    """Compute what [`score`] does, and, if `whole`, confidence and shared probability too; arguments as there. A greedy request's overlap takes the likeliest
+    tokens alone, and passes once over the logits of a vocabulary, where the rest takes five; without `whole` the rest is NaN."""
     judged: list[Judged | None] = [None] * len(feedback)
     order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
-    collate, training = FeedbackCollator("all", prompts=False), model.training
+    collate, training, states = _collator(model), model.training, reads_states(model)
     model.eval()
     with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
         for chosen in _batches([feedback[i] for i in order], order, batch_size, model):
@@ -90,7 +93,7 @@ def judge(
                 total = logits.logsumexp(-1)
                 sure = (logits.amax(-1) - total).exp().cpu()
                 kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
-            taught = [feedback[i].teaching_mask("all") for i in chosen]
+            taught = [feedback[i].teaching_mask("all", states) for i in chosen]
             split = torch.arange(len(logits), device="cpu").split([int(mask.sum()) for mask in taught])
             for i, mask, rows in zip(chosen, taught, split, strict=True):
                 overlap, confidence, shared = (
@@ -103,14 +106,92 @@ def judge(
                     overlap[mask] = shared[mask]
                 else:
                     overlap[mask] = (argmax[rows] == feedback[i].answer[mask]).float()
-                    overlap[_spelled(feedback[i])] = 0.0
+                    if not states:  # a draft that reads these has the target's own tokens
+                        overlap[_spelled(feedback[i])] = 0.0
                 judged[i] = Judged(overlap, confidence, shared)
     model.train(training)
     return judged
 
 
+def score_by_step(
+    model: PreTrainedModel, feedback: Sequence[Feedback], steps: int, batch_size: int = 8
+) -> list[Tensor]:
+    """Expected acceptance of each token that `model` drafts in a row, if those before it were right: float32 `(steps, N)` for each request; the mean over
+    [k] is the acceptance rate of the (k+1)-th token of a block.
+
+    [k] at position i is of a block that begins at i-k. Greedy requests: 1 where the draft's likeliest token is the target's, else 0; sampled ones: Σ min(p, q), as in
+    [`score`]. NaN where one of the k tokens before was another than the draft's likeliest one, the block would begin in the prompt, or a position has no target or
+    no state. A draft that reads the target's states reads its own after the first token; any other predicts the same at each step, after the same text.
+
+    Args:
+        model (`PreTrainedModel`), feedback (`Sequence[Feedback]`), batch_size (`int`): as in [`score`].
+        steps (`int`): tokens of a block.
+    """
+    scores: list[Tensor | None] = [None] * len(feedback)
+    collate, training, states = _collator(model), model.training, reads_states(model)
+    model.eval()
+    with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
+        for chosen in _batches(feedback, range(len(feedback)), max(batch_size // steps, 1), model):
+            batch = collate([feedback[i] for i in chosen])
+            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            if states:
+                logits, (rows, step) = unrolled_logits(model, batch, steps), unrolled_rows(batch["depth"], steps)
+            else:
+                logits = answer_logits(model, batch)
+                rows = torch.arange(len(logits), device=logits.device)
+                step = torch.zeros_like(rows)
+            logits = logits.float()
+            kept = (logits.gather(-1, batch["top_ids"][rows]) - logits.logsumexp(-1, keepdim=True)).exp()
+            shared = torch.minimum(kept, batch["top_logps"][rows].exp()).sum(-1)
+            taught = [feedback[i].teaching_mask("all", states) for i in chosen]
+            answers = torch.cat([feedback[i].answer[mask] for i, mask in zip(chosen, taught, strict=True)])
+            said = [logits.argmax(-1).cpu() == answers[rows.cpu()], shared.cpu()]  # (S,) each
+            # (steps, R): whether the likeliest token was the target's, and the overlap; the same at each step of a draft that has one prediction.
+            right, shared = (
+                one.new_zeros(steps, len(answers)).index_put((step.cpu(), rows.cpu()), one) for one in said
+            )
+            known = torch.zeros_like(right).index_put((step.cpu(), rows.cpu()), torch.ones_like(said[0]))
+            if not states:
+                right, shared, known = (one[:1].expand(steps, -1) for one in (right, shared, known))
+            sizes = [int(mask.sum()) for mask in taught]
+            for i, mask, *parts in zip(
+                chosen, taught, *(one.split(sizes, -1) for one in (right, shared, known)), strict=True
+            ):
+                scores[i] = _conditional(feedback[i], mask, *parts)
+    model.train(training)
+    return scores
+
+
+def _conditional(feedback: Feedback, taught: Tensor, right: Tensor, shared: Tensor, known: Tensor) -> Tensor:
+    """[`score_by_step`] of one request: `taught` `(N,)` has r positions, whose predictions are `(steps, r)` each."""
+    steps, n = len(right), len(feedback)
+    is_right = torch.zeros(steps, n, dtype=torch.bool, device="cpu")
+    scores = torch.full((steps, n), torch.nan, dtype=torch.float32, device="cpu")
+    is_right[:, taught] = right & known
+    scores[:, taught] = torch.where(known, shared if feedback.sampled else right.float(), torch.nan)
+    if feedback.states is None:
+        spelled = _spelled(feedback)
+        is_right[:, spelled] = False
+        if not feedback.sampled:
+            scores[:, spelled] = 0.0
+    before = torch.ones(
+        n, dtype=torch.bool, device="cpu"
+    )  # whether all tokens of the block before a position were right
+    for k in range(1, steps):
+        before = torch.cat([before.new_zeros(min(n, 1)), (before & is_right[k - 1])[:-1]])
+        scores[k, ~before] = torch.nan
+    return scores
+
+
+def _collator(model: PreTrainedModel) -> FeedbackCollator | FeatureCollator:
+    """Of batches to judge by: all generated positions, and none of the prompts."""
+    if reads_states(model):
+        return FeatureCollator(model.config.states_size, prompts=False)
+    return FeedbackCollator("all", prompts=False)
+
+
 def judge_served(serving: HotSwapDraft, feedback: Sequence[Feedback]) -> list[Judged]:
-    """[`judge`] of the draft that serves, which is leased meanwhile; not under the caller's autocast."""
+    """[`judge`] the draft that serves, which is leased meanwhile; not under the caller's autocast."""
     model = serving.lease()
     try:
         with learners_autocast(model.device.type, None):
@@ -122,7 +203,7 @@ def judge_served(serving: HotSwapDraft, feedback: Sequence[Feedback]) -> list[Ju
 def _batches(
     feedback: Sequence[Feedback], at: Sequence[int], size: int, model: PreTrainedModel
 ) -> Iterator[list[int]]:
-    """`at` in batches of up to `size`, of fewer where the logits of their requests would be too many."""
+    """Split `at` into batches of up to `size`, of fewer where the logits of their requests would be too many."""
     vocabulary, batch, rows = getattr(model.get_output_embeddings(), "out_features", 0), [], 0
     for request, i in zip(feedback, at, strict=True):
         if batch and (len(batch) == size or (rows + len(request)) * vocabulary * 4 > _LOGITS):
@@ -135,19 +216,19 @@ def _batches(
 
 
 def _spelled(feedback: Feedback) -> Tensor:
-    """Mask `(N,)` of the target's tokens that are several of the draft's: it can say how they begin, and is not proposed them (see [`VocabMapping`])."""
+    """Mask `(N,)` the target's tokens that are several of the draft's: it can predict their first part, and they are not proposed (see [`VocabMapping`])."""
     taught = feedback.teaching_mask("all")
     return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
 
 
 def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
+    """Make an autocast in `dtype`, or none, whatever the caller runs under. Casts are not cached: inside a user's autocast the cache would outlive
     the optimizer's steps, and the draft would be trained on weights it no longer has."""
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def learners_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype | None:
-    """bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
+    """Choose bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
     if config.learner_dtype == "bfloat16":
         return torch.bfloat16
     if config.learner_dtype == "float32" or draft.dtype == torch.float32:

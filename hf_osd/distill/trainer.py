@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.feature_collator import FeatureCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import answer_logits, learners_autocast
+from hf_osd.distill.unrolled import unrolled_logits, unrolled_losses
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback, SparseLogits
+from hf_osd.models.properties import reads_states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
@@ -54,7 +57,7 @@ class OnlineGKDTrainer(GKDTrainer):
         buffer (`FeedbackBuffer`): where `train()` takes its requests from.
         config (`OnlineConfig`, *optional*): divergence, positions, batch size, optimizer; its other fields do not matter here.
         learning_rate (`float`, *optional*): in place of the config's.
-        args (`GKDConfig`, *optional*): replaces what `config` says of the optimizer; see `training_args`.
+        args (`GKDConfig`, *optional*): replaces `config` for the optimizer; see `training_args`.
         autocast_dtype (`torch.dtype`, *optional*): run forward passes under autocast in it.
         callbacks (`list[TrainerCallback]`, *optional*): such as [`RefreshAssistantCallback`].
     """
@@ -71,6 +74,7 @@ class OnlineGKDTrainer(GKDTrainer):
     ):
         self.config = config or OnlineConfig()
         self.buffer = buffer
+        self._reads_states = reads_states(model)
         self._requests: Sequence[Feedback] | None = None
         self._losses: list[tuple[Tensor, int]] = []  # of the steps of `learn`: sum, and over how many rows
         self._autocast_dtype = autocast_dtype
@@ -83,7 +87,9 @@ class OnlineGKDTrainer(GKDTrainer):
             or training_args(
                 self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
             ),
-            data_collator=FeedbackCollator(self.config.positions),
+            data_collator=FeatureCollator(model.config.states_size, self.config.positions)
+            if self._reads_states
+            else FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.
             train_dataset=Dataset.from_dict({"labels": [[0]]}),
             processing_class=_no_tokenizer(),
@@ -102,13 +108,13 @@ class OnlineGKDTrainer(GKDTrainer):
             self.accelerator.free_memory = self._drop_prepared
 
     def create_accelerator_and_postprocess(self):
-        """Upstream's, and a launch config's settings set aside."""
+        """Make the accelerator as upstream does, and set a launch config's settings aside."""
         super().create_accelerator_and_postprocess()
         if not self._has_own_args:
             _set_launch_settings_aside(self.accelerator)
 
     def learn(self, requests: Sequence[Feedback]) -> float:
-        """One pass over `requests`; the mean loss a row."""
+        """Pass once over `requests`, and return the mean loss a row."""
         self._requests, self._losses, self.failure = requests, [], None
         try:
             with warnings.catch_warnings():
@@ -120,17 +126,17 @@ class OnlineGKDTrainer(GKDTrainer):
 
     @property
     def losses(self) -> tuple[float, int]:
-        """The loss of `learn` on this rank, as far as it has come: its sum, and over how many rows."""
+        """The loss of `learn` on this rank so far: its sum, and the number of rows."""
         return float(sum(total for total, _ in self._losses)), sum(rows for _, rows in self._losses)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of requests of like length, in random order; as many on each rank.
+        """Make batches of requests of like length, in random order; as many on each rank.
 
         Raises:
             ValueError: if there is nothing to learn from, on any rank.
         """
         requests = self._requests if self._requests is not None else self.buffer.sample(len(self.buffer), self.draws)
-        requests = [request for request in requests if request.num_teaching(self.config.positions)]
+        requests = [one for one in requests if one.num_teaching(self.config.positions, self._reads_states)]
         size = self.config.batch_size or max(len(requests), 1)
         steps = self._ranks.most(-(-len(requests) // size))
         if not steps:
@@ -146,7 +152,7 @@ class OnlineGKDTrainer(GKDTrainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Without what GKDTrainer adds: it draws from Python's random state, which may be a user's, whether to have the student answer."""
+        """Make a step as Trainer does. GKDTrainer would draw whether to let the student answer, from Python's random state, which may be a user's."""
         return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -156,7 +162,7 @@ class OnlineGKDTrainer(GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """Divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step, on all ranks.
+        """Compute the divergence between the recorded target and the draft, averaged over the rows of the whole optimizer step, on all ranks.
 
         Where it fails on one of several ranks, out of memory say, that one goes on without rows, for the others wait for its gradients; whoever
         called `learn` finds the error in `failure`. Not with FSDP and DeepSpeed.
@@ -174,8 +180,11 @@ class OnlineGKDTrainer(GKDTrainer):
     def _loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch: Tensor | int | None):
         logits, at = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
-        q = draft_buckets(logits, at)
-        losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)  # (R,)
+        if self._reads_states:
+            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config)  # (R,)
+        else:
+            q = draft_buckets(logits, at)
+            losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)
         self._losses.append((losses.detach().sum(), len(losses)))
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -185,29 +194,35 @@ class OnlineGKDTrainer(GKDTrainer):
         return (loss, SimpleNamespace(logits=logits)) if return_outputs else loss
 
     def _nothing(self) -> Feedback:
-        """A request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
+        """Make a request without a row that teaches: its loss is 0, with gradients of 0 for all that trains."""
         tokens = torch.zeros(2, dtype=torch.int32, device="cpu")
         nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
         rows = SparseLogits(tokens[:1, None], nothing[:, None], nothing)
         source = tokens if self.model.config.is_encoder_decoder else None
-        return replace(Feedback.of_target(tokens, 1, rows), source=source)
+        return replace(Feedback.from_target(tokens, 1, rows), source=source)
 
     def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
-        """The draft's logits `(R, C)`, and in which columns those of `top_ids` are, `(R, k)`: all V of them, or enough to estimate the loss."""
+        """Compute the draft's logits `(R, C)` for all V tokens, or for enough to estimate the loss, and the columns `(R, k)` of `top_ids` in them."""
         head = getattr(model, "module", model).get_output_embeddings()
         columns, samples = None, self.config.sampled_columns
         if samples is not None and not whole and isinstance(head, LossHead):
             columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws)
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             if columns is None:
-                return answer_logits(model, inputs), inputs["top_ids"]
+                return self._answer(model, inputs), inputs["top_ids"]
             chosen, at, support = columns
             with head.only(chosen):
-                logits = answer_logits(model, inputs)
+                logits = self._answer(model, inputs)
         return sampled_tail(logits.float(), support, head.out_features), at
 
+    def _answer(self, model: nn.Module, inputs: dict) -> Tensor:
+        """The logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, see [`unrolled_logits`]."""
+        if self._reads_states:
+            return unrolled_logits(model, inputs, self.config.unrolled_steps)
+        return answer_logits(model, inputs)
+
     def _drop_prepared(self, *objects) -> list:
-        """`Accelerator.free_memory`, with which every `train()` begins, without what it costs an update: a full garbage collection (a
+        """Replace `Accelerator.free_memory`, with which every `train()` begins, without its cost to an update: a full garbage collection (a
         quarter of a second in a process that has imported trl) and an emptied device cache, which the next batch fills again."""
         for name in ("_schedulers", "_optimizers", "_models", "_dataloaders"):
             getattr(self.accelerator, name).clear()
@@ -215,7 +230,7 @@ class OnlineGKDTrainer(GKDTrainer):
         return list(objects)
 
     def scale_rate(self, factor: float):
-        """Learn at so many times the rate from now on; the optimizer's moments and the warm-up stay."""
+        """Multiply the learning rate; the optimizer's moments and the warm-up stay."""
         self.args.learning_rate *= factor
         for group in self.optimizer.param_groups if self.optimizer is not None else []:
             group["lr"] *= factor
@@ -224,7 +239,7 @@ class OnlineGKDTrainer(GKDTrainer):
             self.lr_scheduler.base_lrs = [rate * factor for rate in self.lr_scheduler.base_lrs]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """One warm-up, and then a rate that is constant or falls with the root of the steps. Made once: upstream would begin anew at every update."""
+        """Make the schedule once, where upstream would begin anew at every update: one warm-up, then a rate that is constant or falls with the root of the steps."""
         if self.lr_scheduler is None:
             decay = self.config.decay_steps
             self.lr_scheduler = get_scheduler(
@@ -295,8 +310,10 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
 
 
 def _set_launch_settings_aside(accelerator: Accelerator):
-    """What a launch config, or an Accelerator of the user's own, says of compilation and mixed precision is of their training, and stays with it. Compiled anew
-    for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it."""
+    """Ignore compilation and mixed precision of a launch config, or of a user's own Accelerator: they are meant for the user's training, and stay with it.
+
+    Compiled anew for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it.
+    """
     state, aside = accelerator.state, {}
     if state.dynamo_plugin is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
         aside["dynamo_backend"] = state.dynamo_plugin.backend.value.lower()

@@ -1,1 +1,1 @@
-"""Candidates: what the draft model, the suffix cache and the text so far propose, in the target's tokens. It knows nothing of calls, and of learning nothing."""
+"""Drafting: the draft model, the suffix cache and the text so far propose tokens, in the target's vocabulary. Calls and learning are not known here."""

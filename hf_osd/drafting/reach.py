@@ -1,4 +1,4 @@
-"""`Reach`: how long a text and a source a draft can read, and which tokens: as its config says, as a trial shows, and as it turns out."""
+"""`Reach` knows the longest text and source that a draft can read, and its token ids, by its config, a trial and the errors it has raised."""
 
 from __future__ import annotations
 
@@ -14,71 +14,71 @@ from hf_osd.models.properties import draft_window
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.drafting.draft_trial import Reads
+    from hf_osd.drafting.draft_trial import TrialResult
     from hf_osd.feedback.feedback import Feedback
 
 logger = logging.getLogger(__name__)
 
-# Tokens that every draft could read when it was given.
-_SHORT = 2
+# A length that every draft can read: its trial at construction had as many.
+_SHORTEST = 2
 
 
 class Reach:
-    """What a draft can read. Beyond it the target goes on alone, and nothing is learnt.
+    """Holds the limits of what a draft can read. Beyond them the target goes on alone, and nothing is learnt.
 
-    Config and tables say it where a GPU could not survive the attempt: a position beyond a table breaks the process there. What they do not say, such as
-    a table of distances of one size, is found by the first forward that fails.
+    Limits of position tables come from config and trial, for on a GPU a position beyond a table would crash the process. All others, such as a table of
+    distances of a fixed size, are found by the first forward that fails.
 
     Args:
         draft (`PreTrainedModel`): the draft.
-        reads (`Reads`): what a trial has shown of it.
+        trial (`TrialResult`): what a trial of the draft has shown.
 
     Attributes:
-        window (`float`): tokens of a text, the draft's own.
-        source (`float`): tokens of what its encoder reads.
-        rows (`int`): how many tokens it has an embedding of.
-        width (`int`): how many it gives logits of.
+        window (`float`): the longest text, in the draft's tokens; may be infinite.
+        source (`float`): the longest input of its encoder, in tokens; may be infinite.
+        num_embeddings (`int`): rows of its embedding table.
+        width (`int`): logits that it gives for a token.
     """
 
-    def __init__(self, draft: PreTrainedModel, reads: Reads):
-        self.window = min(draft_window(draft), math.inf if reads.window is None else reads.window)
-        self.source = math.inf if reads.source is None else reads.source
-        self.rows = draft.get_input_embeddings().weight.shape[0]
-        self.width = reads.width or draft.config.get_text_config(decoder=True).vocab_size
-        self._said = False
+    def __init__(self, draft: PreTrainedModel, trial: TrialResult):
+        self.window = min(draft_window(draft), math.inf if trial.window is None else trial.window)
+        self.source = math.inf if trial.source is None else trial.source
+        self.num_embeddings = draft.get_input_embeddings().weight.shape[0]
+        self.width = trial.width or draft.config.get_text_config(decoder=True).vocab_size
+        self._warned = False
 
     def covers(self, feedback: Feedback) -> bool:
-        """Whether the draft can read all of a request."""
+        """Returns `True` if the draft can read all of a request."""
         source = 0 if feedback.source is None else len(feedback.source)
         return len(feedback.tokens) <= self.window and source <= self.source
 
     def failed(self, error: Exception, context: DraftContext, drafting: int):
-        """The draft raised `error` in a call, where it was to go on from its text by `drafting` tokens. If other texts as long fail as well, that was too
-        long, and the longest that it can read is searched for."""
+        """Handles an `error` of the draft in a call where it had to draft `drafting` tokens after its text. If another text of that length fails as well, it
+        was too long: the longest text that the draft can read is then found by bisection and becomes `window`."""
         self._warn(error)
-        most = context.length + drafting
-        if isinstance(error, torch.OutOfMemoryError) or most > self.window:
+        longest = context.length + drafting
+        if isinstance(error, torch.OutOfMemoryError) or longest > self.window:
             return
         try:
-            if context.reads(most) or not context.reads(_SHORT):
-                return  # what this text says was wrong, not its length
-            least = _SHORT
-            while most - least > 1:
-                middle = (least + most) // 2
-                least, most = (middle, most) if context.reads(middle) else (least, middle)
-            self.window = least
+            if context.reads(longest) or not context.reads(_SHORTEST):
+                return  # not the length was wrong, but this text
+            shortest = _SHORTEST
+            while longest - shortest > 1:
+                middle = (shortest + longest) // 2
+                shortest, longest = (middle, longest) if context.reads(middle) else (shortest, middle)
+            self.window = shortest
         except torch.OutOfMemoryError:
             return
 
     def failed_source(self, error: Exception, length: int | None):
-        """The draft's encoder raised `error` over a source of so many tokens, or over features."""
+        """Handles an `error` of the draft's encoder over a source of `length` tokens, or over features (`None`)."""
         self._warn(error)
         if length is not None and not isinstance(error, torch.OutOfMemoryError):
             self.source = min(self.source, length - 1)
 
     def _warn(self, error: Exception):
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "The draft failed in a call (%s: %s); the target goes on alone there, and in others in which the draft fails. If the text was too long for it, longer "
                 "ones are left to the target from now on.",

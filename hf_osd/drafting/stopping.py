@@ -1,7 +1,7 @@
-"""`DraftStops`: where a draft must end, because there the generation would.
+"""`DraftStops` ends a draft where the generation would end.
 
-generate asks its stopping criteria once a round, about a whole block of tokens: one that would have ended plain decoding inside the block
-is noticed at its end, and the output overshoots. EOS and the length limit are cut by generate itself; all others are this room's.
+generate asks its stopping criteria once per round, about a whole block of tokens: a criterion that would have ended plain decoding inside the block
+is noticed at the block's end, and the output overshoots. generate itself cuts blocks at EOS and the length limit; all other criteria are handled here.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from transformers.generation.stopping_criteria import (
 
 
 class DraftStops:
-    """Of the stopping criteria of one generate call.
+    """Applies the stopping criteria of one generate call to drafts.
 
-    A greedy draft ends before the token at which one of transformers' own criteria would end the text: the target says that token
-    itself, as the last of its block. A sampled draft may not be cut for what was sampled, or q is no longer what it was sampled from;
-    and a user's own criteria may keep state, so they are not asked about tokens that may never come true. In both cases `allow_drafts`
+    A greedy draft ends before the token at which one of transformers' own criteria would end the text: the target adds that token
+    itself, as the last of the round. A sampled draft may not be cut by the sampled token, or q would no longer be what it was sampled from;
+    and a user's own criteria may keep state, so they are never called with drafts, which may be rejected. In both cases `allow_drafts`
     is `False`.
 
     Args:
-        criteria (`list[StoppingCriteria]`): all of the call's.
-        sampled (`bool`): whether the call samples.
-        eos (`set[int]`), max_length (`int`): what generate itself cuts a block at.
+        criteria (`list[StoppingCriteria]`): all criteria of the call.
+        sampled (`bool`): `True` if the call samples.
+        eos (`set[int]`), max_length (`int`): token ids and length at which generate itself cuts a block.
     """
 
     def __init__(self, criteria: list[StoppingCriteria], sampled: bool, eos: set[int], max_length: int):
-        self.max_length = max_length  # the least of all limits
+        self.max_length = max_length  # the smallest of all limits
         self.unasked: list[str] = []  # names of the criteria for which nothing may be drafted
         self._asked: list[StoppingCriteria] = []
         for criterion in criteria:
@@ -39,7 +39,7 @@ class DraftStops:
             if kind is MaxLengthCriteria:
                 self.max_length = min(self.max_length, criterion.max_length)
             elif kind is MaxTimeCriteria or (kind is EosTokenCriteria and _ids(criterion) <= eos):
-                continue  # a limit in seconds has no token of its own; the others generate cuts at
+                continue  # a time limit ends at no particular token; at these EOS ids generate cuts
             elif kind in (EosTokenCriteria, StopStringCriteria) and not sampled:
                 self._asked.append(criterion)
             else:
@@ -51,11 +51,11 @@ class DraftStops:
 
     @property
     def asks(self) -> bool:
-        """Whether there is a criterion that `end` asks."""
+        """Is `True` if there is a criterion that `end` asks."""
         return bool(self._asked)
 
     def end(self, input_ids: Tensor) -> bool:
-        """Whether the generation would end with the last token of `input_ids` `(1, L)`."""
+        """Asks the criteria if the generation would end with the last token of `input_ids` `(1, L)`."""
         return any(bool(criterion(input_ids, None).any()) for criterion in self._asked)
 
 

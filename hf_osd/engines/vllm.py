@@ -1,4 +1,4 @@
-"""`DraftRefresh`: the draft of a vLLM engine that runs, replaced by one that has learnt on. docs/engines.md has the commands."""
+"""`DraftRefresh` replaces the draft of a running vLLM engine by newer weights. docs/engines.md has the commands."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from pathlib import Path
 
 
 class DraftRefresh:
-    """What vLLM (0.32) mixes into its workers, as `--worker-extension-cls hf_osd.engines.vllm.DraftRefresh`: the speculative draft's weights are replaced in place."""
+    """Replaces the weights of the speculative draft in place.
+
+    vLLM (0.32) mixes this class into its workers with `--worker-extension-cls hf_osd.engines.vllm.DraftRefresh`.
+    """
 
     def refresh_draft(self, folder: str) -> str:
-        """Load the safetensors of `folder` into the draft, in place; the class of the module they went into.
+        """Load the safetensors of `folder` into the draft, in place; return the class name of the draft's module.
 
         The draft must have the architecture, sizes and dtype of the one that the engine was started with. Call it while no request
-        runs, and reset the prefix cache afterwards: what is in it was computed by the old weights, which costs acceptance, never the output.
+        runs, and reset the prefix cache afterwards: the old weights computed what it holds, which costs acceptance and never changes the output.
 
         Args:
-            folder (`str`): what `save_pretrained` wrote, on the worker's machine.
+            folder (`str`): a folder that `save_pretrained` wrote, on the worker's machine.
 
         Raises:
             RuntimeError: if the engine has no draft of its own.

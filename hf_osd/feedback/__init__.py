@@ -1,1 +1,4 @@
-"""What verification taught: the target's words at the positions of a request, kept in memory, in traces and as seen texts. It knows neither drafts nor learners."""
+"""Keeps the results of verification: the target's distributions at the positions of a request, in memory and in traces.
+
+This room knows neither drafts nor learners.
+"""

@@ -1,4 +1,4 @@
-"""`FeedbackBuffer`: bounded memory of recent feedback. It is thread-safe and knows nothing of models or training."""
+"""`FeedbackBuffer` holds recent feedback in bounded memory. It is thread-safe and knows nothing of models or training."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from hf_osd.system.forks import released
 
 
 class FeedbackBuffer:
-    """The most recent [`Feedback`], bounded by bytes and by age; what no update has seen yet is *new*.
+    """Holds the most recent [`Feedback`], bounded by bytes and by age. Requests that no update has used yet are *new*. Thread-safe.
 
     Args:
-        max_bytes (`int`): bound on the tensors held; the oldest requests go first.
-        max_age (`float`, *optional*): seconds after which a request is dropped.
+        max_bytes (`int`): bound on the bytes of the tensors held; the oldest requests go first.
+        max_age (`float`, *optional*): seconds after which a request is dropped; `None` keeps it.
+
+    Attributes:
+        nbytes (`int`): bytes held.
+        dropped (`int`): how many requests went before any update had used them.
     """
 
     def __init__(self, max_bytes: int = 64 * 2**20, max_age: float | None = None):
         self.max_bytes, self.max_age = max_bytes, max_age
         self.nbytes = 0
-        self.dropped = 0  # requests that left before any update had seen them
+        self.dropped = 0
         self._held: deque[Feedback] = deque()  # oldest first
-        self._new = 0  # the last `_new` of them are new
+        self._new = 0  # how many of them, the last ones, are new
         self._lock = released(threading.RLock())
 
     def __len__(self) -> int:
@@ -35,12 +39,12 @@ class FeedbackBuffer:
 
     @property
     def tokens(self) -> int:
-        """Verified positions held."""
+        """Count the verified positions held."""
         with self._lock:
             return sum(map(len, self._held))
 
     def add(self, feedback: Feedback):
-        """Append one request. A request without a verified position teaches nothing and is left out."""
+        """Append one request as new. A request without a verified position is ignored."""
         if not len(feedback):
             return
         with self._lock:
@@ -50,24 +54,24 @@ class FeedbackBuffer:
             self._keep_bounds()
 
     def requests(self) -> list[Feedback]:
-        """All that is held, oldest first."""
+        """List all requests held, oldest first."""
         with self._lock:
             return list(self._held)
 
     def new(self) -> list[Feedback]:
-        """The requests no update has seen, oldest first."""
+        """List the requests that no update has used, oldest first."""
         with self._lock:
             self._keep_bounds()
             return list(self._held)[len(self._held) - self._new :] if self._new else []
 
     def mark_seen(self, feedback: list[Feedback]):
-        """Say that an update has seen these requests. What arrived meanwhile stays new."""
+        """Mark these requests as used by an update. Requests that arrived meanwhile stay new."""
         seen = set(map(id, feedback))
         with self._lock:
             self._new = sum(id(held) not in seen for held in self.new())
 
     def discard(self, feedback: list[Feedback]):
-        """Forget these requests, wherever they are."""
+        """Remove these requests, new or not."""
         gone = set(map(id, feedback))
         with self._lock:
             new = self.new()
@@ -76,11 +80,11 @@ class FeedbackBuffer:
             self.nbytes = sum(held.nbytes for held in self._held)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> list[Feedback]:
-        """`count` requests: without repetition in each pass over the buffer, as many passes as needed.
+        """Draw `count` requests uniformly: without repetition in each pass over the buffer, with as many passes as needed; none if it is empty.
 
         Args:
             count (`int`): how many.
-            generator (`torch.Generator`, *optional*): of the draws.
+            generator (`torch.Generator`, *optional*): a CPU generator for the draws.
         """
         with self._lock:
             self._keep_bounds()
@@ -92,21 +96,25 @@ class FeedbackBuffer:
         return drawn
 
     def clear(self):
-        """Forget everything."""
+        """Remove all requests."""
         with self._lock:
             self._held.clear()
             self._new = self.nbytes = 0
 
     def save(self, path: str | os.PathLike):
-        """Write the buffer to a trace that only its owner may read (see [`hf_osd.feedback.trace.write_trace`]). It holds the prompts as token ids:
-        whoever calls this has asked for that."""
+        """Write the buffer to a trace that only its owner may read (see [`hf_osd.feedback.trace.write_trace`]). The file holds prompts as token ids:
+        call this only where users have asked for it.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
         with self._lock:
             held, new = list(self._held), self._new
         write_trace(path, held, {"new": str(new)})
 
     def restore(self, path: str | os.PathLike):
-        """Add what `save` wrote, as old as it was then, before what is held. What was new then is new again, unless requests
-        that an update has seen already come after it.
+        """Put the requests that `save` wrote in front of those held, each as old as it was when saved. Requests that were new then are new again, unless some of
+        those held have been used by an update already.
 
         Raises:
             OSError: if the file cannot be read.

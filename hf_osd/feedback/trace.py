@@ -1,5 +1,5 @@
-"""Traces: feedback in a safetensors file, to learn from again without the target. They hold prompts as token ids: whoever writes one has
-asked for that."""
+"""Reads and writes traces: feedback in a safetensors file, to learn from again without the target. They hold prompts as token ids, so they are written
+only on request."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback.feedback import Feedback, SparseLogits
+from hf_osd.feedback.target_states import TargetStates
 from hf_osd.system.files import staged
 
 _FORMAT = "hf_osd.trace.1"
-# Fields with a row a position, in the order in which `Feedback` has them; those `(N, k)` are stored flat, for k may differ by request.
+# Fields with a row for each position, in the order of `Feedback`; those of shape `(N, k)` are stored flat, for k may differ by request.
 _SPARSE = ("top_ids", "top_logps", "draft_logps")
 _DENSE = ("tail_logp", "drafted", "drafted_logp", "outcome", "overlap")
 _ROWS = ("top_ids", "top_logps", "tail_logp")  # of `SparseLogits`
 _FACTS = ("tokens", "prompt", "k", "source", "sampled", "age")  # the columns of `facts`
-# Log-probs are of one dtype a request; where requests differ in it, `dtypes` says which of these each has.
+# Log-probs of one request share a dtype; where requests differ, the tensor `dtypes` has the index of each one's.
 _LOGPS = ("top_logps", "tail_logp", "draft_logps", "drafted_logp")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def write_trace(path: str | os.PathLike, feedback: Sequence[Feedback], facts: dict[str, str] | None = None):
-    """Write requests to a safetensors file that only its owner may read; a file that was there is replaced at once, or not at all.
+    """Write requests to a safetensors file that only its owner may read; an older file is replaced at once, or not at all.
 
     Args:
         path: the file; its folder must exist.
         feedback (`Sequence[Feedback]`): the requests, in order.
-        facts (`dict[str, str]`, *optional*): what else is to be known of them; kept in the file's metadata.
+        facts (`dict[str, str]`, *optional*): more text to keep in the file's metadata.
 
     Raises:
         OSError: if the file cannot be written.
@@ -51,7 +52,7 @@ def write_trace(path: str | os.PathLike, feedback: Sequence[Feedback], facts: di
 
 
 def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
-    """Requests as a few tensors, for a file or for another process; `unpack` gives them back, as old as they are now."""
+    """Pack requests into a few tensors, for a file or for another process; `unpack` restores them, with the age that they have now."""
     now = time.monotonic()
     rows = [
         (
@@ -69,10 +70,10 @@ def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         tensors["tokens"] = torch.cat([one.tokens for one in feedback])
         for name in (*_SPARSE, *_DENSE):
             tensors[name] = torch.cat([getattr(one, name).flatten() for one in feedback])
-        if tensors["draft_logps"].isnan().all():  # nothing was drafted: a quarter of the file says no more than that
+        if tensors["draft_logps"].isnan().all():  # nothing was drafted: NaN would fill a quarter of the file
             tensors["draft_logps"] = tensors["draft_logps"][:0].clone()
         dtypes = [one.top_logps.dtype for one in feedback]
-        if len(set(dtypes)) > 1:  # `cat` has made the widest of them, which holds all their values
+        if len(set(dtypes)) > 1:  # `cat` has promoted them to the widest, which is exact
             tensors["dtypes"] = torch.tensor(
                 [_DTYPES.index(dtype) for dtype in dtypes], dtype=torch.uint8, device="cpu"
             )
@@ -85,15 +86,23 @@ def pack(feedback: Sequence[Feedback]) -> dict[str, Tensor]:
             tensors["prompt_rows"] = torch.tensor(known, device="cpu")
             for name in _ROWS:
                 tensors[f"prompt_{name}"] = torch.cat([getattr(rows, name).flatten() for rows in prompts if rows])
+        states = [one.states for one in feedback]
+        if any(one is not None for one in states):
+            shapes = [(0, 0, 0, -1) if one is None else (len(one), one.width, one.n_aux, one.start) for one in states]
+            tensors["states"] = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+            for name in ("codes", "scales"):
+                tensors[f"state_{name}"] = torch.cat(
+                    [getattr(one, name).flatten() for one in states if one is not None]
+                )
     return tensors
 
 
 def read_trace(path: str | os.PathLike) -> tuple[list[Feedback], dict[str, str]]:
-    """What `write_trace` wrote, requests as old as they were then, and the facts.
+    """Read a trace; return the requests, with the age that they had when written, and the facts.
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if it is no trace, or a damaged one.
+        ValueError: if it is not a trace, or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -112,7 +121,7 @@ def read_trace(path: str | os.PathLike) -> tuple[list[Feedback], dict[str, str]]
 
 
 def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
-    """The requests that `pack` was given. Whatever is damaged raises some error."""
+    """Restore the requests that were packed. Damaged tensors raise some error, of any type."""
     facts = dict(zip(_FACTS, tensors["facts"].T.tolist(), strict=True))
     lengths, ks = [int(n) for n in facts["tokens"]], [int(k) for k in facts["k"]]
     answers = [n - int(prompt) for n, prompt in zip(lengths, facts["prompt"], strict=True)]
@@ -134,8 +143,9 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
     has_source = [int(n) >= 0 for n in facts["source"]]
     sources = iter(tensors["source"].split([int(n) for n in facts["source"] if n >= 0]) if any(has_source) else ())
     prompts = _unpack_prompts(tensors, ks, columns)
+    states = _unpack_states(tensors, len(lengths))
     now = time.monotonic()
-    # Each request gets memory of its own: of a part, all the file's would stay until the last request has gone.
+    # Each request gets its own memory: a view would keep the whole file in memory until the last request is dropped.
     return [
         Feedback(
             **{name: parts[i].clone() for name, parts in columns.items()},
@@ -144,13 +154,14 @@ def unpack(tensors: dict[str, Tensor]) -> list[Feedback]:
             created=now - facts["age"][i],
             source=next(sources).clone() if has_source[i] else None,
             prompt_rows=prompts[i],
+            states=states[i],
         )
         for i in range(len(lengths))
     ]
 
 
 def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str, list]) -> list[SparseLogits | None]:
-    """`prompt_rows` of each request, of its k and the dtype of its other log-probs."""
+    """Restore the `prompt_rows` of each request, with its k and the dtype of its other log-probs."""
     if "prompt_rows" not in tensors:
         return [None] * len(ks)
     counts = tensors["prompt_rows"].tolist()
@@ -166,4 +177,17 @@ def _unpack_prompts(tensors: dict[str, Tensor], ks: list[int], columns: dict[str
         if n
         else None
         for i, (n, k) in enumerate(zip(counts, ks, strict=True))
+    ]
+
+
+def _unpack_states(tensors: dict[str, Tensor], count: int) -> list[TargetStates | None]:
+    """`states` of each request; of none in a file from before there were any."""
+    if "states" not in tensors:
+        return [None] * count
+    shapes = tensors["states"].tolist()
+    codes = tensors["state_codes"].split([n * width for n, width, _, _ in shapes])
+    scales = tensors["state_scales"].split([n * n_aux for n, _, n_aux, _ in shapes])
+    return [
+        None if start < 0 else TargetStates(codes[i].view(n, width).clone(), scales[i].view(n, n_aux).clone(), start)
+        for i, (n, width, n_aux, start) in enumerate(shapes)
     ]

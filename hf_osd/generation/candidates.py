@@ -1,23 +1,26 @@
-"""`OnlineCandidateGenerator`: proposes tokens in each round of one generate call, from the draft or the suffix cache, and tells a `CallRecorder`
-what the target said of them.
+"""`OnlineCandidateGenerator` proposes the tokens of each round of one generate call, and passes the target's verification to a `CallRecorder`. It lives as
+long as the call.
 
-It lives as long as the call, and knows nothing of training. A round (Algorithm 1 of arXiv 2211.17192, with the number of drafts chosen and what is verified kept):
+A round is Algorithm 1 of arXiv 2211.17192, with γ chosen anew each time, and with p kept:
 
-1. `get_candidates`: the policy says how many tokens are worth drafting, and whether the draft model or the suffix cache is to propose them (`_fill`);
-2. the block is cut where the text must end: at its limit, with an EOS, before a stop string (`_cut`);
-3. generate has the target read the block in one forward, and accepts or rejects token by token;
-4. `update_candidate_strategy`: what the target said of each verified position goes to the record, from which the draft will learn;
-5. the draft takes back what it had read of rejected tokens, and the policy hears what was accepted and what it cost.
+1. the policy chooses the source, the draft model or the suffix cache, and γ; 0 means a plain step (`get_candidates`, `_fill`);
+2. the source proposes d_0..d_{n-1}, n ≤ γ: the draft model samples d_j ~ q_j(x), or takes the argmax in greedy decoding;
+3. the block ends where the text must: at a length limit, with an EOS, before a stop string (`_cut`);
+4. the target reads prefix and block in one forward, which gives p_0(x)..p_n(x);
+5. generate accepts d_0, d_1, … in turn, each with probability min(1, p_j(d_j) / q_j(d_j)) (greedy: if it is the argmax of p_j), up to the first rejection, d_m;
+6. generate appends one token more, sampled from norm(max(0, p_m(x) - q_m(x))), or from p_n(x) if all were accepted (greedy: the argmax of p_m);
+7. the recorder keeps p_0(x)..p_m(x) and which drafts were accepted: from this the draft learns (`update_candidate_strategy`);
+8. the draft's KV cache drops the rejected tokens;
+9. the policy observes what was accepted and how long it took.
 
-Symbols of a round: L tokens stand; n are drafted, d_0..d_{n-1}; the target's row j is its distribution of the token at absolute
-position L+j; m+1 positions are verified, of which the first ones are accepted drafts. V are the target's tokens, W the draft's.
+Symbols of a round: L tokens precede it; n are drafted; p_j is the target's distribution of the token at absolute position L+j, in the code its row j; m+1
+positions are verified, where the tokens are accepted drafts and, last, the target's own. V is the size of the target's vocabulary, W of the draft's.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,190 +30,209 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from hf_osd.drafting.context import DraftContext, encoder_source
 from hf_osd.drafting.draft_model import Block, DraftModelProposer, HeadUsage
+from hf_osd.drafting.feature_context import FeatureContext
 from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
+from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.hot_swap import NullDraft
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
-    from hf_osd.drafting.reach import Reach
     from hf_osd.drafting.suffix_cache import CallSuffixes, Continuation
-    from hf_osd.drafting.vocab_mapping import VocabMapping
+    from hf_osd.generation.parts import Parts
     from hf_osd.generation.recorder import CallRecorder
     from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.verification import Verification
-    from hf_osd.policy.lookahead import DraftPolicy
 
 
 class OnlineCandidateGenerator(AssistedCandidateGenerator):
-    """Drafts with direct forwards on a cache of its own, in place of one `assistant.generate` a round, or from a suffix cache.
+    """Drafts with direct forwards on a KV cache of its own, instead of one `assistant.generate` per round, or from the suffix cache.
 
     Args:
-        request (`GenerateRequest`): what generate asks for. The processors in its `logits_processor` are put behind one that keeps the
-            target's raw logits, if there are any.
+        request (`GenerateRequest`): generate's arguments. If its `logits_processor` holds any, they are replaced by a [`VerifiedProcessors`].
         assistant_model (`PreTrainedModel`): the leased draft, or a [`NullDraft`].
-        prompt (`Tensor` int64 `(L',)`): the prompt as the draft reads it.
-        translation (`VocabMapping`): between the target's tokens and the draft's.
-        record (`CallRecorder`): where observations go.
-        lookahead (`DraftPolicy`): chooses source and γ.
-        text (`CallSuffixes`, *optional*): the text so far and those before it, as the suffix cache has them.
-        make_head (`Callable`, *optional*): see [`DraftModelProposer`].
-        verification (`Verification`, *optional*): whether the target can verify a block; taken for granted if left out.
-        reach (`Reach`, *optional*): what the draft can read, where there is one. Beyond it, and where the draft fails, this call goes on without it.
-        see_width (`Callable`, *optional*): told how many logits the target gives, where that is not known yet; nothing is drafted in such a call.
-        warn (`Callable`, *optional*): see [`VerifiedProcessors`].
+        parts (`Parts`): what the assistant lends the call. While its `note_width` is set, nothing is drafted.
+        prompt (`Tensor` int64 `(L',)`): the prompt in the draft's tokens.
+        record (`CallRecorder`): records the rounds.
+        text (`CallSuffixes`, *optional*): the text so far, indexed for the suffix cache.
+        verification (`Verification`, *optional*): checks that the target can verify a block; assumed if left out.
     """
 
     def __init__(
         self,
         request: GenerateRequest,
         assistant_model: PreTrainedModel,
+        parts: Parts,
         prompt: Tensor,
-        translation: VocabMapping,
         record: CallRecorder,
-        lookahead: DraftPolicy,
         text: CallSuffixes | None = None,
-        make_head: Callable | None = None,
         verification: Verification | None = None,
-        reach: Reach | None = None,
-        see_width: Callable[[int], None] | None = None,
-        warn: Callable[[str], None] | None = None,
     ):
         input_ids, inputs_tensor = request.input_ids, request.inputs_tensor
         model_kwargs, logits_processor = request.model_kwargs, request.logits_processor
-        upstreams = functools.partial(
+        init_stock = functools.partial(
             super().__init__,
             input_ids=input_ids,
             generation_config=request.generation_config,
             model_kwargs=model_kwargs,
             logits_processor=logits_processor,
         )
-        # generate writes it back into the draft's generation config when the schedule there is "heuristic": nothing is to change by it.
+        # With the schedule "heuristic" generate writes this back into the draft's generation config, which must not change.
         tokens = assistant_model.generation_config.num_assistant_tokens
-        drafts = lookahead.has_draft
+        drafts = parts.lookahead.has_draft
         source = encoder_source(assistant_model, inputs_tensor, model_kwargs.get("attention_mask")) if drafts else None
-        if source is not None and len(source) > reach.source:
+        if source is not None and len(source) > parts.reach.source:
             drafts = False
         if drafts:
             try:
-                upstreams(assistant_model=assistant_model, inputs_tensor=inputs_tensor)  # its encoder reads here
+                init_stock(assistant_model=assistant_model, inputs_tensor=inputs_tensor)  # runs the draft's encoder
             except Exception as error:
                 if not assistant_model.config.is_encoder_decoder:
                     raise
-                reach.failed_source(error, None if source is None else len(source))
+                parts.reach.failed_source(error, None if source is None else len(source))
                 drafts = False
         if not drafts:
             assistant_model = NullDraft()
-            upstreams(assistant_model=assistant_model)
+            init_stock(assistant_model=assistant_model)
         self.num_assistant_tokens = tokens
-        self.record, self.lookahead, self._translation, self._text = record, lookahead, translation, text
+        self.record, self.lookahead, self._mapping, self._text = record, parts.lookahead, parts.mapping, text
         self._sample = request.generation_config.do_sample
         eos = getattr(request.generation_config, "_eos_token_tensor", None)
         self._eos = set() if eos is None else set(eos.flatten().tolist())
 
         self._verified: VerifiedProcessors | None = None
         if logits_processor:
-            self._verified = VerifiedProcessors(
-                list(logits_processor), self._sample, self._eos, **({} if warn is None else {"warn": warn})
-            )
-            logits_processor[:] = [self._verified]  # the list is the call's own: generate made it
+            self._verified = VerifiedProcessors(list(logits_processor), self._sample, self._eos, parts.warn)
+            logits_processor[:] = [self._verified]  # generate made the list for this call
         self.stops = DraftStops(request.stopping_criteria, self._sample, self._eos, self.main_model_max_length)
-        self._may_draft = self.stops.allow_drafts and see_width is None
-        self._see_width = see_width
-        # In its first forward the target reads embeddings or images in place of tokens, and generate mistakes drafts for prompt; it also
-        # takes the prompt's first hidden states and attentions for those of the drafts.
+        self._may_draft = self.stops.allow_drafts and parts.note_width is None
+        self._note_width = parts.note_width
+        # If the target's first forward reads embeddings or images instead of tokens, generate would take drafts for prompt; it would also return the
+        # prompt's first hidden states and attentions as the drafts'.
         states = request.generation_config.output_hidden_states or request.generation_config.output_attentions
-        self._first_alone = states or not request.reads_tokens
+        self._plain_first_round = states or not request.reads_tokens
 
-        self._drafting: DraftModelProposer | None = None  # None without a draft
-        self.head_usage: HeadUsage | None = None  # of a head of some rows
-        self._reach = reach
+        self._proposer: DraftModelProposer | None = None
+        self.head_usage: HeadUsage | None = None  # with a reduced draft vocabulary
+        self._reach = parts.reach
+        self._not_padding: Tensor | None = (
+            None  # bool (L,), until the prompt's states are there, if the draft reads states
+        )
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
-            self._drafting = DraftModelProposer(
-                DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask")),
-                translation,
-                lookahead,
+            if isinstance(assistant_model, FeatureDraft):
+                context = FeatureContext(assistant_model, prompt)
+                self._ask_for_states(request, assistant_model)
+            else:
+                context = DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask"))
+            self._proposer = DraftModelProposer(
+                context,
+                parts.mapping,
+                parts.lookahead,
                 self._verified,
                 self.stops,
                 self._eos,
                 sample=self._sample,
-                home=input_ids.device,  # the processors' own tensors are there
-                make_head=make_head,
+                scores_device=input_ids.device,  # where the processors' tensors are
+                make_head=None if parts.head is None else functools.partial(parts.head.view, assistant_model),
             )
-            self.head_usage = self._drafting.usage if make_head is not None else None
+            self.head_usage = self._proposer.head_usage if parts.head is not None else None
         self._block = Block()
-        self._prefill = True  # the target's: its next forward takes the prompt as well
-        self._verification = verification  # None once it is known
-        self._draft_seconds = self._lookup_seconds = self._handed_over = self._verification_seconds = 0.0
+        self._first_round = True  # the target's next forward reads the prompt too
+        self._verification = verification  # None once it has answered
+        self._draft_seconds = self._lookup_seconds = self._proposed_at = self._verification_seconds = 0.0
 
-    def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Draft for `input_ids` `(1, L)`: `(1, L+n)`, and the scores drafted from, float32 `(1, n, V)`, where generate needs them: when
-        sampling, unless all of the block is cached, which has no distribution but the token itself."""
-        if self._prefill and self._verification is not None:
-            self._verification.begin(self.record)
+    def _ask_for_states(self, request: GenerateRequest, draft: FeatureDraft):
+        """Has generate hand over the states that the draft reads, of each forward of the target; or all of them, if the user asks for these."""
+        self.requires_model_outputs = True
+        wanted = True if request.generation_config.output_hidden_states else list(draft.config.aux_layers)
+        self.model_kwargs_overrides = {"output_hidden_states": wanted}
+        length, mask = request.input_ids.shape[1], request.mask
+        self._not_padding = (
+            torch.ones(length, dtype=torch.bool, device="cpu") if mask is None else mask[0].bool().cpu()
+        )
+
+    def get_candidates(
+        self, input_ids: Tensor, model_outputs: ModelOutput | None = None, n_last_matches: int = 0, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Proposes a block after `input_ids` `(1, L)`. For a draft that reads the target's states, generate hands over the outputs of its last forward, and how many
+        drafts were accepted there.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: text and block, `(1, L+n)`; and the scores that the block was sampled from, float32 `(1, n, V)`. These are `None` in
+            greedy decoding, and if all of the block is from the suffix cache, whose tokens have probability 1.
+        """
+        if self._first_round and self._verification is not None:
+            self._verification.check_first_round(self.record)
+        if model_outputs is not None and self._proposer is not None:
+            self._keep_states(input_ids, model_outputs, int(n_last_matches))
         start = time.perf_counter()
         self._block = Block()
         room = self.stops.max_length - 1 - input_ids.shape[1]
         processed = self._verified is None or self._verified.allows_drafts
-        may_draft = self._may_draft and processed and not (self._prefill and self._first_alone)
+        may_draft = self._may_draft and processed and not (self._first_round and self._plain_first_round)
         self._fill(input_ids, room if may_draft else 0)
         block = self._block
         candidates, scores = input_ids, None
         if block.n:
             cached = torch.tensor([block.cached], dtype=torch.long, device=input_ids.device) if block.cached else None
-            candidates = torch.cat([input_ids, *block.own, *(() if cached is None else (cached,))], dim=-1)
-            if self._sample and block.own:
-                scores = self._drafting.dense(block, len(block.own))
+            candidates = torch.cat([input_ids, *block.draft_tokens, *(() if cached is None else (cached,))], dim=-1)
+            if self._sample and block.draft_tokens:
+                scores = self._proposer.dense(block, len(block.draft_tokens))
                 if cached is not None:
                     sure = scores.new_full((len(block.cached), scores.shape[-1]), -torch.inf)
                     scores = torch.cat([scores, sure.scatter_(-1, cached.T.to(sure.device), 0.0)])
                 scores = scores[None]
             if self._verified is not None and self._verified.in_turn:
                 drafted = candidates[0, input_ids.shape[1] :].tolist()
-                self._verified.expect(drafted, None if scores is None else scores[0])
-        self._handed_over = time.perf_counter()
-        self._draft_seconds = self._handed_over - start - self._lookup_seconds - self._verification_seconds
+                self._verified.begin_round(drafted, None if scores is None else scores[0])
+        self._proposed_at = time.perf_counter()
+        self._draft_seconds = self._proposed_at - start - self._lookup_seconds - self._verification_seconds
         self._verification_seconds = 0.0
         return candidates, scores
 
-    # Feedback is kept in half precision on the CPU, which a user's autocast cannot concatenate.
+    # Autocast is off, for a user's cannot concatenate the half-precision feedback on the CPU.
     @torch.autocast("cpu", enabled=False)
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int):
-        """Record the round: `input_ids` `(1, L+m+1)`, the target's processed scores `(1, n+1, V)`."""
+        """Records the verified round.
+
+        Args:
+            input_ids (`Tensor` `(1, L+m+1)`): the text with the verified tokens.
+            scores (`Tensor` `(1, n+1, V)`): the target's processed scores.
+            num_matches (`int`): m, as generate counts it.
+        """
         start = time.perf_counter()
-        target_seconds = start - self._handed_over
-        block, drafting, m = self._block, self._drafting, int(num_matches)
-        said, n = input_ids[:, -(m + 1) :], block.n  # (1, m+1)
-        raw = scores[0, : m + 1] if self._verified is None else self._verified.settle(m + 1, scores)
+        target_seconds = start - self._proposed_at
+        block, proposer, m = self._block, self._proposer, int(num_matches)
+        verified, n = input_ids[:, -(m + 1) :], block.n  # (1, m+1)
+        raw = scores[0, : m + 1] if self._verified is None else self._verified.finish_round(m + 1, scores)
         targets = scores[0, : m + 1].softmax(-1) if self._sample else None
-        # The one wait for the device in a round: for what was verified, what was drafted, and what the draft thought of it.
-        overlap = drafting.overlap(block, said[0], targets) if block.steps else said.new_empty(0)
-        lag = block.lag if block.lag is not None else said.new_empty(0)
-        parts = [said[0], *(token[0] for token in block.own), overlap, lag]
-        known = torch.cat([part.float() for part in parts]).tolist()
-        sizes = [m + 1, len(block.own), len(overlap), len(lag)]
-        tokens, own_tokens, overlap, lag = (list(part) for part in _split(known, sizes))
+        # All values are read in one transfer, the only wait for the device in a round.
+        acceptance = proposer.acceptance(block, verified[0], targets) if block.steps else verified.new_empty(0)
+        late = block.late_acceptance if block.late_acceptance is not None else verified.new_empty(0)
+        parts = [verified[0], *(token[0] for token in block.draft_tokens), acceptance, late]
+        values = torch.cat([part.float() for part in parts]).cpu()
+        sizes = [m + 1, len(block.draft_tokens), len(acceptance), len(late)]
+        tokens, draft_tokens, acceptance, late = (part.tolist() for part in values.split(sizes))
         tokens = list(map(int, tokens))
-        block.tokens = [*map(int, own_tokens), *block.cached]
-        # num_matches undercounts where the block was cut at EOS or the length limit: its last verified token is then the draft's own.
+        block.tokens = [*map(int, draft_tokens), *block.cached]
+        # num_matches is one short if the block ends at EOS or the length limit: its last verified token is then an accepted draft.
         rejected = m < n and tokens[-1] != block.tokens[m]
         accepted = m if rejected or m == n else m + 1
         tested = accepted + rejected
-        own = min(tested, len(block.own))  # of the draft's own tokens, those that were tested
-        pieces = self._translation.tokens(tokens)
+        from_draft = min(tested, len(block.draft_tokens))  # how many of the tested tokens the draft model proposed
+        pieces = self._mapping.to_draft_ids(tokens)
 
-        if drafting is not None:
-            ids = said
-            if not self._translation.is_identity:
-                ids = torch.tensor([[i for piece in pieces for i in piece]], device=said.device)
-            lag = drafting.follow(block, lag, pieces, ids, targets)
-        self.record.set_acceptance(lag)
-        log_q = functools.partial(drafting.log_q, block, own) if own else None
-        self.record.add_round(pieces, raw, block, accepted, tested, overlap, log_q)
+        if proposer is not None:
+            ids = verified
+            if not self._mapping.is_identity:
+                ids = torch.tensor([[i for piece in pieces for i in piece]], device=verified.device)
+            late = proposer.accept(block, late, pieces, ids, targets)
+        self.record.set_acceptance(late)
+        log_q = functools.partial(proposer.log_q, block, from_draft) if from_draft else None
+        self.record.add_round(pieces, raw, block, accepted, tested, acceptance, log_q)
         if self._text is not None:
             self._text.extend(tokens)
 
@@ -219,83 +241,85 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             tested,
             accepted,
             draft_seconds=None if block.caught_up else self._draft_seconds,
-            target_seconds=None if self._prefill else target_seconds,
+            target_seconds=None if self._first_round else target_seconds,
             steps=block.steps,
             cached=len(block.cached),
-            confidence=block.confidence[: len(block.own)],
+            confidence=block.confidence[: len(block.draft_tokens)],
             match=block.match,
-            shares=block.shares,
+            agreement=block.agreement,
         )
-        self.lookahead.observe_untested(lag)
-        # Asked for, and not drafted: the likeliest token might have been the target's all the same, and the draft was as sure as it was.
-        self.lookahead.observe_untested(overlap[own:], block.confidence[own:])
-        if self._prefill and self._see_width is not None:
-            self._see_width(scores.shape[-1])
-        self._prefill = False
+        self.lookahead.observe_untested(late)
+        # The draft made a step here, but its token was left out of the block: still evidence of acceptance at this confidence.
+        self.lookahead.observe_untested(acceptance[from_draft:], block.confidence[from_draft:])
+        if self._first_round and self._note_width is not None:
+            self._note_width(scores.shape[-1])
+        self._first_round = False
         stats = self.record.stats
         stats.draft_seconds += self._draft_seconds
         stats.target_seconds += target_seconds
         stats.lookup_seconds += self._lookup_seconds
         stats.capture_seconds += time.perf_counter() - start
 
+    @torch.autocast("cpu", enabled=False)
+    def _keep_states(self, input_ids: Tensor, outputs: ModelOutput, matches: int):
+        """Hands the states of the target's last forward, as far as its tokens are verified, to the draft and to the recorder."""
+        start, context = time.perf_counter(), self._proposer.context
+        first, self._not_padding = self._not_padding, None
+        count = matches + 1 if first is None else input_ids.shape[1] - 1
+        states = context.add_states(outputs.hidden_states, count, first)
+        self.record.add_states(states, len(context.model.config.aux_layers))
+        self.record.stats.capture_seconds += time.perf_counter() - start
+
     def _fill(self, input_ids: Tensor, room: int):
-        """Fill the round's block from whichever source is worth more, with at most `room` tokens."""
-        continuation = self._look_up(min(room, self.lookahead.most_cached))
-        plan = self.lookahead.plan(*((continuation.match, continuation.shares) if continuation else ()))
+        """Fills the round's block with at most `room` tokens, from the source that the policy chooses."""
+        continuation = self._look_up(min(room, self.lookahead.max_cached))
+        plan = self.lookahead.plan(*((continuation.match, continuation.agreement) if continuation else ()))
         if plan.length and room > 0 and self._verification is not None and not self._can_verify():
             return
         if plan.source == "cache":
             if continuation:
-                self._block.take(continuation, plan.length)
-        elif plan.length and self._drafting is not None:
-            context = self._drafting.context
+                self._block.append_cached(continuation, plan.length)
+        elif plan.length and self._proposer is not None and self._proposer.context.is_ready:
+            context = self._proposer.context
             length = int(min(plan.length, room, self._reach.window - context.length))
             text = self._text if self.lookahead.wants_cache else None
             try:
                 if length > 0:
-                    self._block = self._drafting.draft(input_ids, replace(plan, length=length), text)
-            except Exception as error:  # plain decoding would have served this call
-                self._drafting = None
+                    self._block = self._proposer.draft(input_ids, replace(plan, length=length), text)
+            except Exception as error:  # the target can go on without the draft
+                self._proposer = None
                 self._reach.failed(error, context, length)
         self._cut(input_ids, room)
 
     def _can_verify(self) -> bool:
-        """Whether the target can verify a block: asked before the call's first one."""
+        """Decides, before the call's first block, if the target can verify one."""
         verification, self._verification = self._verification, None
         before = self.record.stats.verification_seconds
-        self._may_draft = verification.allows(self.record, self._prefill)
-        # It is no part of what drafting takes.
+        self._may_draft = verification.allows(self.record, self._first_round)
+        # This does not count as drafting time.
         self._verification_seconds = self.record.stats.verification_seconds - before
         return self._may_draft
 
     def _cut(self, input_ids: Tensor, room: int):
-        """Cut the block's cached tokens where the text must end: at its limit, with an EOS, before a stop string."""
+        """Cuts the block's cached tokens where the text must end: at its limit, with an EOS, before a stop string."""
         block = self._block
         kept: list[int] = []
-        for token in block.cached[: room - len(block.own)]:
+        for token in block.cached[: room - len(block.draft_tokens)]:
             kept.append(token)
             if self.stops.asks:
                 cached = torch.tensor([kept], dtype=torch.long, device=input_ids.device)
-                if self.stops.end(torch.cat([input_ids, *block.own, cached], dim=-1)):
+                if self.stops.end(torch.cat([input_ids, *block.draft_tokens, cached], dim=-1)):
                     kept.pop()
                     break
             if token in self._eos:
                 break
-        block.cached, block.shares = kept, block.shares[: len(kept)]
+        block.cached, block.agreement = kept, block.agreement[: len(kept)]
 
-    def _look_up(self, most: int) -> Continuation | None:
-        """What the suffix cache proposes, `None` for nothing."""
+    def _look_up(self, max_tokens: int) -> Continuation | None:
+        """Looks up a proposal of the suffix cache, `None` if there is none."""
         start = time.perf_counter()
         found = None
-        if self._text is not None and self.lookahead.wants_cache and most > 0:
-            found = self._text.continuation(most)
+        if self._text is not None and self.lookahead.wants_cache and max_tokens > 0:
+            found = self._text.continuation(max_tokens)
         self._lookup_seconds = time.perf_counter() - start
         return found
-
-
-def _split(values: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
-    """`values` in pieces of these sizes, one after the other."""
-    start = 0
-    for size in sizes:
-        yield values[start : start + size]
-        start += size

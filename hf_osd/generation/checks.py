@@ -1,4 +1,4 @@
-"""What hf_osd serves, and what it refuses: every refusal names the thing, its value and the mend, before anything has run."""
+"""Drafts and calls that cannot be served are refused here, before anything has run, by an error that names the thing, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_osd.generation.verification import only_looks_stateful
+from hf_osd.models.feature_draft import FeatureDraft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_draft(draft):
-    """Whether `draft` can draft at all: a `ValueError` if not."""
+    """Raises a `ValueError` if `draft` cannot draft for any target."""
     config = getattr(draft, "config", None)
     if not isinstance(draft, nn.Module) or config is None:
         raise ValueError(
@@ -35,7 +36,7 @@ def check_draft(draft):
 
 
 def check_call(request: GenerateRequest, draft: PreTrainedModel):
-    """Whether `draft` can assist this generate call: a `ValueError` if not."""
+    """Raises a `ValueError` if `draft` cannot assist this generate call."""
     target, input_ids, inputs_tensor = request.target, request.input_ids, request.inputs_tensor
     if input_ids.shape[0] != 1:
         raise ValueError(
@@ -70,6 +71,8 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             f"`guidance_scale` is {guided[0].guidance_scale}: classifier-free guidance keeps a cache of its own, in which transformers' "
             "assisted generation leaves rejected tokens. Leave guidance_scale or assistant_model out."
         )
+    if isinstance(draft, FeatureDraft):
+        _check_states(request, draft)
     if draft.config.is_encoder_decoder:
         if not request.encodes:
             raise ValueError(
@@ -80,3 +83,28 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             raise ValueError(
                 "`encoder_outputs` came without the encoder's inputs, which the draft's own encoder has to read. Pass `input_ids` in its place."
             )
+
+
+def _check_states(request: GenerateRequest, draft: FeatureDraft):
+    """Whether the target has the states that a feature-level draft reads: a `ValueError` if not."""
+    target, config = request.target, draft.config
+    name = type(target).__name__
+    if request.encodes:
+        raise ValueError(
+            f"The target ({name}) is an encoder-decoder, and a feature-level draft reads a decoder's states. Choose a draft loaded with AutoModelForSeq2SeqLM."
+        )
+    text = target.config.get_text_config(decoder=True)
+    if text.hidden_size != config.target_hidden_size:
+        raise ValueError(
+            f"The draft reads states of width {config.target_hidden_size} and those of the target ({name}) have {text.hidden_size}. Grow one for this target "
+            "with hf_osd.grow_feature_draft(target)."
+        )
+    if max(config.aux_layers) > text.num_hidden_layers:
+        raise ValueError(
+            f"The draft reads the states after layer {max(config.aux_layers)} and the target ({name}) has {text.num_hidden_layers} layers. Grow one for this "
+            "target with hf_osd.grow_feature_draft(target)."
+        )
+    if request.tokenizers is not None:
+        raise ValueError(
+            "A feature-level draft reads the target's own tokens and states, so it has the target's vocabulary. Leave `tokenizer` and `assistant_tokenizer` out."
+        )

@@ -1,4 +1,4 @@
-"""Online speculative decoding as a generation strategy of the Hub: `generate` with an `assistant_model` that learns from what it is verified against.
+"""This generation strategy of the Hub is online speculative decoding: `generate` with an `assistant_model` that learns from its verification.
 
     from hf_osd import OnlineAssistant
 
@@ -12,11 +12,11 @@ from hf_osd.generation.patch import generate_unpatched
 
 
 def generate(model, assistant_model=None, **kwargs):
-    """What `model.generate(assistant_model=assistant_model, **kwargs)` returns. Called by transformers, with `generate`'s own arguments.
+    """Returns the output of `model.generate(assistant_model=assistant_model, **kwargs)`. transformers calls it with `generate`'s own arguments.
 
     Args:
         model (`PreTrainedModel`): the target.
-        assistant_model (`OnlineAssistant`): the draft in service. Any other assistant drafts as it does without this strategy.
-        **kwargs: all else that `generate` takes.
+        assistant_model (`OnlineAssistant`): the assistant. Any other assistant model drafts as it does without this strategy.
+        **kwargs: all other arguments of `generate`.
     """
     return generate_unpatched(model, assistant_model=assistant_model, **kwargs)

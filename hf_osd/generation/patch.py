@@ -1,6 +1,6 @@
-"""The one seam into transformers: `GenerationMixin._get_candidate_generator`, wrapped once, so that `assistant_model=` may be an
-[`OnlineAssistant`]; and the method that calls it, for it alone knows the stopping criteria and when a call ends; and those of Whisper's that clear a setting
-where they see an assistant. Every other assistant goes through untouched."""
+"""This is the one seam into transformers: by it `assistant_model=` may be an [`OnlineAssistant`]. It wraps `GenerationMixin._get_candidate_generator`, its caller
+`_assisted_decoding`, which has the stopping criteria and ends with the call, the validation before it, and two methods of Whisper, which change a setting if
+they get an assistant. Every other assistant passes through unchanged."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What the seam relies on, by what has it: names of parameters. Checked when the seam opens.
-_OF_A_LOOP = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
-_OF_A_REQUEST = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
+# Parameters that the seam relies on, by method; checked when the seam opens.
+_LOOP_PARAMETERS = (
+    "input_ids",
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "synced_gpus",
+    "streamer",
+)
+_REQUEST_PARAMETERS = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
 _CONTRACT = {
     "GenerationMixin._assisted_decoding": ("stopping_criteria", "assistant_model", "synced_gpus"),
-    "GenerationMixin._sample": _OF_A_LOOP,
+    "GenerationMixin._sample": _LOOP_PARAMETERS,
     "GenerationMixin._validate_generation_mode": ("generation_mode_kwargs",),
     "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs", "max_cache_length"),
     "GenerationMixin._get_candidate_generator": (
-        *_OF_A_REQUEST,
+        *_REQUEST_PARAMETERS,
         "assistant_model",
         "target_tokenizer",
         "assistant_tokenizer",
@@ -48,15 +55,15 @@ _CONTRACT = {
 }
 _TESTED = "transformers>=5.23,<5.24"
 
-# Of this thread: `whispers`, the assistants of Whisper's calls, innermost last.
+# Attribute, by thread: `whispers`, the assistants of Whisper's calls, the innermost last.
 _thread = threading.local()
 
 
 def enable():
-    """Open the seam. Called by `OnlineAssistant()`; calling it again does nothing.
+    """Opens the seam. `OnlineAssistant()` calls it; calling it again does nothing.
 
     Raises:
-        RuntimeError: if this transformers has changed what the seam relies on; the message says what, and what to install.
+        RuntimeError: if this transformers lacks parameters that the seam relies on; the message names them, and what to install.
     """
     if is_enabled():
         return
@@ -67,7 +74,7 @@ def enable():
 
 
 def disable():
-    """Close the seam. An OnlineAssistant then drafts like any stock assistant, and no longer learns."""
+    """Closes the seam. An OnlineAssistant then drafts like any stock assistant, and no longer learns."""
     if is_enabled():
         for owner, methods in _seam().items():
             for name in methods:
@@ -75,18 +82,17 @@ def disable():
 
 
 def is_enabled() -> bool:
-    """Whether the seam is open."""
+    """Returns `True` if the seam is open."""
     from transformers import GenerationMixin
 
     return hasattr(GenerationMixin._get_candidate_generator, "_hf_osd_original")
 
 
 def generate_unpatched(target: PreTrainedModel, assistant_model: object = None, **kwargs):
-    """What `target.generate(assistant_model=assistant_model, **kwargs)` returns with the seam open, whether it is or not: for this call alone, the target
-    is seen as of a class of its own that has the seam. Target and transformers stay as they are, and other threads' calls too.
+    """Returns the output of `target.generate(assistant_model=assistant_model, **kwargs)` with the seam open for this call only: the call runs on a view of the
+    target, of a subclass that has the seam. Target, transformers and other threads' calls stay unchanged.
 
-    Called by the generation strategy that hf_osd writes for the Hub, which hands on what `generate` was given: arguments that only say where the strategy
-    came from are dropped.
+    The generation strategy that hf_osd writes for the Hub calls it with the arguments of `generate`; those that only locate the strategy are dropped.
 
     Raises:
         RuntimeError: as `enable` does.
@@ -94,19 +100,25 @@ def generate_unpatched(target: PreTrainedModel, assistant_model: object = None, 
     for name in ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder"):
         kwargs.pop(name, None)
     cls = type(target)
-    # No assistant: `from_pretrained(..., trust_remote_code=True)` makes the strategy in a draft's repository the draft's own `generate`.
+    # Without an assistant: `from_pretrained(..., trust_remote_code=True)` makes the strategy in a draft's repository the draft's own `generate`.
     if assistant_model is None:
         return cls.generate(target, **kwargs)
     if not hasattr(assistant_model, "open_call"):
-        _say_that_it_learns_nothing(type(assistant_model).__name__)
+        _warn_not_learning(type(assistant_model).__name__)
     _check_contract()
-    view = object.__new__(_with_seam(cls))
-    object.__setattr__(view, "__dict__", target.__dict__)
+    view = _viewed(target, _with_seam(cls))
     return type(view).generate(view, assistant_model=assistant_model, **kwargs)
 
 
+def _viewed(target: PreTrainedModel, cls: type) -> PreTrainedModel:
+    """Makes a view of `target` as an instance of `cls`, a subclass of its own; it shares all attributes."""
+    view = object.__new__(cls)
+    object.__setattr__(view, "__dict__", target.__dict__)
+    return view
+
+
 @functools.cache
-def _say_that_it_learns_nothing(kind: str):
+def _warn_not_learning(kind: str):
     logger.warning(
         "The assistant_model is a %s, which learns nothing; pass OnlineAssistant(draft) for one that does.", kind
     )
@@ -122,17 +134,17 @@ def _with_seam(cls: type) -> type:
 
 
 def _seam() -> dict[type, dict[str, Callable]]:
-    """What is wrapped, by whose it is, and in what."""
+    """Maps each class to the methods that are wrapped in it, and these to their wrappers."""
     from transformers import GenerationMixin
     from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
     return {
         GenerationMixin: {
-            "_get_candidate_generator": _dispatching,
-            "_assisted_decoding": _running,
-            "_validate_generation_mode": _validating,
+            "_get_candidate_generator": _wrap_get_candidates,
+            "_assisted_decoding": _wrap_decoding,
+            "_validate_generation_mode": _wrap_validation,
         },
-        WhisperGenerationMixin: {"generate": _hiding, "generate_with_fallback": _showing},
+        WhisperGenerationMixin: {"generate": _wrap_whisper, "generate_with_fallback": _wrap_whisper_fallback},
     }
 
 
@@ -144,8 +156,8 @@ def _wrapped(cls: type, name: str, make: Callable) -> Callable:
     return wrapped
 
 
-def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
-    """`_get_candidate_generator`: an OnlineAssistant makes its own."""
+def _wrap_get_candidates(original: Callable, signature: inspect.Signature) -> Callable:
+    """Wraps `_get_candidate_generator`: an OnlineAssistant makes its own generator."""
 
     def get_candidate_generator(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
@@ -155,7 +167,7 @@ def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
         tokenizers = arguments.get("target_tokenizer"), arguments.get("assistant_tokenizer")
         request = GenerateRequest(
             target=self,
-            **{name: arguments[name] for name in _OF_A_REQUEST},
+            **{name: arguments[name] for name in _REQUEST_PARAMETERS},
             tokenizers=None if None in tokenizers else tokenizers,
             running=running_calls()[-1] if running_calls() else None,
         )
@@ -164,16 +176,16 @@ def _dispatching(original: Callable, signature: inspect.Signature) -> Callable:
     return get_candidate_generator
 
 
-def _running(original: Callable, signature: inspect.Signature) -> Callable:
-    """`_assisted_decoding`: while it runs, its stopping criteria lie where an OnlineAssistant finds them."""
+def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable:
+    """Wraps `_assisted_decoding`: it registers the running call with its stopping criteria, and decodes plainly if the target cannot verify."""
     from hf_osd.system.default_device import default_device
 
     def assisted_decoding(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
-        # Imported here: `import hf_osd` is quick, and transformers' caches are not.
-        from hf_osd.generation.verification import CannotVerify, recording_put_back
+        # Imported here, to keep `import hf_osd` quick.
+        from hf_osd.generation.verification import CannotVerify, past_recording_restored
 
         model_kwargs, processors = arguments["model_kwargs"], list(arguments["logits_processor"])
         cache, assistant = model_kwargs.get("past_key_values"), arguments["assistant_model"]
@@ -182,27 +194,27 @@ def _running(original: Callable, signature: inspect.Signature) -> Callable:
         try:
             if cache is None and model_kwargs.get("use_cache"):
                 why = "it keeps no cache that generate could take tokens back out of"
-                assistant.decodes_plainly(self, why)
+                assistant.warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
             with (
-                recording_put_back(cache),
-                default_device(self.device),
-            ):  # its loop has tensors that plain decoding has not
+                past_recording_restored(cache),
+                default_device(self.device),  # the loop of assisted decoding makes tensors on it
+            ):
                 return original(self, *args, **kwargs)
         except CannotVerify as error:
-            if error.running is not call:  # of a call within this one
+            if error.running is not call:  # raised by a call within this one
                 raise
         finally:
             running_calls().pop()
         arguments["logits_processor"][:] = processors
-        own = {name: arguments[name] for name in _OF_A_LOOP if name in arguments}
-        return type(self)._sample(self, **own, **model_kwargs)
+        named = {name: arguments[name] for name in _LOOP_PARAMETERS if name in arguments}
+        return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
 
 
-def _validating(original: Callable, signature: inspect.Signature) -> Callable:
-    """`_validate_generation_mode`: a target is refused as stateful for what it is, not for what its class may be."""
+def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callable:
+    """Wraps `_validate_generation_mode`: a target is refused as stateful only if it is so in its configuration, and not for its class alone."""
 
     def validate_generation_mode(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
@@ -211,9 +223,7 @@ def _validating(original: Callable, signature: inspect.Signature) -> Callable:
             from hf_osd.generation.verification import only_looks_stateful
 
             if only_looks_stateful(self):
-                view = object.__new__(_stateless(type(self)))
-                object.__setattr__(view, "__dict__", self.__dict__)
-                return original(view, *args, **kwargs)
+                return original(_viewed(self, _stateless(type(self))), *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return validate_generation_mode
@@ -224,9 +234,9 @@ def _stateless(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_is_stateful": False})
 
 
-def _hiding(original: Callable, signature: inspect.Signature) -> Callable:
-    """Whisper's `generate`: clears `begin_suppress_tokens` where it sees an assistant, that a stock one may draft an end of the text at once; the output is then
-    another than without one. It sees none until it decodes."""
+def _wrap_whisper(original: Callable, signature: inspect.Signature) -> Callable:
+    """Wraps Whisper's `generate`. If it got an assistant, it would clear `begin_suppress_tokens`, which changes the output; so the assistant is withheld until it
+    decodes (`_wrap_whisper_fallback`)."""
 
     def generate(self, *args, **kwargs):
         if not hasattr(_thread, "whispers"):
@@ -241,8 +251,8 @@ def _hiding(original: Callable, signature: inspect.Signature) -> Callable:
     return generate
 
 
-def _showing(original: Callable, signature: inspect.Signature) -> Callable:
-    """Whisper's `generate_with_fallback`, which decodes one segment."""
+def _wrap_whisper_fallback(original: Callable, signature: inspect.Signature) -> Callable:
+    """Wraps Whisper's `generate_with_fallback`, which decodes one segment: it gets the assistant back."""
 
     def generate_with_fallback(self, *args, **kwargs):
         bound, whispers = signature.bind(self, *args, **kwargs), getattr(_thread, "whispers", [])

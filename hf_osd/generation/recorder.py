@@ -1,4 +1,4 @@
-"""`CallRecorder`: what one generate call observed, round by round, to be sealed into [`Feedback`]. It outlives the call's generator."""
+"""`CallRecorder` records the verified rounds of one generate call and makes [`Feedback`] of them. It outlives the call's generator."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_osd.drafting.vocab_mapping import starts
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseLogits
+from hf_osd.feedback.target_states import TargetStates
 from hf_osd.metrics.stats import CallStats
 
 if TYPE_CHECKING:
@@ -22,52 +23,56 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Likeliest tokens noted a position where no distributions are kept.
+# Likeliest tokens recorded per position if no distributions are kept.
 _LIKELY = 16
 
 
 class CallRecorder:
-    """One call's observations.
+    """Records one call.
 
     Args:
-        prompt (`Tensor` int64 `(L,)`): the prompt as the draft reads it.
-        translation (`VocabMapping`): between the target's tokens, in which rounds are told, and the draft's, in which they are kept.
-        sampled (`bool`): whether the call samples.
-        processed (`bool`): whether logits processors stand between the models' distributions and what was chosen from.
-        capture (`bool`): whether to keep the target's distributions; statistics are kept anyway.
-        note_likely (`bool`): whether, where they are not kept, to note the target's likeliest tokens all the same.
-        top_k (`int`), dtype (`torch.dtype`): of the distributions kept.
-        source (`Tensor` int64 `(S,)`, *optional*): what the draft's encoder reads, if it has one.
-        prompt_states (`PromptStates`, *optional*): what the target makes of the prompt, where that is to teach.
+        prompt (`Tensor` int64 `(L,)`): the prompt in the draft's tokens.
+        mapping (`VocabMapping`): maps rounds from the target's tokens to the draft's, in which they are kept.
+        sampled (`bool`): `True` if the call samples.
+        processed (`bool`): `True` if logits processors changed the distributions that tokens were chosen from.
+        capture (`bool`): keep the target's distributions; statistics are always kept.
+        track_likely (`bool`): if distributions are not kept, record the target's likeliest tokens all the same.
+        top_k (`int`), dtype (`torch.dtype`): size and type of the distributions.
+        source (`Tensor` int64 `(S,)`, *optional*): tokens that the draft's encoder reads, if it has one.
+        prompt_states (`PromptStates`, *optional*): the target's hidden states at the prompt, if the prompt teaches.
+        prompt_positions (`int`): how many of the prompt's last tokens keep the states that a feature-level draft reads.
     """
 
     def __init__(
         self,
         prompt: Tensor,
-        translation: VocabMapping,
+        mapping: VocabMapping,
         sampled: bool,
         processed: bool,
         capture: bool,
-        note_likely: bool,
+        track_likely: bool,
         top_k: int,
         dtype: torch.dtype,
         source: Tensor | None = None,
         prompt_states: PromptStates | None = None,
+        prompt_positions: int = 0,
     ):
         self.stats = CallStats(requests=1)
         self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
-        self._translation = translation
-        self._capture, self._note_likely, self._top_k, self._dtype = capture, note_likely, top_k, dtype
-        self._prompt = prompt.to("cpu", torch.int32)
+        self._mapping = mapping
+        self._capture, self._track_likely, self._top_k, self._dtype = capture, track_likely, top_k, dtype
+        self.prompt = prompt.to("cpu", torch.int32)  # (L,)
         self._source = None if source is None else source.to("cpu", torch.int32)
-        self._tokens: list[int] = []  # the draft's ids, N so far
-        self._starts: list[int] = []  # where in them each of the target's tokens starts
-        self._overlap: list[float] = []  # N
+        self.answer: list[int] = []  # verified tokens so far, N of the draft's ids
+        self._starts: list[int] = []  # index in these of each of the target's tokens
+        self._acceptance: list[float] = []  # N
         self._rows: list[SparseLogits] = []
-        self._likely: list[tuple[Tensor, Tensor]] = []  # ids and shares, (positions of a round, 16) each
-        self._draft_rows: list[Tensor] = []  # log q of the kept tokens, (positions of a round, k) each
+        self._likely: list[tuple[Tensor, Tensor]] = []  # ids and probabilities, (positions of a round, 16) each
+        self._draft_logps: list[Tensor] = []  # log q of the kept tokens, (positions of a round, k) each
         self._drafted_logp: list[Tensor] = []  # (positions of a round,) each
         self._positions: list[tuple[int, int]] = []  # drafted token and outcome; N
+        self._states: list[Tensor] = []  # the target's at the text's first tokens, (S', F) each
+        self._state_layers, self._prompt_positions = 0, prompt_positions
         self._stream: torch.cuda.Stream | None = None
 
     def add_round(
@@ -77,62 +82,69 @@ class CallRecorder:
         block: Block,
         accepted: int,
         tested: int,
-        overlap: list[float],
+        acceptance: list[float],
         log_q: Callable[[Tensor], Tensor] | None,
     ):
-        """One verification.
+        """Records one verified round.
 
         Args:
-            pieces: the m+1 verified tokens, each as the draft's ids of it.
+            pieces: the draft's ids for each of the m+1 verified tokens.
             raw: the target's logits there before any processor, float32 `(m+1, V)`.
-            block: what was drafted.
-            accepted, tested: how many of its n tokens were.
-            overlap: expected acceptance of the draft at the first verified positions, those it was asked about.
-            log_q: log-probs of ids `(t, k)` under what the t tested tokens of the draft's own were taken from, `(t, k)`; `None` if t is 0.
+            block: the proposal.
+            accepted, tested: how many of its n tokens were accepted, and how many tested.
+            acceptance: the draft's expected acceptance at the first verified positions, as far as it made predictions.
+            log_q: computes log-probs of ids `(t, k)`, `(t, k)`, under the distributions that the draft model's t tested tokens were chosen from; `None` if
+                t is 0.
         """
-        own = min(tested, len(block.own))
-        self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.own), block.steps)
+        from_draft = min(tested, len(block.draft_tokens))
+        self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.draft_tokens), block.steps)
         tokens = [token for piece in pieces for token in piece]
         at = starts(pieces)
-        self._starts += [len(self._tokens) + i for i in at]
-        self._tokens += tokens
-        self._overlap += _spread(overlap, at, len(tokens), torch.nan)
+        self._starts += [len(self.answer) + i for i in at]
+        self.answer += tokens
+        self._acceptance += _spread(acceptance, at, len(tokens), torch.nan)
         if not self._capture:
-            if self._note_likely:
+            if self._track_likely:
                 with self._on_side_stream(raw):
                     top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
                     self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
             return
         if self.prompt_states is not None and not self._rows:
-            self.prompt_states.settle(block.n, raw[0])
-        # Feedback is about the draft: of what the suffix cache proposed it says no more than that the draft was not tested there.
-        drafted = block.tokens[:own]
-        with self._on_side_stream(raw, *block.scores, *(said.logits for said in block.said)):
-            columns = self._translation.shared_columns(raw.device)
+            self.prompt_states.finish_prefill(block.n, raw[0])
+        # Feedback is about the draft model: where the suffix cache proposed, the draft counts as untested.
+        drafted = block.tokens[:from_draft]
+        with self._on_side_stream(raw, *block.scores, *(one.logits for one in block.draft_logits)):
+            columns = self._mapping.shared_columns(raw.device)
             rows = SparseLogits.from_logits(raw, self._top_k, self._dtype, columns)  # in the target's ids
-            draft_rows = torch.full_like(rows.top_logps, torch.nan)  # (m+1, k)
+            draft_logps = torch.full_like(rows.top_logps, torch.nan)  # (m+1, k)
             drafted_logp = torch.full_like(rows.tail_logp, torch.nan)  # (m+1,)
             if log_q is not None:
                 ids = torch.tensor(drafted, device=raw.device)[:, None]
-                said = log_q(torch.cat([rows.top_ids[:own].long(), ids], dim=-1)).to(raw.device, self._dtype)
-                draft_rows[:own], drafted_logp[:own] = said[:, :-1], said[:, -1]
-            rows = self._translation.rows(rows, pieces)
-            if not self._translation.is_identity:
-                drafted = [self._translation.tokens([token])[0][0] for token in drafted]
+                logps = log_q(torch.cat([rows.top_ids[:from_draft].long(), ids], dim=-1)).to(raw.device, self._dtype)
+                draft_logps[:from_draft], drafted_logp[:from_draft] = logps[:, :-1], logps[:, -1]
+            rows = self._mapping.to_draft_rows(rows, pieces)
+            if not self._mapping.is_identity:
+                drafted = [self._mapping.to_draft_ids([token])[0][0] for token in drafted]
             if len(tokens) > len(pieces):
-                wide = [x.new_full((len(tokens), *x.shape[1:]), torch.nan) for x in (draft_rows, drafted_logp)]
-                wide[0][at], wide[1][at] = draft_rows, drafted_logp
-                draft_rows, drafted_logp = wide
+                wide = [x.new_full((len(tokens), *x.shape[1:]), torch.nan) for x in (draft_logps, drafted_logp)]
+                wide[0][at], wide[1][at] = draft_logps, drafted_logp
+                draft_logps, drafted_logp = wide
         self._rows.append(rows)
-        self._draft_rows.append(draft_rows)
+        self._draft_logps.append(draft_logps)
         self._drafted_logp.append(drafted_logp)
-        seen = [(drafted[j], ACCEPTED if j < accepted else REJECTED) for j in range(own)]
+        seen = [(drafted[j], ACCEPTED if j < accepted else REJECTED) for j in range(from_draft)]
         self._positions += _spread(seen, at, len(tokens), (-1, UNTESTED))
+
+    def add_states(self, states: Tensor, layers: int):
+        """Keeps the target's hidden states `(S', F)`, of so many layers, at the text's next tokens."""
+        if self._capture:
+            self._states.append(states)
+            self._state_layers = layers
 
     @contextlib.contextmanager
     def _on_side_stream(self, raw: Tensor, *others: Tensor):
-        """Beside what the device does next, where it can: on CUDA in a stream of its own, which reads `raw` and, of the others, those that lie
-        there too. What is kept stays on the device until the call ends, so that no round waits for it."""
+        """Runs the block on a CUDA stream of its own, beside what the device does next; on other devices in place. Pass the tensors that it reads. What it
+        makes stays on the device until the call ends, so that no round waits for it."""
         if raw.device.type != "cuda":
             yield
             return
@@ -141,85 +153,93 @@ class CallRecorder:
         self._stream.wait_stream(torch.cuda.current_stream(raw.device))
         with torch.cuda.stream(self._stream):
             yield
-        for tensor in (raw, *others):  # their memory is not to be given away before this stream has read them
+        for tensor in (raw, *others):  # their memory must not be reused before this stream has read them
             if tensor.device == raw.device:
                 tensor.record_stream(self._stream)
 
-    @property
-    def prompt(self) -> Tensor:
-        """The prompt as the draft reads it, int32 `(L,)`."""
-        return self._prompt
-
-    @property
-    def answer(self) -> list[int]:
-        """The verified tokens so far, in the draft's ids."""
-        return self._tokens
-
     def set_acceptance(self, values: list[float]):
-        """Expected acceptance at the last of the target's tokens, which the draft had not been asked about in their own round."""
+        """Sets expected acceptance at the target's last tokens, which the draft has predicted only after their round."""
         for i, value in zip(self._starts[len(self._starts) - len(values) :], values, strict=True):
-            if self._overlap[i] != self._overlap[i]:  # NaN: still unknown
-                self._overlap[i] = value
+            if self._acceptance[i] != self._acceptance[i]:  # NaN: still unknown
+                self._acceptance[i] = value
 
     def likely(self) -> tuple[Tensor, Tensor] | None:
-        """What the target found likely at the verified positions, in the draft's ids, and how likely: two `(N,)`. `None` if that is not
-        known."""
+        """Lists tokens that the target found likely at the verified positions, in the draft's ids, and their probabilities, `(N,)` each; `None` if they
+        were not recorded."""
         if self._capture and self._rows:
-            rows = self._kept()
+            rows = self._collected_rows()
             return rows.top_ids.flatten(), rows.top_logps.flatten().float().exp().nan_to_num()
-        if not self._likely or not self._translation.is_identity:
+        if not self._likely or not self._mapping.is_identity:
             return None
         if self._stream is not None:
             self._stream.synchronize()
-        ids, shares = (torch.cat(parts).flatten().cpu() for parts in zip(*self._likely, strict=True))
-        return ids, shares
+        ids, probabilities = (torch.cat(parts).flatten().cpu() for parts in zip(*self._likely, strict=True))
+        return ids, probabilities
 
-    def _kept(self) -> SparseLogits:
+    def _collected_rows(self) -> SparseLogits:
         if self._stream is not None:
             self._stream.synchronize()
-        self._rows = [SparseLogits.cat(self._rows).cpu()]  # in one piece, for whoever asks next
+        self._rows = [SparseLogits.cat(self._rows).cpu()]  # in one piece, for the next reader
         return self._rows[0]
 
     def to_feedback(self, shared: int = 0) -> Feedback | None:
-        """The request's feedback; `None` if nothing was verified or captured. Also settles the figures of `stats`.
+        """Makes the request's feedback, `None` if nothing was verified or captured, and completes `stats`.
 
         Args:
-            shared (`int`): tokens that the prompt begins with and that do not teach.
+            shared (`int`): how many of the prompt's first tokens do not teach, since an earlier text has them.
         """
-        known = [value for value in self._overlap if value == value]
+        known = [value for value in self._acceptance if value == value]
         self.stats.overlap_sum, self.stats.overlap_count = float(sum(known)), len(known)
         states, self.prompt_states = self.prompt_states, None
         if states is not None:
             states.close()
         if not self._rows:
             return None
-        rows = self._kept()
+        rows = self._collected_rows()
         drafted, outcome = zip(*self._positions, strict=True)
         return Feedback(
-            tokens=torch.cat([self._prompt, torch.tensor(self._tokens, dtype=torch.int32, device="cpu")]),
-            prompt_length=len(self._prompt),
+            tokens=torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int32, device="cpu")]),
+            prompt_length=len(self.prompt),
             top_ids=rows.top_ids,
             top_logps=rows.top_logps,
             tail_logp=rows.tail_logp,
-            draft_logps=torch.cat(self._draft_rows).cpu(),
+            draft_logps=torch.cat(self._draft_logps).cpu(),
             drafted=torch.tensor(drafted, dtype=torch.int32, device="cpu"),
             drafted_logp=torch.cat(self._drafted_logp).cpu(),
             outcome=torch.tensor(outcome, dtype=torch.int8, device="cpu"),
-            overlap=torch.tensor(self._overlap, dtype=torch.float32, device="cpu"),
+            overlap=torch.tensor(self._acceptance, dtype=torch.float32, device="cpu"),
             sampled=self.sampled,
             source=self._source,
-            prompt_rows=None if states is None else self._of_prompt(states, shared),
+            prompt_rows=None if states is None else self._prompt_rows(states, shared),
+            states=self._kept_states(),
         )
 
-    def _of_prompt(self, states: PromptStates, shared: int) -> SparseLogits | None:
+    def _kept_states(self) -> TargetStates | None:
+        """Packs the target's states at the prompt's last tokens and at the answer's. generate does not hand over those of the last round."""
+        if not self._states:
+            return None
+        start = max(len(self._prompt) - self._prompt_positions - 2, 0)  # the state at j-2 predicts token j
+        began = time.perf_counter()
+        try:
+            states, self._states = torch.cat(self._states), []
+            return TargetStates.from_states(states[start:], self._state_layers, start)
+        except Exception:  # not finite, or out of memory: the request teaches less, and the user's call goes on
+            logger.exception(
+                "The target's hidden states could not be kept; a feature-level draft learns nothing from this request."
+            )
+            return None
+        finally:
+            self.stats.capture_seconds += time.perf_counter() - began
+
+    def _prompt_rows(self, states: PromptStates, shared: int) -> SparseLogits | None:
         start = time.perf_counter()
         try:
-            # Its first token follows nothing.
-            count = len(self._prompt) - max(shared, 1)
-            return states.rows(count, self._top_k, self._dtype, columns=self._translation.shared_columns)
-        except Exception:  # out of memory, say: a lesson less, and no reason to break the user's call
+            # Its first token has no prediction.
+            count = len(self.prompt) - max(shared, 1)
+            return states.rows(count, self._top_k, self._dtype, columns=self._mapping.shared_columns)
+        except Exception:  # out of memory, say: no reason to break the user's call
             logger.exception(
-                "What the target makes of a prompt could not be kept; this request teaches by its answer alone."
+                "The target's distributions at a prompt could not be computed; this request teaches by its answer alone."
             )
             return None
         finally:
@@ -227,7 +247,7 @@ class CallRecorder:
 
 
 def _spread(values: list, at: list[int], n: int, fill) -> list:
-    """n values: the given ones at the first of the places `at`, `fill` at all others."""
+    """Makes a list of n values: the given ones at the first of the indices `at`, `fill` at all others."""
     spread = [fill] * n
     for i, value in zip(at, values, strict=False):
         spread[i] = value

@@ -1,4 +1,4 @@
-"""`GenerateRequest`: what one generate call asks of an assistant."""
+"""`GenerateRequest` holds the arguments of one generate call, as an assistant gets them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GenerateRequest:
-    """What `generate` hands to `_get_candidate_generator`, and what is known of its loop. What it holds is the call's own: `generate` goes on to change it.
+    """Holds the arguments of `_get_candidate_generator`, and the run of generate's loop. `generate` goes on to change the objects in it.
 
     Args:
-        target (`PreTrainedModel`): whose `generate` runs.
-        input_ids (`Tensor` int64 `(B, L)`): the target's tokens so far, padding included; of an encoder-decoder, the decoder's.
+        target (`PreTrainedModel`): the model whose `generate` runs.
+        input_ids (`Tensor` int64 `(B, L)`): the target's tokens so far, padding included; the decoder's if it is an encoder-decoder.
         generation_config (`GenerationConfig`), model_kwargs (`dict`), logits_processor (`LogitsProcessorList`): as generate has prepared them.
-        inputs_tensor (`Tensor`, *optional*): what generate was given: the prompt, or what an encoder reads, tokens or features.
-        tokenizers (`tuple`, *optional*): the target's and the draft's, where both were passed.
-        running (`RunningCall`, *optional*): the run of generate's own loop, if that runs it.
+        inputs_tensor (`Tensor`, *optional*): the input of generate: the prompt, or the encoder's input, tokens or features.
+        tokenizers (`tuple`, *optional*): the target's and the draft's, if both were passed.
+        running (`RunningCall`, *optional*): the run of generate's own loop; `None` if another loop asks.
     """
 
     target: PreTrainedModel
@@ -39,23 +39,23 @@ class GenerateRequest:
 
     @property
     def encodes(self) -> bool:
-        """Whether the target is an encoder-decoder."""
+        """Is `True` if the target is an encoder-decoder."""
         return self.target.config.is_encoder_decoder
 
     @property
     def mask(self) -> Tensor | None:
-        """Of `input_ids`, 0 where they are padding, `(B, L)`."""
+        """Returns the attention mask of `input_ids`, 0 where they are padding, `(B, L)`."""
         return self.model_kwargs.get("decoder_attention_mask" if self.encodes else "attention_mask")
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the target reads tokens and nothing else: no embeddings, nor images encoded already or not."""
-        from torch import Tensor  # here, for `import hf_osd` is quick
+        """Is `True` if the target reads tokens only: no embeddings and no images, encoded or not."""
+        from torch import Tensor  # imported here, to keep `import hf_osd` quick
 
         others = (value for value in self.model_kwargs.values() if isinstance(value, Tensor))
         return self.model_kwargs.get("mm_encoder_outputs") is None and not any(o.is_floating_point() for o in others)
 
     @property
     def stopping_criteria(self) -> Sequence[StoppingCriteria]:
-        """The call's, as far as they are known."""
+        """Returns the call's stopping criteria; none if another loop than generate's own asks, for then they are unknown."""
         return () if self.running is None else self.running.stopping_criteria

@@ -1,5 +1,5 @@
-"""`Trial`: decodes a short text with a target by transformers' own two loops, plainly and in blocks that are right in part, and compares what it says. It
-knows nothing of the call it is made for but its inputs."""
+"""`Trial` decodes a short text with a target by transformers' own two loops, plainly and in blocks that are partly right, and compares the logits. Of the call it
+uses the inputs only."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from hf_osd.models.properties import special_ids
 from hf_osd.system.random_state import isolated_random_state
 
 if TYPE_CHECKING:
@@ -23,23 +24,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Blocks of the trial: how many tokens of each are right, and how many wrong ones follow. Each round gives a row more than it has right tokens.
-_ROUNDS = ((0, 2), (3, 2), (1, 0))
+# The trial's blocks: how many tokens of each are right, and how many wrong ones follow. Each round gives one row of logits more than it has right tokens.
+_BLOCKS = ((0, 2), (3, 2), (1, 0))
 _PROMPT = 6  # tokens
-_ROWS = sum(right + 1 for right, _ in _ROUNDS)
-# A row is another one if it is further from what it should be than rounding in matrix products of other shapes takes it, as a share of its spread: in float32
-# and in coarser arithmetic, up to float16's (or TF32's) and beyond;
+_ROWS = sum(right + 1 for right, _ in _BLOCKS)
+# Rows differ if their distance, relative to the row's spread, exceeds two bounds. The first is for rounding in matrix products of other shapes: in float32,
+# in coarser arithmetic up to float16's (or TF32's), and in arithmetic coarser still.
 _FINE, _COARSE, _COARSEST = 1e-3, 1e-2, 3e-2
-_NOISE = 6  # or than so many times what two plain decodings of the text differ by,
-_MOST_FINE, _MOST = 3e-2, 1.0  # but then no more than this, the former in float32.
-# Where arithmetic is coarse, an expert may be chosen by a hair, and be another one in a block: of so many texts most must show the fault.
+_NOISE = 6  # The second is so many times the distance between two plain decodings of the text,
+_MAX_FINE, _MAX_COARSE = 3e-2, 1.0  # but at most this: in float32, and in coarser arithmetic.
+# In coarse arithmetic a router may choose another expert in a block by rounding alone: of so many texts the majority must fail.
 _TEXTS = 5
-_SMALL = 2**16  # numbers: a model's tensors up to this size are put back if a forward wrote into them
+_MAX_RESTORED = 2**16  # elements: a model's tensors up to this size are restored if a forward wrote into them
 RECURRENT = "its layers have recurrent states, which no token can be taken back out of"
 
 
 class _Forced(LogitsProcessor):
-    """Has a loop say a given text."""
+    """Forces a loop to generate a given text."""
 
     def __init__(self, text: Tensor):
         self._text, self.calls = text, 0
@@ -52,7 +53,7 @@ class _Forced(LogitsProcessor):
 
 
 class _Scripted:
-    """Stands for an assistant, and for its candidate generator: drafts what `_ROUNDS` say of the text `(1, T)`, wrong tokens from `wrong` `(1, T)`."""
+    """Acts as an assistant and as its candidate generator: drafts the blocks of `_BLOCKS`, right tokens from `text` `(1, T)`, wrong ones from `wrong` `(1, T)`."""
 
     requires_model_outputs = False
 
@@ -63,7 +64,7 @@ class _Scripted:
         return self
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
-        right, wrong = _ROUNDS[self.calls]
+        right, wrong = _BLOCKS[self.calls]
         self.calls += 1
         at = input_ids.shape[1]
         drafts = self._text[:, at : at + right], self._wrong[:, at + right : at + right + wrong]
@@ -74,31 +75,31 @@ class _Scripted:
 
 
 class Trial:
-    """Decodes short texts with a target both ways, on caches of their own.
+    """Decodes short texts with a target in both ways, each on a new cache.
 
     Args:
-        request (`GenerateRequest`): the call's.
-        cache (`Cache`, *optional*): an empty one like the call's; generate makes one if left out.
+        request (`GenerateRequest`): the call's arguments.
+        cache (`Cache`, *optional*): an empty cache like the call's, to be copied; by default generate makes one.
     """
 
     def __init__(self, request: GenerateRequest, cache: object):
-        self._target, self._given, self.forwards = request.target, cache, 0
+        self._target, self._cache_copy, self.forwards = request.target, cache, 0
         self._encodes = request.encodes
         input_ids, kwargs = request.input_ids, request.model_kwargs
         self._start = input_ids[:, :_PROMPT] if self._encodes else input_ids[:, :0]
         plain = (bool, int, float, str)
         self._kwargs = {name: value for name, value in kwargs.items() if value is None or isinstance(value, plain)}
-        if self._encodes:  # what the encoder made is read and not written
+        if self._encodes:  # encoder outputs are only read
             self._kwargs |= {name: kwargs[name] for name in ("encoder_outputs", "attention_mask") if name in kwargs}
         self._positions = not self._encodes and kwargs.get("position_ids") is not None
-        self._device, self._was = input_ids.device, request.generation_config
+        self._device, self._generation_config = input_ids.device, request.generation_config
 
     def run(self) -> str | None:
-        """Why the target fails; `None` if it does not, or if it cannot be told."""
+        """Returns the reason why the target fails; `None` if it passes, or if the trial itself cannot run."""
         try:
-            with isolated_random_state(), _left_as_it_was(self._target):
+            with isolated_random_state(), _modules_restored(self._target):
                 return self._compare()
-        except Exception:  # out of memory, say: a trial that fails itself must not break the user's call
+        except Exception:  # out of memory, say: it must not break the user's call
             logger.debug("%s could not be tried in blocks.", type(self._target).__name__, exc_info=True)
             return None
 
@@ -106,12 +107,12 @@ class Trial:
         unit = _unit(self._target)
         is_fine = unit <= torch.finfo(torch.float32).eps
         tolerance = _FINE if is_fine else _COARSE if unit <= torch.finfo(torch.float16).eps else _COARSEST
-        most = _MOST_FINE if is_fine else _MOST
+        largest = _MAX_FINE if is_fine else _MAX_COARSE
         texts = 1 if is_fine else _TEXTS
-        shown = passed = 0
-        while max(shown, passed) <= texts // 2:
-            text, wrong = self._texts(shown + passed)
-            plain, cache = self._plainly(text, text.shape[1] - _ROWS)  # raises where it needs more than tokens
+        failed = passed = 0
+        while max(failed, passed) <= texts // 2:
+            text, wrong = self._texts(failed + passed)
+            plain, cache = self._plainly(text, text.shape[1] - _ROWS)  # raises if the target needs more than tokens
             if _has_recurrent_states(cache):
                 return RECURRENT
             fed = text.shape[1] - 1
@@ -121,44 +122,44 @@ class Trial:
                 blocks = self._in_blocks(text, wrong)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # as it would in the call
+            except Exception as error:  # the call would raise it too
                 logger.debug("%s failed in blocks.", type(self._target).__name__, exc_info=True)
                 return f"several tokens at once end in {type(error).__name__}: {error}".splitlines()[0]
-            apart = float(_apart(plain, blocks).max())
-            if apart > tolerance and apart > min(self._rounding(text, plain), most):
-                shown += 1
-            elif shown:
+            distance = float(_distance(plain, blocks).max())
+            if distance > tolerance and distance > min(self._rounding(text, plain), largest):
+                failed += 1
+            elif failed:
                 passed += 1
             else:
                 return None
-        if passed > shown:
+        if passed > failed:
             return None
-        return f"what it says of several tokens at once is not what it says of them one at a time (apart by {apart:.0%} of the logits' spread)"
+        return f"its logits for several tokens at once differ from those for one at a time (by {distance:.0%} of the logits' spread)"
 
     def _rounding(self, text: Tensor, plain: Tensor) -> float:
-        """How far apart rows may be by rounding alone, by what plain decoding from a longer prompt says of the same text."""
+        """Estimates the distance that rounding alone can make, by plain decoding of the same text from a longer prompt."""
         skipped = _ROWS // 2
         rows, _ = self._plainly(text, text.shape[1] - _ROWS + skipped)
-        return _NOISE * float(_apart(plain[skipped:], rows).max())
+        return _NOISE * float(_distance(plain[skipped:], rows).max())
 
     def _texts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """A text of random tokens `(1, T)`, none of which means something to the model, and another that differs from it everywhere."""
+        """Makes a text of random ordinary tokens `(1, T)`, and another that differs from it at every position."""
         config = self._target.config.get_text_config(decoder=True)
         rows = getattr(self._target.get_input_embeddings(), "num_embeddings", config.vocab_size)
-        named = {value for part in (self._target.config, config) for value in _special_ids(part)}
+        special = special_ids(self._target)
         ids = range(min(rows, config.vocab_size, 2**15))
-        free = [i for i in ids if i not in named]
+        free = [i for i in ids if i not in special]
         allowed = torch.tensor(free if len(free) > 1 else ids, dtype=torch.long, device="cpu")
         random = torch.Generator("cpu").manual_seed(seed)
         length = _ROWS + (self._start.shape[1] or _PROMPT)
         at = torch.randint(len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
-        aside = torch.randint(1, len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
-        text, wrong = (allowed[i % len(allowed)].to(self._device) for i in (at, at + aside))
+        offset = torch.randint(1, len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
+        text, wrong = (allowed[i % len(allowed)].to(self._device) for i in (at, at + offset))
         text[:, : self._start.shape[1]] = self._start
         return text, wrong
 
     def _plainly(self, text: Tensor, prompt: int) -> tuple[Tensor, object]:
-        """The rows that plain decoding has after the first `prompt` tokens of `text`, float32 `(T-prompt, V)`; and the cache it leaves."""
+        """Decodes `text` plainly after its first `prompt` tokens; returns the logits, float32 `(T-prompt, V)`, and the cache."""
         forced = _Forced(text)
         try:
             return self._decode("_sample", forced, text, prompt)
@@ -166,7 +167,7 @@ class Trial:
             self.forwards += forced.calls
 
     def _in_blocks(self, text: Tensor, wrong: Tensor) -> Tensor:
-        """The same rows, of blocks."""
+        """Decodes `text` in blocks; returns the same rows of logits."""
         scripted = _Scripted(text, wrong)
         try:
             rows, _ = self._decode(
@@ -178,7 +179,7 @@ class Trial:
 
     def _decode(self, loop: str, forced: _Forced, text: Tensor, prompt: int, **extra) -> tuple[Tensor, object]:
         target, length, ids = self._target, text.shape[1], text[:, :prompt]
-        config = copy.copy(self._was)
+        config = copy.copy(self._generation_config)
         settings = {
             "do_sample": False, "max_length": length, "max_new_tokens": None, "return_dict_in_generate": True, "output_logits": True,
             "output_scores": False, "output_attentions": False, "output_hidden_states": False, "prefill_chunk_size": None,
@@ -189,8 +190,8 @@ class Trial:
         kwargs = dict(self._kwargs)
         if self._positions:
             kwargs["position_ids"] = target._prepare_position_ids_for_generation(ids, kwargs)
-        if self._given is not None:
-            kwargs["past_key_values"] = copy.deepcopy(self._given)
+        if self._cache_copy is not None:
+            kwargs["past_key_values"] = copy.deepcopy(self._cache_copy)
         else:
             kwargs.pop("past_key_values", None)
             target._prepare_cache_for_generation(config, kwargs, GenerationMode.ASSISTED_GENERATION, 1, length - 1)
@@ -206,25 +207,18 @@ class Trial:
         return torch.cat(output.logits), output.past_key_values
 
 
-def _special_ids(config) -> Iterator[int]:
-    """Ids that a config names: ends of text, and what stands for an image or a sound."""
-    for name, value in vars(config).items():
-        if name.endswith(("token_id", "token_index", "token_ids")):
-            yield from value if isinstance(value, (list, tuple)) else [value]
-
-
-def _apart(rows: Tensor, others: Tensor) -> Tensor:
-    """How far `others` `(R, V)` are from `rows` `(R, V)`, each as a share of the spread of its row, `(R,)`; infinite where one is finite alone."""
+def _distance(rows: Tensor, others: Tensor) -> Tensor:
+    """Computes the distance of `others` `(R, V)` from `rows` `(R, V)`, relative to each row's spread, `(R,)`; infinite if only one of two values is finite."""
     finite = rows.isfinite()
     same = (finite == others.isfinite()).all(-1)
     rows, others = rows.masked_fill(~finite, 0.0).double(), others.masked_fill(~finite, 0.0).double()
     spread = (rows - rows.mean(-1, keepdim=True)).norm(dim=-1)
-    apart = (rows - others).norm(dim=-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(same, apart, torch.inf)
+    distance = (rows - others).norm(dim=-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(same, distance, torch.inf)
 
 
 def _unit(target: PreTrainedModel) -> float:
-    """A unit in the last place of the coarsest arithmetic that the target computes in, relative to the number."""
+    """Returns the machine epsilon of the coarsest arithmetic that the target computes in."""
     kind = target.device.type
     dtypes = {p.dtype for p in target.parameters() if p.is_floating_point() and p.dtype.itemsize > 1} or {target.dtype}
     if torch.is_autocast_enabled(kind):
@@ -238,32 +232,32 @@ def _unit(target: PreTrainedModel) -> float:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(target: PreTrainedModel) -> Iterator[None]:
-    """Put back what forwards leave in modules: position offsets of the last prompt, say, which the call has still to read."""
-    homes = [home for module in target.modules() for home in (vars(module), module._buffers)]
-    before = [dict(home) for home in homes]
+def _modules_restored(target: PreTrainedModel) -> Iterator[None]:
+    """Restores what forwards write into modules, for example position offsets of the prompt, which the call will still read."""
+    stores = [store for module in target.modules() for store in (vars(module), module._buffers)]
+    before = [dict(store) for store in stores]
     copies = [
         (value, value.clone())
-        for home in before
-        for value in home.values()
-        if isinstance(value, Tensor) and not value.is_meta and value.numel() <= _SMALL
+        for store in before
+        for value in store.values()
+        if isinstance(value, Tensor) and not value.is_meta and value.numel() <= _MAX_RESTORED
     ]
     try:
         yield
     finally:
-        for home, then in zip(homes, before, strict=True):
-            for name in [name for name, value in home.items() if name not in then and not callable(value)]:
-                del home[name]
-            for name, value in then.items():
-                if home.get(name, home) is not value and not callable(value):
-                    home[name] = value
-        for value, was in copies:
-            if not torch.equal(value, was):
-                value.copy_(was)
+        for store, saved in zip(stores, before, strict=True):
+            for name in [name for name, value in store.items() if name not in saved and not callable(value)]:
+                del store[name]
+            for name, value in saved.items():
+                if store.get(name, store) is not value and not callable(value):
+                    store[name] = value
+        for value, saved_value in copies:
+            if not torch.equal(value, saved_value):
+                value.copy_(saved_value)
 
 
 def layers_of(cache) -> list:
-    """The layers that tokens are taken back out of."""
+    """Lists the layers of a cache from which rejected tokens are removed."""
     return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
 
 

@@ -1,7 +1,6 @@
-"""Whether a target can verify a block: say of several tokens at once, and again after some of them were taken back, what it says of them one at a time.
-
-What is true of the call's cache is asked first, and of `peft`'s learnt prompts. What that leaves open is tried, once for each target, configuration and
-kind of cache in a process ([`hf_osd.generation.trial`]). A target that fails decodes plainly.
+"""`Verification` finds out if a target can verify a block: if its logits for several tokens in one forward, also after some were removed from its cache, are
+those for one token at a time. The call's cache and `peft`'s learnt prompts are checked first. If that leaves it open, a trial decides, once per process for each
+target, configuration and kind of cache ([`hf_osd.generation.trial`]). A target that fails decodes plainly.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import os
 import threading
 import time
 import weakref
@@ -20,8 +18,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
-from hf_osd.feedback.prompt_states import is_compiled
 from hf_osd.generation.trial import RECURRENT, Trial, layers_of
+from hf_osd.models.properties import is_compiled
+from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,22 +29,13 @@ if TYPE_CHECKING:
     from hf_osd.generation.request import GenerateRequest
     from hf_osd.generation.running import RunningCall
 
-# Of target (by a part that all views of it share), by configuration and kind of cache: why it cannot verify a block, `None` if it can.
+# The reason why a target cannot verify a block, `None` if it can, by target (by a part that all its views share), configuration and kind of cache.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _renew_lock():
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may hold it, which a child does not have
-    os.register_at_fork(after_in_child=_renew_lock)
+_lock = released(threading.RLock())
 
 
 class CannotVerify(ValueError):
-    """The target of a call cannot verify a block, which was found before its first token: `generate` decodes plainly.
+    """Raised before a call's first token if its target cannot verify a block: the seam catches it, and `generate` decodes plainly.
 
     Args:
         why (`str`): the reason.
@@ -58,39 +48,45 @@ class CannotVerify(ValueError):
 
 
 class Verification:
-    """Whether the target of one call can verify a block, found out when it first matters.
+    """Finds out if the target of one call can verify a block, before its first one.
 
     Args:
-        request (`GenerateRequest`): the call's.
-        tries (`bool`): whether to try what the cache does not tell.
+        request (`GenerateRequest`): the call's arguments.
+        runs_trials (`bool`): run a trial if the checks leave it open.
         warn (`Callable[[str], None]`): gives a warning, once.
     """
 
-    def __init__(self, request: GenerateRequest, tries: bool, warn: Callable[[str], None]):
+    def __init__(self, request: GenerateRequest, runs_trials: bool, warn: Callable[[str], None]):
         target, running = request.target, request.running
         self._request, self._target, self._running, self._warn = request, target, running, warn
         self._cache = request.model_kwargs.get("past_key_values")
-        # Other processes would wait for as many forwards; another shape would compile anew; dropout is another one each time.
+        # No trial if other processes would wait for as many forwards, another shape would compile anew, or dropout would change the logits.
         synced = running is not None and running.synced_gpus
-        self._tries = tries and not (synced or target.training or any(map(is_compiled, (target, target.base_model))))
-        self._given = None  # a copy of the caller's own cache, while that is empty
+        self._runs_trials = runs_trials and not (
+            synced or target.training or any(map(is_compiled, (target, target.base_model)))
+        )
+        self._cache_copy = None  # of the caller's own cache, made while that is empty
 
-    def begin(self, record: CallRecorder):
-        """To be called before the first round: raises [`CannotVerify`] for what is known then, or has to be."""
+    def check_first_round(self, record: CallRecorder):
+        """Checks before the first round what can be known without a block. A target with doubtful state is tried at once.
+
+        Raises:
+            CannotVerify: if the target cannot verify a block.
+        """
         why = _obstacle(self._target, self._cache)
-        if why is None and self._tries and getattr(self._cache, "_is_user_defined", False):
+        if why is None and self._runs_trials and getattr(self._cache, "_is_user_defined", False):
             try:
-                self._given = copy.deepcopy(self._cache)
-            except Exception:  # whatever a user's cache makes of it
-                self._tries = False
+                self._cache_copy = copy.deepcopy(self._cache)
+            except Exception:  # a user's cache may raise anything
+                self._runs_trials = False
         if why is None and _is_doubtful(self._target, self._cache):
-            why = self._find(record) if self._tries else _unknown_state(self._target, self._cache)
+            why = self._find(record) if self._runs_trials else _state_obstacle(self._target, self._cache)
         if why is not None:
             self._fail(why, record)
             raise CannotVerify(why, self._running)
 
     def allows(self, record: CallRecorder, first: bool) -> bool:
-        """To be called before the call's first block is drafted: whether the target can verify it.
+        """Decides, before the call's first block is drafted, if the target can verify it; `first` is `True` in the call's first round.
 
         Raises:
             CannotVerify: in the first round, in place of `False`.
@@ -108,16 +104,16 @@ class Verification:
         self._warn(plain_warning(self._target, why))
 
     def _find(self, record: CallRecorder) -> str | None:
-        """Why the target fails; known, or tried now."""
-        if not self._tries:
+        """Returns the reason why the target fails, from an earlier trial or a new one; `None` if it passes or is not tried."""
+        if not self._runs_trials:
             return None
         part = next(self._target.children(), self._target)
-        key = _kind(self._target, self._cache)
+        key = _verdict_key(self._target, self._cache)
         with _lock:
             verdicts = _verdicts.setdefault(part, {})
             if key not in verdicts:
                 start = time.perf_counter()
-                trial = Trial(self._request, self._given)
+                trial = Trial(self._request, self._cache_copy)
                 with contextlib.nullcontext() if record.prompt_states is None else record.prompt_states.paused():
                     verdicts[key] = trial.run()
                 record.stats.verification_forwards += trial.forwards
@@ -126,24 +122,24 @@ class Verification:
 
 
 def plain_warning(target: PreTrainedModel, why: str) -> str:
-    """Says of the calls of a target that they are not drafted for."""
+    """Words the warning that a target's calls get no drafts."""
     return f"{type(target).__name__} decodes plainly, and nothing is drafted for it: it cannot verify a block of drafts, for {why}."
 
 
 def only_looks_stateful(target: PreTrainedModel) -> bool:
-    """Whether a class that transformers takes for stateful has attention layers alone in this configuration."""
-    if not target._supports_default_dynamic_cache():  # states of its own
+    """Returns `True` if a model whose class transformers takes for stateful has attention layers only in this configuration."""
+    if not target._supports_default_dynamic_cache():  # it has states of its own
         return False
     try:
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    except Exception:  # layers of kinds that no cache here knows
+    except Exception:  # a kind of layer that this transformers has no cache for
         return False
     return bool(cache.layers) and cache.is_croppable
 
 
 @contextlib.contextmanager
-def recording_put_back(cache) -> Iterator[None]:
-    """Have layers record their past no longer than before, if the call goes on plainly: nothing would ever crop them."""
+def past_recording_restored(cache) -> Iterator[None]:
+    """Restores, if the call goes on plainly, which cache layers record their past: nothing would crop what they record."""
     layers = [layer for layer in layers_of(cache) if getattr(layer, "record_past", True) is False]
     try:
         yield
@@ -153,12 +149,9 @@ def recording_put_back(cache) -> Iterator[None]:
         raise
 
 
-# By what is true of the cache and the target.
-
-
 def _obstacle(target: PreTrainedModel, cache) -> str | None:
-    """What rules it out from the start."""
-    # peft's generate puts its own method in the target's place.
+    """Returns what rules the target out without a trial: learnt prompts, or cache layers that cannot be cropped; `None` if nothing does."""
+    # peft's generate replaces the target's method by its own.
     owner = getattr(target.prepare_inputs_for_generation, "__self__", None)
     learnt = getattr(owner, "active_peft_config", None)
     if getattr(learnt, "is_prompt_learning", False):
@@ -170,30 +163,30 @@ def _obstacle(target: PreTrainedModel, cache) -> str | None:
 
 
 def _is_fixed(layer) -> bool:
-    """Whether it keeps what it is given for good. A quantised layer has the cropping of a layer that keeps keys and values as they are."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):  # not known before it has states
+    """Returns `True` if a cache layer cannot be cropped. A quantised layer inherits a crop that works on unquantised keys and values only."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):  # unknown before it has states
         return False
     return isinstance(layer, BaseQuantizedLayer) or not getattr(layer, "is_croppable", True)
 
 
 def _is_doubtful(target: PreTrainedModel, cache) -> bool:
-    """Whether it may have states that cannot be cropped, or give no cache back: not to be trusted with one token."""
+    """Returns `True` if the target may have states that cannot be cropped, or return no cache; it is then tried before the first token."""
     known = type(target).__module__.startswith("transformers.") and not target._is_stateful
     keeps = "past_key_values" in inspect.signature(target.forward).parameters or is_compiled(target)
     return not (known and keeps and getattr(cache, "is_croppable", False))
 
 
-def _unknown_state(target: PreTrainedModel, cache) -> str | None:
-    """What rules a doubtful target out that is not tried: convolutions are cropped, and what else a layer keeps is not known."""
+def _state_obstacle(target: PreTrainedModel, cache) -> str | None:
+    """Returns what rules a doubtful target out if no trial can run: convolution states are cropped, and other states are unknown; `None` if nothing does."""
     kinds = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
     linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers_of(cache))
     if linear and not kinds & {"conv"}:
         return RECURRENT
-    return None if linear or getattr(cache, "is_croppable", False) else "its cache does not say that it can be cropped"
+    return None if linear or getattr(cache, "is_croppable", False) else "its cache may not be croppable"
 
 
-def _kind(target: PreTrainedModel, cache) -> tuple:
-    """The configuration and kind of cache that a verdict is of."""
+def _verdict_key(target: PreTrainedModel, cache) -> tuple:
+    """Makes the key of a verdict: the target's configuration and its kind of cache."""
     layers = {
         (kind, getattr(kind, "update", None), getattr(kind, "crop", None), getattr(layer, "sliding_window", None))
         for layer in layers_of(cache)

@@ -1,4 +1,4 @@
-"""`AssistantView`: an assistant as some calls see it: those of one tenant, or those of which nothing is to be kept. It shares everything else."""
+"""`AssistantView` stands for an assistant in the calls of one tenant, or in calls of which nothing is kept. It shares everything else with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class OpensCalls(Protocol):
-    """What the seam asks of an assistant, and a view of its own."""
+    """Types an assistant by the method that the seam calls on it."""
 
     def open_call(
         self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
@@ -19,12 +19,12 @@ class OpensCalls(Protocol):
 
 
 class AssistantView:
-    """Made by [`OnlineAssistant.tenant`] and [`OnlineAssistant.private`], and passed as `assistant_model` in its place. Whatever else is asked of it, the
-    assistant answers.
+    """Opens an assistant's calls for a tenant, or as private. Made by [`OnlineAssistant.tenant`] and [`OnlineAssistant.private`]; pass it as
+    `assistant_model`. All other attributes are the assistant's.
 
     Args:
-        assistant (`OnlineAssistant`): whose draft, learner and statistics these are.
-        tenant (`Hashable`): whose text in the suffix cache these calls see; `None` for that of calls without a tenant.
+        assistant (`OnlineAssistant`): the assistant, which serves and learns.
+        tenant (`Hashable`): the tenant whose text in the suffix cache these calls see; `None` for the text of calls without a tenant.
         private (`bool`): keep nothing of these calls.
     """
 
@@ -41,6 +41,6 @@ class AssistantView:
         return AssistantView(self._assistant, self._tenant, private=True)
 
     def __getattr__(self, name: str):
-        if name == "_assistant" or name.startswith("__"):  # of a half-made copy, which has no assistant to ask
+        if name == "_assistant" or name.startswith("__"):  # looked up on a half-made copy, which has no assistant yet
             raise AttributeError(name)
         return getattr(self._assistant, name)

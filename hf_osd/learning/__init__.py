@@ -1,2 +1,2 @@
-"""When to learn, and whether what was learnt may serve: schedule, rate, gate, and learners inline and beside serving; and how the draft would have done where it
-was not asked. Of a call it knows what was kept of it."""
+"""Decides when to learn and whether the result may serve: schedule, rate, gate, rollback, and learners inline and beside serving. It scores the draft where calls
+went without it. It knows calls by the feedback they left, and nothing of how they ran."""

@@ -1,4 +1,4 @@
-"""`BackgroundLearner`: a [`Learner`] in a thread of its own, which takes no more than its share of the time while somebody is served."""
+"""`BackgroundLearner`: runs a [`Learner`] in a thread of its own, which takes no more than its share of the time while somebody is served."""
 
 from __future__ import annotations
 
@@ -6,116 +6,57 @@ import contextlib
 import functools
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hf_osd.config import OnlineConfig
-from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.learning.learner import Learner
+from hf_osd.learning.throttle import Stopped, Throttle
 from hf_osd.system.default_device import default_device
-from hf_osd.system.forks import importing, released
+from hf_osd.system.forks import importing
 from hf_osd.system.random_state import isolated_random_state
 from hf_osd.system.threads import start_thread
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks at whether anybody is still served: the end of a generate call tells nobody.
-_LOOK = 0.02
 # Threads that are started in place of dead ones, with no update that ended well in between.
 _MOST_RESTARTS = 5
 # Seconds that `close` waits for the thread, which ends at its next step.
 _PATIENCE = 60.0
 
 
-class Stopped(BaseException):
-    """The learner is to stop in the middle of an update. No `Exception`, for an update that is stopped has not failed."""
-
-
-class Throttle:
-    """Keeps a worker to a share of the time: after each piece of work it waits until that piece was no more than the share.
-
-    Args:
-        share (`float`): of the time, above 0 up to 1.
-        busy (`Callable[[], bool]`): whether somebody is served. While nobody is, there is no waiting.
-        worked (`Callable[[], float]`, *optional*): the clock of the work, in seconds; that on the wall if left out.
-    """
-
-    def __init__(self, share: float, busy: Callable[[], bool], worked: Callable[[], float] | None = None):
-        self.share, self._busy, self._worked = share, busy, worked or time.monotonic
-        self._since = self._worked()
-        self._hurry, self._lock = threading.Event(), released(threading.Lock())
-        self._hurried = 0  # how many wait
-        self.stopped = False
-
-    def begin(self):
-        """Work begins now."""
-        self._since = self._worked()
-
-    def pause(self):
-        """A piece of work is done: wait for as long as it asks for.
-
-        Raises:
-            Stopped: if `stop` was called.
-        """
-        until = time.monotonic() + (self._worked() - self._since) * (1 / self.share - 1)
-        while not self._hurry.is_set() and (left := until - time.monotonic()) > 0 and self._busy():
-            self._hurry.wait(min(left, _LOOK))
-        if self.stopped:
-            raise Stopped
-        self._since = self._worked()
-
-    def unthrottle(self, whether: bool = True):
-        """Wait no longer: somebody waits for the work. With `False`, one of those does no more."""
-        with self._lock:
-            self._hurried += 1 if whether else -1
-            if self._hurried or self.stopped:
-                self._hurry.set()
-            else:
-                self._hurry.clear()
-
-    def stop(self):
-        """Let the next `pause` raise."""
-        self.stopped = True
-        self._hurry.set()
-
-
 class BackgroundLearner:
-    """What a [`Learner`] does, beside serving: `update` and `offer` return at once, and the thread learns when an update is due.
+    """Runs a [`Learner`] beside serving: `add` and `update` return at once, and a thread learns when an update is due.
 
     A thread that ends for whatever reason is made anew at the next call of `update`, and counted in `restarts`; it waits longer then, as after an update
-    that failed, and after some deaths in a row nothing is learnt any more. The thread ends with `close`, with the process, and when nobody holds this
-    object any more.
+    that failed, and after some deaths in a row learning is over. The thread ends with `close`, with the process, and when nobody holds this
+    object any more. Everything else that a learner has is the attribute `learner`'s.
 
     Args:
-        draft, trainable, buffer, config, serve: as [`Learner`] takes them. `serve` is called from the thread.
-        busy (`Callable[[], bool]`): whether somebody is served.
+        learner (`Learner`): made with `alone=False`; what it calls is called from the thread.
+        busy (`Callable[[], bool]`): tells whether somebody is served.
         after_update (`Callable[[], None]`, *optional*): called from the thread after each update, whatever came of it.
-        worked (`Callable[[], float]`, *optional*): the clock of the budget; that on the wall if left out, which counts the waiting for cores too.
+        clock (`Callable[[], float]`, *optional*): measures the work that the budget is for; wall time by default, which counts the waiting for cores too.
+
+    Raises:
+        ValueError: if the learner takes itself to be alone.
     """
 
     def __init__(
         self,
-        draft: PreTrainedModel,
-        trainable: set[str],
-        buffer: FeedbackBuffer,
-        config: OnlineConfig,
-        serve: Callable[[Mapping[str, Tensor]], None],
+        learner: Learner,
         busy: Callable[[], bool],
         after_update: Callable[[], None] | None = None,
-        worked: Callable[[], float] | None = None,
+        clock: Callable[[], float] | None = None,
     ):
-        self._after_update = after_update
-        self._most = config.requests_an_update
-        self.pace = Throttle(config.share_of_time(config.learn), busy, worked)
-        self.learner = Learner(draft, trainable, buffer, config, serve, after_step=self.pace.pause, alone=False)
+        if learner.alone:
+            raise ValueError("The learner takes itself to be alone; make it with Learner(..., alone=False).")
+        self.learner, self._after_update = learner, after_update
+        self._most = learner.config.requests_an_update
+        self.throttle = Throttle(learner.config.share_of_time(learner.config.learn), busy, clock)
+        learner.pause_by(self.throttle.pause)
         self.restarts, self._prepared = 0, False
         self._deaths = self._updates_then = 0  # in a row without an update between; updates at the last one
         self._over: str | None = None  # why no thread is started any more
@@ -123,25 +64,22 @@ class BackgroundLearner:
         self._starting, self._preparing = threading.Lock(), threading.Lock()
         self._thread: threading.Thread | None = None
         # Garbage collection comes anywhere, under any lock, so it waits for nothing.
-        self._end = weakref.finalize(self, _stop, self.pace, self._wake)
+        self._end = weakref.finalize(self, _stop, self.throttle, self._wake)
 
-    def __getattr__(self, name: str):
-        if name == "learner":  # of a half-made copy
-            raise AttributeError(name)
-        return getattr(self.learner, name)
-
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Put a request into the buffer, and learn from it when that is due."""
-        self.learner.offer(feedback)
-        if self.due():
+        self.learner.add(feedback)
+        if self.is_due():
             self.update(wait=False)
 
-    def due(self) -> bool:
-        return self.learner.due()
+    def rehearse(self, answer: Feedback):
+        self.learner.rehearse(answer)
+
+    def is_due(self) -> bool:
+        return self.learner.is_due()
 
     def update(self, wait: bool = True) -> bool:
-        """Learn in the background; with `wait`, learn from all that is new, here and now, as fast as it goes. `True` if the serving draft was
-        refreshed meanwhile."""
+        """Wake the thread; with `wait`, learn from all that is new, here and now, as fast as it goes. `True` if other weights serve than before."""
         if wait or self._imported.is_set():
             try:
                 self.prepare()
@@ -158,20 +96,29 @@ class BackgroundLearner:
             self._start()
             self._wake.set()
             return False
-        with self._hurried(), contextlib.suppress(Stopped):  # closed meanwhile
+        with self._unthrottled(), contextlib.suppress(Stopped):  # closed meanwhile
             return self.learner.update(wait=True)
         return False
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
-        with self._hurried():
-            self.learner.take(weights, base)
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+        with self._unthrottled():
+            self.learner.load_weights(weights, base)
+
+    def note_served(self, seconds: float):
+        self.learner.note_served(seconds)
+
+    def trouble(self) -> str | None:
+        return self.learner.trouble()
+
+    def serve(self):
+        self.learner.serve()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        with self._hurried():
+        with self._unthrottled():
             return self.learner.state()
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
-        with self._hurried():
+        with self._unthrottled():
             self.learner.load_state(tensors, values)
 
     def close(self):
@@ -184,46 +131,45 @@ class BackgroundLearner:
                 logger.warning("The learner's thread has not stopped within %d s, and is left to itself.", _PATIENCE)
         self.learner.close()
 
-    def figures(self) -> dict:
-        return self.learner.figures() | {"learner_restarts": self.restarts, "learning_over": self._over}
+    def metrics(self) -> dict:
+        return self.learner.metrics() | {"learner_restarts": self.restarts, "learning_over": self._over}
 
     def after_fork(self) -> str | None:
-        """As [`hf_osd.learning.learner.Learner.after_fork`]."""
+        """Explain, in a forked child, why this cannot learn there; `None` if it can."""
         if self._thread is None and not self._preparing.locked():
             return self.learner.after_fork()
         self._end.detach()  # else the end of the child would wake a thread that is not there
         return "its thread is not in this process"
 
     def prepare(self):
-        """Make the trainers here and now. The thread imports what they need, which takes seconds; but it must not make them: Trainer then seeds the
-        process's random state, and giving that back from another thread would repeat what this one has drawn meanwhile."""
+        """Make the trainers here and now. The thread imports their modules, which takes seconds; but it must not make them: Trainer then seeds the
+        process's random state, and restoring that from another thread would repeat numbers that this one has drawn meanwhile."""
         with self._preparing:
             if self._prepared:
                 return
             with isolated_random_state(), default_device("cpu"):
-                for member in self.learner.ensemble.members:
-                    member.trainer  # noqa: B018 (made when first asked for)
+                self.learner.student.prepare()
             self._prepared = True
 
     @contextlib.contextmanager
-    def _hurried(self) -> Iterator[None]:
-        """Somebody waits for the update that runs, if one does."""
-        self.pace.unthrottle()
+    def _unthrottled(self) -> Iterator[None]:
+        """Let the update that runs, if one does, finish without pauses: somebody waits for it."""
+        self.throttle.unthrottle()
         try:
             yield
         finally:
-            self.pace.unthrottle(False)
+            self.throttle.unthrottle(False)
 
     def _start(self):
         with self._starting:
-            if self.pace.stopped or self._over or (self._thread is not None and self._thread.is_alive()):
+            if self.throttle.stopped or self._over or (self._thread is not None and self._thread.is_alive()):
                 return
             if self._thread is not None and not self._may_restart():
                 return
             self._thread = start_thread(
                 _run,
-                (weakref.ref(self), self.pace, self._wake, self._imported),
-                functools.partial(_stop, self.pace, self._wake),
+                (weakref.ref(self), self.throttle, self._wake, self._imported),
+                functools.partial(_stop, self.throttle, self._wake),
             )
 
     def _may_restart(self) -> bool:
@@ -239,23 +185,23 @@ class BackgroundLearner:
         return True
 
     def _learn(self):
-        """What the thread does each time it is woken."""
-        while self._prepared and self.due():
-            self.pace.begin()
+        """Learn for as long as updates are due; the thread does this each time it is woken."""
+        while self._prepared and self.is_due():
+            self.throttle.begin()
             self.learner.update(wait=True, most=self._most)
             if self._after_update is not None:
                 self._after_update()
-            self.pace.pause()  # for what came after the last step
+            self.throttle.pause()  # for what came after the last step
 
 
-def _run(owner: weakref.ref, pace: Throttle, wake: threading.Event, imported: threading.Event):
-    """The thread: holds its owner for as long as it learns, and no longer."""
+def _run(owner: weakref.ref, throttle: Throttle, wake: threading.Event, imported: threading.Event):
+    """Run the thread, which holds its owner only while it learns."""
     try:
         with importing():
             import hf_osd.distill.callbacks
             import hf_osd.distill.trainer  # noqa: F401
     except Exception:
-        if pace.stopped or not threading.main_thread().is_alive():
+        if throttle.stopped or not threading.main_thread().is_alive():
             return  # the process ends, and lets nothing be imported any more
         raise
     imported.set()
@@ -263,7 +209,7 @@ def _run(owner: weakref.ref, pace: Throttle, wake: threading.Event, imported: th
         wake.wait()
         wake.clear()
         learner = owner()
-        if learner is None or pace.stopped:
+        if learner is None or throttle.stopped:
             return
         try:
             learner._learn()
@@ -272,6 +218,6 @@ def _run(owner: weakref.ref, pace: Throttle, wake: threading.Event, imported: th
         del learner
 
 
-def _stop(pace: Throttle, wake: threading.Event):
-    pace.stop()
+def _stop(throttle: Throttle, wake: threading.Event):
+    throttle.stop()
     wake.set()

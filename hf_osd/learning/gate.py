@@ -1,4 +1,4 @@
-"""`Gate`: whether what was learnt may serve. It is given scores of drafts on requests that none of them has learnt from, and knows neither models nor clocks."""
+"""`Gate`: decides which draft may serve, by scores on requests that none of them has learnt. It knows neither models nor clocks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.learning.evidence import Evidence, gathered
 
-# The evidence that a decision takes, as an e-value: it errs at most once in so many, however often it was looked for.
+# The evidence that a decision takes, as an e-value: it errs at most once in so many, however often one looks.
 ODDS = 20.0
-# What it takes where an error costs little and is mended soon: between two drafts that were both learnt, and to go back to the static one.
+# The evidence where an error costs little and is mended soon: between two drafts that were both learnt, and to go back to the static one.
 BACK = 4.0
-# Requests, the last ones, on which the static draft is compared with the accepted one also by themselves: traffic that has changed shows there first.
+# The last requests, which are also looked at by themselves: traffic that has changed shows there first.
 WINDOW = 16
-# By how much a candidate may be worse than the static draft on requests of before; and the step, in requests, in which they are looked at from the oldest on,
-# for what traffic has become since cannot pay for what it was.
-HARM, PART = 0.05, 8
+# How much α a candidate may lose against the static draft on remembered requests.
+REGRESSION = 0.05
+# Remembered requests are looked at in steps of so many, from the oldest on: gains on new traffic cannot pay for losses on old.
+PART = 8
 
 
 class Verdict(Enum):
-    """What is to become of a candidate."""
+    """The decision on a candidate."""
 
     WAIT = "wait"
     ACCEPT = "accept"
@@ -32,23 +33,25 @@ class Verdict(Enum):
 
 
 class Gate:
-    """Compares three drafts on every request, before it is learnt: the *static* one, as it was before any learning; the *accepted* one, the last that was let
-    through; and the *candidate*, what had been learnt when the request came. At first the accepted one is the static one.
+    """Compares three drafts on every request before it is learnt: *static*, as it was before any learning; *accepted*, the last that was let through, at first
+    the static one; and the *candidate*, what had been learnt when the request came.
 
-    1. The candidate is accepted once the requests since the last one was say, at odds of `ODDS` to 1 against chance, that what had been learnt by then was worse
-       by less than the tolerance than the static draft, and at odds of `BACK` to 1 the same of the accepted one; unless the last of them, which judged this very
-       candidate, say at odds of `BACK` to 1 that it is worse, or the oldest of the requests of before that it is worse there than the static one by more than
-       `HARM`.
-    2. It is dropped, with what was learnt since the accepted one, once they say at odds of `ODDS` to 1 that it was worse than that.
-    3. The accepted draft serves; but the static one does from when the requests since that was accepted, or the last `WINDOW` ones, say at odds of `BACK` to 1
-       that the static one is better, until those since then, or the last of them, say at odds of `ODDS` to 1 that it is not.
+    1. The candidate is accepted when the requests since the last decision show, at odds of `ODDS` to 1, that it is worse than static by less than `tolerance`,
+       and at odds of `BACK` to 1 the same against accepted; unless the newest of them, or the last `WINDOW`, show at odds of `BACK` to 1 that it is worse than
+       one of the two, or the remembered requests that it is worse than static by more than `REGRESSION`.
+    2. The candidate is dropped, with all that was learnt since accepted, when these requests show at odds of `ODDS` to 1 that it is worse than accepted.
+    3. Accepted serves, except from when the requests since it was accepted, or the last `WINDOW`, show at odds of `BACK` to 1 that static is better, until those
+       since then, or the last `WINDOW`, show at odds of `ODDS` to 1 that it is not.
 
-    The odds are those of [`hf_osd.learning.evidence.Evidence`]: those of `ODDS` in 1 and 2 stay valid however often one looks, which is at each update, and though what
-    has been learnt is another each time, for no request has been learnt by what it judges. The best of several candidates takes so many times the odds.
+    The odds are e-values of [`hf_osd.learning.evidence.Evidence`]. Those of `ODDS` in 1 and 2 stay valid however often one looks, which is at each update, and though
+    the candidate is another each time, for no request has been learnt by the draft that it judges. The best of several candidates takes so many times the odds.
 
     Args:
-        tolerance (`float`): by how much α may be lower.
-        ranks (`RankGroup`, *optional*): with which evidence is summed, each having its own requests; all come to the same decision.
+        tolerance (`float`): how much lower α may be.
+        ranks (`RankGroup`, *optional*): sum their evidence, each of its own requests, and come to the same decision.
+
+    Attributes:
+        serves_static (`bool`): static serves in place of accepted.
     """
 
     def __init__(self, tolerance: float, ranks: RankGroup | None = None):
@@ -56,24 +59,23 @@ class Gate:
         self.reset()
 
     def reset(self):
-        """Another draft is the static one, and accepted; there is no candidate."""
+        """Begin with another static draft, which is accepted, and no candidate."""
         self.serves_static = False
         self._since_accepted = Looks()  # at the accepted against the static draft
         self.begin()
 
     def begin(self, choices: int = 1):
-        """Nothing is known of what will be learnt from now on. If a candidate is the best of several on the first requests that it will be judged by, `choices`
-        says of how many."""
+        """Begin with another candidate, of which nothing is known; the best of `choices` on the first requests that it will be judged by."""
         self._choices = choices
         self._against_accepted, self._against_static = Looks(), Looks()
 
     def observe(
         self, static: Sequence[Tensor], accepted: Sequence[Tensor], candidate: Sequence[Tensor] | None
     ) -> Verdict:
-        """Scores of the three on new requests, float `(N,)` each, NaN without a target; see [`hf_osd.distill.scoring.score`]. Sets `serves_static`.
+        """Decide by scores of the three on new requests, float `(N,)` each, NaN without a target; see [`hf_osd.distill.scoring.score`]. Sets `serves_static`.
 
         Returns:
-            `Verdict`: on the candidate, which the caller then sees through; `WAIT` where there is none.
+            `Verdict`: on the candidate, for the caller to follow; `WAIT` where there is none.
         """
         own = [Evidence.of(accepted, static)]
         if candidate is not None:
@@ -87,34 +89,34 @@ class Gate:
         return self._judge(requests, *found) if found else Verdict.WAIT
 
     def accept(self) -> bool:
-        """The candidate has become the accepted draft. Whether what had been learnt was better than that was, beyond chance."""
+        """Make the candidate the accepted draft. `True` if it was better than that one beyond chance."""
         gained = self._against_accepted.total.better() >= ODDS
         requests, evidence = self._against_static.newest()
         self._since_accepted = Looks()
         self._since_accepted.add(requests, evidence)
-        self.serves_static = False  # what it took to be accepted says that it is no better
+        self.serves_static = False  # accepted is no worse, or it would not have been
         self.begin()
         return gained
 
-    def may_break(self, static: Sequence[Tensor]) -> bool:
-        """Whether the static draft knew so much of requests of before, of which these are its scores, oldest first, that a candidate could have unlearnt it."""
+    def can_regress(self, static: Sequence[Tensor]) -> bool:
+        """Tell whether a candidate could be much worse than static on remembered requests, by static's scores there, oldest first."""
         so_far, most = Evidence(), 0.0
         for i in range(0, len(static), PART):
             part = static[i : i + PART]
             so_far += Evidence.of(part, [torch.where(one.isnan(), one, 0.0) for one in part])
             most = max(most, so_far.mean)
-        return self._ranks.any(most > 2 * HARM)
+        return self._ranks.any(most > 2 * REGRESSION)
 
-    def breaks(self, static: Sequence[Tensor], candidate: Sequence[Tensor]) -> bool:
-        """Whether a candidate has unlearnt what the static draft knew of requests of before, of which these are the scores, oldest first."""
+    def regresses(self, static: Sequence[Tensor], candidate: Sequence[Tensor]) -> bool:
+        """Tell whether the candidate is worse than static on remembered requests by more than `REGRESSION`, by scores of both there, oldest first."""
         worst, so_far = 0.0, Evidence()
         for i in range(0, len(static), PART):
             so_far += Evidence.of(candidate[i : i + PART], static[i : i + PART])
-            worst = max(worst, so_far.worse(-HARM))
+            worst = max(worst, so_far.worse(-REGRESSION))
         return self._ranks.any(worst >= BACK * self._ranks.size)
 
     def state(self) -> dict:
-        """What a restart needs, as JSON has it; without the candidate, which is begun anew."""
+        """Collect what a restart needs, as JSON has it; without the candidate, which is begun anew."""
         return {
             "serves_static": self.serves_static,
             "since_accepted": self._since_accepted.state(),
@@ -141,7 +143,7 @@ class Gate:
         return Verdict.WAIT
 
     def _compare_with_static(self):
-        """Which of the two serves: by all requests since that one does or was accepted, and by the last of them. What was before speaks for neither."""
+        """Decide which of static and accepted serves, by all requests since that one does or was accepted, and by the last of them; not by those before."""
         looked = (self._since_accepted.total, self._since_accepted.recent())
         if self.serves_static:
             changes = max(one.better(-self.tolerance) for one in looked) >= ODDS
@@ -153,7 +155,7 @@ class Gate:
 
 
 class Looks:
-    """Evidence of one pair of drafts, look by look: the `total`, and the last of them."""
+    """Adds up the evidence on one pair of drafts, look by look, and keeps that of the last looks."""
 
     def __init__(self):
         self.total = Evidence()
@@ -166,11 +168,11 @@ class Looks:
             self._last.popleft()
 
     def newest(self) -> tuple[int, Evidence]:
-        """Requests and evidence of the last look; none if there was none."""
+        """Requests and evidence of the last look; 0 and none before the first."""
         return self._last[-1] if self._last else (0, Evidence())
 
     def recent(self) -> Evidence:
-        """Of the last `WINDOW` requests, in whole looks."""
+        """Sum up the last `WINDOW` requests, in whole looks."""
         return sum((one for _, one in self._last), Evidence())
 
     def state(self) -> dict:

@@ -1,13 +1,16 @@
-"""`Learner`: decides when to learn, on what, and what is to serve of it. Between it and the serving draft lies one refresh; whatever goes wrong
-here leaves that draft as it was.
+"""`Learner`: decides when a draft learns, on what, and which weights of it may serve. Between it and the serving draft lies one call of `serve`; whatever goes
+wrong here leaves that draft as it was.
 
-An update (Algorithm 1 of arXiv 2310.07177, section 4.2, with what stands between learning and serving):
+An update, with p the target, q the draft, Q the buffer (Algorithm 1 of arXiv 2310.07177, section 4.2, with judging before learning):
 
-1. new feedback is due, and none of it has been learnt;
-2. the static draft, the accepted one and the candidate are judged on it, teacher-forced;
-3. the gate says whether the candidate becomes the accepted draft, waits, or is dropped, and which of accepted and static serves ([`Contenders.decide`]);
-4. the student learns from the new requests and replayed ones, as many as fit the time (`_learn`);
-5. what has been learnt by then is the candidate.
+1. Wait until Q holds `update_interval` new requests N, with p at each of their positions, as verification has computed it.      `is_due`
+2. Score three drafts on N, teacher-forced: static (q before any learning), accepted and candidate. None has learnt N.           `Contenders.decide`
+3. The gate accepts the candidate, drops it (q ← accepted), or waits for more; accepted serves, or static where it is better.    `Gate.observe`
+4. R ← N and requests sampled from Q for replay, as many as fit the time.                                                        `_with_replay`
+5. For each batch B of R: q ← q - η ∇ mean of D(p ‖ q) over the positions of B.                                                  `Student.learn`
+6. candidate ← q.                                                                                                                `Contenders.propose`
+
+Until η is known, 2 and 3 are a search for it on the first requests (`RateSearch`). What fails is undone (`Rollback`).
 """
 
 from __future__ import annotations
@@ -20,29 +23,25 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_osd.config import OnlineConfig
-from hf_osd.distill.ensemble import Ensemble
 from hf_osd.distill.ranks import RankGroup, RanksParted, check_job
-from hf_osd.distill.scoring import Judged, learners_autocast
-from hf_osd.distill.windows import what_is_read
+from hf_osd.distill.scoring import learners_autocast
+from hf_osd.distill.student import Student
+from hf_osd.distill.windows import cut_to_learn
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
-from hf_osd.learning.contenders import Contenders, Point
-from hf_osd.learning.gate import Verdict
-from hf_osd.learning.rate import Rate, Trial
+from hf_osd.learning.contenders import Contenders
+from hf_osd.learning.rate import Rate
+from hf_osd.learning.rate_search import RateSearch
+from hf_osd.learning.rollback import Rollback, UpdateFailed
 from hf_osd.learning.schedule import Schedule
-from hf_osd.learning.trouble import have_moved, trouble
+from hf_osd.learning.trouble import trouble
 from hf_osd.system.default_device import default_device
 from hf_osd.system.forks import released
 from hf_osd.system.random_state import isolated_random_state
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +51,24 @@ _COUNTS = ("updates", "failed", "learned_tokens", "seconds")  # of a restart
 class Learner:
     """Trains a draft on a buffer, in the caller's thread.
 
-    What is learnt serves if the [`Gate`] lets it. An update that fails leaves no trace but its count: learning goes back to where it was, forgets the requests
-    that it broke on, and rests the longer, the more often in a row that happens.
+    A draft that was learnt serves if the [`Gate`] lets it. An update that fails leaves no trace but its count: learning goes back to where it was, forgets the
+    requests that it failed on, and rests the longer, the more often in a row that happens.
 
-    In a job of several processes all learn one draft, each from its own buffer, and at the same moments alone: no update falls due by itself, and
-    `update` and `update_together` are to be called on all ranks. What an update learns, says and is judged by is then of all ranks together.
+    In a job of several processes all learn one draft, each from its own buffer, and at the same moments: no update falls due by itself, and
+    `update` and `update_together` are to be called on all ranks. They sum gradients, losses and evidence, and come to the same decisions.
 
     Args:
-        draft (`PreTrainedModel`): the draft to start from; it is copied, and what does not train is shared with it.
-        trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
-        buffer (`FeedbackBuffer`): where feedback comes from.
-        config (`OnlineConfig`): when to learn, and how.
+        student (`Student`): the draft that trains, see [`hf_osd.distill.ensemble.make_student`]; it has the config.
+        buffer (`FeedbackBuffer`): the requests to learn from.
         serve (`Callable[[Mapping[str, Tensor]], None]`): takes the weights that are to serve, by name.
-        after_step (`Callable[[], None]`, *optional*): called after each optimizer step and each judging, where learning is to pause.
-        alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it gives back the process's random
-            state as it was. In the background that would repeat what others have drawn; nothing there draws from it but dropout. Alone, learning holds up
+        alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it can restore the process's random
+            state. In the background that would repeat numbers that others have drawn; nothing there draws from it but dropout. Alone, learning holds up
             serving, and keeps to its share of the time itself.
+
+    Attributes:
+        updates (`int`), failed (`int`): updates that learnt, and that raised.
+        unmoved (`int`): the last ones in a row that learnt and changed nothing.
+        learned_tokens (`int`), seconds (`float`): in all updates.
 
     Raises:
         ValueError: if this is one of several processes that cannot learn like that.
@@ -75,36 +76,27 @@ class Learner:
 
     def __init__(
         self,
-        draft: PreTrainedModel,
-        trainable: set[str],
+        student: Student,
         buffer: FeedbackBuffer,
-        config: OnlineConfig,
         serve: Callable[[Mapping[str, Tensor]], None],
-        after_step: Callable[[], None] | None = None,
         alone: bool = True,
     ):
-        self.buffer, self.config, self.trainable = buffer, config, trainable
-        self._alone = alone
+        self.student, self.buffer, self.config = student, buffer, student.config
+        self.alone, config = alone, self.config
+        self._reads_states = student.reads_states
         self.ranks = RankGroup.of_job()
         if self.ranks.size > 1:
             check_job(self.ranks, alone)
         self._begun_together = False  # whether all ranks are known to have the same draft
-        self.updates = self.failed = self.learned_tokens = 0  # updates that learnt, and that raised
-        self.unmoved = 0  # the last ones in a row that learnt and changed nothing
+        self.updates = self.failed = self.unmoved = self.learned_tokens = 0
         self.seconds = 0.0
-        self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in trainable))
+        self.rate = Rate(config.learning_rate, adapter=any(".lora_" in name for name in student.trainable))
         self.schedule = Schedule(config, bounded=alone and self.ranks.size == 1)
-        self.ensemble = Ensemble(draft, trainable, buffer, config, self, after_step, self.ranks)
-        self.ensemble.set_rate(self.rate.value)
-        # In the dtype they came in, which holds them exactly.
-        static = {name: p.detach().clone() for name, p in draft.named_parameters() if name in trainable}
-        time_of = self.schedule.note_judging, self.schedule.thinned
-        self.contenders = Contenders(self.ensemble, static, config, self.ranks, serve, after_step, *time_of)
-        # New requests learnt since, for as long as the buffer holds them; and what is to be learnt, and not judged by.
-        self._since_accepted: weakref.WeakSet[Feedback] = weakref.WeakSet()
-        self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()
-        self._drops = 0  # in a row
-        self._trying = False  # rates, of which nothing serves
+        student.set_rate(self.rate.value)
+        self.contenders = Contenders(student, self.ranks, serve, self.schedule.note_judged, self.schedule.thinned)
+        self.rollback = Rollback(self.contenders, buffer, self.rate, self.schedule)
+        self.rate_search = RateSearch(self.contenders, self.rollback, self.rate, self.schedule, self._train)
+        self._rehearsed: weakref.WeakSet[Feedback] = weakref.WeakSet()  # to be learnt, and not judged by
         self._generator = torch.Generator("cpu")
         if config.seed is None:
             self._generator.seed()  # its own: `torch.seed` would set the process's
@@ -112,30 +104,30 @@ class Learner:
             self._generator.manual_seed(config.seed + self.ranks.rank)
         self._lock = released(threading.Lock())
 
-    def due(self) -> bool:
-        """Whether enough requests wait. Never in a job of several processes: one of them must not begin."""
-        return self.ranks.size == 1 and self._due()
+    def is_due(self) -> bool:
+        """Tell whether enough requests wait. Never in a job of several processes: one of them must not begin alone."""
+        return self.ranks.size == 1 and self._is_due()
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         new = self.buffer.new()
         if self.rate.found:
             return self.schedule.due(new)
-        # To find a rate takes requests to try it on, and others to judge it by.
+        # A search for the rate takes requests to try it on, and others to score it on.
         return self.schedule.due([one for one in new if one not in self._rehearsed], times=2)
 
     def update(self, wait: bool = True, most: int | None = None) -> bool:
-        """One update on what is new and its replay. `True` if other weights serve than before.
+        """Make one update on new and replayed requests. `True` if other weights serve than before.
 
         Never raises for what happens inside learning: a failed update is logged and counted, the learner goes back to the weights that
         it had, with new optimizers. An interrupt passes through.
 
-        In a job of several processes all ranks call this, and learn if there is anything new on one of them.
+        In a job of several processes all ranks call this, and learn if there is a new request on one of them.
 
         Args:
-            wait (`bool`): somebody asked for it: learn all that is new, whatever time that takes, and wait for another thread that learns. Else that is left
-                to the other thread, and learning that holds up serving keeps to `learning_budget`.
-            most (`int`, *optional*): requests to learn at once, replay included. Of what is new the oldest are then left to later replay, and a learner
-                that falls behind its traffic serves what it learns as often as ever.
+            wait (`bool`): somebody asked for it: learn all new requests, whatever time that takes, and wait for another thread that learns. Else leave them
+                to the other thread; and learning that holds up serving keeps to `learning_budget`.
+            most (`int`, *optional*): requests to learn at once, replay included. The oldest new ones are then left to later replay, and a learner that falls
+                behind its traffic updates the draft as often as ever.
         """
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
@@ -144,7 +136,10 @@ class Learner:
         try:
             new = self.buffer.new()
             if self.ranks.any(bool(new)):
-                self._update(new, most, bounded=not wait)
+                self._update(new, most)
+            return self.contenders.changes > changes
+        except UpdateFailed:
+            self.failed += 1
             return self.contenders.changes > changes
         except RanksParted as error:
             return self._parted(error)
@@ -155,27 +150,27 @@ class Learner:
             self._lock.release()
 
     def update_together(self, force: bool = False) -> bool:
-        """[`hf_osd.OnlineAssistant.update_together`], of calls that have been taken in."""
+        """Update with all ranks, as [`hf_osd.OnlineAssistant.update_together`] does, on the calls collected so far."""
         try:
-            return not self.ranks.parted and self.ranks.any(force or self._due()) and self.update(wait=force)
+            return not self.ranks.parted and self.ranks.any(force or self._is_due()) and self.update(wait=force)
         except RanksParted as error:
             return self._parted(error)
 
-    def offer(self, feedback: Feedback):
+    def add(self, feedback: Feedback):
         """Put a request into the buffer, to be judged by and then learnt."""
         self.buffer.add(feedback)
 
     def rehearse(self, answer: Feedback):
-        """Put into the buffer what is to be learnt, and not judged by: its prompt has been learnt already."""
+        """Put an answer into the buffer to be learnt, and not judged by: its prompt has been learnt already."""
         self._rehearsed.add(answer)
         self.buffer.add(answer)
 
     def note_served(self, seconds: float):
-        """A call took so long: what learning may take follows from that."""
+        """Note how long a call took: learning gets a share of it."""
         self.schedule.note_served(seconds)
 
-    def figures(self) -> dict:
-        """What [`hf_osd.metrics.stats.Stats`] says of learning, by its names there."""
+    def metrics(self) -> dict:
+        """Collect the figures of learning, by their names in [`hf_osd.metrics.stats.Stats`]."""
         return {
             "updates": self.updates,
             "failed_updates": self.failed,
@@ -194,49 +189,39 @@ class Learner:
         }
 
     def trouble(self) -> str | None:
-        """What is wrong, if learning goes on and changes nothing."""
+        """Explain what is wrong, if learning goes on and changes nothing."""
         return trouble(self.failed, self.updates, self.unmoved)
 
-    def refresh(self, model: nn.Module | None = None):
-        """An update is over. [`RefreshAssistantCallback`] calls this when the last member has been trained; without a gate that serves at once.
-
-        Raises:
-            ArithmeticError: if the loss of this update is not finite.
-        """
-        self.ranks.agree_on(
-            next((member.failure for member in self.ensemble.members if member.failure is not None), None)
-        )
-        self._check_losses()
-        if self.contenders.gate is None and not self._trying:
-            with self.ranks.together():
-                self.contenders.serve()
+    def pause_by(self, pause: Callable[[], None]):
+        """Call `pause` after each optimizer step and each judging."""
+        self.student.on_step = self.contenders.pause = pause
 
     def serve(self):
-        """Serve what may serve; without a gate what has been learnt."""
+        """Serve the draft that may serve; without a gate the newest."""
         self.contenders.serve()
 
-    def take(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
-        """Go on learning from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names. They serve
-        already, and are what later ones are compared with. An update that runs is waited for."""
+    def load_weights(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None):
+        """Go on from weights that were trained elsewhere; with `base`, in an adapter over other weights of the plain draft, by its names. They serve
+        already, and later ones are compared with them. Waits for an update that runs."""
         with self._lock:
             if base is not None:
-                self.ensemble.set_base(base)
+                self.student.set_base(base)
             self.contenders.reset(weights)
-            self._since_accepted, self._drops = weakref.WeakSet(), 0
+            self.rollback.begin()
             self._begun_together = False
 
     def after_fork(self) -> str | None:
-        """In a forked child: why this cannot learn there; `None` if it can."""
+        """Explain, in a forked child, why this cannot learn there; `None` if it can."""
         return "another thread was in the middle of an update" if self._lock.locked() else None
 
     def close(self):
-        """Forget the requests of before; learning has ended."""
+        """Forget all requests; learning has ended."""
         self.contenders.remembered.clear()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """What a restart needs: tensors, by member and name, and plain values. Between two updates: one that runs is waited for."""
+        """Copy what a restart needs: tensors, by student and name, and plain values. Waits for an update that runs."""
         with self._lock:
-            tensors, values = self.ensemble.state()
+            tensors, values = self.student.state()
             accepted, contenders = self.contenders.state()
             tensors |= {f"accepted.{name}": tensor for name, tensor in accepted.items()}
             return tensors | {"draws": self._generator.get_state()}, {
@@ -248,23 +233,23 @@ class Learner:
             }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: dict):
-        """Go on from `state()`. A candidate that was waiting is given up, and what has been learnt becomes one after the next update.
+        """Go on from `state()`. A candidate that was waiting is given up; the next update proposes one.
 
         Raises:
-            ValueError: if the state is that of another draft, or of another number of members.
+            ValueError: if the state is that of another draft, or of another number of students.
         """
         with self._lock, isolated_random_state():  # a Trainer seeds the process's
             accepted = {n.removeprefix("accepted."): t for n, t in tensors.items() if n.startswith("accepted.")}
-            members = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
-            self.ensemble.load_state(members, values)
+            students = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
+            self.student.load_state(students, values)
             self._generator.set_state(tensors["draws"].cpu())
             for name in _COUNTS:
                 setattr(self, name, values[name])
             self.schedule.misses = values["misses"]
             self.rate.load_state(values["rate"])
-            self.ensemble.set_rate(self.rate.value)
+            self.student.set_rate(self.rate.value)
             self.contenders.load_state(accepted, values["contenders"])
-            self._since_accepted, self._drops = weakref.WeakSet(), 0
+            self.rollback.begin()
             self._begun_together = False
 
     def _parted(self, error: RanksParted) -> bool:
@@ -273,194 +258,92 @@ class Learner:
 
     # One update.
 
-    def _update(self, new: list[Feedback], most: int | None, bounded: bool):
-        """Steps 2 to 5 of an update, see above."""
+    def _update(self, new: list[Feedback], most: int | None):
         self._check_beginning()
-        served = [one for one in new if one not in self._rehearsed]
-        if not self.rate.found and not self._may_find_rate(served):
-            return  # nothing to try a rate on, or to judge it by; it stays new
+        judged = [one for one in new if one not in self._rehearsed]
+        if self._reads_states:  # requests without states can neither be scored nor learnt by such a draft
+            judged = [one for one in judged if one.states is not None]
+        if not self.rate.found and not self.rate_search.is_possible(judged):
+            return  # it stays new
         self.buffer.mark_seen(new)  # also if learning fails: what broke it once must not break it for ever
         if most is not None:
-            new, served = new[-most:], served[-most:]
+            new, judged = new[-most:], judged[-most:]
+        # 2 and 3.
         if self.rate.found:
-            served = self.schedule.within(served, 1.0, bounded)  # three drafts' forwards are as learning once
-        before = self.ensemble.snapshot()
-        try:
-            with self._apart():
-                if self.rate.found:
-                    self._see_through(*self.contenders.decide(served))
-                else:
-                    self._find_rate(served, bounded)
-        except Exception as error:
-            self._undo(error, new, before)
-            return
-        except BaseException:  # an interrupt: of the rates that were tried nothing is left
-            self.ensemble.restore(before)
-            self.ensemble.set_rate(self.rate.value)
-            raise
-        self.contenders.remember(served)
+            judged = self.schedule.within(judged)  # three drafts' forwards are as learning once
+        with self.rollback.attempt(new), self._isolated():
+            decide = self.contenders.decide if self.rate.found else self.rate_search.run
+            self.rollback.follow(*decide(judged))
+        self.contenders.remember(judged)
+        # 4 to 6.
         if not self.schedule.rests():
-            self._learn(new, most, bounded)
+            self._learn(new, most)
 
-    def _see_through(self, verdict: Verdict, gained: bool):
-        """What becomes of the rate, and of what was learnt, with a candidate."""
-        if verdict is Verdict.ACCEPT:
-            self._since_accepted, self._drops = weakref.WeakSet(), 0
-            if gained:
-                self.rate.higher()
-        elif verdict is Verdict.DROP:
-            self._drops += 1
-            self.rate.lower()
-            logger.warning(
-                "What was learnt made the draft worse on requests that it had not learnt yet, and is dropped; the learning rate is %.1e now.",
-                self.rate.value,
-            )
-            if self._drops > 1:  # a slower rate did not mend it: what was learnt may be what is wrong
-                self.buffer.discard(list(self._since_accepted))
-            self._since_accepted = weakref.WeakSet()
-        self.ensemble.set_rate(self.rate.value)
+    def _learn(self, new: list[Feedback], most: int | None):
+        requests = self._with_replay(new, most)
+        rows = sum(request.num_teaching(self.config.positions, self._reads_states) for request in requests)
+        rows = int(self.ranks.sum(rows)[0])
+        if not rows:
+            return  # nothing but accepted drafts, where errors alone teach; or no time
+        before, first = self.student.snapshot(), not self.updates
+        with self.rollback.attempt(new), self._isolated():
+            self.student.prepare()
+            start = time.perf_counter()
+            self.student.count_losses(new, self.ranks)
+            self._train(requests)
+            if self.contenders.gate is None:
+                with self.ranks.together():
+                    self.contenders.serve()
+            self.contenders.propose()
+        self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
+        self.schedule.succeeded()
+        self.updates += 1
+        self.unmoved = 0 if self.student.has_moved(before) else self.unmoved + 1
+        self.learned_tokens += rows
+        self.rollback.note_learnt(new)
 
-    def _find_rate(self, new: list[Feedback], bounded: bool):
-        """Learn from the first half of `new` at several rates, and go on from what does best on the other half."""
-        half = len(new) // 2
-        taught, judged = new[:half], self.schedule.within(new[half:], 1.0, bounded)
-        start = self.ensemble.snapshot()
-        with self.ranks.together():
-            static = self.contenders.judge(judged, self.contenders.static)
-        before = self._gathered(static)
-        rates = self.rate.to_try(before)
-        taught = self.schedule.within(taught, rates, bounded)
-        if not len(before):
-            return  # nobody can be judged by these
-        tokens, beside = (rates * self.schedule.tokens(part) for part in (taught, judged))
-        most = self.schedule.passes(round(self.config.passes), tokens, bounded, beside)
-        trials: list[Trial] = []
-        best: tuple[Point, list[Judged]] | None = None
-        self._trying = True
-        try:
-            for rate in self.rate.ladder:
-                self.ensemble.restore(start)
-                self.ensemble.set_rate(rate)
-                done = 0
-                for passes in sorted({min(n, most) for n in self.rate.tried_passes}):
-                    try:
-                        self._train(taught * (passes - done))
-                        done, point = passes, self.contenders.point()
-                    except ArithmeticError:  # too fast by far
-                        break
-                    with self.ranks.together():
-                        said = self.contenders.judge(judged, point)
-                    trials.append(Trial(rate, passes, self._gathered(said)))
-                    if self.rate.prefers(trials[-1], before):
-                        best = point, said
-                if self.rate.is_enough(before):
-                    break
-        finally:
-            self._trying = False
-        if best is None:
-            raise ArithmeticError("The loss was not finite at any learning rate that was tried.")
-        self.rate.settle(len(trials), before, most)
-        logger.info("Learning rate %.1e: %s.", self.rate.value, self.rate.reason)
-        self.ensemble.set_rate(self.rate.value)
-        self.ensemble.restore(best[0].snapshot)
-        self._since_accepted = weakref.WeakSet(taught)
-        self._see_through(*self.contenders.choose(best[0], len(trials), static, best[1]))
-
-    def _may_find_rate(self, new: list[Feedback]) -> bool:
-        """Whether there is something to try rates on, and to judge them by, which all ranks answer alike."""
-        taught, judged = self.ranks.sum(len(new) // 2, len(new) - len(new) // 2)
-        return min(taught, judged) > 0
-
-    def _gathered(self, said: list[Judged]) -> Tensor:
-        """Σ min(p, q) at all positions of all ranks that have a target, request by request: `(N,)`."""
-        parts = self.ranks.gather([judged.shared[~judged.overlap.isnan()].nan_to_num(0.0) for judged in said])
-        return torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *parts])
-
-    def _learn(self, new: list[Feedback], most: int | None, bounded: bool):
-        config = self.config
-        passes = min(self.rate.passes or config.passes, config.passes)
+    def _with_replay(self, new: list[Feedback], most: int | None) -> list[Feedback]:
+        """Choose what an update learns: new requests and a sample of the buffer, as many as there is time for, cut to what is read of them."""
+        passes = min(self.rate.passes or self.config.passes, self.config.passes)
         count = round((passes - 1) * len(new))
         if most is not None:
             count = min(count, most - len(new))
         # After a failure without replay: what broke the update may be in it, and would break every other one.
         count = 0 if self.schedule.misses else count
         replayed = self.buffer.sample(count, self._generator)
-        requests = what_is_read(self.schedule.fitting(new, replayed, bounded), config, self._generator)
-        rows = sum(request.num_teaching(config.positions) for request in requests)
-        rows = int(self.ranks.sum(rows)[0])
-        if not rows:
-            return  # nothing but accepted drafts, where errors alone teach; or no time
-        before, losses = self.ensemble.snapshot(), list(self.ensemble.losses)
-        first = not self.updates
-        try:
-            with self._apart():
-                for member in self.ensemble.members:
-                    member.trainer  # noqa: B018 (made when first asked for, which takes seconds)
-                start = time.perf_counter()
-                self.ensemble.count_losses(new)
-                self._train(requests)
-                self.contenders.propose()
-        except Exception as error:
-            self.ensemble.losses = losses
-            self._undo(error, new, before)
-            return
-        except BaseException:  # an interrupt: what is saved after it must not be learnt by halves
-            self.ensemble.losses = losses
-            self.ensemble.restore(before)
-            raise
-        self.schedule.note_learned(self.schedule.tokens(requests), time.perf_counter() - start, first)
-        self.schedule.succeeded()
-        self.updates += 1
-        self.unmoved = 0 if have_moved(self.ensemble.members, before) else self.unmoved + 1
-        self.learned_tokens += rows
-        self._since_accepted.update(new)
+        return cut_to_learn(self.schedule.fitting(new, replayed), self.config, self._generator)
 
     def _train(self, requests: list[Feedback]):
-        requests = what_is_read(requests, self.config, self._generator)
-        for member in self.ensemble.members:
-            member.learn(requests)
+        """Pass once over `requests`.
 
-    def _undo(self, error: Exception, new: list[Feedback], before: list[tuple]):
-        """Be as before an update that failed, and rest before the next."""
-        if isinstance(error, RanksParted):
-            raise error
-        self.failed += 1
-        rest = self.schedule.failed()
-        self.buffer.discard(new)
-        self.contenders.remembered.discard(new)
-        self.ensemble.restore(before)
-        if self.ranks.size > 1:
-            self.contenders.serve_again()  # it may have been another rank that could not take the new weights
-        logger.error(
-            "An update failed; the serving draft is as it was, and learning goes on from it. %s",
-            f"The next {rest} updates are left out." if rest else "The next one comes as usual.",
-            exc_info=error,
-        )
-
-    def _check_beginning(self):
-        if not self._begun_together and not self.ranks.same(self.ensemble.members[0].weights()):
-            raise ValueError(
-                "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
-            )
-        self._begun_together = True
-
-    def _check_losses(self):
-        sums = self.ranks.sum(*itertools.chain.from_iterable(member.last_losses for member in self.ensemble.members))
+        Raises:
+            ArithmeticError: if the loss is not finite.
+        """
+        self.student.learn(cut_to_learn(requests, self.config, self._generator))
+        self.ranks.agree_on(self.student.failure)
+        sums = self.ranks.sum(*itertools.chain.from_iterable(self.student.last_losses))
         losses = [total / rows if rows else math.nan for total, rows in zip(sums[::2], sums[1::2], strict=True)]
         if not all(map(math.isfinite, losses)):
             raise ArithmeticError(
                 f"The loss of this update is {', '.join(map(str, losses))}. Lower the learning rate if that comes again."
             )
 
+    def _check_beginning(self):
+        if not self._begun_together and not self.ranks.same(self.student.weights()):
+            raise ValueError(
+                "The ranks began with different drafts. Load the same one on each of them, and seed whatever of it is random the same."
+            )
+        self._begun_together = True
+
     @contextlib.contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Learning as if nobody were around it: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer seeds the
-        process's random state."""
+    def _isolated(self) -> Iterator[None]:
+        """Shield learning and its caller from each other: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer
+        seeds the process's random state."""
         with (
-            isolated_random_state() if self._alone else contextlib.nullcontext(),
+            isolated_random_state() if self.alone else contextlib.nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            learners_autocast(self.ensemble.members[0].module.device.type, None),
+            learners_autocast(self.student.device.type, None),
             torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
             default_device("cpu"),  # and a Trainer's own tensors
         ):

@@ -1,7 +1,7 @@
-"""What learning will take in memory, what there is, and what therefore learns: all weights, an adapter, or nothing. Arithmetic over a few facts of the draft;
-`available` alone asks the machine.
+"""`choose_learning`: lets all weights learn, an adapter, or nothing, by the memory that learning takes and the memory there is. Arithmetic over a few facts of the
+draft; `available` alone asks the machine.
 
-Sizes are estimates from above of what stays, and of one optimizer step over texts of at most 1,024 tokens. The rest of what is available is for what is not
+Sizes are estimates from above: of what stays, and of one optimizer step over texts of at most 1,024 tokens. The rest of what is available is for what is not
 counted: requests longer than that, the allocator's gaps, judging, the buffer."""
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_osd.distill.ranks import RankGroup
-from hf_osd.models.lora import adaptable, merges
+from hf_osd.models.lora import adaptable, can_merge
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     import torch
@@ -37,25 +38,27 @@ _LOGITS = 4
 
 @dataclass(frozen=True)
 class LearningFacts:
-    """What the estimate goes by.
+    """Holds the facts of a draft that the estimate is made from.
 
     Args:
         trainable (`int`): weights that learn where all do.
-        frozen (`int`): the others.
-        adapted (`int`): weights of the linear layers that an adapter goes on.
-        ends (`int`): Σ (inputs + outputs) of them: an adapter of rank r has r times as many weights.
-        merges (`bool`): whether what serves has the adapter in its weights.
-        quantised (`bool`): their weights are no floats, which alone can learn.
+        frozen (`int`): the other weights.
+        adapted (`int`): weights of the linear layers that get an adapter.
+        ends (`int`): Σ (inputs + outputs) of these layers: an adapter of rank r has r times as many weights.
+        merges (`bool`): the adapter is merged into the weights that serve.
+        quantised (`bool`): the layers' weights are no floats, and cannot learn.
         itemsize (`int`): bytes a serving weight.
-        hidden, layers, heads, vocabulary (`int`): of the draft.
-        tokens (`int`): of the longest request that is reckoned with.
+        hidden, layers, heads, vocabulary (`int`): sizes of the draft.
+        tokens (`int`): in the longest request that is reckoned with.
         batch (`int`): requests an optimizer step.
-        columns (`int`): of the logits in one.
+        columns (`int`): columns of the logits in one step.
         eager (`bool`): attention stores its scores.
         autocast (`bool`): forward passes run in 16 bits over frozen weights as they serve, not in float32 over float32 copies.
         averages (`bool`): weights are averaged over steps.
-        members (`int`): of the ensemble.
+        members (`int`): students in the ensemble.
         apart (`bool`): the learner has a draft of its own, on another device or in another process.
+        steps (`int`): that a feature-level draft is unrolled in training, whose activations and logits are kept together; 1 of any other.
+        state (`int`): numbers of a state of the target that such a draft reads; 0 of any other.
     """
 
     trainable: int
@@ -77,6 +80,8 @@ class LearningFacts:
     averages: bool = True
     members: int = 1
     apart: bool = False
+    steps: int = 1
+    state: int = 0
 
     @classmethod
     def of(
@@ -87,7 +92,7 @@ class LearningFacts:
         config: OnlineConfig,
         merges: bool = True,
     ) -> LearningFacts:
-        """The facts of a draft, of which `trainable` would learn where all weights do, and the layers `linears` would get an adapter."""
+        """Collect the facts of a draft, of which `trainable` would learn where all weights do, and the layers `linears` would get an adapter."""
         from hf_osd.distill.scoring import learners_dtype
         from hf_osd.models.draft_head import can_select_rows
         from hf_osd.models.properties import draft_window
@@ -99,6 +104,8 @@ class LearningFacts:
         vocabulary = draft.get_output_embeddings().weight.shape[0]
         # Where columns are drawn they are fewer than half; above that all are computed.
         sampled = config.sampled_columns is not None and can_select_rows(draft)
+        states = reads_states(draft)
+        steps = config.unrolled_steps if states else 1
         return cls(
             trainable=learnt,
             frozen=sum(counts.values()) - learnt,
@@ -114,37 +121,41 @@ class LearningFacts:
             tokens=int(min(_TOKENS, draft_window(draft))),
             batch=batch,
             columns=vocabulary // 2 if sampled else vocabulary,
-            eager=getattr(model, "_attn_implementation", None) == "eager",
+            eager=getattr(model, "_attn_implementation", None) == "eager" or steps > 1,
             autocast=learners_dtype(config, draft) is not None,
             averages=bool(config.ema_decay),
             members=len(config.ensemble or [1]),
             apart=config.learn == "process" or config.learner_device is not None,
+            steps=steps,
+            state=draft.config.states_size if states else 0,
         )
 
     @property
     def activations(self) -> int:
-        """Bytes of one optimizer step: s·b·h·(34 + 5·a·s/h) a layer in 16 bits (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2), the second summand where
-        attention stores its scores; twice that in float32; and the logits, in float32."""
+        """Estimate the bytes of one optimizer step: s·b·h·(34 + 5·a·s/h) a layer in 16 bits (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2), the second
+        summand where attention stores its scores; twice that in float32; and the logits, in float32. All that once a step that a draft is unrolled; and the
+        states that such a draft reads: as they come, in float32, and three times for norms and projection."""
         s, b, h = self.tokens, self.batch, self.hidden
         layer = s * b * h * 34 + (5 * self.heads * s * s * b if self.eager else 0)
-        return layer * self.layers * (1 if self.autocast else 2) + s * b * self.columns * 4 * _LOGITS
+        step = layer * self.layers * (1 if self.autocast else 2) + s * b * self.columns * 4 * _LOGITS
+        return step * self.steps + s * b * self.state * 4 * 4
 
 
 def ends_of(linear: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of an `nn.Linear`, or of a transformers `Conv1D`."""
+    """Return inputs and outputs of an `nn.Linear`, or of a transformers `Conv1D`."""
     return getattr(linear, "in_features", None) or linear.nx, getattr(linear, "out_features", None) or linear.nf
 
 
 def learning_bytes(facts: LearningFacts, rank: int | None = None) -> int:
-    """Bytes that learning takes beyond what the same draft takes frozen: with all of its weights, or in an adapter of `rank`."""
+    """Estimate the bytes that learning takes on top of the same draft frozen: with all of its weights, or in an adapter of `rank`."""
     n = facts.trainable if rank is None else rank * facts.ends
     average = 4 if facts.averages else 0
-    # Of each member float32 weights, gradients and Adam's two moments, the average over steps; and three snapshots of weights and average: before an
+    # For each student float32 weights, gradients and Adam's two moments, the average over steps; and three snapshots of weights and average: before an
     # update, the last one that was accepted, the candidate.
     weights = n * facts.members * (4 + 4 + 8 + average + 3 * (4 + average))
     # Static, accepted and candidate, as they serve; an adapter's are float32.
     weights += 3 * n * (facts.itemsize if rank is None else 4)
-    # What refreshes write: the second serving copy of all weights; two of those that an adapter is merged into, or two of an adapter.
+    # Copies that serve and are written to: the second of all weights; two of those that an adapter is merged into, or two of an adapter.
     if rank is None:
         weights += n * facts.itemsize
     else:
@@ -159,12 +170,12 @@ def learning_bytes(facts: LearningFacts, rank: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class LearningChoice:
-    """What learns.
+    """Names the weights that learn.
 
     Args:
-        learns (`bool`): whether anything does.
+        learns (`bool`): anything learns.
         rank (`int`, *optional*): of the adapter that hf_osd puts on the draft; `None` where it puts none.
-        sentence (`str`): what was chosen and why, to be read.
+        sentence (`str`): the choice and its reason, to be read.
     """
 
     learns: bool
@@ -180,7 +191,7 @@ def choose(
     budget: int | None = None,
     has_adapter: bool = False,
 ) -> LearningChoice:
-    """What learns within a budget of memory: all weights, an adapter of at most `rank`, or nothing.
+    """Choose what learns within a budget of memory: all weights, an adapter of at most `rank`, or nothing.
 
     Args:
         facts (`LearningFacts`): of the draft.
@@ -233,7 +244,7 @@ def _off(what: str, needed: int, limit: float, is_asked: str, smaller: str = "")
 
 
 def size(number: float) -> str:
-    """Bytes, to be read."""
+    """Format bytes, to be read."""
     if math.isinf(number):
         return "any amount"
     if number < 2**20:
@@ -242,12 +253,12 @@ def size(number: float) -> str:
 
 
 def available(device: torch.device | str) -> float:
-    """Bytes that this process can still have on `device`; infinite where nobody says."""
+    """Find out how many bytes this process can still have on `device`; infinite where that is not known."""
     import torch
 
     with contextlib.suppress(
         RuntimeError, AssertionError, ValueError, OSError
-    ):  # no such device: whoever puts the draft there says so
+    ):  # no such device: whoever puts the draft there finds out
         device = torch.device(device)
         if device.type == "cpu":
             import psutil
@@ -262,7 +273,7 @@ def available(device: torch.device | str) -> float:
 
 
 def cgroup_left(root: str | Path = "/sys/fs/cgroup", of_process: str | Path = "/proc/self/cgroup") -> float:
-    """Bytes that this process's control groups leave it, by version 2 or 1; infinite without one.
+    """Find out how many bytes this process's control groups leave it, by version 2 or 1; infinite without one.
 
     Files in the page cache count as used there until somebody needs the room, as a checkpoint that has just been read: what of them is inactive is left too.
     """
@@ -278,7 +289,7 @@ def cgroup_left(root: str | Path = "/sys/fs/cgroup", of_process: str | Path = "/
 
 
 def _cgroups(root: Path, of_process: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """The folders of the process's groups and of those around them, with the names that their version has for limit, usage and cached files."""
+    """Yield the folders of the process's groups and of the groups around them, with their version's names for limit, usage and cached files."""
     try:
         lines = of_process.read_text().splitlines()
     except OSError:
@@ -300,7 +311,7 @@ def _cgroups(root: Path, of_process: Path) -> Iterator[tuple[Path, str, str, str
 
 
 def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineConfig) -> LearningChoice:
-    """What of a draft learns, by the config and the memory there is where it would learn; in a job of several processes the same on all of them.
+    """Choose what of a draft learns, by the config and the memory there is where it would learn; in a job of several processes the same on all of them.
 
     Raises:
         ValueError: if it is to be an adapter and nothing of the draft can have one, or the draft has one that cannot learn.
@@ -309,6 +320,11 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
     if has_adapter:
         _check_head(draft)
     linears = {} if has_adapter else adaptable(draft, trainable)
+    if config.adapter == "lora" and reads_states(draft):
+        raise ValueError(
+            "adapter='lora', and the draft reads the target's hidden states: its one layer learns whole, for it begins at random. Pass adapter='auto', or "
+            "learn=False."
+        )
     if config.adapter == "lora" and not has_adapter and not linears:
         raise ValueError(
             f"adapter='lora', and {type(draft).__name__} has no linear layer in its decoder layers that could have one. Pass adapter='off', which learns "
@@ -317,7 +333,7 @@ def choose_learning(draft: PreTrainedModel, trainable: set[str], config: OnlineC
     free = available(config.learner_device or draft.device)
     if config.learn == "inline" and (ranks := RankGroup.of_job()).size > 1:
         free = -ranks.most(-int(min(free, 2**53)))  # of the poorest: all must learn the same
-    facts = LearningFacts.of(draft, trainable, linears, config, merges(linears))
+    facts = LearningFacts.of(draft, trainable, linears, config, can_merge(linears))
     return choose(facts, config.adapter, config.lora, free, config.memory_budget, has_adapter)
 
 

@@ -1,4 +1,5 @@
-"""`Rate`: the learning rate and the passes over what is new, found on the draft at hand and followed since. Pure arithmetic."""
+"""`Rate`: the learning rate and the passes over new requests, found on the draft at hand and adapted since. Pure arithmetic; the trials are
+[`hf_osd.learning.rate_search.RateSearch`]'s."""
 
 from __future__ import annotations
 
@@ -8,23 +9,23 @@ from torch import Tensor
 
 from hf_osd.learning.evidence import BLOCK
 
-# What is tried on the first requests of a draft that learns all its weights, and of one that learns in an adapter; and after how many passes over them: of one that is
-# too large to learn whole each pass takes long.
+# Rates that are tried on the first requests of a draft that learns all its weights, and of one that learns in an adapter; and passes over them, fewer for an
+# adapter: a draft that is too large to learn whole takes long for each.
 WEIGHTS, ADAPTER = (1e-3, 2e-4, 4e-5), (4e-4, 1e-4, 2.5e-5)
 PASSES, ADAPTER_PASSES = (1, 3, 7), (3,)
 # A draft with less in common with the target than this has more to gain by a fast rate than to lose.
 _COLD = 0.5
-# The few requests of a trial are overfitted at any rate that is worth its name; one that leaves such a draft less than this share of what it had spoils it.
+# The few requests of a trial are overfitted at any rate that is worth trying. A rate spoils such a draft if it leaves it less than this share of its overlap.
 _SPOILT = 0.75
-# What a candidate that was dropped makes of the rate, what one that was better does, and how far below the largest it may fall.
+# Factors on the rate after a candidate was dropped, and after one was better; and the lowest rate, as a share of the fastest.
 _LOWER, _HIGHER, _LEAST = 0.5, 1.25, 1e-3
-# And what of a rate at which something was dropped is the most to come back to.
+# The rate comes back to this share, at most, of one at which a candidate was dropped.
 _BELOW = 0.8
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was tried on the first requests, a `rate` and how many `passes` over them; and what the next ones say of it: Σ min(p, q) at each position, `(N,)`."""
+    """A `rate` and a number of `passes` that were tried on the first requests, and the overlap that resulted on the next: Σ min(p, q) at each position, `(N,)`."""
 
     rate: float
     passes: int
@@ -35,18 +36,18 @@ class Trial:
 
 
 class Rate:
-    """The rate of the next update.
+    """Gives the rate of the next update.
 
     Args:
         value (`float` or `"auto"`): a number is obeyed; `"auto"` is to be found.
-        adapter (`bool`): whether the draft learns in an adapter.
+        adapter (`bool`): the draft learns in an adapter.
 
     Attributes:
-        ladder (`tuple[float, ...]`), tried_passes (`tuple[int, ...]`): what is to be tried, each rate with each number of passes.
-        value (`float`): of the next update.
+        ladder (`tuple[float, ...]`), tried_passes (`tuple[int, ...]`): rates to try, from the fastest on, each with these numbers of passes.
+        value (`float`): the rate of the next update.
         passes (`int`, *optional*): over new requests in it, replay included, where that was found too.
-        found (`bool`): whether it is known.
-        reason (`str`): where it comes from.
+        found (`bool`): the rate is known.
+        reason (`str`): explains the rate, to be read.
     """
 
     def __init__(self, value: float | str, adapter: bool):
@@ -59,9 +60,15 @@ class Rate:
         self._best: Trial | None = None
 
     def prefers(self, trial: Trial, static: Tensor) -> bool:
-        """Whether this is the best trial so far; `static` is what the draft that they all began from says, `(N,)`. Of those that chance does not tell apart it
-        is the one of the most passes, which later updates make over more requests than these few; and for a draft that knows little the fastest that does not
-        spoil it, for one that knows much the slowest, at which there is least to lose. Fast ones are to come first, and few passes before many."""
+        """Tell whether this is the best trial so far. Trials must come from the fastest rate on, with few passes before many.
+
+        Of trials that chance does not tell apart the one with the most passes is best: later updates make them over more requests than these few. So is, for a
+        draft that has less than half in common with the target, the fastest rate that does not spoil it, and for another the slowest, at which it has least to lose.
+
+        Args:
+            trial (`Trial`): the next one.
+            static (`Tensor`): the overlap of the draft that all trials began from, `(N,)`.
+        """
         best = self._best
         if best is not None:
             is_slower_for_a_cold_draft = trial.rate < best.rate and _mean(static) < _COLD
@@ -74,22 +81,24 @@ class Rate:
         return True
 
     def is_enough(self, static: Tensor) -> bool:
-        """Whether slower rates need not be tried: the fastest has not spoilt a draft that knows little."""
+        """Tell whether slower rates need not be tried: the fastest has not spoilt a draft that has little in common with the target."""
         return self._best is not None and _mean(static) < _COLD and not self._has_spoilt(static)
 
     def _has_spoilt(self, static: Tensor) -> bool:
-        """Whether the best trial so far has left little of what a draft knew, beyond chance."""
+        """Tell whether the best trial so far has left the draft too little of its overlap, beyond chance."""
         loss = _mean(static) - _mean(self._best.shared)
         return loss > max((1 - _SPOILT) * _mean(static), _chance(self._best.shared, static))
 
     def to_try(self, static: Tensor) -> int:
-        """How many rates there will be to try, most likely, on a draft that says `static`."""
+        """Estimate how many rates there will be to try on a draft with this overlap."""
         return 1 if _mean(static) < _COLD else len(self.ladder)
 
     def settle(self, trials: int, static: Tensor, most: int | None = None):
-        """Go on with the best of so many trials, of up to `most` passes, which was as many as there was time for. If it is one of the most, later updates may
-        make as many passes as there are to try; and so they may for a draft that knows little, whatever the trials say: passes over the few requests of a trial
-        overfit, where those of an update go over all that the buffer has."""
+        """Choose the rate and the passes of the best of so many trials, each of up to `most` passes, as many as there was time for.
+
+        Later updates may make the largest number of passes if the best trial made `most`, or if the draft has little in common with the target: passes over the
+        few requests of a trial overfit, where those of an update go over all that the buffer has.
+        """
         best, self._best = self._best, None
         self.value, self.passes, self.found = best.rate, best.passes, True
         if _mean(static) < _COLD or (most is not None and self.passes >= most):
@@ -97,7 +106,7 @@ class Rate:
         self.reason = f"the best of {trials} tried on the first requests, by what the next share with the target: {best}, from {_mean(static):.3f}"
 
     def lower(self):
-        """A candidate was dropped: it learnt too fast, as far as anybody knows."""
+        """Slow down after a candidate was dropped: for all that is known it learnt too fast."""
         if self.is_auto:
             dropped = self.value
             self._most = dropped * _BELOW
@@ -105,7 +114,7 @@ class Rate:
             self.reason = f"lowered, for what was learnt at {dropped:.1e} was worse"
 
     def higher(self):
-        """A candidate was accepted that is better beyond chance. Where few passes did best over the first requests, more of them may over these and those."""
+        """Speed up after a candidate was accepted that is better beyond chance; with more passes too, where few did best over the first requests."""
         if self.passes is not None:
             self.passes = min(2 * self.passes, max(PASSES))
         if self.is_auto and self.value < self._most:
@@ -113,17 +122,17 @@ class Rate:
             self.reason = "raised, for what was learnt was better"
 
     def state(self) -> dict:
-        """What a restart needs, as JSON has it."""
+        """Collect what a restart needs, as JSON has it."""
         return {name: getattr(self, name) for name in ("value", "passes", "found", "reason", "_most")}
 
     def load_state(self, values: dict):
-        """Go on from `state()`; a rate that was given is obeyed, whatever that says."""
+        """Go on from `state()`; a rate that was given is obeyed all the same."""
         if self.is_auto:
             vars(self).update(values)
 
 
 def _chance(one: Tensor, other: Tensor) -> float:
-    """The standard error of the difference of two means, position by position, `(N,)` each; by blocks of positions."""
+    """Estimate the standard error of the difference of two means, `(N,)` each and paired, by blocks of positions."""
     return float(sum(block.sum() ** 2 for block in (one - other).split(BLOCK))) ** 0.5 / len(one)
 
 

@@ -1,5 +1,5 @@
-"""`Rehearsal`: while it has nothing else to do, the target answers again what it was asked, and the draft learns from that too. What a request alone teaches is
-one answer of many that the target might have given; others to the same prompt are more of the same traffic, for no more than decoding them."""
+"""`Rehearsal`: lets an idle target answer prompts again, for the draft to learn from. A request teaches one answer of many that the target might have given; others
+to the same prompt are more of the same traffic, for no more than decoding them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.recording import record_answers
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Rehearsal:
-    """Answers the target samples to prompts that an assistant has in its buffer, put there to be learnt.
+    """Samples the target's answers to prompts in an assistant's buffer, and puts them there to be learnt.
 
-    Nothing of it is counted as traffic, or judged by. Not rehearsed are requests of private calls, those whose prompt was more than
-    tokens (images, say) or of another tokenizer than the draft's, and those of before a restart. The weights that serve change as by any update, behind
-    the gate. hf_osd's own; what it gains is in docs/experiments.md.
+    They do not count as traffic, and no draft is judged by them. Left out are requests of private calls, those whose prompt was more than
+    tokens (images, say) or of another tokenizer than the draft's, and those from before a restart. The weights that serve change as by any update, behind
+    the gate. hf_osd's own; docs/experiments.md has its gain.
 
     Args:
         assistant ([`OnlineAssistant`]): with a draft that reads the target's own tokens, and learning in this process.
         target (`PreTrainedModel`): the causal LM that the requests were answered by.
-        temperature (`float`, defaults to 0.7): at which answers are sampled.
+        temperature (`float`, defaults to 0.7): the temperature of sampling.
         times (`int`, defaults to 1): answers to each prompt, at most.
-        batch_size (`int`, defaults to 8): prompts the target answers at once.
+        batch_size (`int`, defaults to 8): prompts that the target answers at once.
 
     Raises:
         ValueError: if the assistant does not learn, or learns in another process, which is sent what was served and nothing else; or if target and draft do not have
@@ -70,7 +71,7 @@ class Rehearsal:
         self._answered: weakref.WeakKeyDictionary[Feedback, int] = weakref.WeakKeyDictionary()  # how often
 
     def waiting(self) -> list[Feedback]:
-        """The requests in the buffer that are to be rehearsed: what was so least often first, of these the latest."""
+        """List the requests in the buffer that are to be rehearsed: those rehearsed least often first, and of these the latest."""
         often = [
             (self._answered.get(one, 0), one)
             for one in reversed(self.assistant.buffer.requests())
@@ -79,14 +80,14 @@ class Rehearsal:
         return [one for times, one in sorted(often, key=lambda pair: pair[0]) if times < self.times]
 
     def run(self, most: int = 8, max_new_tokens: int | None = None) -> int:
-        """Rehearse some of what waits, and learn if an update is due. Draws the process's random numbers, as any sampled `generate` does.
+        """Rehearse some requests, and learn if an update is due. Draws the process's random numbers, as any sampled `generate` does.
 
         Args:
             most (`int`): requests, at most.
-            max_new_tokens (`int`, *optional*): of an answer; as many as the longest answer among them has, if left out.
+            max_new_tokens (`int`, *optional*): tokens of an answer, at most; as many as the longest of these requests' answers has, if left out.
 
         Returns:
-            `int`: how many answers that made; 0 when there is nothing left to do.
+            `int`: the number of answers; 0 when there is nothing left to do.
         """
         assistant = self.assistant
         assistant.collect()
@@ -100,10 +101,11 @@ class Rehearsal:
                 top_k=assistant.osd_config.top_k,
                 dtype=getattr(torch, assistant.osd_config.feedback_dtype),
                 temperature=self.temperature,
+                states_of=assistant.config.aux_layers if reads_states(assistant) else None,
             )
             for request, answer in zip(chosen, answers, strict=True):
                 self._answered[request] = self._answered.get(request, 0) + 1
-                if assistant.reach.covers(answer):  # of the end of a longer one the draft has no positions to learn at
+                if assistant.reach.covers(answer):  # or the draft has no positions for its end
                     assistant.learner.rehearse(answer)
             assistant.update()
         return len(chosen)

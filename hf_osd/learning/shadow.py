@@ -1,5 +1,5 @@
-"""`Shadow`: how the draft that serves does beside the one before any learning, on requests that neither has learnt from; and `Reservoir`: some requests of
-before, to see that what they need is not unlearnt. They are given scores and requests, and know neither models nor clocks."""
+"""`Shadow`: compares the draft that serves with the one before any learning, on requests that neither has learnt; and `Reservoir`: keeps a sample of requests that
+have been learnt, to see that they are not unlearnt. They are given scores and requests, and know neither models nor clocks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from hf_osd.distill.ranks import RankGroup
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.metrics.intervals import Estimate
 
-# Requests that the estimate of α is of: the last ones.
+# The estimate of α is over the last requests, so many.
 RECENT = 64
 _SUMS = ("requests", "positions", "static", "served")
 
 
 class Shadow:
-    """Sums over all requests judged so far, and the scores of the last `RECENT`.
+    """Adds up scores over all requests so far, and keeps those of the last `RECENT`.
+
+    Args:
+        ranks (`RankGroup`, *optional*): sum over all their requests.
 
     Attributes:
-        requests (`int`), positions (`int`): judged.
-        static (`float`), served (`float`): of these positions, expected accepted tokens of the draft before any learning, and of what served.
+        requests (`int`), positions (`int`): scored.
+        static (`float`), served (`float`): expected accepted tokens at these positions, with the draft before any learning, and with the one that served.
     """
 
     def __init__(self, ranks: RankGroup | None = None):
@@ -31,10 +34,10 @@ class Shadow:
         self.requests = self.positions = 0
         self.static = self.served = 0.0
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
-        self._estimate: Estimate | None = None  # of these, once asked for: statistics are asked for at each request
+        self._estimate: Estimate | None = None  # of these, made once: statistics are asked for at each request
 
     def observe(self, static: Sequence[Tensor], served: Sequence[Tensor]):
-        """Scores of both on new requests, float `(N,)` each, NaN without a target."""
+        """Add the scores of both on new requests, float `(N,)` each, NaN without a target."""
         sums = [0, 0, 0.0, 0.0]
         for a, b in zip(static, served, strict=True):
             known = ~a.isnan()
@@ -55,18 +58,18 @@ class Shadow:
 
     @property
     def regret(self) -> float:
-        """`regret_vs_static`: accepted tokens that the draft before any learning would have had and what served had not, net, as a share of what it had.
+        """`regret_vs_static`: net accepted tokens that the draft before any learning would have had and the one that served had not, as a share of the latter's.
         Below 0 where learning has gained."""
         return (self.static - self.served) / max(self.served, 1.0)
 
     def estimate(self) -> Estimate | None:
-        """α of the last requests; `None` before there are two."""
+        """Estimate α over the last requests; `None` before there are two."""
         if self._estimate is None and len(self._recent) > 1:
-            self._estimate = Estimate.of(*zip(*self._recent, strict=True))
+            self._estimate = Estimate.from_scores(*zip(*self._recent, strict=True))
         return self._estimate
 
     def state(self) -> dict:
-        """What a restart needs, as JSON has it: the sums."""
+        """Collect what a restart needs, as JSON has it: the sums."""
         return {name: getattr(self, name) for name in _SUMS}
 
     def load_state(self, values: dict):
@@ -78,11 +81,11 @@ class Shadow:
 
 
 class Reservoir:
-    """A sample of all requests ever offered, each equally likely to be in it (algorithm R, Vitter 1985).
+    """Keeps a sample of all requests ever offered, each equally likely to be in it (algorithm R, Vitter 1985).
 
     Args:
         size (`int`): requests, at most.
-        seed (`int`, *optional*): of the draws.
+        seed (`int`, *optional*): seeds the draws.
     """
 
     def __init__(self, size: int, seed: int | None = None):
@@ -94,7 +97,7 @@ class Reservoir:
         return len(self._held)
 
     def offer(self, feedback: Feedback):
-        """Take a request in, or leave it; one without a position that teaches is left, and does not count."""
+        """Keep a request, or not; one without a position that teaches is not kept, and does not count."""
         if not feedback.teaching_mask("all").any():
             return
         self.seen += 1
@@ -104,7 +107,7 @@ class Reservoir:
             self._held[slot] = (self.seen, feedback)
 
     def requests(self) -> list[Feedback]:
-        """What is held, oldest first."""
+        """List the requests that are kept, oldest first."""
         return [feedback for _, feedback in sorted(self._held, key=lambda item: item[0])]
 
     def discard(self, feedback: Sequence[Feedback]):

@@ -1,14 +1,6 @@
-"""What is wrong with learning that goes on and changes nothing: every update fails, or leaves all weights as they were."""
+"""`trouble`: names what is wrong with learning that goes on and changes nothing: every update fails, or leaves all weights as they were."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
-
-if TYPE_CHECKING:
-    from hf_osd.distill.student import Student
 
 # A first step may be one of a warm-up, at a rate of 0, and one failure be bad luck.
 _TIMES = 2
@@ -20,7 +12,7 @@ STANDS = (
     "This draft learns nothing: updates end well and leave every weight bit for bit as it was. Something between its weights and its logits is cut, a forward "
     "that runs other weights, say; or the learning rate is 0. Load it anew with from_pretrained, or pass learn=False, which saves the time."
 )
-# Said where somebody has asked for learning, and may look for what it changed.
+# For somebody who has asked for learning, and may look for a change.
 WAITS = (
     "What was learnt does not serve yet: it is judged by requests that come after it, and those so far have not said that it is no worse than the draft as it "
     "came, which serves. Serve more, or pass gate=False, with which all that is learnt serves at once."
@@ -28,16 +20,7 @@ WAITS = (
 
 
 def trouble(failed: int, updates: int, unmoved: int) -> str | None:
-    """What to say of so many updates that failed, of those that did not, and of the last ones in a row of these that changed nothing."""
+    """Choose the warning, if there is one to give, by the number of updates that failed, of those that learnt, and of the last in a row that changed nothing."""
     if failed >= _TIMES and not updates:
         return FAILS
     return STANDS if unmoved >= _TIMES else None
-
-
-def have_moved(members: Sequence[Student], before: Sequence[tuple]) -> bool:
-    """Whether a weight of a member is another than in its snapshot."""
-    return any(
-        not torch.equal(weight, old[name])
-        for member, (old, *_) in zip(members, before, strict=True)
-        for name, weight in member.weights().items()
-    )

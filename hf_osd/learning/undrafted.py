@@ -1,5 +1,5 @@
-"""`score_undrafted`: what the draft would have said in a call that did without it for long, asked afterwards and before it learns it. Else nobody would know
-when drafting pays again."""
+"""`score_undrafted`: scores the draft afterwards on a call that went without it for long, before it learns that call. Else nobody would know when drafting pays
+again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndedCall(Protocol):
-    """What is asked of the record of a call: see `CallRecorder`."""
+    """The record of a call, such as a `CallRecorder`."""
 
     stats: CallStats
     processed: bool
@@ -35,9 +35,9 @@ class EndedCall(Protocol):
 
 
 class Policy(Protocol):
-    """What is told of it: see `DraftPolicy`."""
+    """Decides when to draft, as a `DraftPolicy` does."""
 
-    def observe_untested(self, overlap: Sequence[float], confidence: Sequence[float] = ()): ...
+    def observe_untested(self, acceptance: Sequence[float], confidence: Sequence[float] = ()): ...
 
 
 def score_undrafted(
@@ -48,15 +48,15 @@ def score_undrafted(
     head: DraftHead | None = None,
     window: int | None = None,
 ) -> Feedback:
-    """Where a call drafted nothing for long, have the draft that serves judged there, and tell the policy.
+    """Score the draft that serves where a call drafted nothing for long, and let the policy know.
 
     Args:
-        feedback (`Feedback`): what the call teaches; not learnt yet.
+        feedback (`Feedback`): the call's; not learnt yet.
         call (`EndedCall`): its record, whose `stats` get the α that is then known.
-        serving (`HotSwapDraft`): what serves; leased meanwhile.
-        policy (`Policy`): decides when to draft.
-        head (`DraftHead`, *optional*): of which the call's had some rows alone.
-        window (`int`, *optional*): tokens of a request that are judged, at most; all if left out.
+        serving (`HotSwapDraft`): the draft; leased meanwhile.
+        policy (`Policy`): observes the scores.
+        head (`DraftHead`, *optional*): the draft's, where calls compute some of its rows alone.
+        window (`int`, *optional*): tokens of a request that are scored, at most; all if left out.
 
     Returns:
         `Feedback`: the same, with the acceptance that was found, where that is as exact as serving's.
@@ -68,13 +68,13 @@ def score_undrafted(
         windows = Windows([feedback], window)
         [(overlap, confidence, _)] = windows.spread(judge_served(serving, windows.requests))
     except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
-        logger.exception("What the draft would have said in a call that it did not draft in could not be judged.")
+        logger.exception("The draft could not be scored on a call that went without it.")
         return feedback
-    if head is not None:  # judged was a whole head: the draft as it serves could not have said all that
-        overlap *= head.could_say(call.prompt, call.answer)
+    if head is not None:  # a whole head was scored, and the draft as it serves cannot propose all of its tokens
+        overlap *= head.covers(call.prompt, call.answer)
     unknown &= ~overlap.isnan()
     policy.observe_untested(overlap[unknown].tolist(), confidence[unknown].tolist())
-    # Of sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but then not α.
+    # From sparse rows, at temperature 1, without processors: enough to decide whether to draft again, but not α of a call that differs.
     if feedback.sampled or call.processed:
         return feedback
     feedback = feedback.with_overlap(overlap)

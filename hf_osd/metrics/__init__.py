@@ -1,4 +1,4 @@
-"""Metrics for Hugging Face's `evaluate`, a folder each, with its card: acceptance rate, accepted length and speed-up, as docs/figures.md defines them."""
+"""Has metrics for Hugging Face's `evaluate`, each in a folder with its card: acceptance rate, accepted length and speed-up, as docs/figures.md defines them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ NAMES = ("acceptance_rate", "accepted_length", "speedup")
 
 
 def path(name: str) -> str:
-    """The folder of a metric, for `evaluate.load` and `evaluate.combine`; `ValueError` for a name that is none of `NAMES`."""
+    """Return the folder of a metric, for `evaluate.load` and `evaluate.combine`; `ValueError` for a name that is not in `NAMES`."""
     if name not in NAMES:
         raise ValueError(f"There is no metric {name!r}; choose one of {', '.join(map(repr, NAMES))}.")
     return str(Path(__file__).parent / name)
 
 
 def load(name: str, config_name: str | None = None, **kwargs) -> EvaluationModule:
-    """`evaluate.load` of a metric by its name; no network is needed.
+    """Load a metric by its name with `evaluate.load`; no network is needed.
 
     Args:
         name (`str`): one of `NAMES`.
-        config_name (`str`, *optional*): what the rows are; each card lists its metric's configurations.
-        kwargs: others of `evaluate.load`, such as `keep_in_memory`, `num_process` or `experiment_id`.
+        config_name (`str`, *optional*): the format of the rows; each card lists its metric's configurations.
+        kwargs: passed to `evaluate.load`, such as `keep_in_memory`, `num_process` or `experiment_id`.
 
     Raises:
         ValueError: for an unknown name or configuration.

@@ -1,4 +1,4 @@
-"""What the metrics share: `Layout`, the columns of one configuration; `CheckedRows`, which checks what is added; and intervals by request."""
+"""Provides what the metrics share: `Layout`, the columns of one configuration; `CheckedRows`, which checks added rows; and intervals by request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from evaluate import MetricInfo
     from torch import Tensor
 
-# Columns and options of all layouts of all metrics: `evaluate.combine(...).compute` gives each metric those of the others as well.
+# Columns and options of all layouts of all metrics: `evaluate.combine(...).compute` passes each metric the others' as well.
 FAMILY = {"predictions", "references", "overlaps", "outcomes", "accepted", "tested", "new_tokens", "rounds", "drafted"}
 FAMILY |= {"draft_steps", "plain_seconds", "decode_seconds", "learn_seconds", "level", "c", "v"}
 
@@ -34,14 +34,14 @@ _CITATION = """\
 
 @dataclass(frozen=True)
 class Layout:
-    """One configuration of a metric.
+    """Describes one configuration of a metric.
 
     Args:
-        columns (`dict`): features by column, as `datasets.Features` takes them.
-        read (`Callable`): takes a row's values in the order of the columns, and returns them as plain Python has them; `ValueError` where
-            they cannot be.
-        figures (`Callable`): takes the columns in order, each a list with an item a row, and options by keyword; returns figures by name.
-        options (`tuple[str, ...]`): those of `figures`.
+        columns (`dict`): features by column, for `datasets.Features`.
+        read (`Callable`): takes a row's values in the order of the columns, and returns them as plain Python values; raises `ValueError` for values that
+            are not allowed.
+        figures (`Callable`): takes the columns in order, each a list with one item a row, and options by keyword; returns figures by name.
+        options (`tuple[str, ...]`): names of the options of `figures`.
     """
 
     columns: dict[str, Any]
@@ -51,8 +51,8 @@ class Layout:
 
 
 class CheckedRows:
-    """Beside `evaluate.Metric`, and before it: each row is checked when it is added, so that an error names it as the caller counts it, and what
-    was added before stays as it was. `evaluate` copies the three methods and appends to their docstrings, so each must have one."""
+    """Checks each row when it is added, so that an error has the caller's row number, and rows added before stay. Inherit from it before `evaluate.Metric`.
+    `evaluate` copies the three methods and appends to their docstrings, so each must have one."""
 
     DESCRIPTION: ClassVar[str]
     INPUTS: ClassVar[str]
@@ -72,22 +72,23 @@ class CheckedRows:
 
     @property
     def layout(self) -> Layout:
+        """Return the layout of this configuration; `ValueError` if there is none of its name."""
         if self.config_name not in self.LAYOUTS:
             known = ", ".join(map(repr, self.LAYOUTS))
             raise ValueError(f"There is no configuration {self.config_name!r}; choose one of {known}.")
         return self.LAYOUTS[self.config_name]
 
     def compute(self, *, predictions=None, references=None, **kwargs) -> dict | None:
-        """Add what is given, and compute the figures of all that was added; `None` in a process other than the first."""
+        """Add the given rows, and compute the figures of all rows added; returns `None` in a process other than the first."""
         given = {"predictions": predictions, "references": references, **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         if unknown := sorted(given.keys() - FAMILY):
             raise ValueError(f"{', '.join(unknown)}: unknown; {self._takes()}.")
         if not len(self) and not given.keys() & self.layout.columns.keys():
             others = [name for name, other in self.LAYOUTS.items() if given.keys() & other.columns.keys()]
-            mend = f"{', '.join(sorted(given))} would fit another: load {' or '.join(map(repr, others))}"
+            hint = f"{', '.join(sorted(given))} would fit another: load {' or '.join(map(repr, others))}"
             raise ValueError(
-                f"There are no rows: {self._takes()}; {mend if others else 'give them, or add them first'}."
+                f"There are no rows: {self._takes()}; {hint if others else 'give them, or add them first'}."
             )
         return super().compute(predictions=predictions, references=references, **kwargs)
 
@@ -103,10 +104,7 @@ class CheckedRows:
         if lacking := [name for name, column in columns.items() if column is None]:
             raise ValueError(f"{', '.join(lacking)}: missing; {self._takes()}.")
         columns = {name: items(name, column) for name, column in columns.items()}
-        lengths = {name: len(column) for name, column in columns.items()}
-        if len(set(lengths.values())) > 1:
-            counts = ", ".join(f"`{name}` has {n}" for name, n in lengths.items())
-            raise ValueError(f"The columns are not of the same rows: {counts}. Give each column one item a row.")
+        same_length(**columns)
         rows = []
         for i, row in enumerate(zip(*columns.values(), strict=True)):
             try:
@@ -114,9 +112,8 @@ class CheckedRows:
             except ValueError as error:
                 raise ValueError(f"Row {i}: {error}") from None
         read = zip(*rows, strict=True) if rows else [()] * len(columns)
-        others = {
-            name: value for name, value in kwargs.items() if name not in columns
-        }  # which evaluate refuses by name
+        # evaluate refuses the others by name.
+        others = {name: value for name, value in kwargs.items() if name not in columns}
         super().add_batch(**dict(zip(columns, map(list, read), strict=True)), **others)
 
     def _compute(self, **given) -> dict:
@@ -131,7 +128,7 @@ class CheckedRows:
 
 
 def items(name: str, values) -> list:
-    """The items of a list, an array or a tensor, as Python has them."""
+    """Return the items of a list, an array or a tensor as plain Python values."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"`{name}` is {values!r}; give a list.")
@@ -139,7 +136,7 @@ def items(name: str, values) -> list:
 
 
 def whole(name: str, value) -> int:
-    """A count or a token's id."""
+    """Read a count or a token id; `ValueError` unless it is a whole number ≥ 0."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -150,12 +147,12 @@ def whole(name: str, value) -> int:
 
 
 def wholes(name: str, values) -> list[int]:
-    """Several, such as one a round."""
+    """Read a list of them, such as one for each round."""
     return [whole(f"{name}[{i}]", value) for i, value in enumerate(items(name, values))]
 
 
 def real(name: str, value, wanted: str, allowed: Callable[[float], bool]) -> float:
-    """A finite number that is `allowed`, or else the `wanted` one is asked for."""
+    """Read a finite number; `ValueError`, which asks for what is `wanted`, unless `allowed` holds."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -166,7 +163,7 @@ def real(name: str, value, wanted: str, allowed: Callable[[float], bool]) -> flo
 
 
 def same_length(**lists: list):
-    """`ValueError` unless a row's lists are of the same rounds or positions."""
+    """Raise `ValueError` unless the columns, or a row's lists, have the same length."""
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"`{name}` has {n}" for name, n in lengths.items())
@@ -174,20 +171,20 @@ def same_length(**lists: list):
 
 
 def share_interval(name: str, scores: Sequence[Tensor], level: float | None) -> dict[str, float]:
-    """`<name>_low` and `<name>_high` of a mean of numbers from 0 to 1, `(N,)` a request: a bootstrap over requests, 0 to 1 with fewer than
-    two of them. Nothing with `level=None`."""
+    """Compute the interval of a mean of numbers from 0 to 1, `(N,)` a request, by bootstrap over requests; 0 to 1 with fewer than two of them. Returns
+    `<name>_low` and `<name>_high`, or `{}` with `level=None`."""
     from hf_osd.metrics.intervals import interval
 
     return {} if level is None else _ends(name, *interval(scores, level)[1:])
 
 
 def length_interval(name: str, lengths: Sequence[Tensor], level: float | None) -> dict[str, float]:
-    """The same of lengths, which have no largest one: 0 to infinity with fewer than two requests."""
+    """Compute the interval of a mean of lengths, which have no upper bound: 0 to infinity with fewer than two requests. Returns as `share_interval` does."""
     from hf_osd.metrics.intervals import compare
 
     if level is None:
         return {}
-    gain = compare([0 * one for one in lengths], lengths, level)  # over nothing: of the lengths themselves
+    gain = compare([0 * one for one in lengths], lengths, level)  # the gain over 0 is the length itself
     return _ends(name, max(gain.low, 0.0), gain.high)
 
 

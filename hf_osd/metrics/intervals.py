@@ -1,5 +1,5 @@
-"""How sure α is, and a difference of two drafts' α: intervals over requests. α of a request has a standard deviation near .17, so drafts are compared on the
-same requests, pair by pair."""
+"""Computes intervals of α, and of the difference between two drafts' α, over requests. α of a single request has a standard deviation near .17, so drafts are
+compared on the same requests, pair by pair."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two drafts on the same `requests`, those with a target: α `before` and `after`, means over all their positions; the `difference`, after
-    less before; and its interval over requests, `low` to `high`, infinite with fewer than two, which tell nothing of its spread."""
+    """Compares two drafts on the same `requests`, counting those with a target distribution: α `before` and `after`, means over all positions; the `difference`
+    after - before; and its interval over requests, `low` to `high`, which is infinite with fewer than two requests."""
 
     requests: int
     before: float
@@ -25,8 +25,8 @@ class Comparison:
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor], level: float = 0.95, seed: int = 0) -> Comparison:
-    """Pair two drafts' scores, float `(N,)` a request, NaN without a target (see [`hf_osd.distill.scoring.score`]), and resample requests.
-    A NaN of `after` alone is a draft that diverged: nothing accepted. `ValueError` where the two are not of the same positions."""
+    """Compare two drafts by their scores, float `(N,)` a request, NaN at positions without a target distribution (see [`hf_osd.distill.scoring.score`]),
+    resampling requests in pairs. NaN in `after` alone means that the draft diverged, and counts as 0. `ValueError` if the scores are of different positions."""
     same = [len(b) for b in before] == [len(a) for a in after]
     if not same or any((b.isnan() & ~a.isnan()).any() for b, a in zip(before, after, strict=True)):
         raise ValueError(f"{len(before)} and {len(after)} scores, not of the same positions; score the same requests.")
@@ -37,15 +37,15 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor], level: float = 0.
 
 
 def interval(scores: Sequence[Tensor], level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
-    """α of one draft's scores, and its interval, as in `compare`: 0 to 1 with fewer than two requests; α is NaN with none."""
+    """Compute α and its interval from one draft's scores: 0 to 1 with fewer than two requests; α is NaN with none."""
     requests, alpha, low, high = bootstrap(scores, level, seed)
     return alpha if requests else math.nan, max(low, 0.0), min(high, 1.0)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """α of what served, on the last requests, each judged before it was learnt: `alpha`, with its 95% interval `low` to `high` over `requests`; and `gain`, the
-    same requests by the draft before any learning and by what served."""
+    """Holds α of the serving draft on the last requests, each scored before it was learnt: `alpha`, with its 95% interval `low` to `high` over `requests`; and
+    `gain`, the comparison of the draft before any learning with the serving draft on the same requests."""
 
     alpha: float
     low: float
@@ -57,33 +57,36 @@ class Estimate:
         return f"alpha {self.alpha:.3f} ({self.low:.3f} to {self.high:.3f}) on the last {self.requests}; {self.gain.before:.3f} without learning"
 
     def to_dict(self) -> dict:
+        """Return all fields, those of `gain` as a dict inside."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> Estimate:
+        """Restore what `to_dict` returned."""
         return cls(**{**values, "gain": Comparison(**values["gain"])})
 
     @classmethod
-    def of(cls, static: Sequence[Tensor], served: Sequence[Tensor]) -> Estimate:
-        """From the scores of both, `(N,)` a request."""
+    def from_scores(cls, static: Sequence[Tensor], served: Sequence[Tensor]) -> Estimate:
+        """Estimate from the scores of the draft before any learning and of the serving draft, `(N,)` a request."""
         gain = compare(static, served)
         return cls(*interval(served), gain.requests, gain)
 
 
 def figures_to_json(figures: dict) -> dict:
-    """A learner's `figures()` for another process, with the `estimate` among them as JSON has it."""
+    """Convert a learner's `figures()` to JSON values, for another process: `estimate` becomes a dict."""
     estimate = figures["estimate"]
     return figures | {"estimate": None if estimate is None else estimate.to_dict()}
 
 
 def figures_from_json(figures: dict) -> dict:
-    """What `figures_to_json` was given."""
+    """Restore the figures that were passed to `figures_to_json`."""
     estimate = figures["estimate"]
     return figures | {"estimate": None if estimate is None else Estimate.from_dict(estimate)}
 
 
 def bootstrap(scores: Sequence[Tensor], level: float, seed: int) -> tuple[int, float, float, float]:
-    """For numbers `(N,)` a request: requests with a number, the mean of all numbers (0 without any), and its percentiles over 1000 resamples of requests."""
+    """Bootstrap the mean of numbers, `(N,)` a request, over requests. Returns how many requests have a number, the mean (0 without any), and the ends of its
+    interval at `level`, percentiles of 1000 resamples; infinite with fewer than two requests. `ValueError` unless `level` is between 0 and 1."""
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level!r}; give a number between 0 and 1, such as 0.9.")
     counted = [numbers.double() for one in scores if len(numbers := one[~one.isnan()])]

@@ -1,4 +1,4 @@
-"""`Stats`: what serving observed, of the last call, over the last calls and in all. Figures are named as docs/figures.md has them."""
+"""`Stats` counts what happens while serving: in the last call, in the last 50 calls, and in all. Figures have their names of docs/figures.md."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ ROLLING = 50  # requests; the paper's moving average
 
 @dataclass
 class CallStats:
-    """One generate call, or the sum of several.
+    """Counts one generate call, or the sum of several.
 
     `accepted_by_position[i]` and `tested_by_position[i]` count the (i+1)-th drafted token of a block; a token is tested if all
     before it in its block were accepted. `drafted_by`, `tested_by` and `accepted_by` count the same tokens by their source, `"draft"` or
-    `"cache"`; `verified_lengths[n]` counts rounds that verified n tokens. `overlap_sum / overlap_count` is `alpha`. `head_*` are of calls whose draft computes some rows of its LM head alone: verified
-    tokens, those that it lacked, and those among these that the whole head would have said. `plain_requests` were not drafted for,
-    since the target cannot verify a block; `verification_forwards` of the target went into finding out whether it can, beside those of rounds.
+    `"cache"`; `verified_lengths[n]` counts rounds that verified n tokens. `overlap_sum / overlap_count` is `alpha`.
+
+    `head_*` count calls with a reduced draft vocabulary: `head_tokens` verified tokens; of these, `head_lacked` missing from it; of these, `head_missed` that
+    the full head would have predicted. `plain_requests` got no drafts, since the target cannot verify a block; `verification_forwards` are the
+    target's forwards that found out whether it can, not counted in rounds.
     """
 
     requests: int = 0
@@ -52,33 +54,33 @@ class CallStats:
 
     @property
     def seconds(self) -> float:
-        """What the call took of the time, prompts included."""
+        """Sum the seconds of the call, prompts included."""
         beside = self.lookup_seconds + self.capture_seconds + self.verification_seconds
         return self.draft_seconds + self.target_seconds + beside
 
     @property
     def alpha(self) -> float:
-        """Expected acceptance at every position of the trajectory, teacher-forced; NaN if the draft predicted none."""
+        """Compute expected acceptance over all positions of the target's trajectory, teacher-forced; NaN if the draft predicted none."""
         return self.overlap_sum / self.overlap_count if self.overlap_count else math.nan
 
     @property
     def alpha_live(self) -> float:
-        """Accepted over tested positions in serving; NaN if none was tested."""
+        """Divide accepted by tested positions in serving; NaN if none was tested."""
         return self.accepted / self.tested if self.tested else math.nan
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens a target forward, the bonus token included."""
+        """Compute new tokens per target forward, the bonus token included; NaN without rounds."""
         return self.new_tokens / self.rounds if self.rounds else math.nan
 
     @property
     def head_coverage(self) -> float:
-        """Share of verified tokens that the draft's head could say; NaN where it was whole throughout."""
+        """Compute the share of verified tokens that the draft's head had rows for; NaN if the head was never reduced."""
         return 1 - self.head_lacked / self.head_tokens if self.head_tokens else math.nan
 
     @property
     def head_alpha_loss(self) -> float:
-        """What `alpha` lost to the rows that the head lacked, greedy; NaN where it was whole throughout."""
+        """Compute how much `alpha` the rows missing from the head cost, greedy; NaN if the head was never reduced."""
         return self.head_missed / self.overlap_count if self.head_tokens and self.overlap_count else math.nan
 
     def observe_round(
@@ -87,26 +89,28 @@ class CallStats:
         tested: int,
         accepted: int,
         new_tokens: int,
-        own: int | None = None,
+        from_draft: int | None = None,
         steps: int | None = None,
     ):
-        """Of `drafted` tokens the first `own` are the draft's, all if left out, in `steps` forwards; the others are the suffix cache's."""
-        own = drafted if own is None else own
+        """Count one round. The first `from_draft` of the `drafted` tokens came from the draft model, in `steps` of its forwards, and the others from the suffix
+        cache; left out, all came from the draft model, in one forward each."""
+        from_draft = drafted if from_draft is None else from_draft
         self.rounds += 1
         self.drafted += drafted
         self.tested += tested
         self.accepted += accepted
         self.new_tokens += new_tokens
         self.verified_lengths[drafted + 1] += 1
-        self.draft_steps += own if steps is None else steps
+        self.draft_steps += from_draft if steps is None else steps
         for i in range(tested):
             self.tested_by_position[i] += 1
             self.accepted_by_position[i] += i < accepted
         for counts, n in ((self.drafted_by, drafted), (self.tested_by, tested), (self.accepted_by, accepted)):
-            counts["draft"] += min(n, own)
-            counts["cache"] += max(n - own, 0)
+            counts["draft"] += min(n, from_draft)
+            counts["cache"] += max(n - from_draft, 0)
 
     def add(self, other: CallStats):
+        """Add the counts of another call."""
         for name, value in vars(other).items():
             if isinstance(value, Counter):
                 getattr(self, name).update(value)
@@ -114,9 +118,10 @@ class CallStats:
                 setattr(self, name, getattr(self, name) + value)
 
     def to_dict(self) -> dict:
+        """Return counts and figures by name, as JSON values but for NaN."""
         counts = {name: value for name, value in vars(self).items() if not isinstance(value, Counter)}
-        most = max(self.tested_by_position, default=-1) + 1
-        by_position = [self.accepted_by_position[i] / self.tested_by_position[i] for i in range(most)]
+        longest = max(self.tested_by_position, default=-1) + 1
+        by_position = [self.accepted_by_position[i] / self.tested_by_position[i] for i in range(longest)]
         names = ("alpha", "alpha_live", "tokens_per_round", "head_coverage", "head_alpha_loss")
         figures = {name: getattr(self, name) for name in names} | {"acceptance_by_position": by_position}
         by_source = {name: dict(getattr(self, name)) for name in ("drafted_by", "tested_by", "accepted_by")}
@@ -124,27 +129,27 @@ class CallStats:
         return counts | figures | by_source
 
     def state(self) -> dict:
-        """All counts as JSON has them, for `of_state`; `to_dict` has figures."""
-        # Pairs: JSON would make the positions that some are counted by into strings.
+        """Return all counts as JSON values, for `from_state`; unlike `to_dict`, without figures."""
+        # Pairs, for JSON would turn the positions, which are keys, into strings.
         return {n: list(v.items()) if isinstance(v, Counter) else v for n, v in vars(self).items()}
 
     @classmethod
-    def of_state(cls, values: dict) -> CallStats:
-        """What gave `state()`; `TypeError` for a count that this version does not know."""
+    def from_state(cls, values: dict) -> CallStats:
+        """Restore what `state` returned; `TypeError` for a count that this version does not know."""
         return cls(**{n: Counter(dict(v)) if isinstance(v, list) else v for n, v in values.items()})
 
 
 @dataclass
 class Stats:
-    """Statistics of an [`OnlineAssistant`]: `last` call, `rolling` over the last 50, `total`; and the learner's counts."""
+    """Holds the statistics of an [`OnlineAssistant`]: of the `last` call, `rolling` over the last 50 calls, and `total`; and the learner's counts."""
 
     last: CallStats = field(default_factory=CallStats)
     total: CallStats = field(default_factory=CallStats)
     updates: int = 0
     failed_updates: int = 0
-    rejected_updates: int = 0  # whose candidate the gate dropped
-    accepted_updates: int = 0  # whose candidate it let through
-    learner_restarts: int = 0  # of a thread or process that was dead
+    rejected_updates: int = 0  # updates whose candidate the gate dropped
+    accepted_updates: int = 0  # updates whose candidate the gate let through
+    learner_restarts: int = 0  # of a learner's dead thread or process
     learning_seconds: float = 0.0
     learned_tokens: int = 0
     buffer_requests: int = 0
@@ -153,43 +158,46 @@ class Stats:
     draft_version: int = 0
     suffix_cache_bytes: int = 0
     longest_update: float = 0.0  # seconds
-    longest_wait: float = 0.0  # seconds that a call waited at its beginning for what calls before it had to teach
-    learning_rate: float | None = None  # of the next update
+    longest_wait: float = 0.0  # seconds that a call waited, before its first token, for learning from earlier calls
+    learning_rate: float | None = None  # in the next update
     learning_rate_reason: str = ""
     too_slow: str | None = None  # why nothing is learnt
-    learning_over: str | None = None  # why nothing will be learnt any more
-    trouble: str | None = None  # why what is learnt changes nothing
-    serves_static: bool = False  # the draft before any learning serves, for it is better on what comes
+    learning_over: str | None = None  # why learning has ended for good
+    trouble: str | None = None  # why learning has no effect
+    serves_static: bool = False  # the draft before any learning serves again, since it does better on new requests
     regret_vs_static: float = 0.0
-    estimate: Estimate | None = None  # α on the last requests, before they were learnt
+    estimate: Estimate | None = None  # α on the last requests, each scored before it was learnt
     recent: deque[CallStats] = field(default_factory=lambda: deque(maxlen=ROLLING), repr=False)
 
     @property
     def rolling(self) -> CallStats:
+        """Sum the last 50 calls."""
         total = CallStats()
         for call in self.recent:
             total.add(call)
         return total
 
     def observe_call(self, call: CallStats):
+        """Count a call that has ended."""
         self.last = call
         self.recent.append(call)
         self.total.add(call)
 
     def state(self) -> dict:
-        """What a restart needs, as JSON has it: the sums and the recent calls. The learner's counts are the learner's to keep."""
+        """Return the sums and the recent calls as JSON values, for `from_state`. The learner saves its own counts."""
         return {"total": self.total.state(), "recent": [call.state() for call in self.recent]}
 
     @classmethod
-    def of_state(cls, values: dict) -> Stats:
-        """Go on from `state()`; `LookupError` or `TypeError` for that of another version."""
-        stats = cls(total=CallStats.of_state(values["total"]))
-        stats.recent.extend(map(CallStats.of_state, values["recent"]))
+    def from_state(cls, values: dict) -> Stats:
+        """Restore what `state` returned; `LookupError` or `TypeError` if another version wrote it."""
+        stats = cls(total=CallStats.from_state(values["total"]))
+        stats.recent.extend(map(CallStats.from_state, values["recent"]))
         if stats.recent:
             stats.last = stats.recent[-1]
         return stats
 
     def to_dict(self) -> dict:
+        """Return counts and figures by name, those of calls under `last`, `rolling` and `total`."""
         counts = {name: value for name, value in vars(self).items() if isinstance(value, (int, float))}
         if self.estimate is not None:
             counts |= {"alpha_prequential": self.estimate.alpha, "alpha_static": self.estimate.gain.before}
@@ -205,11 +213,11 @@ class Stats:
             ("drafted / accepted", lambda s: f"{s.drafted} / {s.accepted}"),
             ("  by the draft", lambda s: f"{s.drafted_by['draft']} / {s.accepted_by['draft']}"),
             ("  by the cache", lambda s: f"{s.drafted_by['cache']} / {s.accepted_by['cache']}"),
-            ("alpha", lambda s: _figure(s.alpha)),
-            ("alpha_live", lambda s: _figure(s.alpha_live)),
-            ("tokens a round", lambda s: _figure(s.tokens_per_round)),
+            ("alpha", lambda s: figure_text(s.alpha)),
+            ("alpha_live", lambda s: figure_text(s.alpha_live)),
+            ("tokens a round", lambda s: figure_text(s.tokens_per_round)),
             ("by position", lambda s: " ".join(f"{a:.2f}" for a in s.to_dict()["acceptance_by_position"]) or "-"),
-            ("head covers / costs α", lambda s: f"{_figure(s.head_coverage)} / {_figure(s.head_alpha_loss)}"),
+            ("head covers / costs α", lambda s: f"{figure_text(s.head_coverage)} / {figure_text(s.head_alpha_loss)}"),
             ("draft s / target s", lambda s: f"{s.draft_seconds:.2f} / {s.target_seconds:.2f}"),
         ]
         table = [["", *calls]] + [[name, *(cell(call) for call in calls.values())] for name, cell in rows]
@@ -219,7 +227,8 @@ class Stats:
         ]
         mib = 2**20
         lines += [
-            f"learning: {self.updates} updates ({self.failed_updates} failed), candidates {self.accepted_updates} accepted and {self.rejected_updates} dropped, {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
+            f"learning: {self.updates} updates ({self.failed_updates} failed), candidates {self.accepted_updates} accepted and {self.rejected_updates} "
+            f"dropped, {self.learned_tokens} tokens, {self.learning_seconds:.1f} s",
             f"before it was learnt: {self.estimate or '-'}; regret_vs_static {self.regret_vs_static:+.4f}",
             f"buffer: {self.buffer_requests} requests, {self.buffer_bytes / mib:.1f} of {self.buffer_capacity / mib:.0f} MiB",
             f"suffix cache: {self.suffix_cache_bytes / mib:.1f} MiB",
@@ -227,5 +236,11 @@ class Stats:
         return "\n".join(lines)
 
 
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def is_figure(value: object) -> bool:
+    """Tell whether a value is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def figure_text(value: float | None) -> str:
+    """Write a figure with three decimals; "-" if it is unknown or not finite."""
+    return f"{value:.3f}" if is_figure(value) else "-"

@@ -1,1 +1,4 @@
-"""The draft as a model: copies that share weights, what adapters do to them, swaps of what serves, its head and vocabulary. It knows nothing of calls or of learning."""
+"""Handles the draft as a model: copies that share weights, adapters, hot swaps of the serving weights, and reduced LM heads.
+
+This room knows nothing of calls or of learning.
+"""

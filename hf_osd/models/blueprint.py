@@ -1,4 +1,4 @@
-"""`Blueprint`: a draft made of some of a target's layers, without weights, and which of the target's tensors each of its own is."""
+"""`Blueprint` plans a draft of some of a target's layers: the model without weights, and the target's tensor behind each of the draft's."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hf_osd.models.plain import has_adapter
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Choices of layers that are tried in search of one that can be recommended.
+# How many choices of layers are tried to find one that an error can recommend.
 _TRIED = 40
-# In which configs count the layers of a decoder.
+# The names under which configs count the layers of a decoder.
 _COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 
 
 class Blueprint:
-    """The draft of `target` that has these of its decoder layers.
+    """Plans the draft that has these decoder layers of `target`.
 
     Args:
-        target (`PreTrainedModel`): a causal LM, or a model that has one in it, whose text model transformers has as a class of its own.
-        picked (`list[int]`): the layers, from 0.
+        target (`PreTrainedModel`): a causal LM, or a model that contains one, whose text model is a class of its own in transformers.
+        picked (`list[int]`): indices of the layers, from 0.
 
     Raises:
-        ValueError: if there is no such draft.
+        ValueError: if no such draft can be made.
 
     Attributes:
-        draft (`PreTrainedModel`): it, on the meta device.
-        sources (`dict[str, str]`): the name in the target by the name in the draft, of parameters and buffers.
+        draft (`PreTrainedModel`): the draft, on the meta device.
+        sources (`dict[str, str]`): names of parameters and buffers, the target's by the draft's.
     """
 
     def __init__(self, target: PreTrainedModel, picked: list[int]):
@@ -42,17 +42,17 @@ class Blueprint:
         try:
             with torch.inference_mode(False), torch.device("meta"):
                 self.draft = kind(picked_config(config, picked, self.depth))
-        except Exception as error:  # a class may refuse what its config cannot say
+        except Exception as error:  # a class may refuse a config that it cannot have
             raise ValueError(f"a {kind.__name__} of layers {picked} cannot be made ({error})") from error
-        # Of a model that sees, the text model lies deeper than in a class of its own.
+        # In a multimodal model the text model lies deeper than in a class of its own.
         inside = [
             (_name_of(one, one.get_decoder()), _name_of(one, one.get_output_embeddings()))
             for one in (self.draft, target)
         ]
         stack = _stack_name(self.draft, len(picked), inside[0][0])
-        tensors, self._own = _tensors(target), _tensors(self.draft)
+        tensors, self._placeholders = _tensors(target), _tensors(self.draft)
         self.sources = {}
-        for name, placeholder in self._own.items():
+        for name, placeholder in self._placeholders.items():
             source = name
             for ours, theirs in zip(*inside, strict=True):
                 if ours and name.startswith(ours + "."):
@@ -67,8 +67,9 @@ class Blueprint:
             self.sources[name] = source
 
     def packed(self, name: str, shape: torch.Size) -> int | None:
-        """The dimension in which a tensor of the target holds one part a layer, of which the draft's has those of its layers; `None` if there is none."""
-        wanted = self._own[name].shape
+        """Return the dimension along which a tensor of the target holds one part for each layer, so that the draft's holds the parts of its layers; `None` if
+        there is none."""
+        wanted = self._placeholders[name].shape
         unlike = [i for i, (a, b) in enumerate(zip(shape, wanted, strict=False)) if a != b]
         if len(shape) != len(wanted) or len(unlike) != 1:
             return None
@@ -76,8 +77,8 @@ class Blueprint:
         return dim if shape[dim] * len(self.picked) == wanted[dim] * self.depth else None
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """What the draft has of a tensor of the target."""
-        dim = self.packed(name, tensor.shape) if tensor.shape != self._own[name].shape else None
+        """Return the part of a target's tensor that the draft has: all of it, unless it is packed by layer."""
+        dim = self.packed(name, tensor.shape) if tensor.shape != self._placeholders[name].shape else None
         if dim is None:
             return tensor
         index = torch.tensor(self.picked, device=tensor.device)
@@ -85,10 +86,10 @@ class Blueprint:
 
 
 def blueprint(target: PreTrainedModel, layers: Sequence[int]) -> Blueprint:
-    """The blueprint of a draft of these layers, negative ones counted from the end.
+    """Plan a draft of these layers; negative indices count from the end.
 
     Raises:
-        ValueError: if there is none, with what to do about it.
+        ValueError: if no such draft can be made; the message names a choice of layers that works, or another remedy.
     """
     depth = depth_of(target)
     if not layers or any(not -depth <= i < depth for i in layers):
@@ -105,7 +106,7 @@ def blueprint(target: PreTrainedModel, layers: Sequence[int]) -> Blueprint:
             except ValueError:
                 continue
             raise ValueError(
-                f"{error}: its layers are not of one kind. Pick other `layers` than {picked}, such as {list(other)}."
+                f"{error}: the layers differ in kind. Pick other `layers` than {picked}, such as {list(other)}."
             ) from error
         raise ValueError(
             f"{error}. No draft can be grown from this target; load a small model of its family, with "
@@ -114,10 +115,10 @@ def blueprint(target: PreTrainedModel, layers: Sequence[int]) -> Blueprint:
 
 
 def text_kind(target: PreTrainedModel) -> tuple[type, PretrainedConfig]:
-    """The class and the config of the causal LM that a draft of `target` is.
+    """Return the class and the config of the causal LM that a draft of `target` would be.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such class, or the target is an encoder-decoder, has no LM head, has an adapter, or is quantised.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -129,12 +130,12 @@ def text_kind(target: PreTrainedModel) -> tuple[type, PretrainedConfig]:
         )
     if has_adapter(target):
         raise ValueError(
-            f"`target` is a {type(target).__name__} with an adapter, which no draft would have. Grow from `target.merge_and_unload()`, or from the model "
+            f"`target` is a {type(target).__name__} with an adapter, which a draft would lack. Grow from `target.merge_and_unload()`, or from the model "
             "without it."
         )
     if getattr(target, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"`target` is a quantised {type(target).__name__}, whose weights are in no form that can be learnt. Grow from the model as it was before, "
+            f"`target` is a quantised {type(target).__name__}, whose weights cannot be trained. Grow from the model before it was quantised, "
             "or from `target.dequantize()`, or load a small model of its family."
         )
     if config is target.config:
@@ -142,14 +143,14 @@ def text_kind(target: PreTrainedModel) -> tuple[type, PretrainedConfig]:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None or kind is type(target):
         raise ValueError(
-            f"`target` is a {type(target).__name__}, of whose text model ({type(config).__name__}) transformers has no class of its own, so none of its "
-            "layers can be a draft. Load a small text model of the same vocabulary with AutoModelForCausalLM.from_pretrained."
+            f"`target` is a {type(target).__name__}, and transformers has no separate class for its text model ({type(config).__name__}), so its "
+            "layers cannot be a draft. Load a small text model of the same vocabulary with AutoModelForCausalLM.from_pretrained."
         )
     return kind, config
 
 
 def text_model(target: PreTrainedModel) -> PreTrainedModel:
-    """The causal LM that a model which sees holds whole, if it does; else the model itself."""
+    """Return the causal LM inside a multimodal model, if it is a module of its own; else the model itself."""
     if target.config.get_text_config(decoder=True) is target.config or target.config.is_encoder_decoder:
         return target
     kind = text_kind(target)[0]
@@ -157,37 +158,37 @@ def text_model(target: PreTrainedModel) -> PreTrainedModel:
 
 
 def depth_of(target: PreTrainedModel) -> int:
-    """How many decoder layers the target has.
+    """Count the target's decoder layers.
 
     Raises:
-        ValueError: if they are not to be found.
+        ValueError: if they cannot be found.
     """
     config = text_kind(target)[1]
     inside = _name_of(target, target.get_decoder())
-    for name in reversed(_COUNTS):  # of two, the first counts an encoder's
+    for name in reversed(_COUNTS):  # where there are two, the first counts an encoder's
         depth = getattr(config, name, None)
         if isinstance(depth, int) and _stack_name(target, depth, inside):
             return depth
     raise ValueError(
-        f"{type(target).__name__} keeps its {config.num_hidden_layers} layers in no ModuleList that hf_osd can find; make the draft by hand, or load a "
+        f"hf_osd finds no ModuleList in {type(target).__name__} that has its {config.num_hidden_layers} layers; make the draft by hand, or load a "
         "small model of its family."
     )
 
 
 def picked_config(config: PretrainedConfig, picked: list[int], depth: int) -> PretrainedConfig:
-    """The config of a draft that has these layers of the model of `config`."""
+    """Make the config of a draft that has these layers of a model with this config and depth."""
     counts = [name for name in _COUNTS if name in vars(config) or name in config.attribute_map]
     changes = dict.fromkeys(counts, len(picked))
-    for name, value in vars(config).items():  # layer_types and other lists with an entry a layer
-        other = name == "architectures" or name.endswith(("_token_id", "_token_ids"))  # may be as long by chance
+    for name, value in vars(config).items():  # layer_types and other lists with one entry for each layer
+        other = name == "architectures" or name.endswith(("_token_id", "_token_ids"))  # may have that length by chance
         if isinstance(value, (list, tuple)) and len(value) == depth and not other:
             changes[name] = type(value)(value[i] for i in picked)
     if shared := getattr(config, "num_kv_shared_layers", 0):  # the last ones, which read the keys and values of others
         changes["num_kv_shared_layers"] = sum(i >= depth - shared for i in picked)
-    own = config.to_dict().get("per_layer_config")
-    if own:  # by layer, from which such a config derives more when it is made
+    by_layer = config.to_dict().get("per_layer_config")
+    if by_layer:  # entries by layer, from which the config derives other fields when it is made
         values = config.to_dict() | changes
-        values["per_layer_config"] = {j: own[str(i)] for j, i in enumerate(picked) if str(i) in own}
+        values["per_layer_config"] = {j: by_layer[str(i)] for j, i in enumerate(picked) if str(i) in by_layer}
         made = type(config).from_dict(values)
         made._attn_implementation = config._attn_implementation
     else:
@@ -207,7 +208,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def _stack_name(model: nn.Module, depth: int, inside: str) -> str | None:
-    """The name of the ModuleList that holds the decoder layers, `"model.layers"` for one."""
+    """Return the name of the ModuleList that holds the decoder layers, such as `"model.layers"`."""
     names = [
         name
         for name, module in model.named_modules()

@@ -1,4 +1,7 @@
-"""Copies of a draft: what they share, and what may take the place of their weights. Made before any trainer exists, which patches `forward`."""
+"""Makes copies of a draft that share weights, and checks weights that are to replace theirs.
+
+Copies must be made before any trainer exists, which patches `forward`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 
 def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
-    """A copy of `model` that owns its trainable weights and shares the storage of the frozen ones.
+    """Copy `model`: the copy owns its trainable weights and shares the storage of the frozen ones.
 
     Must be called before any trainer holds `model`: trl and accelerate patch `forward`, and a copy of a patched model silently runs
     the original's weights.
@@ -22,7 +25,7 @@ def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name in frozen if frozen is not None else not parameter.requires_grad:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for module in model.modules():  # of accelerate, and holds what is offloaded
+    for module in model.modules():  # accelerate's, which holds offloaded weights
         if (hook := vars(module).get("_hf_hook")) is not None:
             memo[id(hook)] = hook
     # Drafts loaded under inference_mode could never be trained or written.
@@ -30,15 +33,20 @@ def copy_draft(model: nn.Module, frozen: set[str] | None = None) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Copy `model` without its weights: the copy has parameters of its own in the same storage, all frozen."""
+    return copy_draft(model, {name for name, _ in model.named_parameters()})
+
+
 def embedding_names(model: nn.Module) -> set[str]:
-    """Names of the parameters of the input embeddings and the LM head."""
+    """Return the names of the parameters of the input embeddings and the LM head."""
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     shared = {id(p) for module in ends for p in module.parameters()}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
 
 
 def check_weights(weights: Mapping[str, Tensor], served: Mapping[str, Tensor]):
-    """See that `weights`, of any dtype and device, can take the place of all those `served`.
+    """Check that `weights`, of any dtype and device, can replace all those in `served`.
 
     Raises:
         ValueError: if one is missing, or has another shape or a value that is not finite.
@@ -51,14 +59,14 @@ def check_weights(weights: Mapping[str, Tensor], served: Mapping[str, Tensor]):
                 f"{name!r} is {tuple(weights[name].shape)} in the new weights and {tuple(old.shape)} in the draft; "
                 "refresh from a model of the draft's own architecture."
             )
-        check_finite(name, weights[name].to(old.dtype))  # as served: float16 ends at 65504
+        check_finite(name, weights[name].to(old.dtype))  # in the dtype that serves: float16 ends at 65504
 
 
 def check_finite(name: str, weight: Tensor):
-    """See that a weight that is to serve is finite.
+    """Check that all values of a weight are finite.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if one is not.
     """
     if not torch.isfinite(weight).all():
         raise ValueError(

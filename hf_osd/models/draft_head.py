@@ -1,5 +1,5 @@
-"""`DraftHead`: which rows of its LM head an assistant's draft computes, by the config: all, those of recent traffic, or those that a low-rank
-projection chooses; and the view of a draft that has such a head.
+"""`DraftHead` chooses which rows of its LM head a draft computes, by the config: all, those of recent traffic, or those that a low-rank projection
+chooses. `with_head` makes the view of a draft that has such a head.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_osd.drafting.context import logit_width
 from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead, RowsHead
 from hf_osd.system.forks import released
 
@@ -21,25 +20,25 @@ if TYPE_CHECKING:
 
     from hf_osd.config import OnlineConfig
 
-# A prompt's tokens are at hand in its own call anyway; to the next calls they say less than what the target answered.
+# A prompt's tokens have rows in their own call anyway; they predict the tokens of the next calls less well than answers do.
 _PROMPT_WEIGHT = 0.25
-# Rows that the low-rank projection chooses at each step, to those that are kept for the traffic as a whole.
+# The low-rank projection chooses this many times fewer rows at each step than are kept for recent traffic.
 _LOW_RANK_SHARE = 8
 _RANK = 64  # of the projection
-# A projection is made once so many hidden states were seen, and once more: it is worth little without them, and takes a second.
+# Numbers of hidden states after which a projection is made: it needs them to be of use, and takes a second to make.
 _STATES = (2048, 8192)
 
-# Their forward reads rows or logits by token id.
+# Model types whose forward reads rows or logits by token id.
 _READ_BY_ID = {"chameleon", "gemma4_assistant", "gemma4_unified_assistant"}
 
 
 class DraftHead:
-    """The head of an assistant's calls. Made by `of`; thread-safe.
+    """Makes the reduced head of each call of an assistant. Made by `from_config`; thread-safe.
 
     Args:
-        rows (`int`): of the whole head.
-        size (`int`): how many the traffic's set has.
-        rank (`int`, *optional*): of the low-rank projection that takes the set's place once enough hidden states were seen.
+        rows (`int`): how many rows the full head has.
+        size (`int`): how many tokens the draft vocabulary has.
+        rank (`int`, *optional*): rank of the low-rank projection that replaces the draft vocabulary once enough hidden states were seen.
     """
 
     def __init__(self, rows: int, size: int, rank: int | None = None):
@@ -48,13 +47,13 @@ class DraftHead:
         self._moment: Tensor | None = None  # Σ h hᵀ, float32 (d, d)
         self._states = 0
         self._projection: LowRank | None = None
-        self._made_of = 0  # the states that `_projection` was made of
+        self._projected_states = 0  # how many states `_projection` was made from
         self._lock = released(threading.Lock())
 
     @classmethod
-    def of(cls, draft: PreTrainedModel, config: OnlineConfig) -> DraftHead | None:
-        """The head that `config` asks for, `None` for the draft's own whole one, which is also what a draft keeps whose head is not a plain
-        linear layer, or has no more rows than that."""
+    def from_config(cls, draft: PreTrainedModel, config: OnlineConfig) -> DraftHead | None:
+        """Make the head that `config` asks for; `None` if the draft keeps its full one, as it also does where that is not a plain linear layer, or has no more
+        rows than `draft_vocab_size`."""
         kind, size = config.draft_head, config.draft_vocab_size
         if kind == "full" or not can_select_rows(draft):
             return None
@@ -64,7 +63,7 @@ class DraftHead:
         return cls(rows, size, _RANK if kind == "low_rank" else None)
 
     def view(self, model: PreTrainedModel, text: Tensor) -> tuple[RowsHead | LowRankHead, PreTrainedModel]:
-        """The head of one call, and `model` with it: `text` `(L,)` is what the draft reads first."""
+        """Make the head of one call, and the view of `model` that has it. `text`, int64 `(L,)`, is the prompt in the draft's tokens."""
         full = model.get_output_embeddings()
         if self._rank is not None:
             self._project(full)
@@ -76,20 +75,21 @@ class DraftHead:
             head.register_forward_pre_hook(self._collect)
         return head, with_head(model, head)
 
-    def could_say(self, prompt: Tensor, answer: Sequence[int]) -> Tensor:
-        """Which tokens of an answer a call's head has when they are due, bool `(N,)`: those of the set, of the prompt, and said before."""
+    def covers(self, prompt: Tensor, answer: Sequence[int]) -> Tensor:
+        """Mark the tokens of an answer that have a row when the draft would predict them, bool `(N,)`: those of the draft vocabulary, of the prompt, and of
+        the answer before that position."""
         if self._projection is not None:
             return torch.ones(len(answer), dtype=torch.bool, device="cpu")
         known = {*self.vocabulary.ids.tolist(), *prompt.tolist()}
-        could = []
+        covered = []
         for token in answer:
-            could.append(token in known)
+            covered.append(token in known)
             known.add(token)
-        return torch.tensor(could, dtype=torch.bool, device="cpu")
+        return torch.tensor(covered, dtype=torch.bool, device="cpu")
 
     def observe(self, prompt: Tensor, answer: Sequence[int], likely: tuple[Tensor, Tensor] | None):
-        """The tokens of a call that is over, in the draft's ids, and what else the target found likely in it, tokens and how likely, `(N,)`
-        each: after few requests that covers the words of the next ones better than what was said."""
+        """Count the tokens of an ended call, in the draft's ids, and other tokens that the target found likely, `(ids, probabilities)`, `(N,)` each: after few
+        requests these cover the tokens of the next ones better than answers alone."""
         self.vocabulary.observe(prompt, _PROMPT_WEIGHT)
         self.vocabulary.observe(answer)
         if likely is not None:
@@ -103,16 +103,16 @@ class DraftHead:
 
     def _project(self, full: nn.Linear):
         with self._lock:
-            due = [states for states in _STATES if self._made_of < states <= self._states]
+            due = [states for states in _STATES if self._projected_states < states <= self._states]
             if due:
                 with torch.inference_mode(False), torch.no_grad():
                     self._projection = LowRank(full, self._rank, self._moment.clone() / self._states)
-                self._made_of = self._states
+                self._projected_states = self._states
 
 
 def with_head(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
-    """A view of `model` that computes `head` in place of its LM head. It shares every weight and every other module, and `model` stays as
-    it is; its forward then works on logits of as many columns as `head` gives.
+    """Make a view of `model` that computes `head` in place of its LM head. It shares every weight and every other module, and `model` stays as
+    it is; the view's forward then returns logits with as many columns as `head` has.
 
     Raises:
         ValueError: if the model has no LM head in its module tree.
@@ -125,8 +125,8 @@ def with_head(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
 
 
 def can_select_rows(model: PreTrainedModel) -> bool:
-    """Whether `with_head` can restrict the model's LM head: a plain `nn.Linear` of float weights in its module tree, whose logits the
-    model's forward treats one by one (scaled or capped, but not biased, cut or read by token id)."""
+    """Tell whether `with_head` can restrict the model's LM head: it must be a plain `nn.Linear` of float weights in the module tree, and the model's forward
+    must treat its logits one by one (scaled or capped, but not biased, cut or read by token id)."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return False
@@ -142,15 +142,30 @@ def can_select_rows(model: PreTrainedModel) -> bool:
         return False
     if any(getattr(getattr(m, "config", None), "model_type", None) in _READ_BY_ID for m in modules.values()):
         return False
-    # A forward patched into an instance, as accelerate and torch.compile do, is bound to it: a view would run the original's.
+    # accelerate and torch.compile patch an instance's forward, which stays bound to it: a view would run the original.
     parts = name.split(".")
     if any("forward" in vars(modules[".".join(parts[:i])]) for i in range(len(parts) + 1)):
         return False
-    return logit_width(model) in (None, weight.shape[0])  # some cut padding off
+    return _logit_width(model) in (None, weight.shape[0])  # some cut padding off
+
+
+def _logit_width(model: PreTrainedModel) -> int | None:
+    """Counts the logits that a model gives for a token, by trying; `None` if it cannot read a token alone."""
+    training = model.training
+    model.eval()
+    try:
+        name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+        with torch.inference_mode(False), torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            return model(**{name: token}, use_cache=False).logits.shape[-1]
+    except Exception:
+        return None
+    finally:
+        model.train(training)
 
 
 def _replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """`module` with `new` for `old`: itself where `old` is not in it, else a shallow copy."""
+    """Replace `old` by `new` in a shallow copy of `module`; return `module` itself where `old` is not in it."""
     if module is old:
         return new
     children = {name: c if c is None else _replaced(c, old, new) for name, c in module._modules.items()}

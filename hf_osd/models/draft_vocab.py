@@ -1,9 +1,9 @@
-"""The speculative vocabulary: which rows of a draft's LM head are computed. It knows heads and tokens, nothing of generation or learning.
+"""`DraftVocab` and `LowRankHead` restrict a draft's LM head to some of its rows. They know heads and tokens, nothing of generation or learning.
 
 A small draft spends most of a step in its LM head, on rows that never matter. q is zero outside the rows computed, and speculative
-decoding is exact for any q, so the choice of rows costs acceptance at worst. Two ways are here: a set of frequent tokens, as FR-Spec
-has it (arXiv 2502.14856) but kept current from the traffic (`DraftVocab`), and rows that approximate logits choose at each
-position, as SpecVocab has it (arXiv 2602.13836; `LowRankHead`).
+decoding is exact for any q, so the choice of rows costs acceptance at worst. `DraftVocab` keeps a set of frequent tokens, as in FR-Spec
+(arXiv 2502.14856), but updated from the traffic; `LowRankHead` chooses rows by approximate logits at each position, as in SpecVocab
+(arXiv 2602.13836).
 
 Symbols: W the rows of the head, d its columns, R the rows computed, r the rank of an approximation, n positions.
 """
@@ -22,68 +22,60 @@ from torch import Tensor, nn
 from hf_osd.system.forks import released
 
 HALF_LIFE = 20_000  # observed tokens
-_MATTERS = 1 / 64  # of all that counts: new traffic below this share leaves the set as it is
+_MATTERS = 1 / 64  # the set is chosen anew when new tokens are more than this share of the counts
 _LARGEST_UNIT = 1e100
 _SLACK = 64  # rows
-_CHUNK = 8192  # rows turned to float32 at a time
-_FLOOR = 1e-6  # of the largest eigenvalue of a moment: directions that no hidden state took still count a little
+_CHUNK = 8192  # rows converted to float32 at a time
+_FLOOR = 1e-6  # of the largest eigenvalue of a moment: directions without hidden states keep a little weight
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """Rows of one head, shared by calls and never written."""
+    """Holds rows of one head, shared by calls and never written."""
 
     ids: Tensor  # int64 (R,)
     weight: Tensor  # (R, d)
     bias: Tensor | None  # (R,)
     members: Container[int]
-    key: tuple = ()  # of the set, and what of the sources changes with their contents
+    key: tuple = ()  # version of the set; version and address of the sources
     sources: tuple[weakref.ref, ...] = ()
 
     def made_from(self, sources: list[Tensor]) -> bool:
-        """Whether from these tensors, by identity; an id alone may have passed to another tensor."""
+        """Tell whether the rows were copied from these tensors, by identity; an id alone may be reused for another tensor."""
         return len(sources) == len(self.sources) and all(r() is p for r, p in zip(self.sources, sources, strict=True))
 
 
 class DraftVocab:
-    """Which tokens a draft may say, kept current from the traffic; one for all calls of an assistant. Thread-safe.
+    """Keeps the set of tokens that a draft may predict, updated from the traffic; one for all calls of an assistant. Thread-safe.
 
-    The set is the `size` tokens with the largest decayed counts. Ties, and so everything before traffic was seen, go to the lower id:
-    BPE numbers its tokens in the order it merged them, frequent ones first.
+    The set has the `size` tokens with the largest decayed counts. Ties go to the lower id, and so decide everything before there was traffic:
+    BPE numbers its tokens in the order in which it merged them, frequent ones first.
 
     Args:
         rows (`int`): W.
-        size (`int`): tokens in the set, ≥ 1; all W if there are no more.
-        decay (`float`): what a count is worth one token later, in (0, 1]. By default it halves in 20,000 tokens, so that the set follows
+        size (`int`): tokens in the set, ≥ 1; at most W.
+        decay (`float`): factor on a count for each later token, in (0, 1]. By default a count halves in 20,000 tokens, so that the set follows
             a shift of domain.
-
-    Raises:
-        ValueError: if `rows`, `size` or `decay` is out of its range.
     """
 
     def __init__(self, rows: int, size: int, decay: float = 0.5 ** (1 / HALF_LIFE)):
-        for name, value in (("rows", rows), ("size", size)):
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}; the draft must be able to say something: choose 1 or more.")
-        if not 0 < decay <= 1:
-            raise ValueError(f"`decay` is {decay}; choose a value above 0 and at most 1, which never forgets.")
         self.rows, self.size = rows, min(size, rows)
         self._decay = decay
         self._counts = torch.zeros(rows, dtype=torch.float64, device="cpu")  # in units of `_unit`
         # The weight of a token observed now. It grows, so that old counts shrink beside new ones without being touched.
         self._unit = 1.0
-        self._pending = 0.0  # observed since the set was chosen, in tokens
+        self._pending = 0.0  # weight of the tokens observed since the set was chosen
         self._ids = torch.arange(self.size, device="cpu")
         self._version = 0  # of the set
         self._packed: _Packed | None = None
         self._lock = released(threading.Lock())
 
     def observe(self, tokens: Sequence[int] | Tensor, weight: float | Tensor = 1.0):
-        """Count tokens of an ended request, int64 `(N,)`, the oldest first. Those that the head has no row for are skipped.
+        """Count tokens of an ended request, int64 `(N,)`, the oldest first. Tokens without a row in the full head are skipped.
 
         Args:
-            weight: what each counts and ages the others by, for all or `(N,)`; prompt tokens, which the draft need not say, deserve less than
-                1, and what the target might have said as much as it was likely.
+            weight: how much a token counts, and by how many tokens it ages the earlier ones, for all or `(N,)`. Prompt tokens, which the draft need not
+                predict, get less than 1; other tokens that the target found likely get their probability.
 
         Raises:
             ValueError: if a weight is negative.
@@ -110,27 +102,27 @@ class DraftVocab:
 
     @property
     def ids(self) -> Tensor:
-        """The set, int64 `(size,)`, ascending. To read, not to write."""
+        """Return the set, int64 `(size,)`, ascending. Read-only."""
         with self._lock:
             self._choose()
             return self._ids
 
     def head(self, full: nn.Linear, prompt: Tensor) -> RowsHead:
-        """The head of one call: the set, and the tokens of its prompt.
+        """Make the head of one call, with the rows of the set and of the prompt's tokens.
 
-        The packed rows are shared by all calls until the set or the weights change. Writes to the weights are seen by their version
-        counter, which writes through `.data` do not touch: weights are not to be changed so.
+        All calls share the packed rows until the set or the weights change. Changes are found by the weights' version counter, which writes through
+        `.data` do not increase: weights must not be changed that way.
 
         Args:
-            full: the draft's LM head.
-            prompt (`Tensor` int64 `(L,)`): in the draft's tokens.
+            full (`nn.Linear`): the draft's LM head.
+            prompt (`Tensor` int64 `(L,)`): the prompt in the draft's tokens.
 
         Raises:
-            ValueError: if the head has other than W rows.
+            ValueError: if the head does not have W rows.
         """
         if full.weight.shape[0] != self.rows:
             raise ValueError(
-                f"`rows` is {self.rows} and the head has {full.weight.shape[0]}; make a DraftVocab of as many rows."
+                f"`rows` is {self.rows} and the head has {full.weight.shape[0]}; make a DraftVocab with as many rows."
             )
         with self._lock:
             self._choose()
@@ -140,14 +132,14 @@ class DraftVocab:
         return head
 
     def _choose(self):
-        """Choose the set anew, if enough was observed to matter."""
+        """Choose the set anew, if enough tokens were observed since."""
         if self.size == self.rows or self._pending <= _MATTERS * float(self._counts.sum()) / self._unit:
             return
         self._pending = 0.0
-        # topk breaks ties as it likes, so it tells no more than where to cut.
-        least = self._counts.topk(self.size, sorted=False).values.min()
-        chosen = self._counts > least
-        ties = (self._counts == least).nonzero().squeeze(-1)
+        # topk breaks ties in no defined order, so only its threshold is used.
+        threshold = self._counts.topk(self.size, sorted=False).values.min()
+        chosen = self._counts > threshold
+        ties = (self._counts == threshold).nonzero().squeeze(-1)
         chosen[ties[: self.size - int(chosen.sum())]] = True
         ids = chosen.nonzero().squeeze(-1)
         if not torch.equal(ids, self._ids):
@@ -158,7 +150,7 @@ class DraftVocab:
         if self.size == self.rows:
             return _Packed(self._ids.to(weight.device), weight.detach(), _detached(bias), range(self.rows))
         sources = [p for p in (weight, bias) if p is not None]
-        # Inference tensors count no versions: nobody could tell when they change, so their rows are not kept.
+        # Inference tensors have no version counter to reveal changes, so their rows are not kept.
         counted = not any(p.is_inference() for p in sources)
         key = counted and (self._version, *((p._version, p.data_ptr()) for p in sources))
         if self._packed is not None and key == self._packed.key and self._packed.made_from(sources):
@@ -173,7 +165,7 @@ class DraftVocab:
 
 
 class _PartialHead(nn.Module):
-    """What both heads have: the full one, whose weights are no parameters of theirs, and the last input."""
+    """Base of both reduced heads: keeps the full head's weights, which are not parameters of this module, and the last input."""
 
     def __init__(self, full: nn.Linear):
         super().__init__()
@@ -182,18 +174,18 @@ class _PartialHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`(W, d)`: some models' forward asks its head's weight for a dtype."""
+        """Return the full weight `(W, d)`: the forward of some models reads its dtype."""
         return self._all[0]
 
     def full(self, hidden: Tensor) -> Tensor:
-        """The logits of all rows for hidden states `(n, d)`, `(n, W)`: to tell what the choice of rows costs."""
+        """Compute the logits of all rows for hidden states `(n, d)`: `(n, W)`. They show what the choice of rows costs."""
         return F.linear(hidden, *self._all)
 
 
 class RowsHead(_PartialHead):
-    """An LM head over some rows, for one call; not thread-safe. `DraftVocab.head` makes it.
+    """Computes some rows of an LM head, for one call; not thread-safe. Made by `DraftVocab.head`.
 
-    Its columns are those of the set, which it shares with other calls, and after them those added, which it owns.
+    Its first columns are those of the set, shared with other calls; the added columns come after them and are its own.
     """
 
     def __init__(self, full: nn.Linear, packed: _Packed):
@@ -201,31 +193,31 @@ class RowsHead(_PartialHead):
         self._packed = packed
         self._ids = packed.ids
         self._added: dict[int, None] = {}
-        self._own: tuple[Tensor, Tensor | None] | None = None  # the added rows, and slack
+        self._added_rows: tuple[Tensor, Tensor | None] | None = None  # with slack
 
     @property
     def ids(self) -> Tensor:
-        """The token of each column, int64 `(R,)`."""
+        """Return the token of each column, int64 `(R,)`."""
         return self._ids
 
     def __contains__(self, token: int) -> bool:
         return token in self._packed.members or token in self._added
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states `(..., d)` to logits `(..., R)`, in the head's dtype, ordered as `ids`."""
+        """Compute logits `(..., R)` of hidden states `(..., d)`, in the head's dtype, in the order of `ids`."""
         self.hidden = hidden
         logits = F.linear(hidden, self._packed.weight, self._packed.bias)
         if not self._added:
             return logits
-        weight, bias = self._own
+        weight, bias = self._added_rows
         n = len(self._added)
         return torch.cat([logits, F.linear(hidden, weight[:n], None if bias is None else bias[:n])], dim=-1)
 
     def add(self, tokens: Sequence[int]):
-        """Give rows to those of `tokens` that have none yet, in this order, as the last columns.
+        """Append columns for those `tokens` that have none yet, in this order.
 
         Raises:
-            IndexError: if the full head has no such row; this one is then as it was.
+            IndexError: if the full head has no such row; nothing is then changed.
         """
         new = [token for token in dict.fromkeys(tokens) if token not in self]
         if not new:
@@ -234,16 +226,16 @@ class RowsHead(_PartialHead):
         start, end = len(self._added), len(self._added) + len(new)
         with torch.no_grad():
             rows = [None if p is None else p.index_select(0, ids) for p in self._all]
-            if self._own is None or end > len(self._own[0]):
-                self._own = tuple(self._grown(i, start, end + _SLACK) for i in range(2))
-            for own, row in zip(self._own, rows, strict=True):
-                if own is not None:
-                    own[start:end] = row
+            if self._added_rows is None or end > len(self._added_rows[0]):
+                self._added_rows = tuple(self._grown(i, start, end + _SLACK) for i in range(2))
+            for buffer, row in zip(self._added_rows, rows, strict=True):
+                if buffer is not None:
+                    buffer[start:end] = row
         self._ids = torch.cat([self._ids, ids])
         self._added.update(dict.fromkeys(new))
 
     def _grown(self, i: int, used: int, rows: int) -> Tensor | None:
-        """Room for `rows` rows of the weight (`i` = 0) or bias (1), the first `used` as they are."""
+        """Allocate `rows` rows for the added part of the weight (`i` = 0) or bias (1), and copy the `used` ones."""
         whole = self._all[i]
         if whole is None:
             return None
@@ -251,35 +243,33 @@ class RowsHead(_PartialHead):
         with torch.inference_mode(False):
             room = torch.empty(rows, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
         if used:
-            room[:used] = self._own[i][:used]
+            room[:used] = self._added_rows[i][:used]
         return room
 
 
 def _on_cpu(values: Sequence | float | Tensor, dtype: torch.dtype) -> Tensor:
-    """One dimension."""
+    """Make a flat CPU tensor of numbers."""
     return torch.as_tensor(values, dtype=dtype, device="cpu").flatten()
 
 
 class LowRank:
-    """Factors of a head for approximate logits, best in least squares at rank r. They cost seconds, so make them once per weight.
+    """Factors a head into low-rank matrices for approximate logits, optimal in least squares at rank r. This takes seconds, so do it once per weight.
 
-    Factors of older weights make worse choices, not wrong logits. The mean row is left out, for it shifts all logits alike.
+    Factors of older weights make worse choices, but never wrong logits. The mean row is left out, for it shifts all logits alike.
 
     Args:
-        full: the head; weight `(W, d)`.
-        rank (`int`): r, ≥ 1; d if it is more.
-        moment (`Tensor` `(d, d)`, *optional*): the mean of h hᵀ over hidden states h of the draft. With it the error is least for
+        full (`nn.Linear`): the head; weight `(W, d)`.
+        rank (`int`): r, ≥ 1; at most d.
+        moment (`Tensor` `(d, d)`, *optional*): the mean of h hᵀ over hidden states h of the draft. The error is then minimised for
             such states, instead of for all directions alike. It matters more than the rank: hidden states fill few directions.
 
     Raises:
-        ValueError: if `rank` is below 1, or `moment` of another shape.
+        ValueError: if `moment` has another shape.
     """
 
     def __init__(self, full: nn.Linear, rank: int, moment: Tensor | None = None):
         weight = full.weight.detach()
         d = weight.shape[1]
-        if rank < 1:
-            raise ValueError(f"`rank` is {rank}; choose 1 or more, such as 64.")
         if moment is not None and moment.shape != (d, d):
             raise ValueError(
                 f"`moment` is {tuple(moment.shape)} and the head has {d} columns; pass the mean of h hᵀ, ({d}, {d})."
@@ -299,30 +289,28 @@ class LowRank:
         self._bias = _detached(full.bias)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Approximate logits `(n, W)` of hidden states `(n, d)`, less what is the same for all tokens."""
+        """Approximate the logits `(n, W)` of hidden states `(n, d)`, up to a term that is the same for all tokens."""
         return F.linear(F.linear(hidden, self.down), self.rows, self._bias)
 
 
 class LowRankHead(_PartialHead):
-    """An LM head that computes, at each position, the rows whose approximate logits are largest; not thread-safe.
+    """Computes, at each position, the rows of an LM head whose approximate logits are largest; not thread-safe.
 
-    It has the methods of a `RowsHead`. Any token may be chosen, so all are in it and `add` has nothing to do.
+    It has the methods of a `RowsHead`. Any token may be chosen, so it contains all tokens and `add` does nothing.
 
     Args:
-        full: the head.
-        projection: its factors.
-        size (`int`): rows at each position, ≥ 1; all W if there are no more.
+        full (`nn.Linear`): the head.
+        projection (`LowRank`): its factors.
+        size (`int`): rows at each position, ≥ 1; at most W.
 
     Raises:
-        ValueError: if `size` is below 1, or the factors are those of another head's shape.
+        ValueError: if the factors were made from a head of another shape.
     """
 
     def __init__(self, full: nn.Linear, projection: LowRank, size: int):
         super().__init__(full)
-        if size < 1:
-            raise ValueError(f"`size` is {size}; the draft must be able to say something: choose 1 or more.")
         if (projection.rows.shape[0], projection.down.shape[1]) != tuple(full.weight.shape):
-            raise ValueError("`projection` was made of a head of another shape; make a LowRank of this one.")
+            raise ValueError("`projection` was made from a head of another shape; make a LowRank from this one.")
         self._projection = projection
         self.size = min(size, full.weight.shape[0])
         self.ids: Tensor | None = None  # the last forward's tokens by column, int64 (n, size), in no order
@@ -331,12 +319,12 @@ class LowRankHead(_PartialHead):
         return 0 <= token < self._all[0].shape[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states `(..., d)`, n in all, to the logits `(..., size)` of the rows chosen: those of the full head, in its dtype."""
+        """Compute the full head's logits `(..., size)` of the rows chosen, for hidden states `(..., d)`, n in all; in the head's dtype."""
         self.hidden = hidden
         flat = hidden.reshape(-1, hidden.shape[-1])  # (n, d)
         weight, bias = self._all
         self.ids = self._projection(flat).topk(self.size, sorted=False).indices
-        if len(flat) * self.size >= weight.shape[0]:  # to gather rows would cost more than to compute all
+        if len(flat) * self.size >= weight.shape[0]:  # gathering rows would cost more than computing all
             logits = F.linear(flat, weight, bias).gather(-1, self.ids)
         else:
             logits = torch.bmm(F.embedding(self.ids, weight), flat[:, :, None]).squeeze(-1)
@@ -345,7 +333,7 @@ class LowRankHead(_PartialHead):
         return logits.view(*hidden.shape[:-1], self.size)
 
     def add(self, tokens: Sequence[int]):
-        """Nothing: every position chooses its own rows."""
+        """Do nothing: every position chooses its own rows."""
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.models.blueprint import depth_of, text_model
+from hf_osd.models.clean_copy import execution_device, real_tensor, unwrapped
 from hf_osd.models.feature_config import ROPE_TYPES, FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
-from hf_osd.models.own_draft import execution_device, real_tensor, unwrapped
-from hf_osd.models.plain import say_ties
+from hf_osd.models.plain import record_ties
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -106,7 +106,7 @@ def share_ends(draft: FeatureDraft, target: PreTrainedModel, head: bool = True):
         draft.lm_head.weight = nn.Parameter(_of_target(target, out.weight, home), requires_grad=False)
     if head and getattr(out, "bias", None) is not None:
         draft.lm_head.bias = nn.Parameter(_of_target(target, out.bias, home), requires_grad=False)
-    say_ties(draft)
+    record_ties(draft)
 
 
 def check_ends(target: PreTrainedModel):

@@ -1,4 +1,4 @@
-"""What LM heads need to be quick. It knows modules, and nothing of drafts."""
+"""Makes LM heads fast. It knows modules, and nothing of drafts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the LM head of `model` reads contiguous rows. Without gradients torch makes a batched product of a head over the last
-    columns of several requests, and copies the head once a request: five to two hundred times the work on CPUs."""
+    """Have the LM head of `model` read contiguous hidden states while the context is open. For the last columns of several requests, torch without gradients
+    would compute a batched product and copy the head once a request: 5 to 200 times the work on CPUs."""
     handle = model.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: (inputs[0].contiguous(), *inputs[1:])
     )

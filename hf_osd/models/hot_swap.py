@@ -1,9 +1,9 @@
-"""`HotSwapDraft`: the two copies of the draft that serve, of which one is active. It knows weights and leases, nothing of
+"""`HotSwapDraft` double-buffers the weights of the serving draft: one of two copies is active. It knows weights and leases, nothing of
 generation or learning.
 
 A generate call leases the active copy for as long as it lasts; new weights go into the idle copy, and then a reference is
-flipped. A leased copy is never written, so weights never change under a call's KV cache. Of a draft that learns in an adapter,
-which is large, there is an idle copy only while it is written.
+flipped. A leased copy is never written, so weights never change under a call's KV cache. A draft that learns in an adapter is large, so its idle copy exists
+only while it is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from hf_osd.models.copies import check_weights, copy_draft
+from hf_osd.models.copies import check_weights, sharing_copy
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -24,66 +24,72 @@ if TYPE_CHECKING:
 
 
 class HotSwapDraft:
-    """Two serving copies of a draft.
+    """Holds two serving copies of a draft, and swaps them. Thread-safe.
 
-    What has not been written is shared: a draft that has learnt nothing yet is one base, whatever serves and learns of it.
+    Weights that were never written are shared: a draft that has learnt nothing yet exists once, however many copies serve and learn.
 
     Args:
-        model (`PreTrainedModel`): the draft. It is never written here, and is not to be written elsewhere: until a refresh the copies share its weights.
-        trainable (`set[str]`): names of the parameters that refreshes will write. All others are shared with `model` for good.
-        adapter ([`hf_osd.models.lora.Adapter`], *optional*): what learns in place of `trainable`. Refreshes then bring its weights, and the copies, which are plain,
-            have them in theirs.
+        model (`PreTrainedModel`): the draft. It is never written here, and must not be written elsewhere: until a refresh the copies share its weights.
+        trainable (`set[str]`): names of the parameters that refreshes write. All others are shared with `model` for good.
+        adapter ([`hf_osd.models.lora.Adapter`], *optional*): the adapter that learns in place of `trainable`. Refreshes then bring its weights, which are
+            merged into the copies: these are plain models.
+
+    Attributes:
+        version (`int`): how many refreshes there were.
     """
 
     def __init__(self, model: nn.Module, trainable: set[str], adapter: Adapter | None = None):
         self.adapter = adapter
         self.trainable = trainable if adapter is None else adapter.trainable
-        self.version = 0  # refreshes so far
-        self._copies = [self._sharing(model) for _ in range(2)]
-        self._owned: list[set[str]] = [set(), set()]  # what of each copy is in storage of its own
-        self._learnt = None if adapter is None else adapter.weights()  # what the active copy has in its weights
-        self._leases: dict[int, int] = {}  # id of a copy -> calls that hold it
+        self.version = 0
+        self._copies = [sharing_copy(model).eval() for _ in range(2)]
+        self._owned: list[set[str]] = [set(), set()]  # names of each copy's weights that have their own storage
+        self._learnt = (
+            None if adapter is None else adapter.weights()
+        )  # the adapter weights merged into the active copy
+        self._leases: dict[int, int] = {}  # id of a copy -> number of calls that hold it
         self._active = 0
-        self._lock = released(threading.Lock())  # of leases and the active index
+        self._lock = released(threading.Lock())  # guards leases and the active index
         self._refreshing = released(threading.Lock())  # one refresh at a time
 
     @property
     def active(self) -> nn.Module:
-        """The copy that serves the next call. To read, not to write."""
+        """Return the copy that serves the next call. Read-only."""
         return self._copies[self._active]
 
     def lease(self) -> nn.Module:
-        """The active copy, not to be written until `release`."""
+        """Return the active copy, and keep it unwritten until `release`."""
         with self._lock:
             model = self.active
             self._leases[id(model)] = self._leases.get(id(model), 0) + 1
             return model
 
     def release(self, model: nn.Module):
+        """Give back a leased copy."""
         with self._lock:
             left = self._leases.pop(id(model)) - 1
             if left:
                 self._leases[id(model)] = left
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What has been learnt and serves, by name: the active copy's trainable weights, or the adapter's."""
+        """Iterate over the learnt weights that serve, by name: the active copy's trainable weights, or the adapter's."""
         if self._learnt is not None:
             return iter(self._learnt.items())
         return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
 
-    def begin(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        """A draft of plain weights that a learner elsewhere can begin with, and the adapter's weights on it, if there is one. To read, not to write."""
+    def for_learner(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Return a plain draft from which a learner in another process can start, and the adapter weights on it, if there is an adapter. Read-only."""
         with self._refreshing:
             if self.adapter is None:
                 return self.active, {}
-            return self._sharing(self.adapter.base), dict(self._learnt)
+            return sharing_copy(self.adapter.base).eval(), dict(self._learnt)
 
     def refresh(self, weights: Mapping[str, Tensor]):
         """Write `weights` (any dtype and device) into the idle copy and make it the active one.
 
         Raises:
             ValueError: if a trainable parameter is missing, or has another shape or a value that is not finite. The
-                serving draft is then as it was.
+                serving draft is then unchanged.
         """
         check_weights(weights, dict(self.weights()))
         with self._refreshing:
@@ -97,14 +103,14 @@ class HotSwapDraft:
             with self._lock:
                 self._active, self._learnt = at, learnt
                 self.version += 1
-                if self.adapter is not None:  # the old one is gone with the last call that holds it
+                if self.adapter is not None:  # the old copy goes with the last call that holds it
                     self._copies[1 - at] = self._copies[at]
 
     def rebase(self, base: Mapping[str, Tensor]):
-        """Serve other weights of the plain draft, by name, with an adapter that begins anew. Calls that run keep the old ones."""
+        """Serve other weights of the plain draft, by name, with a fresh adapter. Running calls keep the old ones."""
         with self._refreshing:
             self.adapter.rebase(base)
-            copies = [self._sharing(self.adapter.base) for _ in range(2)]
+            copies = [sharing_copy(self.adapter.base).eval() for _ in range(2)]
             with self._lock:
                 self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
                 self.version += 1
@@ -112,9 +118,9 @@ class HotSwapDraft:
     def _write(self, at: int, weights: Mapping[str, Tensor]):
         """Put `weights` into the idle copy, number `at`."""
         with self._lock:
-            leased = id(self._copies[at]) in self._leases  # else nobody can lease it before the flip
-        if leased:  # by a call older than the last refresh: it keeps that copy, we go on with a fresh one
-            self._copies[at], self._owned[at] = self._sharing(self._copies[at]), set()
+            leased = id(self._copies[at]) in self._leases  # no other call can lease it before the flip
+        if leased:  # by a call from before the last refresh: it keeps that copy, and we write a fresh one
+            self._copies[at], self._owned[at] = sharing_copy(self._copies[at]).eval(), set()
         parameters = dict(self._copies[at].named_parameters())
         with torch.inference_mode(False), torch.no_grad():
             for name in self.trainable:
@@ -126,9 +132,9 @@ class HotSwapDraft:
                     self._owned[at].add(name)
 
     def _merged(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """A copy with the adapter `weights` in its own. These lie in one piece, which goes back to the machine as soon as nobody serves it: as many small
-        ones, made anew at each refresh, leave gaps that add up to another copy."""
-        model = self._sharing(self.adapter.base)
+        """Make a copy with the adapter `weights` merged in. The merged weights lie in one allocation for each device and dtype, which is freed when the copy
+        stops serving: many small ones, made anew at each refresh, would leave gaps that add up to another copy."""
+        model = sharing_copy(self.adapter.base).eval()
         changed = [model.get_parameter(f"{module}.weight") for module in self.adapter.modules]
         with torch.inference_mode(False), torch.no_grad():
             whole = {
@@ -141,13 +147,6 @@ class HotSwapDraft:
                 old.data, whole[_kind(old)] = piece.view_as(old).copy_(tensor), rest
         return model
 
-    @staticmethod
-    def _sharing(model: nn.Module) -> nn.Module:
-        """A copy to serve, in the same storage."""
-        model = copy_draft(model, {name for name, _ in model.named_parameters()})
-        model.requires_grad_(False)
-        return model.eval()
-
 
 def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
@@ -159,7 +158,7 @@ def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class NullDraft:
-    """What transformers reads on an assistant model, where there is none and the suffix cache drafts alone."""
+    """Has the attributes that transformers reads on an assistant model, where there is no draft model and the suffix cache drafts alone."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -183,7 +182,7 @@ class _NullConfig:
 
 
 class _AnySize:
-    """The size of every vocabulary: cached tokens are the target's own, and `generate` compares sizes before it says which target it is."""
+    """Equals every vocabulary size: cached tokens are the target's own, and `generate` compares sizes before it passes the target on."""
 
     def __eq__(self, other) -> bool:
         return True
@@ -192,7 +191,7 @@ class _AnySize:
 
 
 class NullHotSwap:
-    """[`HotSwapDraft`] where there is no draft."""
+    """Replaces [`HotSwapDraft`] where there is no draft model."""
 
     trainable: frozenset[str] = frozenset()
     version = 0

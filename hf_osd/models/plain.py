@@ -1,4 +1,4 @@
-"""Drafts with an adapter (LoRA and its kin, by PEFT), and the plain models that are in them: what adapters do, put into the weights, or left out."""
+"""Turns drafts with a PEFT adapter (LoRA and its kin) into plain models, with the adapter merged into the weights or left out."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_osd.models.copies import copy_draft
+from hf_osd.models.copies import copy_draft, sharing_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether it is a PeftModel, or a model with an adapter of transformers' `add_adapter` or `load_adapter`."""
+    """Tell whether a model is a PeftModel, or has an adapter of transformers' `add_adapter` or `load_adapter`."""
     return bool(getattr(model, "peft_config", None))
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
-    """A plain copy of a model with an adapter, which has what the active one does in its weights.
+    """Copy a model with its active adapter merged into the weights, as a plain model.
 
     Raises:
         ValueError: if not exactly one adapter is active.
@@ -33,20 +33,20 @@ def merged(model: nn.Module) -> PreTrainedModel:
 
 
 def without_adapters(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
-    """The base of a model with adapters, in their storage; or with `merge` a copy that has the active adapter in its weights."""
+    """Return the base model without adapters, in the same storage; with `merge` a copy that has the active adapter in its weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    base = copy_draft(model, set() if merge else {name for name, _ in model.named_parameters()})
+    base = copy_draft(model, set()) if merge else sharing_copy(model)
     adapted = {n: m for n, m in base.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    # Of what lies in another one its own merging takes care.
+    # A module inside another adapted one is merged with that one.
     adapted = {n: m for n, m in adapted.items() if not any(n.startswith(f"{outer}.") for outer in adapted)}
     inner, outer = (
         {id(p) for p in end.parameters()} for end in (base.get_input_embeddings(), base.get_output_embeddings())
     )
     tied = bool(inner & outer)
     if merge:
-        _part_shared(base, adapted.values())
+        _unshare(base, adapted.values())
     for name, module in adapted.items():
         if isinstance(module, BaseTunerLayer):
             if merge:
@@ -58,21 +58,21 @@ def without_adapters(model: PreTrainedModel, merge: bool = False) -> PreTrainedM
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, plain)
     if merge and tied:
-        _join_again(base)
-    say_ties(base)
+        _retie(base)
+    record_ties(base)
     base._hf_peft_config_loaded = False
     base.__dict__.pop("peft_config", None)
-    # Where transformers has loaded the adapter, it noted how that one's names are changed, and would write the base under such names.
+    # Where transformers has loaded the adapter, it noted how to convert its names, and would write the base under converted names.
     if any(
         one.source_patterns[0].startswith("base_model.") for one in getattr(base, "_weight_conversions", None) or ()
     ):
-        del base._weight_conversions  # those of the architecture hold again
+        del base._weight_conversions  # the architecture's own apply again
     return base
 
 
-def say_ties(model: PreTrainedModel):
-    """Have the config say whether input embeddings and LM head are one: whoever reads a checkpoint goes by that, and the file has no head where they are.
-    An encoder-decoder's is left as it is, for there it also says how hidden states are scaled."""
+def record_ties(model: PreTrainedModel):
+    """Set `tie_word_embeddings` in the config to whether input embeddings and LM head are one weight: checkpoints are read by it, and have no head where they
+    are tied. An encoder-decoder's config stays as it is, for there the field also decides how hidden states are scaled."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.is_encoder_decoder or not all(type(getattr(end, "weight", None)) is nn.Parameter for end in ends):
         return
@@ -82,25 +82,24 @@ def say_ties(model: PreTrainedModel):
             part.tie_word_embeddings = one
 
 
-def _join_again(model: PreTrainedModel):
-    """Make one of two ends that were one, and have the same values still.
+def _retie(model: PreTrainedModel):
+    """Tie input embeddings and LM head again if their values are still equal.
 
     Raises:
-        ValueError: if they have not, and the config of an encoder-decoder could not say that.
+        ValueError: if they differ in an encoder-decoder, whose config cannot record that.
     """
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if torch.equal(ends[0].weight, ends[1].weight):
         ends[1].weight = ends[0].weight
     elif model.config.is_encoder_decoder:
         raise ValueError(
-            f"The adapter changes one of two ends of {type(model).__name__} that are one weight, and without it a checkpoint could not say that they are two. Save "
-            "it as an adapter (merge=False)."
+            f"Input embeddings and LM head of {type(model).__name__} are one weight, and the adapter changes one of them alone, which a plain checkpoint cannot "
+            "hold. Save it as an adapter (merge=False)."
         )
 
 
-def _part_shared(model: nn.Module, adapted: Iterable[nn.Module]):
-    """Give layers that are adapted weights of their own: what is merged into one must not change another that shares them, such as the other end of a
-    draft with tied ones."""
+def _unshare(model: nn.Module, adapted: Iterable[nn.Module]):
+    """Give adapted layers their own copy of a shared weight: merging into one must not change another layer, such as the LM head tied to the embeddings."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for layer in itertools.chain.from_iterable(module.modules() for module in adapted):
         for name, parameter in layer._parameters.items():
@@ -109,6 +108,7 @@ def _part_shared(model: nn.Module, adapted: Iterable[nn.Module]):
 
 
 def active_adapter(model: nn.Module) -> str:
+    """Return the name of the active adapter; `ValueError` unless exactly one is active."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = {name for m in model.modules() if isinstance(m, BaseTunerLayer) for name in m.active_adapters}

@@ -1,1 +1,1 @@
-"""How many tokens to draft, and by which source: acceptance by position, costs and the worth of a block. Arithmetic, without torch; it asks nobody."""
+"""The policy: it decides how many tokens to draft and from which source, by estimates of acceptance and costs. It is pure arithmetic, without torch."""

@@ -1,6 +1,6 @@
-"""`Costs`: what a draft step and a verification take, measured while serving or fixed by the config. Knows nothing of acceptance.
+"""`Costs` holds the times of a draft step and of a verification, measured while serving or fixed by the config. Acceptance does not enter here.
 
-Symbols: c is the time of a draft step and v(n) that of verifying n tokens, both over the time of a one-token target step.
+Symbols: c is the time of a draft step and v(n) the time of verifying n tokens, both in one-token target steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROUNDS_NEEDED = 3
 
 
 class Costs:
-    """c and v(n), of the last rounds of each length.
+    """Estimates c and v(n) as medians over the last 32 rounds of each length.
 
     Args:
         draft_cost (`float`, *optional*), verify_cost (`float`): fixed c and v(n) = 1 + verify_cost·(n-1); measured if `None`.
@@ -32,12 +32,12 @@ class Costs:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a one-token target step, `None` until it was measured."""
+        """Returns the seconds of a one-token target step, `None` until it was measured."""
         return self._seconds(1)
 
     @property
     def c(self) -> float | None:
-        """Draft step over one-token target step; `None` until both were seen."""
+        """Returns the time of a draft step in one-token target steps; `None` until both were measured."""
         if self._fixed is not None:
             return self._fixed
         one = self._seconds(1)
@@ -45,25 +45,26 @@ class Costs:
 
     @property
     def longest_measured(self) -> int:
-        """The most tokens whose verification was measured; 0 if none."""
+        """Returns the largest number of tokens whose verification was measured; 0 if none was."""
         return max((n for n in self._verify if self._seconds(n) is not None), default=0)
 
     def v(self, n: int) -> float:
-        """v(n), see `v_upto`."""
+        """Estimates v(n), see `v_upto`."""
         return self.v_upto(n)[n - 1]
 
-    def v_upto(self, most: int) -> list[float]:
-        """v(1)..v(most): what was measured, made never to fall with n, and straight lines between and beyond; 1 if unknown."""
+    def v_upto(self, longest: int) -> list[float]:
+        """Estimates v(1)..v(longest): the measurements, corrected so as never to fall with n, and straight lines between and beyond them; 1 if
+        fewer than two lengths were measured."""
         if self._fixed is not None:
-            return [1 + self._slope * (n - 1) for n in range(1, most + 1)]
+            return [1 + self._slope * (n - 1) for n in range(1, longest + 1)]
         one = self._seconds(1)
         known = sorted((n, seconds / one) for n in self._verify if one and (seconds := self._seconds(n)) is not None)
         if len(known) < 2:
-            return [1.0] * most
+            return [1.0] * longest
         lengths = [n for n, _ in known]
         heights = _never_falling([height for _, height in known], [len(self._verify[n]) for n in lengths])
         values, i = [], 0
-        for n in range(1, most + 1):
+        for n in range(1, longest + 1):
             while i < len(lengths) - 2 and lengths[i + 1] < n:
                 i += 1
             slope = (heights[i + 1] - heights[i]) / (lengths[i + 1] - lengths[i])
@@ -71,11 +72,11 @@ class Costs:
         return values
 
     def observe_draft(self, steps: int, seconds: float):
-        """A round's draft steps, and what they took together."""
+        """Records a round's draft steps and the seconds that they took together."""
         self._steps.append(seconds / steps)
 
     def observe_target(self, n: int, seconds: float):
-        """A verification of n tokens."""
+        """Records a verification of n tokens."""
         self._verify.setdefault(n, deque(maxlen=_TIMES_KEPT)).append(seconds)
 
     def _seconds(self, n: int) -> float | None:
@@ -84,8 +85,8 @@ class Costs:
 
 
 def _never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The nearest sequence to `values`, by weighted squares, that never falls: isotonic regression by pooling neighbours. Noise may measure
-    a longer block faster than a shorter one, and a policy would then choose lengths for the noise's sake."""
+    """Finds the sequence nearest to `values` (weighted least squares) that never falls: isotonic regression by pooling neighbours. By noise a longer
+    block may be measured as faster than a shorter one, and a policy would then fit its lengths to the noise."""
     pools: list[list[float]] = []  # mean, weight, count
     for value, weight in zip(values, weights, strict=True):
         pools.append([value, weight, 1])

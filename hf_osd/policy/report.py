@@ -1,4 +1,4 @@
-"""`report`: what an assistant has observed of its speed, in words that a user can act on."""
+"""`report` describes the speed that an assistant has observed, in words that a user can act on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def report(stats: Stats, lookahead: DraftPolicy, learning: str | None = None) -> str:
-    """A few lines: what a draft costs (c, v), what it is worth (α), whether that pays, what learns of it (`learning`), and what was gained."""
+    """Describes in a few lines what a draft costs (c, v), how often it is accepted (α), if that pays, what of it learns (`learning`), and what was gained."""
     rolling, costs = stats.rolling, lookahead.costs
     if not stats.total.rounds and not stats.total.plain_requests:
         return "Nothing was served yet: pass this assistant to generate(..., assistant_model=assistant)."
@@ -25,23 +25,23 @@ def report(stats: Stats, lookahead: DraftPolicy, learning: str | None = None) ->
     if costs.step_seconds is None and not costs.are_fixed:
         lines.append("The cost of a plain step is not known yet: serve a few more tokens.")
     else:
-        lines += _of_costs(lookahead)
-        lines += _of_draft(rolling, lookahead) if lookahead.has_draft else []
+        lines += _costs_lines(lookahead)
+        lines += _draft_lines(rolling, lookahead) if lookahead.has_draft else []
     lines += [learning] if learning is not None and lookahead.has_draft else []
-    lines += _of_learning(stats)
-    lines += _of_sources(rolling)
-    lines += _of_speed(rolling, lookahead)
+    lines += _learning_lines(stats)
+    lines += _source_lines(rolling)
+    lines += _speed_lines(rolling, lookahead)
     return "\n".join(lines)
 
 
 def observed_speedup(calls: CallStats, lookahead: DraftPolicy) -> float | None:
-    """How much faster than plain decoding these calls were, prompts included in their time; `None` until a plain step was measured."""
+    """Computes how many times faster than plain decoding these calls were, prompts included in their time; `None` until a plain step was measured."""
     step = lookahead.costs.step_seconds
     return None if step is None or not calls.seconds else calls.new_tokens * step / calls.seconds
 
 
-def _of_costs(lookahead: DraftPolicy) -> list[str]:
-    costs, longest = lookahead.costs, lookahead.most + 1
+def _costs_lines(lookahead: DraftPolicy) -> list[str]:
+    costs, longest = lookahead.costs, lookahead.max_gamma + 1
     step = "" if costs.step_seconds is None else f" (one-token target step: {1e3 * costs.step_seconds:.1f} ms)"
     v = ", ".join(f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest))
     lines = [f"Verifying several tokens, in one-token target steps: {v}{step}."]
@@ -51,16 +51,16 @@ def _of_costs(lookahead: DraftPolicy) -> list[str]:
     return lines
 
 
-def _of_draft(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
-    c, v, most = lookahead.c, lookahead.v, lookahead.most
+def _draft_lines(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
+    c, v, max_gamma = lookahead.costs.c, lookahead.costs.v, lookahead.max_gamma
     if c is None:
-        return ["The draft was not asked yet, so what it is worth is not known."]
+        return ["The draft has proposed nothing yet, so its acceptance is not known."]
     first = lookahead.acceptance()[0]
     alpha = (
         f"α = {rolling.alpha:.2f} over the last requests" if not math.isnan(rolling.alpha) else "α is not known yet"
     )
-    gamma, expected = best_length([first] * most, c, v)
-    needed = break_even(c, v, most)
+    gamma, expected = best_length([first] * max_gamma, c, v)
+    needed = break_even(c, v, max_gamma)
     lines = [f"The draft: {alpha}; its next token is accepted with probability {first:.2f}, of late."]
     if needed is None:
         lines.append(
@@ -76,8 +76,8 @@ def _of_draft(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
             f"Drafting pays from α = {needed:.2f} on, so the target decodes plainly and still teaches the draft. Let it learn from more requests, "
             "or warm it up on prompts like yours; a draft with a cheaper step would pay sooner."
         )
-    if gamma == most and expected > 1.2:
-        lines.append(f"The best γ is the largest allowed: try num_assistant_tokens={2 * most}.")
+    if gamma == max_gamma and expected > 1.2:
+        lines.append(f"The best γ is the largest allowed: try num_assistant_tokens={2 * max_gamma}.")
     if rolling.head_alpha_loss > 0.01:
         lines.append(
             f"The rows that its LM head left out cost {rolling.head_alpha_loss:.3f} of α: try more draft_vocab_size, or draft_head='full'."
@@ -85,7 +85,7 @@ def _of_draft(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
     return lines
 
 
-def _of_learning(stats: Stats) -> list[str]:
+def _learning_lines(stats: Stats) -> list[str]:
     lines, estimate = [], stats.estimate
     if estimate is not None:
         gain = estimate.gain
@@ -118,7 +118,7 @@ def _of_learning(stats: Stats) -> list[str]:
     return lines
 
 
-def _of_sources(rolling: CallStats) -> list[str]:
+def _source_lines(rolling: CallStats) -> list[str]:
     lines = []
     for source, name in (("draft", "The draft"), ("cache", "The suffix cache")):
         if drafted := rolling.drafted_by[source]:
@@ -130,11 +130,11 @@ def _of_sources(rolling: CallStats) -> list[str]:
     return lines
 
 
-def _of_speed(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
+def _speed_lines(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
     observed = observed_speedup(rolling, lookahead)
     if observed is None:
         return []
-    c = lookahead.c or 0.0
+    c = lookahead.costs.c or 0.0
     expected = rolling.new_tokens / max(rolling.draft_steps * c + _verification(rolling, lookahead), 1e-9)
     return [
         f"Speed-up over plain decoding, prompts included in the time: observed {observed:.2f}× over the last {rolling.requests} requests, "
@@ -143,7 +143,7 @@ def _of_speed(rolling: CallStats, lookahead: DraftPolicy) -> list[str]:
 
 
 def _verification(rolling: CallStats, lookahead: DraftPolicy) -> float:
-    """What the rounds' verifications take, in one-token target steps."""
+    """Sums the time of the rounds' verifications, in one-token target steps."""
     longest = max(rolling.verified_lengths, default=1)
     v = lookahead.costs.v_upto(longest)
     return sum(count * v[n - 1] for n, count in rolling.verified_lengths.items())

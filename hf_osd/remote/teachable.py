@@ -1,4 +1,4 @@
-"""`TeachableAssistant`: what of an assistant's draft learns, and where; and how weights that were trained elsewhere come into it."""
+"""`TeachableAssistant`: chooses which of an assistant's weights learn, and where, and loads weights that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
 from hf_osd.learning.orphan import Orphan
+from hf_osd.models.clean_copy import unwrapped
 from hf_osd.models.copies import check_weights, copy_draft
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
-from hf_osd.models.own_draft import unwrapped
-from hf_osd.remote.learner import RemoteLearner
+from hf_osd.remote.supervisor import learn_in_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hf_osd.remote.learner import RemoteLearner
 
 logger = logging.getLogger(__name__)
 
 
 class TeachableAssistant:
-    """The part of [`OnlineAssistant`] that makes its learner, and takes in weights."""
+    """Makes the learner of an [`OnlineAssistant`], of which it is a part, and refreshes its weights."""
 
     def _serve(self, own: PreTrainedModel, trainable: set[str]):
-        """Make what serves of the draft, and what learns of it: all that is `trainable`, an adapter, or nothing, by the memory there is."""
+        """Make the serving draft, and a learner of all `trainable` parameters, of an adapter, or of none, as the memory allows."""
         config = self.osd_config
         if not config.learns:
             self.serving, self.learning_choice = HotSwapDraft(own, trainable), "Nothing learns, as asked."
@@ -55,8 +58,8 @@ class TeachableAssistant:
     ) -> Learner | BackgroundLearner | RemoteLearner:
         config = self.osd_config
         if config.learn == "process":
-            learner = RemoteLearner(self.serving, self.buffer, config)
-            self._calls.on_change = learner.note_busy
+            learner = learn_in_process(self.serving, self.buffer, config)
+            self._calls.on_change = learner.transport.note_busy
             return learner
         if config.learner_device is not None:
             try:
@@ -69,12 +72,12 @@ class TeachableAssistant:
                     f"`learner_device` is {config.learner_device!r}, where the draft cannot be put ({error}); name a device of this machine, or leave it "
                     "out to learn where the draft is."
                 ) from error
-        if config.learn == "background":
-            return BackgroundLearner(draft, trainable, self.buffer, config, self.serving.refresh, busy=self._calls.any)
-        return Learner(draft, trainable, self.buffer, config, self.serving.refresh)
+        student, alone = make_student(draft, trainable, config), config.learn != "background"
+        learner = Learner(student, self.buffer, self.serving.refresh, alone)
+        return learner if alone else BackgroundLearner(learner, busy=self._calls.any)
 
     def after_fork(self):
-        """In a forked child: go on learning, with a learner of its own, or say that there is none."""
+        """Continue learning in a forked child, or replace a learner that cannot by an [`Orphan`]."""
         if self.learner is not None and (reason := self.learner.after_fork()) is not None:
             self.learner = Orphan(self.learner, reason)
 
@@ -102,10 +105,10 @@ class TeachableAssistant:
         self._check_fixed(weights, served, self.serving.trainable)
         self.serving.refresh(weights)
         if self.learner is not None:
-            self.learner.take(weights)
+            self.learner.load_weights(weights)
 
     def _rebase(self, weights: dict[str, Tensor]):
-        """Serve a plain model's weights, and go on learning from them in an adapter that begins anew."""
+        """Serve a plain model's weights, and continue learning from them in an adapter that begins anew."""
         adapter = self.adapter
         if not adapter.merges:
             raise ValueError(
@@ -118,11 +121,11 @@ class TeachableAssistant:
         base = {name: weights[name] for name in base}
         # Learning first: what it learns meanwhile over the new weights, the old ones serve with for a moment.
         if self.learner is not None:
-            self.learner.take(adapter.weights(), base)
+            self.learner.load_weights(adapter.weights(), base)
         self.serving.rebase(base)
 
     def _check_fixed(self, weights: dict[str, Tensor], served: nn.Module, trainable: set[str]):
-        """See that a trained model has not changed what this assistant holds fixed."""
+        """Raise `ValueError` if a trained model has changed weights that this assistant holds fixed."""
         for name, p in served.named_parameters():
             if name not in trainable and name in weights and not torch.equal(p, weights[name].to(p)):
                 raise ValueError(

@@ -1,1 +1,1 @@
-"""Disk and Hub: checkpoints, states that survive a kill, repositories, cards."""
+"""Writes and reads checkpoints, states that survive a kill, repositories on the Hub, and model cards."""

@@ -1,4 +1,4 @@
-"""Drafts with an adapter (LoRA and its kin, by PEFT): a checkpoint of the adapter, with its base beside it where nobody else could get that."""
+"""Saves and loads drafts with a PEFT adapter (LoRA and its kin): the adapter, with its base beside it unless the Hub has that base."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ BASE_FILES = (
 
 
 def base_on_hub(base: PreTrainedModel) -> tuple[str, str] | None:
-    """Repository and commit that hold exactly this base, by what was downloaded from there; `None` of any other, such as a grown or a trained one.
+    """Return the repository and commit that hold exactly this base, by comparing it with the downloaded files; `None` for any other base, such as a grown or a
+    trained one.
 
-    A quantised base, whose weights are not those of the file, is believed to be what it says.
+    The weights of a quantised base differ from the file's: its config's name is trusted.
     """
     from huggingface_hub import try_to_load_from_cache
     from safetensors import safe_open
@@ -54,13 +55,13 @@ def base_on_hub(base: PreTrainedModel) -> tuple[str, str] | None:
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, repo_id: str | None = None) -> None:
-    """Write the active adapter as PEFT has it, as safetensors, and its base into the same folder, as transformers has a model with an adapter of
-    its own. The base stays away where the Hub has it: the adapter's config then names repository and commit.
+    """Write the active adapter in PEFT's format, as safetensors, and its base into the same folder, as transformers saves a model with an adapter of
+    its own. If the Hub has the base, the base is not written: the adapter's config then names its repository and commit.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): with an adapter.
-        directory: where to.
-        repo_id (`str`, *optional*): the repository that the folder will be.
+        model (`PreTrainedModel` or `PeftModel`): a model with an adapter.
+        directory: the folder to write into.
+        repo_id (`str`, *optional*): the repository to which the folder will be pushed.
 
     Raises:
         ValueError: if not exactly one adapter is active.
@@ -74,7 +75,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, repo_id: str | 
         base.save_pretrained(directory)
     config = copy.copy(inner.peft_config[name])
     config.inference_mode = True
-    # A path of this machine would say nothing to others, and much about it; its own repository is what transformers loads a base there by.
+    # A local path would be useless to others, and reveal things about this machine; transformers loads a base beside the adapter by its own repository's name.
     config.base_model_name_or_path, config.revision = found or (repo_id, None)
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in _adapter_weights(inner, name).items()}
     save_file(tensors, Path(directory) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -82,7 +83,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, repo_id: str | 
 
 
 def describe_adapter(directory: str | os.PathLike) -> tuple[str | None, bool] | None:
-    """Of an adapter's checkpoint the repository of its base, if that is on the Hub, and whether the base lies beside it; `None` of any other."""
+    """Return, for an adapter's checkpoint, its base's repository, if that is on the Hub, and whether the base lies beside it; `None` for other checkpoints."""
     path = Path(directory) / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -91,7 +92,7 @@ def describe_adapter(directory: str | os.PathLike) -> tuple[str | None, bool] | 
 
 
 def adapter_folder(name_or_path: str | os.PathLike, **kwargs) -> Path | None:
-    """The folder of an adapter's checkpoint, downloaded if it is a repository; `None` if there is no adapter.
+    """Return the folder of an adapter's checkpoint, downloading it from a repository if need be; `None` if there is no adapter.
 
     Raises:
         OSError: if there is no such folder or repository, or the Hub cannot be reached.
@@ -107,16 +108,16 @@ def adapter_folder(name_or_path: str | os.PathLike, **kwargs) -> Path | None:
 
 
 def load_with_adapter(folder: Path, load: Callable[..., PreTrainedModel], **kwargs) -> PreTrainedModel:
-    """A base with the adapter of `folder` on it, which trains; the base does not.
+    """Load a base and put the adapter of `folder` on it. The adapter is trainable, the base is frozen.
 
     Args:
-        folder (`Path`): of the adapter, and of its base if that is there.
+        folder (`Path`): the folder of the adapter, and of its base if that is beside it.
         load (`Callable`): transformers' `from_pretrained`.
-        **kwargs: for `load`.
+        **kwargs: passed to `load`.
 
     Raises:
-        OSError: if the adapter's weights are not there as safetensors.
-        ValueError: if nothing says what its base is, or the adapter does not fit it.
+        OSError: if there are no adapter weights in safetensors.
+        ValueError: if the config names no base, or the adapter does not fit it.
     """
     from safetensors import safe_open
 
@@ -124,7 +125,7 @@ def load_with_adapter(folder: Path, load: Callable[..., PreTrainedModel], **kwar
         raise OSError(
             f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter as safetensors, the only form that is read."
         )
-    # What came from where the adapter did is local by now.
+    # Files from the adapter's repository are local by now.
     options = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "force_download")}
     if _has_base(folder):
         model = load(folder, **options)
@@ -139,14 +140,16 @@ def load_with_adapter(folder: Path, load: Callable[..., PreTrainedModel], **kwar
         model.load_adapter(str(folder), is_trainable=True, adapter_kwargs=hub)
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         if lacking := sorted(set(_adapter_weights(model, "default")) - set(file.keys())):
-            raise ValueError(f"The adapter in {folder} lacks {', '.join(lacking)}; it is of another base, or damaged.")
+            raise ValueError(
+                f"The adapter in {folder} lacks {', '.join(lacking)}; it was made for another base, or is damaged."
+            )
     model.requires_grad_(False)
-    model.set_adapter("default")  # which, of its parameters, makes those require gradients
+    model.set_adapter("default")  # makes its parameters require gradients
     return model
 
 
 def _adapter_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """As PEFT names them in files. Without embeddings: where they train, their base is not the Hub's any more, and goes along."""
+    """Return the adapter's weights under PEFT's names in files. Embeddings are left out: if they were trained, the base is saved too."""
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

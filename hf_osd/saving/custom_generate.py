@@ -1,6 +1,6 @@
-"""The Hub's own form of a generation strategy: the folder `custom_generate/` of a repository, whose code transformers runs in place of `generate`.
+"""Writes the Hub's form of a generation strategy: the folder `custom_generate/` of a repository, whose code transformers runs in place of `generate`.
 
-What goes there as `generate.py` is `hf_osd/generation/custom_generate.py`. It is not imported here: transformers copies and loads it.
+`hf_osd/generation/custom_generate.py` is copied there as `generate.py`. It is not imported here: transformers copies and loads it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_custom_generate(directory: str | os.PathLike) -> None:
-    """Write `custom_generate/` into `directory`, which is then a `custom_generate="…"` for `generate`, as is a repository that has it.
+    """Write `custom_generate/` into `directory`. That folder, or a repository with it, can then be passed to `generate` as `custom_generate="…"`.
 
     Raises:
         OSError: if it cannot be written.

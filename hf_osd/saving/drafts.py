@@ -1,4 +1,4 @@
-"""Where a draft comes from: `load_draft` from a checkpoint, `grow_draft` from the target's own layers for those who have none."""
+"""Makes drafts: `load_draft` loads one from a checkpoint, `grow_draft` builds one from the target's own layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hf_osd.models.blueprint import blueprint, text_model
-from hf_osd.models.own_draft import execution_device, real_tensor, unwrapped
-from hf_osd.models.plain import has_adapter, merged, say_ties
+from hf_osd.models.clean_copy import execution_device, real_tensor, unwrapped
+from hf_osd.models.plain import has_adapter, merged, record_ties
 from hf_osd.saving.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -30,33 +30,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# The files of a draft's checkpoint: those of an older one that a newer one lacks would be read with it.
+# The files of a draft's checkpoint. One that only an older checkpoint has would be loaded together with a newer one.
 CHECKPOINT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *BASE_FILES)
 
 
 def files_of_checkpoint(directory: str | os.PathLike) -> list[Path]:
-    """The files of a checkpoint that are in a folder; none if there is no folder."""
+    """List the checkpoint files in a folder; none if the folder does not exist."""
     folder = Path(directory)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in files if any(fnmatch(path.name, pattern) for pattern in CHECKPOINT_FILES)]
 
 
 def drop_older(directory: str | os.PathLike, written: Collection[str]):
-    """Remove the files of an older checkpoint that the one just `written` lacks: they would be read with it."""
+    """Remove the files of an older checkpoint that are not among those just `written`: they would be loaded together with them."""
     for path in files_of_checkpoint(directory):
         if path.name not in written:
             path.unlink()
 
 
 def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` for an encoder-decoder, from safetensors alone, in the checkpoint's dtype unless
-    `kwargs` say otherwise.
+    """Load a draft by `AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` for an encoder-decoder, from safetensors only, and in the checkpoint's
+    dtype unless `kwargs` has another.
 
-    Where an adapter is there, it comes on its base, and trains: a transformers model with an adapter, whether or not it was saved as a PeftModel.
+    An adapter is loaded onto its base, and is trainable: the result is a transformers model with an adapter, even if it was saved as a PeftModel.
 
     Raises:
-        OSError: if there is no such draft, or its weights are damaged or no safetensors.
-        ValueError: if what is there is neither, an adapter that names no base, or an EAGLE-3 head, which [`load_feature_draft`] loads.
+        OSError: if there is no such draft, or its weights are damaged or not in safetensors.
+        ValueError: if it is neither a causal LM nor an encoder-decoder, is an adapter that names no base, or an EAGLE-3 head, which
+            [`hf_osd.load_feature_draft`] loads.
     """
     from safetensors import SafetensorError
 
@@ -73,8 +74,8 @@ def load_draft(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
 
 def load_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` of AutoModelForSeq2SeqLM if the config says that it is an encoder-decoder, of AutoModelForCausalLM if not: that one would make
-    a decoder without an encoder of a BART, and refuse a T5."""
+    """Load a model by AutoModelForSeq2SeqLM if its config is an encoder-decoder's, else by AutoModelForCausalLM, which would load a BART without its encoder,
+    and refuse a T5."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = kwargs.get("config")
@@ -89,14 +90,13 @@ def load_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 def save_draft(
     draft: nn.Module, directory: str | os.PathLike, repo_id: str | None = None, merge: bool = False
 ) -> None:
-    """Write a checkpoint that `load_draft` reads: a plain one; or of a draft with an adapter the adapter alone, with its base beside it unless
-    the Hub has that.
+    """Write a checkpoint that `load_draft` reads: a plain one, or, for a draft with an adapter, the adapter, with its base beside it unless the Hub has that.
 
     Args:
         draft (`PreTrainedModel` or `PeftModel`): the draft.
-        directory: where to.
-        repo_id (`str`, *optional*): the repository that the folder will be.
-        merge (`bool`): put an adapter into the weights, for those who read plain checkpoints alone.
+        directory: the folder to write into.
+        repo_id (`str`, *optional*): the repository to which the folder will be pushed.
+        merge (`bool`): merge the adapter into the weights, for programs that read only plain checkpoints.
 
     Raises:
         OSError: if it cannot be written.
@@ -111,21 +111,22 @@ def save_draft(
 
 
 def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTrainedModel:
-    """A draft of the target's class made of some of its decoder layers.
+    """Make a draft of the target's class out of some of its decoder layers.
 
-    Input embeddings and LM head are the target's own storage, frozen, and cost no memory; layers, final norm and whatever else the
-    architecture has are copied, and trainable. Of a target that sees as well that is its text model. What accelerate has offloaded is loaded. Undistilled it accepts next to nothing: it is where learning starts.
+    Input embeddings and LM head share the target's storage, are frozen, and cost no memory; layers, final norm and all other weights of the
+    architecture are copied, and trainable. A multimodal target gives a draft of its text model. Weights that accelerate has offloaded are loaded. Before it has
+    learnt, hardly any token of such a draft is accepted: it is the starting point of learning.
 
     Args:
-        target (`PreTrainedModel`): a causal LM, or a model with one in it that also sees, such as Gemma 3's.
+        target (`PreTrainedModel`): a causal LM, or a multimodal model that contains one, such as Gemma 3's.
         layers (`Sequence[int]`): indices of its decoder layers, in order; negative ones count from the end.
 
     Returns:
-        `PreTrainedModel`: in the target's dtype, on its device, in eval mode; `save_pretrained` gives a plain checkpoint.
+        `PreTrainedModel`: the draft, in the target's dtype, on its device, in eval mode; its `save_pretrained` writes a plain checkpoint.
 
     Raises:
-        ValueError: if `target` is no decoder-only model with an LM head, has an adapter or quantised weights or some on the meta device, or an index is out
-            of range, or its layers cannot be a model of their own.
+        ValueError: if `target` is not a decoder-only model with an LM head; if it has an adapter, quantised weights, or weights on the meta device; if an
+            index is out of range; or if these layers cannot form a model of the class.
     """
     given = unwrapped(target)
     target = text_model(given)
@@ -133,7 +134,7 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
     draft, tensors = plan.draft, dict(target.named_parameters(remove_duplicate=False))
     ends = {id(p) for end in (target.get_input_embeddings(), target.get_output_embeddings()) for p in end.parameters()}
     home = execution_device(target.get_input_embeddings())
-    fixed: dict[int, nn.Parameter] = {}  # of the ends, one for both where they are one
+    fixed: dict[int, nn.Parameter] = {}  # embeddings and LM head; one parameter where they are tied
     with torch.inference_mode(False), torch.no_grad():
         for name, source in plan.sources.items():
             owner, _, leaf = name.rpartition(".")
@@ -147,12 +148,14 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
                 fixed.setdefault(id(tensors[source]), nn.Parameter(grown, requires_grad=False))
                 owner.register_parameter(leaf, fixed[id(tensors[source])])
             else:
-                # A table with a part a layer has a row a token: it is as large as the ends are.
+                # An embedding with a part for each layer has a row for each token: it is as large as embeddings and head, and frozen like them.
                 table = isinstance(owner, nn.Embedding) and grown.shape != tensor.shape
                 owner.register_parameter(leaf, nn.Parameter(grown, requires_grad=not table))
     entry, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    if entry.is_meta and head.is_meta and target.config.tie_word_embeddings:  # that they are one is not seen there
+    if (
+        entry.is_meta and head.is_meta and target.config.tie_word_embeddings
+    ):  # on the meta device tied weights cannot be recognised
         draft.get_output_embeddings().weight = draft.get_input_embeddings().weight
-    say_ties(draft)
+    record_ties(draft)
     draft.generation_config = copy.deepcopy(given.generation_config)
     return draft.eval()

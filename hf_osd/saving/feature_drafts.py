@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.models.blueprint import depth_of, text_model
+from hf_osd.models.clean_copy import unwrapped
 from hf_osd.models.feature_config import FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.feature_growth import share_ends
-from hf_osd.models.own_draft import unwrapped
 from hf_osd.saving.feature_layouts import (
     LAYOUTS,
     check_expressible,
@@ -132,14 +132,23 @@ def load_feature_draft(name_or_path: str | os.PathLike, target: PreTrainedModel,
     return draft.eval()
 
 
+def layout_of(name_or_path: str | os.PathLike, **where) -> str | None:
+    """Return in which of the `LAYOUTS` a folder or repository holds a feature-level draft; `None` if it holds none.
+
+    Args:
+        name_or_path, **where: as for [`load_feature_draft`].
+    """
+    found = find_file(name_or_path, "config.json", **where)
+    return None if found is None else feature_layout(_json(found))
+
+
 def refuse_without_target(name_or_path: str | os.PathLike, where: Mapping):
     """See that a checkpoint stands alone: an EAGLE-3 head has its target's embeddings, and transformers would read it as another model.
 
     Raises:
         ValueError: if it does not.
     """
-    found = find_file(name_or_path, "config.json", **where)
-    layout = None if found is None else feature_layout(_json(found))
+    layout = layout_of(name_or_path, **where)
     if layout not in (None, "osd"):
         raise ValueError(
             f"{name_or_path} is an EAGLE-3 head in the layout {layout!r}, without embeddings: it has its target's. Load it with "

@@ -1,16 +1,16 @@
-"""The model card of an adapted draft: figures with the counts behind them, and facts; no text of any request, no path and no name of a machine."""
+"""Writes the model card of an adapted draft: figures with the counts behind them, and facts; no text of any request, no path and no name of a machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import platform
 import re
 from typing import TYPE_CHECKING
 
 from hf_osd.config import OnlineConfig
+from hf_osd.metrics.stats import figure_text, is_figure
 from hf_osd.policy.report import observed_speedup
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of a domain, in this order; those that no domain has make no column.
+# The columns of the table of domains, in order; a figure that no domain has gets no column.
 _DOMAIN_FIGURES = (
     "requests",
     "held_back",
@@ -32,7 +32,7 @@ _DOMAIN_FIGURES = (
     "speedup_decode",
     "speedup_end_to_end",
 )
-# What the Hub shows of them, and the count that is behind each.
+# The figures that the Hub shows: label, and the name of the count behind each.
 _MEASURED = {
     "alpha_before": ("α before adaptation", "held_back"),
     "alpha_after": ("α after adaptation", "held_back"),
@@ -57,21 +57,21 @@ def model_card(
     custom_generate: bool = False,
     **unknown,
 ) -> str:
-    """A README.md for the Hub, with the `model-index` that it reads. A figure that was not measured is left out, or a dash.
+    """Write a README.md for the Hub, with the `model-index` that the Hub reads. A figure that was not measured is left out, or a dash.
 
     Args:
-        stats ([`Stats`]): what serving observed.
+        stats ([`Stats`]): the statistics of serving.
         target (`str`, *optional*): name of the target.
         license (`str`, *optional*): the target's licence, which a draft grown from it inherits; `license_name` and `license_link` where it is `"other"`.
         domains (`dict`, *optional*): by domain name, figures as in the recipe's summary.json: `requests`, `alpha_before`, `alpha_after`, `compared`,
             `speedup_decode`, `speedup_end_to_end`; and `held_back`, the prompts behind the α.
-        lookahead ([`DraftPolicy`], *optional*): what drafting and verifying took.
-        config ([`OnlineConfig`], *optional*): the recipe.
-        machine (`dict`, *optional*): what the figures were measured on, see [`machine_facts`].
-        adapter (`tuple[str | None, bool]`, *optional*): of a draft with an adapter, the repository of its base, and whether the base is in this one.
-        repo_id (`str`, *optional*): where it is pushed to.
-        custom_generate (`bool`): whether a generation strategy lies beside it.
-        **unknown: facts that have no place on the card; left out, with a warning.
+        lookahead ([`DraftPolicy`], *optional*): the policy, which has measured the costs of drafting and verifying.
+        config ([`OnlineConfig`], *optional*): the options, of which the card lists those that differ from the defaults.
+        machine (`dict`, *optional*): facts about the machine, see [`machine_facts`].
+        adapter (`tuple[str | None, bool]`, *optional*): for a draft with an adapter, the repository of its base, and whether the base is saved with it.
+        repo_id (`str`, *optional*): the repository of the draft.
+        custom_generate (`bool`): whether the repository has a generation strategy.
+        **unknown: other facts; left out, with a warning.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -111,7 +111,7 @@ def model_card(
 
 
 def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
-    """What figures were measured on. No name of the machine or its user."""
+    """Describe the hardware and software on which figures were measured, without names of the machine or its user."""
     import torch
     import transformers
 
@@ -133,55 +133,39 @@ def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def _figures(stats: Stats, lookahead: DraftPolicy | None) -> list[str]:
-    """The table of what serving measured: figure, value, and what it was counted over."""
+    """Make the table of figures measured while serving: figure, value, and the counts behind it."""
     rolling, estimate = stats.rolling, stats.estimate
-    last = f"last {rolling.requests} requests"
+    last, new = f"last {rolling.requests} requests", f"{rolling.new_tokens} tokens"
+    tested = f"{rolling.accepted} of {rolling.tested} tokens"
     rows = [
-        (f"alpha (expected acceptance, {last})", _figure(rolling.alpha), f"{rolling.overlap_count} positions"),
-        (
-            f"alpha_live (accepted / tested, {last})",
-            _figure(rolling.alpha_live),
-            f"{rolling.accepted} of {rolling.tested} tokens",
-        ),
-        (
-            f"tokens a round ({last})",
-            _figure(rolling.tokens_per_round),
-            f"{rolling.new_tokens} tokens, {rolling.rounds} rounds",
-        ),
+        (f"alpha (expected acceptance, {last})", rolling.alpha, f"{rolling.overlap_count} positions"),
+        (f"alpha_live (accepted / tested, {last})", rolling.alpha_live, tested),
+        (f"tokens a round ({last})", rolling.tokens_per_round, f"{new}, {rolling.rounds} rounds"),
     ]
     if estimate is not None and estimate.requests > 1:
-        of = f"the last {estimate.requests} requests, each before it was learnt"
+        counted = f"the last {estimate.requests} requests, each before it was learnt"
+        interval = f"{figure_text(estimate.alpha)} ({figure_text(estimate.low)} to {figure_text(estimate.high)})"
         rows += [
-            ("alpha_static (without any learning)", _figure(estimate.gain.before), of),
-            (
-                "alpha_prequential",
-                f"{_figure(estimate.alpha)} ({_figure(estimate.low)} to {_figure(estimate.high)})",
-                of,
-            ),
-            ("regret_vs_static", _figure(stats.regret_vs_static), "of all accepted tokens"),
+            ("alpha_static (without any learning)", estimate.gain.before, counted),
+            ("alpha_prequential", interval, counted),
+            ("regret_vs_static", stats.regret_vs_static, "of all accepted tokens"),
         ]
     if lookahead is not None:
-        costs, given = (
-            lookahead.costs,
-            "given, not measured" if lookahead.costs.are_fixed else "measured while serving",
-        )
-        if lookahead.c is not None:
-            rows.append(("c (a draft step, in one-token target steps)", _figure(lookahead.c), given))
+        costs = lookahead.costs
+        given = "given, not measured" if costs.are_fixed else "measured while serving"
+        if costs.c is not None:
+            rows.append(("c (a draft step, in one-token target steps)", costs.c, given))
         if costs.are_fixed or costs.longest_measured > 1:
-            longest = lookahead.most + 1
-            v = ", ".join(
-                f"v({n}) = {value:.2f}" for n, value in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest)
-            )
-            rows.append(("v (verifying n tokens, in the same)", v, given))
+            longest = lookahead.max_gamma + 1
+            v = [f"v({n}) = {x:.2f}" for n, x in enumerate(costs.v_upto(longest), 1) if n in (2, 4, longest)]
+            rows.append(("v (verifying n tokens, in the same)", ", ".join(v), given))
         if (speedup := observed_speedup(rolling, lookahead)) is not None:
-            rows.append(
-                (
-                    f"speed-up over plain decoding ({last}, prompts included)",
-                    _figure(speedup),
-                    f"{rolling.new_tokens} tokens",
-                )
-            )
-    return ["| figure | value | counted over |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+            rows.append((f"speed-up over plain decoding ({last}, prompts included)", speedup, new))
+    lines = [
+        f"| {name} | {value if isinstance(value, str) else figure_text(value)} | {counted} |"
+        for name, value, counted in rows
+    ]
+    return ["| figure | value | counted over |", "|---|---|---|", *lines, ""]
 
 
 def _by_domain(domains: dict[str, dict]) -> list[str]:
@@ -204,7 +188,7 @@ def _facts(title: str, facts: dict) -> list[str]:
 
 
 def _recipe(config: OnlineConfig | None) -> dict:
-    """What differs from the defaults."""
+    """List the options that differ from the defaults."""
     if config is None:
         return {}
     changed = {
@@ -249,17 +233,17 @@ def _use(repo_id: str | None, adapter: tuple[str | None, bool] | None, custom_ge
 
 
 def _results(stats: Stats, domains: dict[str, dict]) -> list[EvalResult]:
-    """The model-index: each measured figure of each domain, and α of the last requests, before they were learnt."""
+    """Make the model-index: each measured figure of each domain, and α of the last requests, each before it was learnt."""
     results = []
     for domain, figures in domains.items():
         for name, (label, count) in _MEASURED.items():
-            if _is_figure(figures.get(name)):
+            if is_figure(figures.get(name)):
                 counts = {
                     key: figures[key] for key in dict.fromkeys(("requests", count)) if figures.get(key) is not None
                 }
                 results.append(_result(domain, name, label, figures[name], counts))
     estimate = stats.estimate
-    if estimate is not None and estimate.requests > 1 and _is_figure(estimate.alpha):
+    if estimate is not None and estimate.requests > 1 and is_figure(estimate.alpha):
         counts = {"requests": estimate.requests, "low": round(estimate.low, 4), "high": round(estimate.high, 4)}
         results.append(
             _result(
@@ -297,34 +281,27 @@ def _name(repo_id: str | None) -> str:
 
 
 def _is_local(name: str) -> bool:
-    """Whether it is a path: it says nothing to others, and much about a machine."""
+    """Tell whether a name is a path, which is useless to others and reveals things about this machine."""
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or os.path.exists(name)
 
 
 def _public(name: str) -> str:
-    """A domain's name as a cell of a table; of a path its end."""
+    """Return a domain's name as a cell of a table; only the last part of a path."""
     name = re.split(r"[/\\]", name)[-1] if _is_local(name) else name
     return re.sub(r"\s+", " ", name).replace("|", "/")
 
 
 def _by_public_name(domains: dict[str, dict]) -> dict[str, dict]:
+    """Rename domains to public names, all different."""
     found: dict[str, dict] = {}
     for name, figures in domains.items():
         shown, n = _public(name), 1
-        while shown in found:  # of two paths with one end, each keeps its row
+        while shown in found:  # two paths may have the same last part
             n += 1
             shown = f"{_public(name)} ({n})"
         found[shown] = figures
     return found
 
 
-def _is_figure(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _figure(value: float | None) -> str:
-    return f"{value:.3f}" if _is_figure(value) else "-"
-
-
 def _cell(value: float | int | None) -> str:
-    return str(value) if isinstance(value, int) else _figure(value)
+    return str(value) if isinstance(value, int) else figure_text(value)

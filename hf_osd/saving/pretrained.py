@@ -1,4 +1,4 @@
-"""`SavableAssistant`: how an assistant's draft comes and goes: checkpoints and the Hub."""
+"""`SavableAssistant` saves and loads an assistant's draft: as a checkpoint, and on the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavableAssistant(ResumableAssistant):
-    """The part of [`OnlineAssistant`] that touches disk and Hub."""
+    """Gives [`OnlineAssistant`] its methods for disk and Hub."""
 
     def save_pretrained(
         self,
@@ -37,21 +37,21 @@ class SavableAssistant(ResumableAssistant):
     ):
         """Write the serving draft as a transformers checkpoint, with `osd_config.json` and a model card beside it.
 
-        Of a draft that came with an adapter (LoRA) that is the adapter, and its base beside it, unless that is as the Hub has it: then the adapter names it.
-        Of one that learns in an adapter of hf_osd's own (`adapter="lora"`) it is a plain checkpoint, which serving engines read.
+        A draft that came with an adapter (LoRA) is saved as that adapter, with its base beside it, unless the Hub has the same base: then the adapter's config
+        names it. A draft that learns in an adapter of hf_osd's own (`adapter="lora"`) is saved as a plain checkpoint, which serving engines read.
 
         Args:
-            directory: where to. Files of the same names are replaced, whole; those of an older checkpoint that this one lacks are removed; others
-                stay.
-            processing_class: the tokenizer, to be saved with it.
+            directory: the folder to write into. Files of the same names are replaced, whole; files of an older checkpoint that this one lacks are removed;
+                others stay.
+            processing_class: the tokenizer, saved with the draft.
             card (`dict`, *optional*): facts for the model card, see [`hf_osd.saving.model_card.model_card`].
             custom_generate: also write the generation strategy, see [`hf_osd.saving.custom_generate.write_custom_generate`].
-            merge: put an adapter into the weights, or, with `False`, write it as an adapter, which `from_pretrained` goes on learning in. By where it came
-                from if left out.
+            merge: `True` merges an adapter into the weights; `False` writes it as an adapter, in which `from_pretrained` continues learning. `None` is
+                the default described above.
 
         Raises:
             OSError: if it cannot be written; an older checkpoint in `directory` is then unchanged.
-            ValueError: if the assistant has no draft, or several adapters of it are active.
+            ValueError: if the assistant has no draft, or several of its adapters are active.
         """
         self._save(directory, processing_class, card, custom_generate, merge=merge)
 
@@ -80,11 +80,11 @@ class SavableAssistant(ResumableAssistant):
         drop_older(directory, written)
 
     def write_card(self, directory: str | os.PathLike, card: dict | None = None):
-        """Write the model card anew beside a draft that `save_pretrained` has written: with figures that were not known then.
+        """Rewrite the model card beside a draft that `save_pretrained` has written, with newer figures.
 
         Args:
-            directory: where the draft is.
-            card (`dict`, *optional*): facts for it, see [`hf_osd.saving.model_card.model_card`].
+            directory: the folder of the draft.
+            card (`dict`, *optional*): facts for the card, see [`hf_osd.saving.model_card.model_card`].
 
         Raises:
             OSError: if it cannot be written; the older card is then unchanged.
@@ -93,7 +93,7 @@ class SavableAssistant(ResumableAssistant):
             self._write_card(staging, Path(directory), card)
 
     def _write_card(self, into: Path, draft_folder: Path, card: dict | None, **facts):
-        """The card is words: what cannot be said is a warning, and no reason to lose the weights."""
+        """Write the card; if that fails, warn instead of losing the weights."""
         draft = self.serving.active
         try:
             facts |= {
@@ -110,16 +110,16 @@ class SavableAssistant(ResumableAssistant):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, config: OnlineConfig | None = None, **kwargs) -> Self:
-        """An assistant around a saved draft, or any causal LM or encoder-decoder of the Hub.
+        """Make an assistant with a saved draft, or with any causal LM or encoder-decoder of the Hub.
 
         Args:
             name_or_path: a directory or a Hub id.
-            config ([`OnlineConfig`], *optional*): replaces the one saved beside the draft, if there is one.
-            **kwargs: for `from_pretrained` of transformers, such as `dtype`, `device_map`, `revision`, `token`.
+            config ([`OnlineConfig`], *optional*): used in place of the config saved beside the draft.
+            **kwargs: passed to transformers' `from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
 
         Raises:
-            OSError: if there is no such draft, its weights are damaged, or the Hub refuses or cannot be reached; the message says how to mend that.
-            ValueError: if it is neither, or its OnlineConfig does not fit.
+            OSError: if there is no such draft, its weights are damaged, or the Hub refuses or cannot be reached; the message names the remedy.
+            ValueError: if it is neither a causal LM nor an encoder-decoder, or its saved OnlineConfig is not valid.
         """
 
         def load():
@@ -127,7 +127,7 @@ class SavableAssistant(ResumableAssistant):
             if config is not None:
                 return draft, config
             where = {key: kwargs[key] for key in (*FROM_WHERE, "subfolder") if key in kwargs}
-            found = find_file(name_or_path, CONFIG_NAME, **where)  # `None` of a draft that hf_osd did not save
+            found = find_file(name_or_path, CONFIG_NAME, **where)  # `None` for a draft that hf_osd did not save
             return draft, OnlineConfig.from_json(found) if found is not None else None
 
         return cls(*from_hub(name_or_path, load))
@@ -147,25 +147,25 @@ class SavableAssistant(ResumableAssistant):
         """Push what `save_pretrained` writes, in one commit: weights, config and figures, no feedback. Returns the commit's address, whose last part is
         a `revision` for `from_pretrained`.
 
-        The repository is private unless you say otherwise: weights that learnt from traffic can have memorised some of it. Whatever the Hub passes
-        over for a moment is tried again, and a push that is repeated uploads no weights a second time.
+        The repository is private by default: weights that learnt from traffic can have memorised some of it. Temporary failures of the Hub are retried, and
+        repeating a push uploads no weights a second time.
 
         Args:
-            repo_id: where to; made if it is not there.
-            private: whether the repository is to be private.
-            token: of the Hub; the one you are logged in with if left out.
-            commit_message: says how much was learnt from if left out.
-            processing_class, card, custom_generate, merge: as in `save_pretrained`. The licence, if `card` has none, is that of its `target` on the Hub.
+            repo_id: the repository; made if it does not exist.
+            private: make the repository private, and refuse one that is public.
+            token: a token of the Hub; `None` uses the one you are logged in with.
+            commit_message: `None` writes one with the number of updates and requests.
+            processing_class, card, custom_generate, merge: as in `save_pretrained`. The licence, if `card` has none, is read from its `target` on the Hub.
 
         Raises:
-            OSError: if the Hub refuses or cannot be reached: huggingface_hub's `HfHubHTTPError`, or a `ConnectionError`; the message says how to mend it.
+            OSError: if the Hub refuses or cannot be reached: huggingface_hub's `HfHubHTTPError`, or a `ConnectionError`; the message names the remedy.
             ValueError: if the repository exists, is public, and `private` is set; or as in `save_pretrained`. Nothing is pushed then.
         """
         from huggingface_hub import HfApi
 
         self._needs_draft("push")
         memorised = (
-            "weights that learnt from traffic can have memorised some of it, and give it away to whoever reads them"
+            "weights that learnt from traffic can have memorised some of it, and reveal it to whoever reads them"
         )
         if private:
             logger.warning(
@@ -173,7 +173,7 @@ class SavableAssistant(ResumableAssistant):
             )
         else:
             logger.warning(
-                "Pushing to %s FOR ALL TO READ: %s. What is public once cannot be called back. Push only what learnt from traffic that may be public.",
+                "Pushing to %s FOR ALL TO READ: %s. Once public, they cannot be taken back. Push only what learnt from traffic that may be public.",
                 repo_id,
                 memorised,
             )

@@ -1,4 +1,4 @@
-"""`ResumableAssistant`: what a restart needs beyond the draft: the learner, the statistics, and how far its caller has come."""
+"""`ResumableAssistant` saves and loads what a restart needs beyond the draft: the learner, the statistics, and the caller's progress."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from hf_osd.system.strict_json import dumps, loads
 
 _LEARNER, _VALUES = "learner.safetensors", "state.json"
 _BUFFER = "buffer.safetensors"
-_VERSION = 3  # 1 was files beside each other, without statistics; 2 had requests held back
+_VERSION = 3  # 1 had files beside each other and no statistics; 2 had held-out requests
 
 
 class ResumableAssistant:
-    """The part of [`OnlineAssistant`] that stops and goes on."""
+    """Gives [`OnlineAssistant`] its methods to stop and resume."""
 
     closed = False
 
     def save_state(self, directory: str | os.PathLike, with_buffer: bool = False, progress: Any = None):
-        """Write what a restart needs beyond the draft: the learner's float32 weights, their average and its optimizer, and the statistics.
+        """Write what a restart needs beyond the draft: the learner's float32 weights, their average, its optimizer, and the statistics.
 
-        It becomes the newest state in `directory` at once, so that a process that is killed resumes from this one or from the one before, which
-        stays beside it (see [`hf_osd.system.files.new_state`]). Left out, and begun anew by a restart: the suffix cache, what was measured to choose γ
-        by, and the rows of a draft head that follow traffic. Of an assistant that does not learn (`learn="off"`, or no room to) it is statistics and
-        `progress`.
+        The files become the newest state in `directory` at once, so that a killed process resumes from this state or from the one before, which stays
+        beside it (see [`hf_osd.system.files.new_state`]). Not saved, and started anew after a restart: the suffix cache, the measurements by which γ is
+        chosen, and the draft vocabulary. An assistant that does not learn (`learn="off"`, or no memory for it) saves its statistics and `progress`.
 
         Args:
-            directory: where the states lie.
-            with_buffer: also write the feedback, which holds the prompts as token ids, readable by their owner alone. Without it, states that hold it do
-                not stay.
-            progress: what `load_state` is to give back, as JSON has it: the position in a stream, say.
+            directory: the folder of the states.
+            with_buffer: also write the feedback. It holds prompts as token ids; only the file's owner may read it. With `False`, older states that hold
+                feedback are deleted.
+            progress: a JSON value that `load_state` will return, such as the position in a stream.
 
         Raises:
-            OSError: if it cannot be written; the older states are then unchanged.
+            OSError: if the state cannot be written; the older states are then unchanged.
             ValueError: if the assistant is closed.
         """
         from safetensors.torch import save_file
@@ -48,8 +47,8 @@ class ResumableAssistant:
             stats = self._stats.state()
         values = {"version": _VERSION, "learner": values, "stats": stats, "progress": progress}
         if self.adapter is not None:
-            values["adapter"] = {"lora": self.adapter.rank, "base": self.adapter.print_of_base()}
-        # An older state with prompts, which nobody asks to keep any more, does not stay beside this one.
+            values["adapter"] = {"lora": self.adapter.rank, "base": self.adapter.base_fingerprint()}
+        # An older state with prompts goes if this one is saved without.
         asked = any((folder / _BUFFER).exists() for folder in states(directory))
         with new_state(directory, keep=1 if asked and not with_buffer else 2) as folder:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _LEARNER)
@@ -58,14 +57,14 @@ class ResumableAssistant:
                 self.buffer.save(folder / _BUFFER)
 
     def load_state(self, directory: str | os.PathLike) -> Any:
-        """Go on from `save_state`: learner and statistics, and with them the serving draft, are as they were. Returns its `progress`.
+        """Resume from `save_state`: restore learner, statistics and, with them, the weights that serve. Returns the saved `progress`.
 
-        A state that is not as it was written is passed over for the one before it, with a warning.
+        A damaged state is passed over for the one before it, with a warning.
 
         Raises:
             OSError: if there is no state in `directory`.
-            ValueError: if none is whole, or it is that of another draft, adapter or version, or of one that learnt where this one does not, or the other
-                way round.
+            ValueError: if all states are damaged; if the state belongs to another draft, adapter or version; if only one of the two assistants learns; or if
+                this assistant is closed.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -76,7 +75,7 @@ class ResumableAssistant:
         self._check_learns(values, folder)
         self._check_adapter(values.get("adapter"), folder)
         try:
-            stats = Stats.of_state(values["stats"])
+            stats = Stats.from_state(values["stats"])
             if self.learner is not None:
                 self.learner.load_state(load_file(folder / _LEARNER), values["learner"])
                 self.learner.serve()
@@ -93,33 +92,33 @@ class ResumableAssistant:
 
     def _needs_open(self, what: str):
         if self.closed:
-            raise ValueError(f"This assistant is closed, so there is no state to {what}; do so before it is.")
+            raise ValueError(f"This assistant is closed, so there is no state to {what}; {what} before you close it.")
 
     def _check_learns(self, values: dict, folder: Path):
-        """See that both learn, or neither."""
+        """Raise `ValueError` unless both assistants learn, or neither."""
         learnt, learns = values.get("learner", values) is not None, self.learner is not None
         if learnt and not learns:
             raise ValueError(
-                f"The state in {folder} is that of an assistant that learns, and this one does not; make it so that it does (not with learn='off')."
+                f"The state in {folder} belongs to an assistant that learns, and this one does not; make it without learn='off', and with memory to learn in."
             )
         if learns and not learnt:
             raise ValueError(
-                f"The state in {folder} is that of an assistant that did not learn, and this one does; make it with learn='off', or start anew."
+                f"The state in {folder} belongs to an assistant that did not learn, and this one does; make it with learn='off', or start anew."
             )
 
     def _check_adapter(self, saved: dict | None, folder: Path):
-        """See that what learns here is what learnt there: all weights, or an adapter of the same rank over the same weights."""
+        """Raise `ValueError` unless the same weights learn as in the saved state: all, or an adapter of the same rank over the same base."""
         here = self.adapter
         then, now = (saved or {}).get("lora"), here.rank if here is not None else None
         if then != now:
             raise ValueError(
-                f"The learner's state in {folder} is that of another draft: there {_what_learns(then)} learnt, and here {_what_learns(now)} does. Make the "
-                f"assistant with {_as_asked(then)} to go on from it."
+                f"The learner's state in {folder} belongs to another draft: there {_what_learns(then)} learnt, and here {_what_learns(now)} does. Make the "
+                f"assistant with {_as_asked(then)} to resume from it."
             )
-        if here is not None and saved["base"] != here.print_of_base():
+        if here is not None and saved["base"] != here.base_fingerprint():
             raise ValueError(
-                f"The learner's state in {folder} is that of another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
-                "with the draft that it began with, or was refreshed to; a checkpoint of save_pretrained has the adapter in its weights already."
+                f"The learner's state in {folder} belongs to another draft: its LoRA adapter (lora={then}) was learnt over other weights. Make the assistant "
+                "with the draft that it started from, or was last refreshed with; in a checkpoint of save_pretrained the adapter is merged already."
             )
 
 
@@ -132,10 +131,11 @@ def _as_asked(lora: int | None) -> str:
 
 
 def saved_progress(directory: str | os.PathLike) -> Any:
-    """The `progress` of the state that `load_state` would go on from, without an assistant.
+    """Return the `progress` of the state from which `load_state` would resume; no assistant is needed.
 
     Raises:
-        OSError, ValueError: as `load_state`.
+        OSError: if there is no state in `directory`.
+        ValueError: if all states are damaged, or the newest is of another version.
     """
     return _values(newest_state(directory))["progress"]
 

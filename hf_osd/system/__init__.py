@@ -1,1 +1,4 @@
-"""The machine: files that are whole or absent, threads, forks, random states and devices. It knows nothing of drafts."""
+"""Deals with the machine: files that are whole or absent, threads, forks, random states and devices.
+
+This room knows nothing of drafts.
+"""

@@ -1,4 +1,4 @@
-"""`option`: a dataclass field with its help and its bound, from which its check, its flag and its line in the docs come."""
+"""`option` makes a dataclass field with a help and a bound, from which its check, its flag and its line in the docs are made."""
 
 from __future__ import annotations
 
@@ -12,79 +12,81 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bound:
-    """Which values an option takes.
+    """Defines which values an option accepts.
 
     Args:
-        words (`str`): that in words, as what one is asked for: `"give a whole number ≥ 1"`.
-        holds (`Callable`): whether a value, as `read` returns it, is one of them.
-        read (`Callable`, *optional*): turns what flags, YAML and users write into the value, and what it does not know into itself.
+        remedy (`str`): what an error asks for: `"give a whole number ≥ 1"`.
+        holds (`Callable`): tells whether a value, as `read` returns it, is accepted.
+        read (`Callable`, *optional*): converts what flags, YAML and users write into the value; returns anything else unchanged.
     """
 
-    words: str
+    remedy: str
     holds: Callable[[Any], bool]
     read: Callable[[Any], Any] = lambda value: value
 
     def or_none(self) -> Bound:
-        """The same, and `None`."""
-        return Bound(f"{self.words}, or None", lambda value: value is None or self.holds(value), self.read)
+        """Return a bound that accepts `None` too."""
+        return Bound(f"{self.remedy}, or None", lambda value: value is None or self.holds(value), self.read)
 
 
 class Help(str):
-    """What an option does and, in brackets, the values it takes. `bound` is the bound.
+    """Describes what an option does and, in brackets, the values it accepts. `bound` is its [`Bound`].
 
-    transformers' argument parser hands all of a field's metadata to argparse, which knows `help` and no bound: so it comes with the help.
+    transformers' argument parser hands all of a field's metadata to argparse, which knows `help` but no bound: so the help carries it.
     """
 
     bound: Bound
 
     def __new__(cls, text: str, bound: Bound) -> Help:
-        made = super().__new__(cls, f"{text} [{bound.words.partition(' ')[2]}]")
+        made = super().__new__(cls, f"{text} [{bound.remedy.partition(' ')[2]}]")
         made.bound = bound
         return made
 
 
 def option(default: Any, bound: Bound, text: str) -> Any:
-    """A field with this default, whose `metadata["help"]` is a [`Help`]."""
+    """Make a field with this default, whose `metadata["help"]` is a [`Help`]."""
     return dataclasses.field(default=default, metadata={"help": Help(text, bound)})
 
 
 def check_options(config: Any):
-    """Read and check all options of a dataclass instance, in place.
+    """Convert and check all options of a dataclass instance, in place.
 
     Raises:
-        ValueError: for a value out of bounds, naming the field, the value and the mend.
+        ValueError: for a value out of bounds, naming the field, the value and the remedy.
     """
     for field in dataclasses.fields(config):
         bound = field.metadata["help"].bound
         value = bound.read(getattr(config, field.name))
         if not bound.holds(value):
-            raise ValueError(f"`{field.name}` is {value!r}; {bound.words}.")
+            raise ValueError(f"`{field.name}` is {value!r}; {bound.remedy}.")
         setattr(config, field.name, value)
 
 
 def is_number(value: Any) -> bool:
+    """Tell whether it is an int or a float; a bool is neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def whole(least: int) -> Bound:
-    """Whole numbers from `least` on."""
+def whole(minimum: int) -> Bound:
+    """Accept whole numbers from `minimum` on."""
     return Bound(
-        f"give a whole number ≥ {least}", lambda value: is_number(value) and isinstance(value, int) and value >= least
+        f"give a whole number ≥ {minimum}",
+        lambda value: is_number(value) and isinstance(value, int) and value >= minimum,
     )
 
 
-def number(least: float) -> Bound:
-    """Numbers from `least` on, infinity included."""
-    return Bound(f"give a number ≥ {least}", lambda value: is_number(value) and value >= least)
+def number(minimum: float) -> Bound:
+    """Accept numbers from `minimum` on, infinity included."""
+    return Bound(f"give a number ≥ {minimum}", lambda value: is_number(value) and value >= minimum)
 
 
-def above_zero(words: str = "give a number above 0", most: float = math.inf) -> Bound:
-    """Numbers above 0, up to `most`."""
-    return Bound(words, lambda value: is_number(value) and 0 < value <= most)
+def above_zero(remedy: str = "give a number above 0", maximum: float = math.inf) -> Bound:
+    """Accept numbers above 0, up to `maximum`."""
+    return Bound(remedy, lambda value: is_number(value) and 0 < value <= maximum)
 
 
 def choice(*values: str, true: str | None = None, false: str | None = None) -> Bound:
-    """One of these words; `true` and `false` are what those two stand for, as YAML and users write them."""
+    """Accept one of these words; `true` and `false` are the words that YAML's and users' True and False stand for."""
     meant = {"true": true, "false": false}
     return Bound(
         f"choose one of {', '.join(map(repr, values))}",
@@ -94,7 +96,7 @@ def choice(*values: str, true: str | None = None, false: str | None = None) -> B
 
 
 def switch() -> Bound:
-    """True or False, in words too."""
+    """Accept True or False, as words too."""
     return Bound(
         "choose one of True, False",
         lambda value: isinstance(value, bool),
@@ -103,7 +105,7 @@ def switch() -> Bound:
 
 
 def as_number(value: Any) -> Any:
-    """A number of its text, for flags know one type, and it may also be a word."""
+    """Convert text to a number where it is one: a flag has one type, and the option accepts words too."""
     with contextlib.suppress(ValueError, TypeError):
         return value if isinstance(value, bool) else float(value)
     return value

@@ -1,5 +1,5 @@
-"""Files that are whole or absent, whenever the process ends. What stands for itself is written beside its place and renamed into it (`staged`);
-files that mean something together alone are a numbered folder, which is there by one rename (`new_state`, `newest_state`)."""
+"""Writes files that are whole or absent, whenever the process ends. Independent files are written beside their place and renamed into it (`staged`);
+files that belong together form a numbered folder, which appears by one rename (`new_state`, `newest_state`)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _STAGED, _STATE, _MANIFEST = ".staged-", "state-", "manifest.json"
 
 @contextlib.contextmanager
 def staged(directory: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into; when the block ends well, its files replace those of the same name in `directory`, one after the other.
+    """Yield a folder to write into; when the block succeeds, its files replace those of the same name in `directory`, one after the other.
 
-    When it does not (a full disk, an interrupt), `directory` is as it was. Each file is whole at any moment, but a process that is killed between two
-    renames leaves new files beside old ones: for files that must not be mixed there is `new_state`.
+    If the block fails (a full disk, an interrupt), `directory` is unchanged. Each file is whole at any moment, but a process that is killed between two
+    renames leaves new files beside old ones; use `new_state` for files that must not be mixed.
 
     Raises:
-        OSError: if `directory` cannot be made or written; the message names it and says what has become of what was there.
+        OSError: if `directory` cannot be made or written; the message names it and lists the files that were replaced.
     """
     directory, replaced = Path(directory), []
     with _naming(directory, replaced), _staging(directory) as staging:
@@ -56,17 +56,17 @@ def staged(directory: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_state(directory: str | os.PathLike, keep: int = 2) -> Iterator[Path]:
-    """A folder to write into; when the block ends well, it is the newest state in `directory`, all of it at once.
+    """Yield a folder to write into; when the block succeeds, it becomes the newest state in `directory`, all files at once.
 
     The states are the folders `state-00000001` and so on, each with the lengths and SHA-256 of its files in `manifest.json`, and readable by their
-    owner alone. A process that is killed leaves the states as they were or with the new one; what it had written of it goes at the next save.
+    owner alone. A process that is killed leaves the states either unchanged or with the new one added; the next save removes its unfinished files.
 
     Args:
-        directory: where the states lie.
-        keep (`int`): how many of them stay, this one included.
+        directory: the folder of the states.
+        keep (`int`): how many states to keep, the new one included.
 
     Raises:
-        OSError: if it cannot be written; the message names `directory`, whose states are then as they were.
+        OSError: if the state cannot be written; the message names `directory`, whose states are then unchanged.
     """
     directory = Path(directory)
     with _naming(directory), _staging(directory) as staging:
@@ -84,18 +84,17 @@ def new_state(directory: str | os.PathLike, keep: int = 2) -> Iterator[Path]:
 
 
 def states(directory: str | os.PathLike) -> list[Path]:
-    """The states in `directory`, newest first, whole or not."""
+    """List the states in `directory`, newest first, damaged ones included."""
     found = [path for path in Path(directory).glob(f"{_STATE}*") if path.name.removeprefix(_STATE).isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_STATE)), reverse=True)
 
 
 def newest_state(directory: str | os.PathLike) -> Path:
-    """The newest state that is as it was written. One that is not (a truncated file, a flipped bit) is passed over for the one before it, with
-    a warning.
+    """Return the newest intact state. A damaged one (a truncated file, a flipped bit) is passed over for the one before it, with a warning.
 
     Raises:
         FileNotFoundError: if there is no state.
-        ValueError: if none is whole; the message names the file.
+        ValueError: if all are damaged; the message names the file.
     """
     found, damages = states(directory), []
     if not found:
@@ -103,7 +102,7 @@ def newest_state(directory: str | os.PathLike) -> Path:
     for folder in found:
         if (damage := _damage(folder)) is None:
             for passed_over in damages:
-                logger.warning("%s. Going on from the state before it, %s.", passed_over, folder)
+                logger.warning("%s. Continuing from the state before it, %s.", passed_over, folder)
             return folder
         damages.append(damage)
     raise ValueError(
@@ -112,14 +111,14 @@ def newest_state(directory: str | os.PathLike) -> Path:
 
 
 def discard_states(directory: str | os.PathLike):
-    """Delete all states in `directory`; `OSError` if one stays."""
+    """Delete all states in `directory`; `OSError` if one cannot be deleted."""
     for folder in states(directory):
         shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
 def _naming(directory: Path, replaced: list[str] | None = None) -> Iterator[None]:
-    """What cannot be written, as an `OSError` that names `directory`. safetensors has an error of its own for a full disk."""
+    """Raise failed writes as an `OSError` that names `directory`; safetensors raises an error of its own on a full disk."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -135,7 +134,7 @@ def _naming(directory: Path, replaced: list[str] | None = None) -> Iterator[None
 
 @contextlib.contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
-    """An empty folder inside `directory`, so that renames cannot cross a file system; gone afterwards. Those that killed saves left go first."""
+    """Yield an empty folder inside `directory`, so that no rename crosses a file system. Delete it afterwards, and first those that killed saves left."""
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(f"{_STAGED}*"):
         with contextlib.suppress(OSError), _locked(left):
@@ -143,7 +142,7 @@ def _staging(directory: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=_STAGED, dir=directory))
     try:
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
+            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
                 stack.enter_context(_locked(staging))
             yield staging
     finally:
@@ -152,10 +151,10 @@ def _staging(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else may take `folder` for one that a killed save left, as long as this lasts: the system ends the lock with the process.
+    """Lock `folder`, so that no other save deletes it as a leftover of a killed one; the system frees the lock when the process ends.
 
     Raises:
-        OSError: if another save holds it, or there are no locks here.
+        OSError: if another save holds the lock, or the file system has no locks.
     """
     if fcntl is None:
         raise OSError("no locks on folders")
@@ -168,7 +167,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _sync(path: Path):
-    """Have a file's bytes, or a folder's names, survive a power failure."""
+    """Flush a file's bytes, or a folder's entries, to disk, so that they survive a power failure."""
     if fcntl is None and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -184,7 +183,7 @@ def _facts(path: Path) -> dict:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a state, in words; `None` if it is as it was written."""
+    """Describe the damage of a state; `None` if it is intact."""
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a fork leaves behind. In the child there is one thread, the one that forked: what the others did is not done there, and the locks that they held
+"""Prepares locks and objects for forks. A forked child has only the thread that forked: the other threads' work stops there, and locks that they held
 would be held for ever."""
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from typing import Any, Protocol
 
 _locks: weakref.WeakSet = weakref.WeakSet()
 _owners: weakref.WeakSet = weakref.WeakSet()
-# Seconds that a fork waits for imports to end.
+# Seconds that a fork waits for imports to finish.
 _PATIENCE = 30.0
 _importing, _forking = threading.RLock(), threading.local()
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import what takes seconds in here: a fork waits for it, or modules would be half imported in the child for ever."""
+    """Have forks wait while slow imports run inside this context; otherwise the child would keep half-imported modules."""
     _heed_forks()
     with _importing:
         yield
 
 
 class Forked(Protocol):
-    """What is to hear of forks."""
+    """Marks objects that must react to forks."""
 
     def after_fork(self):
-        """Called in the child, before anything else runs there; waits for nothing."""
+        """Run in the child before anything else does; must not block."""
 
 
 def released(lock: Any) -> Any:
-    """A `threading.Lock` or `RLock` that in a forked child nobody holds."""
+    """Return this `threading.Lock` or `RLock`, which from now on is free in every forked child."""
     _heed_forks()
     _locks.add(lock)
     return lock
 
 
 def on_fork(owner: Forked):
-    """Have `owner.after_fork()` called in each forked child, while locks are still as they were."""
+    """Call `owner.after_fork()` in each forked child, before its locks are freed."""
     _heed_forks()
     _owners.add(owner)
 
@@ -66,4 +66,4 @@ def _in_child():
     for owner in list(_owners):
         owner.after_fork()
     for lock in list(_locks):
-        lock._at_fork_reinit()  # as the standard library has it for its own
+        lock._at_fork_reinit()  # as the standard library does with its own locks

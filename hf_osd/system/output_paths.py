@@ -1,4 +1,4 @@
-"""Where a command may write: never over, into or around what it reads."""
+"""Checks that a command writes neither over, into nor around what it reads."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 def check_apart(
     outputs: Mapping[str, str | os.PathLike], inputs: Mapping[str, str | os.PathLike], around: bool = False
 ):
-    """See that no output is an input, by whatever path either is given: links, relative paths, another name of the same file.
+    """Check that no output is an input, however the paths are spelled: as links, as relative paths, as other names of the same file.
 
     Args:
-        outputs, inputs: paths by what to call them, a flag's name say. Inputs that are not on this machine (a Hub id), or empty, are passed over.
-        around (`bool`): an output may be a folder that holds an input: what is written into it has other names.
+        outputs, inputs: paths by their name in messages, such as a flag's. Inputs that are empty or not on this machine (a Hub id) are passed over.
+        around (`bool`): allow an output folder that holds an input; the files written into it must have other names.
 
     Raises:
-        ValueError: if one is the other, or a folder of one lies within the other.
+        ValueError: if an output is an input, or one lies within the other.
     """
     for out_name, out in outputs.items():
         for name, given in inputs.items():
-            how = _meets(Path(out), Path(given)) if given else None
+            how = _overlap(Path(out), Path(given)) if given else None
             if how is not None and not (around and how == "holds"):
                 raise ValueError(
                     f"{out_name} {out} {how} {name} {given}, which would be written over; choose another place for {out_name}."
@@ -29,10 +29,10 @@ def check_apart(
 
 
 def check_writable(name: str, path: str | os.PathLike, folder: bool = False):
-    """See that a file, or with `folder` a folder, can be written at `path`, before any work is done for it. Nothing is made.
+    """Check that a file, or with `folder` a folder, can be written at `path`, before any work is done for it. Nothing is made.
 
     Raises:
-        OSError: if it cannot; the message names it.
+        OSError: if it cannot; the message has `name` and `path`.
     """
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
@@ -45,8 +45,8 @@ def check_writable(name: str, path: str | os.PathLike, folder: bool = False):
         raise PermissionError(f"{name} {path} cannot be written: {place} is not yours to write; choose another place.")
 
 
-def _meets(output: Path, given: Path) -> str | None:
-    """How the two meet, in words that stand between their names; `None` if they do not, or `given` is not there."""
+def _overlap(output: Path, given: Path) -> str | None:
+    """Describe how the two overlap, in words that fit between their names; `None` if they do not, or `given` does not exist."""
     if not given.exists():
         return None
     if output.exists() and output.samefile(given):
@@ -56,12 +56,12 @@ def _meets(output: Path, given: Path) -> str | None:
         return "is"
     if given.is_dir() and _within(output, given):
         return "lies within"
-    # A file in a folder of outputs is nobody's unless it has the name of one, which is then an output too.
+    # A file in a folder of outputs is in danger only if an output has its name, which is then checked by itself.
     return "holds" if given.is_dir() and _within(given, output) else None
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether `folder` is one of the parents of `path`, by what they are: file systems may not tell case apart."""
+    """Tell whether `folder` is a parent of `path`, by the files themselves: file systems may ignore case."""
     if folder in path.parents:
         return True
     return folder.exists() and any(parent.exists() and parent.samefile(folder) for parent in path.parents)

@@ -1,4 +1,4 @@
-"""`isolated_random_state`: work that draws random numbers, and leaves no trace of that."""
+"""`isolated_random_state` lets code draw random numbers without changing the process's random state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def isolated_random_state() -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's random states as they were: learning must not change what a user samples."""
+    """Restore Python's, NumPy's and torch's random states when the block ends: learning must not change what a user samples."""
     import numpy as np
 
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: what is not a finite number is `null`, or tagged as transformers' configs have it where it is to come back."""
+"""Writes JSON that every reader accepts: numbers that are not finite become `null`, or are tagged as in transformers' configs where they must be read back."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def dumps(value: Any, indent: int | None = None, exact: bool = False) -> str:
-    """`value` as JSON, without NaN or Infinity, which `json` writes and most readers refuse.
+    """Return `value` as JSON without NaN or Infinity, which `json` writes and most readers refuse.
 
     Args:
-        value: what `json` takes.
-        indent (`int`, *optional*): as `json` has it.
-        exact (`bool`): NaN and ±Infinity come back by `loads`, as `{"__float__": "NaN"}`; else they are null.
+        value: anything that `json` can write.
+        indent (`int`, *optional*): passed to `json.dumps`.
+        exact (`bool`): write NaN and ±Infinity as `{"__float__": "NaN"}`, which `loads` reads back; else they are null.
     """
     return json.dumps(_finite(value, exact), indent=indent, allow_nan=False)
 
 
 def loads(text: str | bytes) -> Any:
-    """What `dumps` wrote; also what other writers did, NaN or a byte order mark included. `ValueError` if it is no JSON."""
+    """Read what `dumps` or another writer wrote; NaN and a byte order mark are accepted. `ValueError` if it is not JSON."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     return json.loads(text.removeprefix("\ufeff"), object_hook=_tagged)
 
 
 def write_json(path: str | os.PathLike, value: Any):
-    """Write a file for people and programs, whole or not at all; its folder is made if it is not there. `OSError` if it cannot be written."""
+    """Write an indented JSON file, whole or not at all; its folder is made if need be. `OSError` if it cannot be written."""
     path, text = Path(path), dumps(value, indent=2) + "\n"
     if path.exists() and not path.is_file():  # a terminal or a pipe: nothing can be renamed into it
         path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`start_thread`: threads that a process, when it ends, has end first."""
+"""`start_thread` starts threads that end before their process does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-# Seconds that a process which ends waits for a thread to end.
+# Seconds that a process waits for a thread before it ends.
 PATIENCE = 30.0
 
 
@@ -21,11 +21,12 @@ def start_thread(
     force: Callable[[], None] | None = None,
     patience: float | None = None,
 ) -> threading.Thread:
-    """Start a thread that keeps no process alive. At its end the process calls `stop`, which must have the thread end, and waits for it, though not for ever:
-    an interpreter must not go in the middle of an optimizer step.
+    """Start a daemon thread, and have the process stop it before it ends: an interpreter must not go in the middle of an optimizer step.
 
     Args:
-        force (`Callable`, *optional*): called where `stop` was not enough, and that is waited for too.
+        target (`Callable`), args (`tuple`): the function that the thread runs, and its arguments.
+        stop (`Callable`): asks the thread to end; the process calls it when it ends, and then waits.
+        force (`Callable`, *optional*): called where that wait was too short; the process then waits once more.
         patience (`float`, *optional*): seconds of each wait; `PATIENCE` if left out.
     """
     process = os.getpid()
@@ -46,7 +47,7 @@ def start_thread(
                 ask()
                 thread.join(PATIENCE if patience is None else patience)
         if thread.is_alive():
-            logger.warning("What learns does not stop, and the process ends without it.")
+            logger.warning("The learner does not stop; the process ends all the same.")
 
     atexit.register(end)
     thread.start()

@@ -1,4 +1,4 @@
-"""`WarnOnce`: warnings that are given once each, though what they are about happens at every call."""
+"""`WarnOnce` logs each warning once, though its cause recurs at every call."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 
 
 class WarnOnce:
-    """Logs each message at its first time.
+    """Logs each message the first time it is given.
 
     Args:
-        logger (`logging.Logger`): where to.
+        logger (`logging.Logger`): where to log.
     """
 
     def __init__(self, logger: logging.Logger):

@@ -1,1 +1,1 @@
-"""What is measured: speed, costs, policies, bytes on the wire, and what another engine accepts."""
+"""Benchmarks: speed, costs, draft policies, bytes on the wire, and acceptance in another engine."""

@@ -1,12 +1,12 @@
-"""The one source of figures about speed: everything is measured in one process, interleaved, and reported as medians.
+"""Measures speed: everything in one process, interleaved, and reported as medians. All figures about speed come from here.
 
     python -m recipes.benchmarks.benchmark --methods plain,assisted,online --draft my-draft --stream my.jsonl --json methods.json
     python -m recipes.benchmarks.benchmark --what overhead --json overhead.json
     python -m recipes.benchmarks.benchmark --what lookahead --json lookahead.json
     python -m recipes.benchmarks.benchmark --what background --json background.json
 
-`methods` serves the same requests by each method in turn; `overhead` is what hf_osd adds to the models' own work; `lookahead` what each policy
-for γ would have made of recorded answers; `background` what learning in a thread or a process takes from serving. What they write is described in docs/recipes.md.
+`methods` serves the same requests by each method in turn; `overhead` compares hf_osd with the bare forwards of its models; `lookahead` simulates each policy for γ
+on recorded answers; `background` measures how much learning in a thread or a process slows serving. docs/recipes.md describes the output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import platform
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -22,81 +22,76 @@ from hf_osd import OnlineConfig, record_answers
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.scoring import answer_logits
 from hf_osd.models.draft_head import DraftHead
+from hf_osd.system.bounds import choice, option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
 from recipes.benchmarks.beside import Beside
 from recipes.benchmarks.methods import METHODS, Contest, names_of
 from recipes.benchmarks.overhead import BareForwards, Overhead
-from recipes.benchmarks.regret import Trace, regrets
+from recipes.benchmarks.regret import Predictions, regrets
 from recipes.benchmarks.workload import WARM_UP, Workload
-from recipes.common.command import check_numbers, numbers_of, run_command
+from recipes.common.command import numbers_of, run_command
+from recipes.common.figures import aligned, cell
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import ModelArguments
+from recipes.common.options import optional_string, string
 
-# A benchmark serves a draft as it is, unless told otherwise.
+WHATS = ("methods", "overhead", "lookahead", "background")
+# A benchmark serves the draft as it is, unless flags say otherwise.
 DEFAULTS = {"learn": "off"}
-# Forwards of each size timed where costs are measured for `lookahead`.
+# Timed forwards of each size, to measure the costs for `lookahead`.
 _TIMED = 15
 
 
 @dataclass
 class BenchmarkArguments(ModelArguments):
-    """What to measure, on what; all other arguments are those of `OnlineConfig`."""
+    """What to measure, and on what. The fields of `OnlineConfig` are flags too."""
 
-    what: str = field(
-        default="methods", metadata={"help": "What to measure: 'methods', 'overhead', 'lookahead' or 'background'."}
+    what: str = option("methods", choice(*WHATS), "What to measure.")
+    methods: str = option(
+        "plain,assisted,prompt_lookup,online", string(), f"Methods to compare, with ',' between: {', '.join(METHODS)}."
     )
-    methods: str = field(
-        default="plain,assisted,prompt_lookup,online",
-        metadata={"help": f"Methods to compare, with ',' between: {', '.join(METHODS)}."},
+    stream: str = option("stdlib", string(), "A JSONL file, dataset or built-in stream; see docs/recipes.md.")
+    requests: int = option(8, whole(1), "Requests that each method serves in each repeat.")
+    skip: int = option(0, whole(0), "Prompts to skip before the first measured request.")
+    held_back: int = option(
+        0,
+        whole(0),
+        "Take prompts from the N that distill.py or replay.py holds back with the same flag and seed; 0 takes them from the whole stream.",
     )
-    stream: str = field(
-        default="stdlib", metadata={"help": "A JSONL file or a built-in stream, see recipes/common/prompts.py."}
+    warm: int = option(
+        0, whole(0), "Requests just before the measured ones that online methods serve first, untimed; at most --skip."
     )
-    requests: int = field(default=8, metadata={"help": "Requests served with each setting, each repeat."})
-    skip: int = field(default=0, metadata={"help": "Prompts left out before the first request."})
-    held_back: int = field(
-        default=0, metadata={"help": "Take prompts from those that a job with this flag and seed held back."}
+    before: str | None = option(
+        None, optional_string(), "Draft of the method 'before': --draft as it was before it learnt."
     )
-    warm: int = field(
-        default=0,
-        metadata={"help": "Requests just before the measured ones that online methods serve first, untimed."},
-    )
-    before: str | None = field(
-        default=None,
-        metadata={"help": "Another draft, that of the method 'before': --draft as it was before it learnt."},
-    )
-    gammas: str = field(default="1,2,3,4,5,7", metadata={"help": "γ that 'assisted' chooses from."})
-    lookups: str = field(default="3,5,10", metadata={"help": "Lengths that 'prompt_lookup' chooses from."})
-    repeats: int = field(default=5, metadata={"help": "Repeats; the figures are medians over them."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    sample: bool = field(default=False, metadata={"help": "Sample, by the target's generation config."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+    gammas: str = option("1,2,3,4,5,7", string(), "Values of γ that 'assisted' chooses from, with ',' between.")
+    lookups: str = option("3,5,10", string(), "Lengths that 'prompt_lookup' chooses from, with ',' between.")
+    repeats: int = option(5, whole(1), "Repeats; the figures are medians over them.")
+    max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
+    sample: bool = option(False, switch(), "Sample with the target's generation config instead of decoding greedily.")
+    chat_template: bool = option(True, switch(), "Apply the tokenizer's chat template to prompts.")
+    json: str | None = option(None, optional_string(), "Also write the figures to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json if there is one.")
 
     def __post_init__(self):
-        if self.what not in MEASURES:
-            raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, MEASURES))}.")
         super().__post_init__()
         if "before" in names_of(self.methods) and self.before is None:
             raise ValueError(
-                "`methods` has 'before' and `before` is empty; name the draft as it was, such as --before Qwen/Qwen3-0.6B."
+                "`methods` has 'before' and `before` is empty; name the draft as it was before it learnt, such as --before Qwen/Qwen3-0.6B."
             )
         for name in ("gammas", "lookups"):
             numbers_of(getattr(self, name), name)
-        least = {"requests": 1, "skip": 0, "held_back": 0, "warm": 0, "repeats": 1, "max_new_tokens": 2, "threads": 1}
-        check_numbers(self, least)
         if self.sample and self.what != "methods":
             raise ValueError(f"`sample` is for --what methods; {self.what!r} is measured on greedy answers.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; the exit status."""
+    """Measure and print; returns the exit status."""
     return run_command(BenchmarkArguments, measure, argv, DEFAULTS)
 
 
 def measure(args: BenchmarkArguments, config: OnlineConfig):
-    """The figures, as a table or JSON to the console, and as JSON to the file asked for."""
+    """Measure, write the figures to the file of `--json`, and print them as a table or JSON."""
     figures = MEASURES[args.what](args, config)
     figures |= {"machine": machine(), "arguments": asdict(args) | {"config": config.to_dict()}}
     if args.json is not None:
@@ -108,29 +103,34 @@ def measure(args: BenchmarkArguments, config: OnlineConfig):
 
 
 def methods(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Serve the same requests by each method in turn."""
     contest = Contest(args, config)
     return {"methods": contest.run(), "prompts": prompts_of(contest.work)}
 
 
 def overhead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Compare serving and learning with the bare forwards of the models."""
     work = Overhead(args, config)
     return {"overhead": work.measure(), "prompts": prompts_of(work.work)}
 
 
 def background(args: BenchmarkArguments, config: OnlineConfig) -> dict:
+    """Serve with and without learning in the background."""
     work = Beside(args, config)
     return {"background": work.measure(), "prompts": prompts_of(work.work)}
 
 
 def lookahead(args: BenchmarkArguments, config: OnlineConfig) -> dict:
-    """Each policy's rate, and its regret beside the best fixed γ, on the target's own answers and what the draft says of them."""
+    """Simulate each policy for γ on the target's own answers: its rate, and its regret against the best fixed γ."""
     work = Workload(args, config.seed)
     prompts = [request["ids"] for request in work.requests]
     answers = record_answers(work.target, prompts, args.max_new_tokens, top_k=config.top_k)
-    traces = traces_of(work.draft, answers)
+    traces = predictions_of(work.draft, answers)
     most, c, slope = config.num_assistant_tokens, config.draft_cost, config.verify_cost
     if c is None:
-        bare = BareForwards(work.target, work.draft, answers[0].tokens.long(), DraftHead.of(work.draft, config))
+        bare = BareForwards(
+            work.target, work.draft, answers[0].tokens.long(), DraftHead.from_config(work.draft, config)
+        )
         c, slope = costs_of(bare, most)
     found = {"costs": {"c": c, "verify_cost": slope, "measured": config.draft_cost is None}}
     found |= {"alpha": statistics.mean(hit for trace in traces for hit in trace.hits)}
@@ -141,32 +141,32 @@ MEASURES = {"methods": methods, "overhead": overhead, "lookahead": lookahead, "b
 
 
 @torch.no_grad()
-def traces_of(draft, answers: list) -> list[Trace]:
-    """What the draft says at each position of the answers, teacher-forced, and how sure it is."""
+def predictions_of(draft, answers: list) -> list[Predictions]:
+    """Let the draft predict each position of the answers, teacher-forced, with its confidence."""
     collate, traces = FeedbackCollator("all"), []
     for answer in answers:
         batch = {k: v.to(draft.device) if hasattr(v, "to") else v for k, v in collate([answer]).items()}
         top = answer_logits(draft, batch).float().softmax(-1).max(-1)
         hits = (top.indices.cpu() == answer.answer).int()
-        traces.append(Trace(hits.tolist(), top.values.tolist()))
+        traces.append(Predictions(hits.tolist(), top.values.tolist()))
     return traces
 
 
 def costs_of(bare: BareForwards, most: int) -> tuple[float, float]:
-    """c, and the slope of v from one token to `most`+1."""
+    """Measure c, and the slope of v between one token and `most`+1."""
     timed = [(bare.verify(1), bare.verify(most + 1), bare.step()) for _ in range(_TIMED + WARM_UP)][WARM_UP:]
     one, block, step = (statistics.median(times) for times in zip(*timed, strict=True))
     return step / one, max(block / one - 1, 0.0) / most
 
 
 def prompts_of(work: Workload) -> dict:
-    """Which prompts were used, by the ids of their rows."""
+    """Say which prompts were used, by the ids of their rows."""
     ids = {name: [row["id"] for row in getattr(work, name)] for name in ("requests", "warm", "warm_up")}
     return {"stream": work.name, **ids}
 
 
 def table(found: dict[str, dict]) -> str:
-    """A line a method."""
+    """Lay out the figures with a line for each method."""
     columns = {
         "tok/s": ("tokens_per_second", "{:.1f}"),
         "speed-up": ("speedup_vs_plain", "{:.2f}"),
@@ -182,24 +182,12 @@ def table(found: dict[str, dict]) -> str:
     }
     lines = [["", *columns]]
     for name, figures in found.items():
-        lines.append([name, *(_cell(figures[key], form) for key, form in columns.values())])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-
-
-def _cell(value, form: str) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return f"{form.format(value['median'])} ({form.format(value['min'])}-{form.format(value['max'])})"
-    return form.format(value)
+        lines.append([name, *(cell(figures[key], form) for key, form in columns.values())])
+    return aligned(lines, right=True)
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     import transformers
 
     return {

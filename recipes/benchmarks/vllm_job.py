@@ -1,6 +1,6 @@
-"""The side of vllm_check.py that runs in vLLM's environment: it needs vllm, and of hf_osd `hf_osd.engines.vllm` alone, which needs no more.
+"""The part of vllm_check.py that runs in vLLM's environment. It needs vllm and, of hf_osd, only `hf_osd.engines.vllm`.
 
-A job comes on standard input and its answer goes to standard output, both as JSON, so that no prompt is written.
+A job comes on standard input and its answer goes to standard output, both as JSON, so that no prompt is written to disk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from hf_osd.engines.vllm import DraftRefresh
 
 
 class Worker(DraftRefresh):
-    """What vLLM mixes into its workers here."""
+    """Extends vLLM's workers."""
 
     def torch_threads(self) -> int:
-        """CPU threads of the worker."""
+        """Return the worker's CPU threads."""
         import torch
 
         return torch.get_num_threads()
 
 
 def serve(job: dict) -> dict:
-    """Greedy answers to the job's prompts, by the target with the draft, and again after each refresh; vLLM's own counts of each.
+    """Answer the job's prompts greedily with target and draft, and again after each refresh; returns answers and vLLM's own counts.
 
     Args:
         job: `target`, `draft` and `refresh` (folders, the last a list), `prompts` (token ids), `dtype`, `gamma`, `max_new_tokens` and
@@ -73,7 +73,7 @@ def serve(job: dict) -> dict:
 
 
 def _counts(metrics: list) -> dict:
-    """vLLM's counters of speculative decoding, by the end of their names: since the engine started, over all requests."""
+    """Read vLLM's counters of speculative decoding, since the engine started, by their names without the prefix."""
     prefix = "vllm:spec_decode_"
     counters = {metric.name.removeprefix(prefix): metric for metric in metrics if metric.name.startswith(prefix)}
     # A counter has a value, a vector of counters has values.

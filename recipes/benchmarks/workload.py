@@ -1,9 +1,8 @@
-"""`Workload`: what a benchmark decodes, and how a request is timed. It knows prompts, flags and `generate`, no way to draft."""
+"""`Workload`: the models and requests of a benchmark, and how a request is timed. It knows nothing of ways to draft."""
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,59 +12,33 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
+from recipes.common.forwards import Forwards
 from recipes.common.models import draft_tokenizers, encode_rows, load_draft, load_target, use_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Requests that are served before any is measured: costs and caches of torch are then warm. None of them is measured.
+# Requests served before any is measured, to warm up torch's caches and measured costs. They are not measured themselves.
 WARM_UP = 2
 
 
 @dataclass
 class Call:
-    """One request served."""
+    """One served request, with its times and counts."""
 
     output: Tensor  # int64 (L,), prompt included
-    new: int  # tokens
-    first: int  # of them, those that the first round gave
+    new: int  # new tokens
+    first: int  # new tokens of the first round
     seconds: float
-    first_seconds: float  # until they were there: with the prompt's forward
+    first_seconds: float  # until the first round's tokens came, the prompt's forward included
     target_forwards: int
     draft_forwards: int = 0
-    forward_seconds: float = 0.0  # in forwards of target and watched draft, after the first round
+    forward_seconds: float = 0.0  # within forwards of target and watched draft, after the first round
     learn_seconds: float = 0.0
 
 
-class Forwards:
-    """Counts the forwards of a model and their seconds, while open. With `wait`, each is waited for: an accelerator's forward comes back before
-    it is done."""
-
-    def __init__(self, model: nn.Module, wait: bool = False):
-        self._model, self._wait = model, wait
-        self.count, self.seconds = 0, 0.0
-
-    def __enter__(self) -> Forwards:
-        begin, end = self._model.register_forward_pre_hook(self._begin), self._model.register_forward_hook(self._end)
-        self._handles = (begin, end)
-        return self
-
-    def __exit__(self, *exception):
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, module, inputs):
-        self.count += 1
-        self._started = time.perf_counter()
-
-    def _end(self, module, inputs, output):
-        if self._wait:
-            torch.accelerator.synchronize()
-        self.seconds += time.perf_counter() - self._started
-
-
 class FirstTokens(BaseStreamer):
-    """Notes when the first new tokens came: `generate` puts the prompt, and then what each round gives."""
+    """Notes when the first new tokens came. `generate` puts the prompt first, and then the tokens of each round."""
 
     def __init__(self, meters: Sequence[Forwards]):
         self._meters, self._puts = meters, 0
@@ -81,12 +54,12 @@ class FirstTokens(BaseStreamer):
 
 
 class Workload:
-    """Target, draft and requests that the flags name, and how a request is timed.
+    """Loads target, draft and requests that the flags name, and times requests.
 
     Args:
-        args (`BenchmarkArguments`): the recipe's.
-        seed (`int`, *optional*): of the split, and of sampling.
-        least: requests to have at least; `args.requests` are measured.
+        args (`BenchmarkArguments`): the flags.
+        seed (`int`, *optional*): seeds the split into held-back prompts, and sampling.
+        least: smallest number of requests to load, if `args.requests` is less.
 
     Raises:
         ValueError: if the stream has too few prompts.
@@ -96,31 +69,27 @@ class Workload:
         use_threads(args.threads)
         self.max_new_tokens, self.sample, self.seed = args.max_new_tokens, args.sample, seed or 0
         self.wait_for_forwards = False
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.target, self.tokenizer = load_target(args.target, args.dtype, device)
+        self.target, self.tokenizer = load_target(args.target, args.dtype)
         self._load_requests(args, max(args.requests, least))
-        # All but `methods` put the target's own tokens to the draft. For generate, and nothing where the draft's tokens are the target's.
+        # Only `methods` serves drafts of another vocabulary, which `generate` needs tokenizers for.
         self.draft: PreTrainedModel = load_draft(args.draft, self.target, any_vocabulary=args.what == "methods")
         self.tokenizers = draft_tokenizers(args.draft, self.draft, self.target, self.tokenizer)
 
     def _load_requests(self, args, count: int):
-        from recipes.common.prompts import load_streams, split_held_back
+        from recipes.common.prompts import load_stream, split_held_back
 
         if args.warm > args.skip:
             raise ValueError(
                 f"`warm` is {args.warm} and `skip` {args.skip}: the warm requests are the ones just before those measured; raise --skip to "
                 "at least as many."
             )
-        streams = load_streams(args.stream, self.seed)
-        if len(streams) > 1:
-            raise ValueError(f"`stream` {args.stream!r} has the domains {[name for name, _ in streams]}; name one.")
-        self.name, rows = streams[0]
+        self.name, rows = load_stream(args.stream, self.seed)
         held, rest = split_held_back(rows, args.held_back, self.seed, self.name) if args.held_back else (rows, [])
         first = args.skip - args.warm
         self.warm = self._encode(args, held[first : args.skip])
         found = self._encode(args, held[args.skip :])
         self.requests = found[:count]
-        # Never a measured request: a cache would know its answer.
+        # Never a measured request, whose answer a cache would then know.
         others = [*self._encode(args, held[:first]), *self._encode(args, rest[: 4 * WARM_UP])]
         self.warm_up = [*found[count:], *others][:WARM_UP]
         if len(self.requests) < count or len(self.warm_up) < WARM_UP:
@@ -133,7 +102,7 @@ class Workload:
         return encode_rows(self.target, self.tokenizer, self.name, rows, self.max_new_tokens, args.chat_template)[0]
 
     def generate(self, request: dict, watch: nn.Module | None = None, **kwargs) -> Call:
-        """One request by `target.generate` with these `kwargs`. `watch` is a draft whose forwards are counted too."""
+        """Serve one request by `target.generate(**kwargs)`, timed; the forwards of the draft `watch` are counted and timed too."""
         input_ids = request["ids"][None].to(self.target.device)
         mask = torch.ones_like(input_ids)
         if self.sample:
@@ -162,8 +131,3 @@ class Workload:
             draft_forwards=sum(meter.count for meter in meters[1:]),
             forward_seconds=sum(meter.seconds for meter in meters) - first.forward_seconds,
         )
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -1,1 +1,1 @@
-"""What must hold, at length: outputs that never change, states that survive kills, many threads and many requests."""
+"""Long checks of the library's promises: unchanged outputs, states that survive kills, many threads and many requests."""

@@ -1,10 +1,10 @@
-"""A service that learns, killed again and again with SIGKILL, and what is on disk after each kill.
+"""Repeatedly kills a service that learns, with SIGKILL, and checks what is on disk after each kill.
 
     python -m recipes.checks.kill --kills 100 --output_dir runs/kill
 
 A child process serves an endless stream on a tiny random model and checkpoints every few requests, as recipes/distill.py does. It is killed after a
-random delay, every other time within a save. Then a process of its own loads what is there into a fresh assistant and compares it with what was
-served; and the next child goes on from it. The exit status is 1 if any state was corrupt or more than one interval was lost. POSIX alone.
+random delay, every other time within a save. Then another process loads what is there into a fresh assistant and compares it with what was served,
+and the next child goes on from it. The exit status is 1 if any state was corrupt or more than one interval was lost. Needs POSIX.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
+from hf_osd.system.bounds import check_options, number, option, switch, whole
 from hf_osd.system.files import newest_state, states
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_kinds, check_numbers
+from recipes.common.options import string
 from recipes.common.run_folder import RunFolder
 from recipes.common.run_log import METRICS, RunLog
 
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_osd.recipes.kill")
 
 VOCAB, PROMPT, ANSWER = 64, 6, 12
-# All that a restart keeps decides what is served: no clock, no replay of feedback that is not saved. So rows of a run that was killed can be compared with
-# those of one that was not.
+# Answers depend only on what a restart keeps, not on clocks or on feedback that is not saved, so that the rows of a killed run can be compared with those of
+# a run that was not killed.
 CONFIG = {
     "lookahead": "constant",
     "num_assistant_tokens": 3,
@@ -52,42 +53,37 @@ CONFIG = {
     "learning_budget": 1.0,
     "seed": 0,
 }
-SAVING, SAVED = b"s", b"e"  # what a child tells of its saves
+SAVING, SAVED = b"s", b"e"  # bytes that a child sends as a save begins and ends
 
 
 @dataclass
 class KillArguments:
-    """How often, and where."""
+    """How often to kill, and where to write."""
 
-    kills: int = field(default=100, metadata={"help": "Times the child is killed."})
-    seed: int = field(default=0, metadata={"help": "Of the delays."})
-    longest: float = field(
-        default=0.6, metadata={"help": "Seconds from a child's first request to its kill, at most."}
+    kills: int = option(100, whole(1), "How often the child is killed.")
+    seed: int = option(0, whole(0), "Seed of the delays.")
+    longest: float = option(0.6, number(0), "Longest time from a child's first request to its kill, in seconds.")
+    checkpoint_every: int = option(
+        4, whole(1), "Requests between two checkpoints, which is the interval that a kill may lose."
     )
-    checkpoint_every: int = field(default=4, metadata={"help": "Requests between two checkpoints: the interval."})
-    compare: bool = field(
-        default=True, metadata={"help": "Serve the same requests unkilled too, and compare the rows."}
-    )
-    output_dir: str = field(default="runs/kill", metadata={"help": "Where rows, states and summary go."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
-    )
+    compare: bool = option(True, switch(), "Also serve the same requests without a kill, and compare the rows.")
+    output_dir: str = option("runs/kill", string(), "Folder for rows, states and summary.")
+    overwrite: bool = option(False, switch(), "Start anew in place of the run in output_dir.")
 
     def __post_init__(self):
-        check_kinds(self)
-        check_numbers(self, {"kills": 1, "seed": 0, "longest": 0, "checkpoint_every": 1})
+        check_options(self)
         if self.checkpoint_every % CONFIG["update_interval"]:
             raise ValueError(
-                f"`checkpoint_every` is {self.checkpoint_every}; give a multiple of {CONFIG['update_interval']}, the requests an update, or "
-                "a kill takes with it what waits to be learnt."
+                f"`checkpoint_every` is {self.checkpoint_every}; give a multiple of {CONFIG['update_interval']}, the requests of an update, or "
+                "a kill loses feedback that waits to be learnt."
             )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Kill and look; the exit status."""
+    """Kill and check; returns the exit status."""
     from transformers import HfArgumentParser
 
-    from hf_osd import OnlineGKDTrainer  # noqa: F401 (seconds of imports, which each fork would take)
+    from hf_osd import OnlineGKDTrainer  # noqa: F401 (imported here, or each fork would spend seconds on it)
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(1)
@@ -101,19 +97,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Killing:
-    """One run: `run` reads from top to bottom."""
+    """One run of all kills; `run` reads from top to bottom."""
 
     def __init__(self, args: KillArguments):
         self.args, self.directory = args, Path(args.output_dir) / "service"
         self.random = random.Random(args.seed)
-        self.save_seconds = 0.02  # of the last save that was not killed
+        self.save_seconds = 0.02  # duration of the last save that was not killed
         RunLog(self.directory, identity(args)).begin()  # afresh
 
     def run(self) -> int:
+        """Kill as often as asked, checking after each kill, and write the summary; returns the exit status."""
         kills, known, start = [], [], time.perf_counter()
         for i in range(self.args.kills):
             in_save = self._serve_and_kill(aim_at_save=i % 2 == 1)
-            kill = self._look(known) | {"in_save": in_save}
+            kill = self._check_disk(known) | {"in_save": in_save}
             kills.append(kill)
             known = kill.pop("rows")
             print(
@@ -132,33 +129,36 @@ class Killing:
         return 1 if failed or summary.get("differs_at") is not None else 0
 
     def _serve_and_kill(self, aim_at_save: bool) -> bool:
-        """One child's life; whether it ended within a save."""
-        with forked(lambda tell: serve(self.args, self.directory, tell)) as (child, heard):
-            told = heard.wait(SAVING)  # its first save, as it begins: it is ready
+        """Start a child, let it serve, and kill it; returns whether the kill came within a save."""
+        with forked(lambda send: serve(self.args, self.directory, send)) as (child, messages):
+            sent = messages.wait(SAVING)  # the beginning of its first save: it is ready
             delay = self.random.uniform(0, self.args.longest)
             if aim_at_save:
                 for _ in range(self.random.randrange(1, 4)):
                     began = time.perf_counter()
-                    told += heard.wait(SAVED)
+                    sent += messages.wait(SAVED)
                     self.save_seconds = time.perf_counter() - began
-                    told += heard.wait(SAVING)
+                    sent += messages.wait(SAVING)
                 delay = self.random.uniform(0, self.save_seconds)
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
-            told += heard.rest()
-        return told.endswith(SAVING)
+            sent += messages.rest()
+        return sent.endswith(SAVING)
 
-    def _look(self, known: list[dict]) -> dict:
-        """What a process that comes afterwards finds."""
-        with forked(lambda tell: tell(json.dumps(look(self.args, self.directory, known)).encode())) as (_, heard):
-            return json.loads(heard.rest())
+    def _check_disk(self, known: list[dict]) -> dict:
+        """Check in another process what is on disk."""
+        with forked(lambda send: send(json.dumps(check_disk(self.args, self.directory, known)).encode())) as (
+            _,
+            messages,
+        ):
+            return json.loads(messages.rest())
 
     def _differs_at(self, rows: list[dict]) -> int | None:
-        """The first request at which a run that nobody killed has another row."""
+        """Find the first request at which a run without kills has another row; `None` if there is none."""
         straight = Path(self.args.output_dir) / "straight"
         RunLog(straight, identity(self.args)).begin()
-        with forked(lambda tell: serve(self.args, straight, tell, requests=len(rows))) as (_, heard):
-            heard.rest()
+        with forked(lambda send: serve(self.args, straight, send, requests=len(rows))) as (_, messages):
+            messages.rest()
         whole = [json.loads(line) for line in (straight / METRICS).read_text().splitlines()]
         return next((row["request"] for row, other in zip(rows, whole, strict=True) if row != other), None)
 
@@ -175,20 +175,20 @@ class Killing:
         }
 
 
-def serve(args: KillArguments, directory: Path, tell: Callable[[bytes], None], requests: int | None = None):
-    """The child: go on from what is there, for ever or up to a number of requests."""
+def serve(args: KillArguments, directory: Path, send: Callable[[bytes], None], requests: int | None = None):
+    """Serve as the child: go on from what is on disk, for ever or up to a number of requests."""
     log = RunLog(directory, identity(args), resume=True).begin()
-    target, assistant = made()
+    target, assistant = make_models()
     if states(log.checkpoint):
         assistant.load_state(log.checkpoint)
     save = type(assistant).save_state
 
-    def telling(*arguments, **kwargs):
-        tell(SAVING)
+    def saving(*arguments, **kwargs):
+        send(SAVING)
         save(assistant, *arguments, **kwargs)
-        tell(SAVED)
+        send(SAVED)
 
-    assistant.save_state = telling
+    assistant.save_state = saving
     log.save(assistant)
     while requests is None or log.served < requests:
         input_ids = prompt(log.served)
@@ -205,15 +205,15 @@ def serve(args: KillArguments, directory: Path, tell: Callable[[bytes], None], r
             log.save(assistant)
 
 
-def look(args: KillArguments, directory: Path, known: list[dict]) -> dict:
-    """Load what is on disk into a fresh assistant, and hold it against itself and against the rows `known` before."""
+def check_disk(args: KillArguments, directory: Path, known: list[dict]) -> dict:
+    """Load what is on disk into a fresh assistant, and check that it agrees with itself and with the rows `known` before."""
     checkpoint, written = directory / "checkpoint", (directory / METRICS).read_bytes()
     left_over = len(list(checkpoint.glob(".staged-*")))
     facts = {"served": written.count(b"\n"), "saved": 0, "lost": 0, "left_over": left_over, "rows": known}
     try:
         if newest_state(checkpoint) != states(checkpoint)[0]:
             raise ValueError("the newest state is passed over")
-        _, assistant = made()
+        _, assistant = make_models()
         progress = assistant.load_state(checkpoint)
         rows = facts["rows"] = [json.loads(line) for line in written[: progress["bytes"]].splitlines()]
         facts |= {"saved": len(rows), "lost": facts["served"] - len(rows)}
@@ -230,13 +230,13 @@ def look(args: KillArguments, directory: Path, known: list[dict]) -> dict:
             if one != other:
                 raise ValueError(f"{what}: {one} is not {other}")
         corrupt = None
-    except Exception as error:  # whatever it is, a restart would have met it
+    except Exception as error:  # whatever it is, a restart would have failed with it
         corrupt = f"{type(error).__name__}: {error}"
     return facts | {"corrupt": corrupt}
 
 
-def made() -> tuple[LlamaForCausalLM, OnlineAssistant]:
-    """The target, and an assistant with a draft grown from it: the same ones in every process."""
+def make_models() -> tuple[LlamaForCausalLM, OnlineAssistant]:
+    """Make the target, and an assistant with a draft grown from it, the same in every process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -257,31 +257,32 @@ def made() -> tuple[LlamaForCausalLM, OnlineAssistant]:
 
 
 def prompt(number: int) -> Tensor:
-    """The stream: int64 `(1, 6)`."""
+    """Make the prompt of this number, int64 `(1, 6)`."""
     return torch.randint(2, VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(number))
 
 
 def identity(args: KillArguments) -> dict:
+    """Collect what a resumed run must have begun with."""
     return {"checkpoint_every": args.checkpoint_every, "config": CONFIG}
 
 
-class Heard:
-    """What a child tells through a pipe."""
+class Messages:
+    """Reads what a child sends through a pipe."""
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
 
     def wait(self, until: bytes) -> bytes:
-        """All up to the byte `until`; `RuntimeError` if the child ends before it says that."""
-        told = b""
-        while not told.endswith(until):
+        """Read up to the byte `until`; raises `RuntimeError` if the child ends before it."""
+        sent = b""
+        while not sent.endswith(until):
             if not (byte := os.read(self._descriptor, 1)):
-                raise RuntimeError("The child ended by itself; what it met is in the log above.")
-            told += byte
-        return told
+                raise RuntimeError("The child ended by itself; its error is in the log above.")
+            sent += byte
+        return sent
 
     def rest(self) -> bytes:
-        """All up to the child's end."""
+        """Read up to the child's end."""
         parts = []
         while part := os.read(self._descriptor, 2**16):
             parts.append(part)
@@ -289,15 +290,15 @@ class Heard:
 
 
 @contextlib.contextmanager
-def forked(work: Callable[[Callable[[bytes], None]], None]) -> Iterator[tuple[int, Heard]]:
-    """A child that calls `work(tell)`, its process id and what it tells; no longer there afterwards. A fork has its imports done already."""
+def forked(work: Callable[[Callable[[bytes], None]], None]) -> Iterator[tuple[int, Messages]]:
+    """Fork a child that calls `work(send)`; yields its process id and what it sends, and ends it afterwards. A fork needs no imports."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.close(reading)
-            work(lambda told: os.write(writing, told) and None)
+            work(lambda sent: os.write(writing, sent) and None)
             status = 0
         except BaseException:
             logger.exception("A child failed.")
@@ -305,10 +306,10 @@ def forked(work: Callable[[Callable[[bytes], None]], None]) -> Iterator[tuple[in
             os._exit(status)
     os.close(writing)
     try:
-        yield child, Heard(reading)
+        yield child, Messages(reading)
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)  # it may have ended, but is there until it has been waited for
+        os.kill(child, signal.SIGKILL)  # also if it has ended: its process id is valid until waited for
         os.waitpid(child, 0)
 
 

@@ -1,8 +1,8 @@
-"""The promise, at length: requests served while the draft learns, each decoded plainly too, and the two outputs compared.
+"""Checks at length that outputs do not change: serves requests while the draft learns, decodes each plainly too, and compares the two outputs.
 
     python -m recipes.checks.lossless --stream one.jsonl,two.jsonl --requests 200 --output_dir runs/lossless
 
-The exit status is 1 if any output differs by more than a near-tie. What it writes is described in docs/recipes.md.
+The exit status is 1 if any output differs by more than a near-tie. docs/recipes.md describes the files it writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
-from recipes.common.command import check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.domains import content_of, digest
+from recipes.common.figures import mean, ratio, shown
 from recipes.common.models import (
     ModelArguments,
     answer,
@@ -32,66 +34,60 @@ from recipes.common.models import (
     print_of,
     use_threads,
 )
-from recipes.common.report import shown
+from recipes.common.options import string
+from recipes.common.report import setting_of
 from recipes.common.run_folder import RunFolder
-from recipes.common.run_log import RunLog, mean, or_none
+from recipes.common.run_log import RunLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.lossless")
 
-# A draft that drafts, whether or not that pays: where nothing is drafted, nothing can go wrong.
+# The draft drafts whether or not that pays, for where nothing is drafted nothing can go wrong.
 DEFAULTS = {"lookahead": "constant", "num_assistant_tokens": 3, "seed": 0}
 
 
 @dataclass
 class LosslessArguments(ModelArguments):
-    """What to serve and compare; all other arguments are those of `OnlineConfig`."""
+    """What to serve and compare. The fields of `OnlineConfig` are flags too."""
 
-    stream: str = field(
-        default="stdlib", metadata={"help": "JSONL files or built-in streams, see recipes/common/prompts.py."}
+    stream: str = option(
+        "stdlib", string(), "JSONL files, datasets or built-in streams, comma-separated; see docs/recipes.md."
     )
-    requests: int = field(default=200, metadata={"help": "Requests in all, taken from the streams in turn."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    output_dir: str = field(default="runs/lossless", metadata={"help": "Where rows, summary and checkpoint go."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in the output directory."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew in place of the run in the output directory."}
-    )
-    checkpoint_every: int = field(default=10, metadata={"help": "Requests between two checkpoints."})
-    log_every: int = field(default=10, metadata={"help": "Requests between two lines of figures."})
-    chat_template: bool = field(default=True, metadata={"help": "Put prompts through the tokenizer's chat template."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        least = {"requests": 1, "max_new_tokens": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1}
-        check_numbers(self, least)
+    requests: int = option(200, whole(1), "Requests in total, taken from the streams in turn.")
+    max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
+    output_dir: str = option("runs/lossless", string(), "Folder for rows, summary and checkpoints.")
+    resume: bool = option(False, switch(), "Continue the run in output_dir from its checkpoint.")
+    overwrite: bool = option(False, switch(), "Start anew in place of the run in output_dir.")
+    checkpoint_every: int = option(10, whole(1), "Requests between two checkpoints.")
+    log_every: int = option(10, whole(1), "Requests between two lines of figures.")
+    chat_template: bool = option(True, switch(), "Apply the tokenizer's chat template to prompts.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve and compare; the exit status."""
+    """Serve and compare; returns the exit status."""
     return run_command(LosslessArguments, lambda args, config: Job(args, config).run(), argv, DEFAULTS)
 
 
 class Job:
-    """One run: `run` reads from top to bottom."""
+    """One run; `run` reads from top to bottom."""
 
     def __init__(self, args: LosslessArguments, config: OnlineConfig):
         if not config.learns:
-            raise ValueError("`learn` is False; leave it out: what is compared is serving while the draft learns.")
+            raise ValueError("`learn` is off; leave it out, for outputs are compared while the draft learns.")
         self.args, self.config = args, config
         use_threads(args.threads)
 
     def run(self) -> int:
+        """Serve, compare, and write the summary; returns the exit status."""
         args = self.args
         with RunFolder(args.output_dir, args.resume, args.overwrite) as folder:
             return self._run(folder)
 
     def _run(self, folder: RunFolder) -> int:
         args = self.args
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.target, self.tokenizer = load_target(args.target, args.dtype, device)
+        self.target, self.tokenizer = load_target(args.target, args.dtype)
         requests, skipped = self._load_requests()
         draft = load_draft(args.draft, self.target, any_vocabulary=True)
         self.tokenizers = draft_tokenizers(args.draft, draft, self.target, self.tokenizer)
@@ -116,16 +112,18 @@ class Job:
         return 0 if summary["checks"]["no_mismatches"] else 1
 
     def _serve(self, assistant: OnlineAssistant, requests: list[dict], log: RunLog):
-        """Each request in turn: generate with and without the draft, compare, then learn."""
+        """For each request in turn: generate with and without the draft, compare, then learn."""
         bar = tqdm(total=len(requests), initial=log.served, desc="comparing", unit="request", smoothing=0.05)
         for request in requests[log.served :]:
             prompt = request["ids"]
-            plain_first = log.served % 2 == 1  # in turn: neither may lean on what the other left behind
+            plain_first = (
+                log.served % 2 == 1
+            )  # alternating, so that neither always runs on caches the other has warmed
             plain = self._answer(prompt) if plain_first else None
             assisted = self._answer(prompt, assistant_model=assistant, **self.tokenizers)
             if plain is None:
                 plain = self._answer(prompt)
-            verdict = compare_outputs(self.target, plain, assisted)
+            verdict = compare_outputs(self.target, plain, assisted, prompt_length=len(prompt))
             found = {"id": request["id"], "verdict": verdict}
             if verdict != "identical":
                 found |= first_difference(self.target, plain, assisted, len(prompt))
@@ -148,7 +146,7 @@ class Job:
         return answer(self.target, prompt, self.args.max_new_tokens, **kwargs)
 
     def _load_requests(self) -> tuple[list[dict], dict[str, int]]:
-        """The requests in serving order, and the prompts skipped a domain."""
+        """Load the requests in serving order, and the number of skipped prompts by domain."""
         from recipes.common.prompts import load_streams
 
         args, streams, skipped, contents = self.args, [], {}, []
@@ -169,7 +167,7 @@ class Job:
         return requests, skipped
 
     def _identity(self, draft: PreTrainedModel) -> dict:
-        """What must be the same for a run to be resumed; `requests` may be raised."""
+        """Collect what must be the same for a run to be resumed; `requests` may be raised."""
         settings = {name: getattr(self.args, name) for name in ("max_new_tokens", "dtype")}
         settings |= {"stream": self.content, "target": print_of(self.target), "draft": print_of(draft)}
         template = self.tokenizer.chat_template if self.args.chat_template else None
@@ -197,9 +195,7 @@ class Job:
                 "learned_tokens": stats.learned_tokens,
                 "wall_s": log.wall,
                 "seed": self.config.seed,
-                "dtype": str(self.target.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-                "device": str(self.target.device.type),
+                **setting_of(self.target),
                 "arguments": asdict(self.args),
                 "config": self.config.to_dict(),
             },
@@ -207,13 +203,17 @@ class Job:
 
 
 def in_turn(streams: list[list[dict]], count: int) -> list[dict]:
-    """The first `count` rows, one of each stream in turn; a stream that has ended is passed over."""
+    """Take `count` rows from the streams in turn, skipping streams that have ended."""
     return list(islice((row for row in chain(*zip_longest(*streams)) if row is not None), count))
 
 
 def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int) -> dict:
-    """Where two outputs part: the index among the new tokens, and how far apart the two candidates' logits are there: by a fresh forward,
-    which is what the verdict goes by, and in plain decoding itself."""
+    """Find where two outputs differ first, and the difference of the two candidates' logits there.
+
+    Returns:
+        `dict`: `differs_at`, an index among the new tokens; `logit_difference` by a fresh forward in the target's dtype; and
+        `plain_logit_difference` in plain decoding itself.
+    """
     shared = min(len(plain), len(assisted))
     differs = (plain[:shared] != assisted[:shared]).nonzero()
     if not len(differs):  # one goes on where the other ends
@@ -236,7 +236,7 @@ def first_difference(target, plain: Tensor, assisted: Tensor, prompt_length: int
 
 
 def figures_of(rows: list[dict]) -> dict:
-    """Figures of these requests, named as docs/figures.md has them; `alpha` is the mean of theirs."""
+    """Compute figures of these requests, named as in docs/figures.md; `alpha` is the mean over requests."""
     verdicts = [row["verdict"] for row in rows]
     sums = {name: sum(row[name] for row in rows) for name in ("new_tokens", "rounds", "drafted", "tested", "accepted")}
     tokens, near_ties = sums["new_tokens"], verdicts.count("near_tie")
@@ -246,10 +246,10 @@ def figures_of(rows: list[dict]) -> dict:
         "identical": verdicts.count("identical"),
         "near_ties": near_ties,
         "mismatches": verdicts.count("mismatch"),
-        "near_ties_per_10k_tokens": 1e4 * near_ties / tokens if tokens else None,
-        "alpha": or_none(mean([row["alpha"] for row in rows])),
-        "alpha_live": sums["accepted"] / sums["tested"] if sums["tested"] else None,
-        "tokens_per_round": tokens / sums["rounds"] if sums["rounds"] else None,
+        "near_ties_per_10k_tokens": ratio(1e4 * near_ties, tokens),
+        "alpha": mean([row["alpha"] for row in rows]),
+        "alpha_live": ratio(sums["accepted"], sums["tested"]),
+        "tokens_per_round": ratio(tokens, sums["rounds"]),
         "drafted": sums["drafted"],
         "accepted": sums["accepted"],
     }

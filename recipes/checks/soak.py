@@ -1,11 +1,11 @@
-"""Soak: what only many calls show. Many threads on one assistant while it learns, memory over thousands of requests, and how long new weights hold up a
-call.
+"""Soak tests, for what only many calls show: many threads on one assistant while it learns, memory over thousands of requests, and how long a swap of weights
+delays a call.
 
     python -m recipes.checks.soak --what threads --callers 8 --calls 200
     python -m recipes.checks.soak --what memory --requests 5000
     python -m recipes.checks.soak --what flip --refreshes 200
 
-Models are random and made on the spot; it all runs on the CPU. The exit status is 1 if an output is not the target's own, a call fails, or memory grows.
+Models are random, and all runs on the CPU. The exit status is 1 if an output is not the target's own, a call fails, or memory grows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -28,15 +28,17 @@ from torch import Tensor
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.hot_swap import HotSwapDraft
+from hf_osd.system.bounds import check_options, choice, number, option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_kinds, check_numbers, run_command
+from recipes.common.command import run_command
 from recipes.common.models import use_threads
+from recipes.common.options import optional_string
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 WHATS = ("threads", "memory", "flip")
-# Small bounds, which the warm-up fills: until they are full, memory grows as it should. And a draft that drafts whether or not that pays.
+# Bounds are small, so that the warm-up fills them: until then memory is meant to grow. The draft drafts whether or not that pays.
 DEFAULTS = {
     "learn": "background",
     "lookahead": "constant",
@@ -51,32 +53,32 @@ _GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 @dataclass
 class SoakArguments:
-    """What to do, and how long. `OnlineConfig`'s fields are flags too."""
+    """What to do, and how long. The fields of `OnlineConfig` are flags too."""
 
-    what: str = field(default="threads", metadata={"help": f"One of {', '.join(WHATS)}."})
-    callers: int = field(default=8, metadata={"help": "threads: how many call at once."})
-    calls: int = field(default=200, metadata={"help": "threads: generate calls of each."})
-    requests: int = field(default=5000, metadata={"help": "memory: generate calls, the warm-up included."})
-    warm_up: int = field(default=1000, metadata={"help": "memory: calls after which memory must be flat."})
-    tolerance: float = field(default=0.02, metadata={"help": "memory: by which share it may still change."})
-    layers: int = field(default=12, metadata={"help": "flip: layers of the draft; 12 are about 50M parameters."})
-    width: int = field(default=512, metadata={"help": "flip: its hidden size."})
-    refreshes: int = field(default=100, metadata={"help": "flip: how many to time."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file of --json, if it is there."})
+    what: str = option("threads", choice(*WHATS), "Which test to run.")
+    callers: int = option(8, whole(1), "threads: how many threads call at once.")
+    calls: int = option(200, whole(1), "threads: generate calls of each thread.")
+    requests: int = option(5000, whole(2), "memory: generate calls, including the warm-up.")
+    warm_up: int = option(1000, whole(1), "memory: calls after which memory must not grow.")
+    tolerance: float = option(0.02, number(0), "memory: the relative change that is allowed.")
+    layers: int = option(12, whole(1), "flip: layers of the draft; 12 are about 50M parameters.")
+    width: int = option(512, whole(1), "flip: its hidden size.")
+    refreshes: int = option(100, whole(1), "flip: how many swaps of weights to time.")
+    max_new_tokens: int = option(16, whole(2), "Longest answer, in tokens.")
+    threads: int | None = option(None, whole(1).or_none(), "CPU threads of torch; all cores if left out.")
+    json: str | None = option(None, optional_string(), "Also write the figures to this file.")
+    overwrite: bool = option(False, switch(), "Replace the file of --json if there is one.")
 
     def __post_init__(self):
-        check_kinds(self)
-        if self.what not in WHATS:
-            raise ValueError(f"`what` is {self.what!r}; choose one of {', '.join(map(repr, WHATS))}.")
-        least = dict.fromkeys(("callers", "calls", "warm_up", "layers", "width", "refreshes", "threads"), 1)
-        check_numbers(self, {**least, "max_new_tokens": 2, "tolerance": 0, "requests": self.warm_up + 1})
+        check_options(self)
+        if self.requests <= self.warm_up:
+            raise ValueError(
+                f"`requests` is {self.requests}; give a whole number ≥ {self.warm_up + 1}, more than `warm_up`."
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do it, print the figures; the exit status."""
+    """Run the test and print its figures; returns the exit status."""
     return run_command(SoakArguments, run, argv, DEFAULTS)
 
 
@@ -92,7 +94,7 @@ def run(args: SoakArguments, config: OnlineConfig) -> int:
 
 
 def in_threads(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
-    """One assistant, called from several threads while it learns; each output against the target's own."""
+    """Call one assistant from several threads while it learns, and compare each output with the target's own."""
     target, draft, prompts = _models()
     asked = {**_GREEDY, "max_new_tokens": args.max_new_tokens}
     plain = [target.generate(prompt, **asked) for prompt in prompts]
@@ -103,8 +105,8 @@ def in_threads(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
             n = (caller * args.calls + i) % len(prompts)
             try:
                 output = target.generate(prompts[n], assistant_model=assistant, **asked)
-                verdicts[compare_outputs(target, plain[n], output)] += 1
-            except Exception as error:  # what this is to count
+                verdicts[compare_outputs(target, plain[n], output, prompt_length=prompts[n].shape[1])] += 1
+            except Exception as error:  # errors are counted
                 errors[f"{type(error).__name__}: {error}"] += 1
 
     start = time.perf_counter()
@@ -128,7 +130,7 @@ def in_threads(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
 
 
 def memory(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
-    """Resident memory over many requests; the last point of the curve against the one after the warm-up."""
+    """Measure resident memory over many requests, and compare the end with the moment after the warm-up."""
     target, draft, _ = _models()
     random = torch.Generator().manual_seed(1)
     every = max(1, args.warm_up // 2)
@@ -157,7 +159,7 @@ def memory(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
 
 
 def flip(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
-    """How long a refresh takes, how long of it the lock is held, and how long calls that begin meanwhile wait for their draft."""
+    """Time swaps of weights, how long each holds the lock, and how long calls that begin meanwhile wait for their draft."""
     draft = _llama(vocab=8192, width=args.width, layers=args.layers, seed=0)
     fixed = embedding_names(draft) if config.freeze_embeddings else set()
     trainable = {name for name, _ in draft.named_parameters()} - fixed
@@ -168,7 +170,7 @@ def flip(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
 
     hammer = threading.Thread(target=alone.hammer, args=(stop,))
     hammer.start()
-    time.sleep(1.0)  # what a wait is where nothing else runs
+    time.sleep(1.0)  # how long a lease takes when nothing is swapped
     stop.set()
     hammer.join()
     stop.clear()
@@ -200,7 +202,7 @@ def flip(args: SoakArguments, config: OnlineConfig) -> tuple[dict, bool]:
 
 
 class _TimedLock:
-    """A lock that notes for how long the thread that made it holds it each time, in seconds."""
+    """A lock that records how long its creating thread holds it each time, in seconds."""
 
     def __init__(self):
         self._lock, self._thread = threading.Lock(), threading.get_ident()
@@ -218,7 +220,7 @@ class _TimedLock:
 
 
 class _Waits:
-    """Leases a draft over and over, and notes the longest time that took."""
+    """Leases a draft over and over, and records the longest time that took."""
 
     def __init__(self, serving: HotSwapDraft):
         self._serving, self.count, self.longest = serving, 0, 0.0
@@ -233,7 +235,7 @@ class _Waits:
 
 
 def _models() -> tuple[LlamaForCausalLM, LlamaForCausalLM, list[Tensor]]:
-    """A tiny target, a draft that agrees with it on some tokens, and prompts `(1, L)`."""
+    """Make a tiny target, a draft that agrees with it on some tokens, and prompts `(1, L)`."""
     target, random = _llama(vocab=64, width=32, layers=2, seed=0), torch.Generator().manual_seed(0)
     draft = copy.deepcopy(target)
     with torch.no_grad():
@@ -268,7 +270,7 @@ def _learning(stats) -> dict:
 
 
 def _resident_mb() -> float:
-    """After a garbage collection: an assistant's calls are released when they are noticed to be over."""
+    """Measure resident memory, after a garbage collection that releases ended calls."""
     gc.collect()
     return psutil.Process().memory_info().rss / 1e6
 

@@ -1,12 +1,10 @@
-"""The console side of a recipe: flags and config file to dataclasses, errors to one line and an exit status."""
+"""The console side of a recipe: turns flags and config file into dataclasses, and errors into one line and an exit status."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,9 @@ from recipes.common.signals import ended_by_signals, exit_status
 
 logger = logging.getLogger("hf_osd.recipes")
 
-# Flags that are paths, in whichever recipe has them: what is read, one or with ',' between, and what is written, and whether that is a folder.
+# Flags that are paths, in any recipe: read, one path or several with ',' between; and written, with whether that is a folder.
 _READ, _READ_SEVERAL = ("target", "draft", "before"), ("stream", "trace", "also", "drafts")
 _WRITTEN = {"output_dir": True, "save_to": True, "json": False, "log": False}
-# As one writes them for every switch: a text that may be left out is, and one that is wanted is still to be named.
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
-_NOTHING, _SOMETHING = ("false", "no", "off", "none", "null", ""), ("true", "yes", "on")
 
 
 @ended_by_signals()
@@ -34,31 +29,31 @@ def run_command(
     argv: list[str] | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> int:
-    """Call `run(args, config)` with what the flags, or the file named by `--config`, say.
+    """Parse flags and the file that `--config` names, and call `run(args, config)`.
 
     Args:
         arguments: the recipe's own dataclass; every field of `OnlineConfig` is a flag too.
-        run: the recipe; its exit status, `None` being 0.
-        argv: the flags, `sys.argv` if left out.
-        defaults: what the recipe has in place of `OnlineConfig`'s own defaults; flags and config file win over it.
+        run: the recipe; returns its exit status, or `None` for 0.
+        argv: the flags, by default those of `sys.argv`.
+        defaults: replace defaults of `OnlineConfig`; flags and config file win over them.
 
     Returns:
-        `int`: the exit status; 2 for what a user can mend, which is logged, and 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
+        `int`: the exit status: 2 for an error that the user can fix, which is logged, and 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP.
     """
     from transformers.utils.logging import disable_progress_bar
     from trl import TrlParser
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("hf_osd").setLevel(logging.INFO)
-    disable_progress_bar()  # of loading weights
+    disable_progress_bar()  # the bars of loading weights
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # where it is none of Python's own
-            stream.reconfigure(errors="backslashreplace")  # no name that data has may break off a table
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a replaced stream may lack it
+            stream.reconfigure(errors="backslashreplace")  # names come from data, and must not break a table
     try:
         parser = TrlParser((arguments, OnlineConfig))
         parser.set_defaults_with_config(**(defaults or {}))
         flags = sys.argv[1:] if argv is None else argv
-        check_removed(flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
+        check_removed({flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")})
         file = config_file(flags)
         args, config = parser.parse_args_and_config(argv)
         check_paths(args, file)
@@ -71,10 +66,10 @@ def run_command(
 
 
 def check_paths(args: Any, config_file: str | None = None):
-    """Where the flags have it write can be written, is nothing that they have it read, and replaces no figures unasked.
+    """Check that each output can be written, is none of the inputs, and replaces figures only with `--overwrite`.
 
     Raises:
-        ValueError, OSError: if not; the message names both flags, or the place.
+        ValueError, OSError: otherwise; the message names both flags, or the place.
     """
     read = [("--config", config_file or "")]
     read += [(f"--{name}", getattr(args, name, None) or "") for name in _READ]
@@ -85,7 +80,7 @@ def check_paths(args: Any, config_file: str | None = None):
         if (path := getattr(args, name, None)) is None:
             continue
         places = [path]
-        if name == "output_dir":  # an input may lie there, but not under a name that a run writes
+        if name == "output_dir":  # inputs may lie in it, but not under a name that a run writes
             places += [file for pattern in RUN_FILES for file in Path(path).glob(pattern)]
         for place in places:
             for flag, given in read:
@@ -98,10 +93,10 @@ def check_paths(args: Any, config_file: str | None = None):
 
 
 def config_file(argv: list[str]) -> str | None:
-    """The file that `--config` names, seen to be YAML, which the parser takes for granted; `None` where there is no such flag.
+    """Find the file that `--config` names and check that it is YAML, which the parser does not; returns `None` without such a flag.
 
     Raises:
-        ValueError: if it is not, or none is named, or it has a key that is gone; the message says the line, or the key.
+        ValueError: if it is not YAML, no file is named, or a key was removed; the message names the line, or the key.
         OSError: if it cannot be read.
     """
     import yaml
@@ -117,7 +112,7 @@ def config_file(argv: list[str]) -> str | None:
         mark = getattr(error, "problem_mark", None)
         where = f"--config {path}" if mark is None else f"--config {path}, line {mark.line + 1}"
         raise ValueError(
-            f"{where}: {getattr(error, 'problem', None) or error}; mend it: a line is a key, a colon and a value."
+            f"{where}: {getattr(error, 'problem', None) or error}; correct it: a line is a key, a colon and a value."
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path}: {error}; save it as UTF-8.") from error
@@ -129,32 +124,11 @@ def config_file(argv: list[str]) -> str | None:
     return path
 
 
-def check_kinds(args: Any):
-    """Each field is of the kind it is declared as, which a config file does not see to; a text that may be left out is, by the words for that.
-
-    Raises:
-        ValueError: if one is of another kind.
-    """
-    for name, hint in typing.get_type_hints(type(args)).items():
-        kinds, value = typing.get_args(hint) or (hint,), getattr(args, name)
-        if str in kinds and type(None) in kinds:
-            word = str(value).strip().lower()
-            if word in _NOTHING:
-                setattr(args, name, None)
-                continue
-            if word in _SOMETHING:
-                raise ValueError(f"`{name}` is {value!r}; name what it is to be, or leave it out.")
-        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            words = " or ".join(_KINDS[kind] for kind in kinds)
-            raise ValueError(f"`{name}` is {value!r}; give {words}.")
-
-
 def numbers_of(values: str, name: str, least: int = 1) -> list[int]:
-    """The whole numbers of a flag, from `least` on.
+    """Read a flag of whole numbers with ',' between, each at least `least`.
 
     Raises:
-        ValueError: if they cannot be read, or there is none.
+        ValueError: if one cannot be read, or there is none.
     """
     parts = [value.strip() for value in values.split(",")]
     if not all(part.isdecimal() and int(part) >= least for part in parts):
@@ -165,42 +139,20 @@ def numbers_of(values: str, name: str, least: int = 1) -> list[int]:
 
 
 def check_learns(learn: str, what: str):
-    """What learns within this process, for `what` is of no use without.
+    """Check that `learn` means learning within this process, which `what` needs.
 
     Raises:
-        ValueError: if nothing does, or something does elsewhere.
+        ValueError: if it means not to learn, or to learn in another process.
     """
     if learn not in ("inline", "background"):
         raise ValueError(f"`learn` is {learn!r} and {what} learns in this process; leave it at 'inline'.")
 
 
-def check_numbers(args: Any, least: dict[str, int]):
-    """The fields that `least` names are given and not below it, or left out where they may be.
-
-    Raises:
-        ValueError: if one is below.
-    """
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"`{name}` is {value}; give a whole number ≥ {lowest}.")
-
-
-def check_temperature(args: Any, name: str):
-    """The field is a temperature to sample at, or 0 for not at all.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if not 0 <= (value := getattr(args, name)) < math.inf:
-        raise ValueError(f"`{name}` is {value}; give a temperature above 0, such as 0.7, or leave it out.")
-
-
 def check_repository(name: str, target: str):
-    """The Hub could have a repository of that name, and it is not the target's, whose weights a push would replace.
+    """Check that `name` can be a repository's on the Hub and is not the target, whose weights a push would replace.
 
     Raises:
-        ValueError: if it could not, or is.
+        ValueError: otherwise.
     """
     from huggingface_hub.utils import validate_repo_id
 

@@ -1,4 +1,4 @@
-"""`Domain`: one stream of a job, tokenized and split; and what tells the streams and models of one run from those of another."""
+"""`Domain`: one stream of a job, tokenized and split; and digests by which a run recognises its streams and models."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Domain:
-    """One stream, tokenized and split."""
+    """A stream's prompts as token ids, int64 `(L,)` each, split by use."""
 
     name: str
     held_back: list[Tensor]
     warm_up: list[Tensor]
     requests: list[Tensor]
-    skipped: int  # prompts longer than the model's window
-    content: str  # a digest of what the stream holds
+    skipped: int  # prompts that were longer than the model's window
+    content: str  # a digest of its rows
 
 
 def load_domains(
     args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, share: Callable[[list], list]
 ) -> list[Domain]:
-    """The streams that `args` names, in order: `DistillArguments`. `share` takes from what is served and warmed up with what is this process's to do.
+    """Load the streams that the flags name, in order.
+
+    Args:
+        args (`DistillArguments`): the flags.
+        share (`Callable`): picks this process's share of the prompts to serve and to warm up with.
 
     Raises:
-        ValueError, OSError: if one cannot be read, or has too few prompts.
+        ValueError, OSError: if a stream cannot be read, or has too few prompts.
     """
     from recipes.common.prompts import load_streams, split_held_back
 
@@ -56,7 +60,7 @@ def load_domains(
 
 
 def content_of(rows: list[dict]) -> str:
-    """A digest of prompts, their order and their groups."""
+    """Digest a stream's prompts, their order and their groups."""
     return digest([(row["prompt"], row.get("group")) for row in rows])
 
 
@@ -67,7 +71,7 @@ def prints_of(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: bool,
 ) -> dict[str, str]:
-    """By what a run that is resumed sees whether it goes on with what it began with, wherever that lies now."""
+    """Digest all that a resumed run must find unchanged, wherever it lies now."""
     return {
         "stream": digest([(domain.name, domain.content) for domain in domains]),
         "chat_template": digest(tokenizer.chat_template if chat_template else None),
@@ -78,5 +82,5 @@ def prints_of(
 
 
 def digest(value) -> str:
-    """Of anything that has a faithful `repr`."""
+    """Digest any value whose `repr` tells it from others."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

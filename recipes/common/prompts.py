@@ -1,5 +1,5 @@
 """Prompt streams: JSONL files, Hub datasets, and two built in that need no download (the standard library, word problems).
-Knows nothing of tokenizers or models; a row is a dict with `prompt`, `domain`, `id`, and `group` where prompts come of a kind.
+A row is a dict with `prompt`, `domain`, `id` and, where prompts are variants of each other, `group`. This file knows nothing of tokenizers or models.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates
+_HALF = re.compile("[\ud800-\udfff]")  # one half of a surrogate pair
 WORDS = range(6, 81)  # how long a built-in prompt's text may be; 80 words are about 100 tokens
 
 
 def load_streams(spec: str, seed: int | None = 0, count: int = 1000) -> list[tuple[str, list[dict]]]:
-    """The streams that `spec` names, in its order: `[(domain, rows), …]`.
+    """Load the streams that `spec` names, in its order: `[(domain, rows), …]`.
 
     Args:
         spec: comma-separated: `stdlib`, `word_problems`, JSONL files (see `read_stream`), or
             `hub:owner/name[/config][:split[:field]]` for a dataset on the Hub (split `train` and field `prompt` by default).
-            A file whose rows name several domains is several streams.
-        seed: of the built-in streams' choice and order; None is 0. Files and datasets keep their own order.
-        count: rows of a stream that is not a file, at most.
+            A file whose rows name several domains counts as several streams.
+        seed: chooses and orders the prompts of built-in streams; None is 0. Files and datasets keep their own order.
+        count: largest number of rows of a stream that is not a file.
 
     Raises:
         ValueError: if `spec` is empty, a stream is malformed or empty, or two of them have the same domain.
@@ -70,19 +70,31 @@ def load_streams(spec: str, seed: int | None = 0, count: int = 1000) -> list[tup
     return list(streams.items())
 
 
-def split_held_back(rows: list[dict], count: int, seed: int | None, name: str) -> tuple[list[dict], list[dict]]:
-    """Takes `count` rows out of a stream: `(held back, rest)`, both in the stream's order.
+def load_stream(spec: str, seed: int | None = 0) -> tuple[str, list[dict]]:
+    """Load the one stream that `spec` names: `(domain, rows)`.
 
-    Rows of one `group` are alike (one text with other names and numbers; questions about one database), so a group is on one side
-    only: what is scored on its rows would otherwise have been learnt by heart. At most a third of the groups, as many as `count` asks
-    for, is set aside; the held-back rows are taken from them in turn, and their other rows are left out.
+    Raises:
+        ValueError, OSError: as [`load_streams`], and if there are several domains.
+    """
+    streams = load_streams(spec, seed)
+    if len(streams) > 1:
+        raise ValueError(f"`stream` {spec!r} has the domains {', '.join(name for name, _ in streams)}; name one.")
+    return streams[0]
+
+
+def split_held_back(rows: list[dict], count: int, seed: int | None, name: str) -> tuple[list[dict], list[dict]]:
+    """Split a stream into `count` held-back rows and the rest: `(held back, rest)`, both in the stream's order.
+
+    Rows of one `group` are alike (one text with other names and numbers; questions about one database). A group is therefore on one side
+    only, or a draft would be scored on what it has learnt by heart. At most `count` groups, and at most a third of them, are set aside; the
+    held-back rows are taken from these groups in turn, and their other rows are left out.
 
     Raises:
         ValueError: if the stream has too few prompts, or groups of prompts, to leave any.
     """
     groups: dict = {}
     for i, row in enumerate(rows):
-        groups.setdefault(row.get("group", i), []).append(i)  # a row of no group is its own
+        groups.setdefault(row.get("group", i), []).append(i)  # a row without a group is a group of its own
     draw = random.Random(f"{seed or 0}:{name}")
     order = list(groups)
     draw.shuffle(order)
@@ -107,10 +119,10 @@ def split_held_back(rows: list[dict], count: int, seed: int | None, name: str) -
 
 
 def read_stream(path: str | os.PathLike) -> list[dict]:
-    """The rows of a JSONL file, in order: an object a line, with `prompt` and, if wanted, `domain`, `id` and `group`.
+    """Read a JSONL file: an object a line, with `prompt` and, optionally, `domain`, `id` and `group`. Rows keep their order.
 
-    `domain` is the file's stem and `id` the line's number where a row has none. Blank lines, and prompts seen before in the file,
-    are left out. The file is UTF-8, or what its byte order mark says; marks are read over, wherever files were put together.
+    A row's `domain` defaults to the file's stem and its `id` to the line's number. Blank lines and repeated prompts are left out.
+    The file is UTF-8, or what its byte order mark says; further marks, as in concatenated files, are skipped.
 
     Raises:
         ValueError: if a line is malformed (the message names file and line), or there is no prompt at all.
@@ -122,7 +134,9 @@ def read_stream(path: str | os.PathLike) -> list[dict]:
             f"No prompts at {path}: give a JSONL file with a field `prompt`, {', '.join(_BUILT_IN)}, or hub:owner/name."
         )
     rows = []
-    stem = path.stem.encode("utf-8", "replace").decode()  # a name that is no UTF-8 is half surrogates in Python
+    stem = path.stem.encode(
+        "utf-8", "replace"
+    ).decode()  # Python represents a name that is not UTF-8 with lone surrogates
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             rows.append(_parse(line, f"{path}, line {number}", {"domain": stem, "id": str(number)}))
@@ -130,7 +144,7 @@ def read_stream(path: str | os.PathLike) -> list[dict]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file as UTF-8, of which each may still be malformed."""
+    """Yield the lines of a text file as UTF-8; each may still be malformed."""
     with path.open("rb") as file:
         start = file.read(4)
         # UTF-32's mark begins with that of UTF-16.
@@ -149,7 +163,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _parse(line: bytes, where: str, defaults: dict) -> dict:
     try:
         row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # of the encoding or of the JSON
+    except (ValueError, RecursionError) as error:  # bad encoding or bad JSON
         raise ValueError(
             f'{where}: {error}. A line is one JSON object in UTF-8, such as {{"prompt": "…"}}.'
         ) from error
@@ -157,7 +171,7 @@ def _parse(line: bytes, where: str, defaults: dict) -> dict:
         raise ValueError(f'{where}: {type(row).__name__} in place of an object such as {{"prompt": "…"}}.')
     row = {key: row[key] for key in ("prompt", "domain", "id", "group") if row.get(key) is not None}
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        what = "lacking" if row.get("prompt") is None else "empty or no text"  # not what it is: prompts are never told
+        what = "lacking" if row.get("prompt") is None else "empty or no text"  # prompts are never quoted
         raise ValueError(f"{where}: `prompt` is {what}; it must be a text that is not empty.")
     if "id" in row:
         row["id"] = str(row["id"])
@@ -171,10 +185,10 @@ def _parse(line: bytes, where: str, defaults: dict) -> dict:
 
 
 def check_text(value: object, what: str):
-    """See that a text can be written down: half of a pair of surrogates cannot, and no tokenizer takes it. Others are not looked at.
+    """Check that a text has no lone surrogate, which cannot be encoded and which tokenizers refuse. Values that are not texts pass.
 
     Raises:
-        ValueError: if it has one; the text is not told.
+        ValueError: if it has one; the message does not quote the text.
     """
     if isinstance(value, str) and (half := _HALF.search(value)):
         raise ValueError(
@@ -184,10 +198,10 @@ def check_text(value: object, what: str):
 
 
 def read_hub(name: str, count: int) -> list[dict]:
-    """The first `count` prompts of a dataset on the Hub, `hub:owner/name[/config][:split[:field]]`.
+    """Read the first `count` prompts of a dataset on the Hub, `hub:owner/name[/config][:split[:field]]`.
 
     Raises:
-        ValueError: if the name is malformed, or the dataset has no such field, or a row of it is not a text.
+        ValueError: if the name is malformed, the dataset has no such field, or a row's field is not a text.
         OSError: if the Hub has no such dataset, or cannot be reached.
     """
     path, *rest = name.removeprefix("hub:").split(":")
@@ -218,7 +232,7 @@ def read_hub(name: str, count: int) -> list[dict]:
 
 
 def _distinct(rows: list[dict], where: str) -> list[dict]:
-    """The rows without those whose prompt came before, in this domain."""
+    """Drop rows whose prompt came before in the same domain."""
     distinct = {}
     for row in rows:
         distinct.setdefault((row["domain"], row["prompt"]), row)
@@ -231,8 +245,8 @@ def _distinct(rows: list[dict], where: str) -> list[dict]:
 
 # The running Python's own standard library: docstrings → code
 
-# Not for users of the library (tests, vendored tools, tables), or split off by some distributions, so that most Pythons of a version
-# have the same files.
+# Left out: not for users of the library (tests, vendored tools, tables), or missing in some distributions. So most Pythons of a version
+# give the same prompts.
 _NOT_LIBRARY = {
     "__phello__",
     "__pycache__",
@@ -252,7 +266,7 @@ _NOT_LIBRARY = {
 
 
 def stdlib_prompts(count: int, seed: int) -> list[dict]:
-    """Up to `count` requests for a function, each out of a docstring of the standard library (about 700 to be had).
+    """Make up to `count` requests for a function, each from a docstring of the standard library, which has about 700 that suit.
 
     The sources are parsed, never imported or run. The same seed and Python give the same prompts.
 
@@ -268,7 +282,7 @@ def stdlib_prompts(count: int, seed: int) -> list[dict]:
         ):
             module = ".".join(part for part in parts if part != "__init__")
             for name, prompt, text in _requests(path):
-                # ntpath says of most functions what posixpath says.
+                # ntpath and posixpath share most docstrings.
                 if text not in seen:
                     seen.add(text)
                     rows.append({"prompt": prompt, "domain": "stdlib", "id": f"{module}.{name}"})
@@ -281,7 +295,7 @@ def stdlib_prompts(count: int, seed: int) -> list[dict]:
 
 
 def _requests(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Of each public function whose docstring's first paragraph says enough: its name, the prompt, and that paragraph."""
+    """Yield name, prompt and first paragraph of the docstring for each public function whose docstring is long enough."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and bad-encoding samples that only look like modules
@@ -300,9 +314,9 @@ def _requests(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def word_problems(count: int, seed: int) -> list[dict]:
-    """`count` distinct maths word problems: reasoning-gym's gsm_symbolic, 85 texts with names and numbers filled in.
+    """Make `count` distinct maths word problems with reasoning-gym's gsm_symbolic: 85 templates with names and numbers filled in.
 
-    `group` is the text they are made of.
+    A row's `group` is its template.
 
     Raises:
         OSError: if reasoning-gym is not installed.
@@ -317,7 +331,7 @@ def word_problems(count: int, seed: int) -> list[dict]:
         for i in range(len(problems)):
             if len(rows) == count:
                 break
-            # What the dataset appends asks for the bare number; without it, a model reasons as it would for a user.
+            # The dataset appends a request for the bare number; without it a model reasons as it would for a user.
             prompt = problems[i]["question"].removesuffix(
                 " Give the result as your final answer. Do not include units."
             )
@@ -331,18 +345,18 @@ def word_problems(count: int, seed: int) -> list[dict]:
 
 @contextlib.contextmanager
 def _part_of(package: str, folders: tuple[str, ...], install: str) -> Iterator[None]:
-    """Within the block, modules below `package` can be imported without what its own `__init__` imports.
+    """Within the block, import modules below `package` without running its `__init__`.
 
-    reasoning_gym's imports every dataset it has, and with them requirements that compile C. Afterwards `package` is as if it had
-    never been touched, so that whoever has those requirements can import the whole.
+    reasoning_gym's `__init__` imports every dataset it has, and with them requirements that compile C. Afterwards `package` is as if it had
+    never been imported, so that whoever has those requirements can import the whole.
 
     Raises:
         OSError: if the package is not installed.
     """
-    spec = find_spec(package)  # of a top-level name: finds, does not import
+    spec = find_spec(package)  # for a top-level name this does not import
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"The package {package} is not installed. Install it with: {install}")
-    if package in sys.modules:  # whole already
+    if package in sys.modules:  # already imported as a whole
         yield
         return
     root = Path(spec.submodule_search_locations[0])

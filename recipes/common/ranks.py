@@ -1,4 +1,4 @@
-"""Several processes of recipes/distill.py: who serves what, and one log of all that they have seen."""
+"""`Processes`: the processes of recipes/distill.py: which one serves which requests, and how their logs become one."""
 
 from __future__ import annotations
 
@@ -29,26 +29,24 @@ MODES = ("together", "separate")
 
 
 class Processes:
-    """The processes of a job, as one of them sees them. One process alone is both.
+    """The processes of a job, as one of them sees them. A single process serves and learns.
 
     Args:
-        mode (`str`): `"together"`, where each serves and all learn one draft, or `"separate"`, where the last one learns for the others.
+        mode (`str`): `"together"`: each serves and all learn one draft; `"separate"`: the last one learns for the others.
 
     Raises:
-        ValueError: for another mode, or one process of a job that takes two.
+        ValueError: if `"separate"` has only one process.
     """
 
     def __init__(self, mode: str):
         from accelerate import Accelerator
 
-        if mode not in MODES:
-            raise ValueError(f"`mode` is {mode!r}; choose one of {', '.join(map(repr, MODES))}.")
         local, beside = (
             int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
         )
-        self.beside = beside  # on this machine, this one included
+        self.beside = beside  # processes on this machine, this one included
         if mode == "separate" and torch.accelerator.is_available():
-            torch.accelerator.set_device_index(local)  # accelerate, which would choose, sees one process
+            torch.accelerator.set_device_index(local)  # accelerate, which would choose it, sees one process only
         self.roles = JobRoles() if mode == "separate" else None
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.serving = RankGroup.of_job() if self.roles is None else self.roles.serving
@@ -57,15 +55,15 @@ class Processes:
         self.first = self.serving.rank == 0 and not self.learns_alone
 
     def share(self, items: list) -> list:
-        """Those of `items` that are this rank's to serve."""
+        """Pick the items that this rank serves."""
         return items[self.serving.rank :: self.serving.size]
 
     @contextlib.contextmanager
     def folder(self, output_dir: str, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-        """The job's output folder, which the first of those that serve owns.
+        """Open the job's output folder, which the first serving rank locks.
 
         Raises:
-            ValueError, OSError: as `RunFolder`; and if several are to be resumed.
+            ValueError, OSError: as `RunFolder`; and if several processes are to be resumed.
         """
         if self.several and resume:
             raise ValueError(
@@ -73,17 +71,17 @@ class Processes:
                 f"{Path(output_dir) / DRAFT}, in another --output_dir."
             )
         folder = RunFolder(output_dir, resume, overwrite)
-        self.serving.sum(1)  # all have looked before one writes
+        self.serving.sum(1)  # every rank has checked before one writes
         with folder if self.first else contextlib.nullcontext():
             yield folder
 
     def open_log(self, folder: RunFolder, identity: dict, resume: bool) -> RunLog:
-        """Of this rank: its rows are `metrics.jsonl` if it is alone. Nothing is touched yet. `ValueError` as `RunLog`."""
+        """Open this rank's log, `metrics.jsonl` if it is alone. Nothing is written yet. Raises `ValueError` as `RunLog` does."""
         name = METRICS.replace(".jsonl", f".rank{self.serving.rank}.jsonl") if self.several else METRICS
         return RunLog(folder.path, identity, resume, name)
 
     def begin(self, folder: RunFolder, log: RunLog):
-        """Take the folder for this run; called by all."""
+        """Clear the folder and begin the log; called by all serving ranks."""
         if self.first:
             folder.clear()
             log.begin()
@@ -92,8 +90,10 @@ class Processes:
             log.begin()
 
     def merge(self, log: RunLog) -> RunLog:
-        """One log of all that serve, stream by stream; its rows have a `rank`, and go to `metrics.jsonl`. Called by all; only that of the first is whole.
-        Without those that are gone."""
+        """Merge the logs of all serving ranks, stream by stream, and write `metrics.jsonl`, whose rows have a `rank`.
+
+        Called by all serving ranks; only the first one gets the merged log. If a rank is gone, the first one's own log has to do.
+        """
         if not self.several:
             return log
         seen = {"rows": log.rows, "pairs": log.pairs, "target_forwards": log.target_forwards}
@@ -123,18 +123,18 @@ class Processes:
         return log
 
     def same(self, weights: dict[str, Tensor]) -> bool | None:
-        """Whether all that serve have the very same weights; `None` if one of them is gone."""
+        """Tell whether all serving ranks have exactly the same weights; `None` if one of them is gone."""
         try:
             return self.serving.same(weights)
         except RanksParted:
             return None
 
     def flush(self, assistant: OnlineAssistant):
-        """Learn from all that waits anywhere, until it serves everywhere."""
+        """Learn from all waiting feedback of all ranks, and serve the result on all of them."""
         assistant.flush()
         if self.roles is not None:
             try:
                 self.serving.sum(1)
             except RanksParted:
                 return
-            assistant.flush()  # what others have flushed in between
+            assistant.flush()  # what other ranks sent in between

@@ -1,25 +1,35 @@
-"""The end of a run: summary.json, curves.png and the table. Figures are named as docs/figures.md has them."""
+"""`RunReport`: summary.json, curves.png and the table at the end of a run. Figures are named as in docs/figures.md."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import write_json
-from recipes.common.run_log import RunLog, mean, or_none, ratio
+from recipes.common.figures import aligned, cell, mean, ratio, shown
+from recipes.common.run_log import RunLog
 
-_LONGEST = 40  # letters of a name in a picture or a table
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_osd import OnlineAssistant
+    from recipes.common.models import ModelArguments
 
 
 class RunReport:
-    """Figures of a [`RunLog`].
+    """Computes the figures of a [`RunLog`], by domain.
 
     Args:
         log (`RunLog`): the run.
-        overall (`dict`): facts of the whole run.
-        skipped (`dict[str, int]`), held_back (`dict[str, int]`): prompts a domain that were skipped, and that α before and after is of.
+        overall (`dict`): figures and settings of the whole run.
+        skipped (`dict[str, int]`): prompts that were skipped, by domain.
+        held_back (`dict[str, int]`): prompts that α before and after are measured on, by domain.
     """
 
     def __init__(self, log: RunLog, overall: dict, skipped: dict[str, int], held_back: dict[str, int]):
@@ -30,11 +40,11 @@ class RunReport:
         self.summary = {"domains": domains, "overall": overall}
 
     def write(self, output_dir: str | os.PathLike):
-        """summary.json, whole or not at all; what is not known is null in it."""
+        """Write summary.json, whole or not at all; unknown figures are null."""
         write_json(Path(output_dir) / "summary.json", self.summary)
 
     def plot(self, output_dir: str | os.PathLike):
-        """curves.png, likewise."""
+        """Draw curves.png, whole or not at all."""
         with staged(output_dir) as staging:
             self._plot(staging / "curves.png")
 
@@ -46,10 +56,7 @@ class RunReport:
         lines = [heads]
         for domain, figures in self.summary["domains"].items():
             lines.append([shown(domain), *(cell(figures[name]) for name in names)])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-        )
+        return aligned(lines)
 
     def _domain(self, name: str) -> dict:
         rows = [row for row in self.log.rows if row["domain"] == name]
@@ -59,16 +66,16 @@ class RunReport:
         verdicts = [pair["verdict"] for pair in pairs]
         plain = sum(pair["plain_seconds"] for pair in pairs)
         decode = sum(pair["decode_seconds"] for pair in pairs)
-        # Learning is shared by all requests of the domain, so a pair bears its share.
+        # All requests of a domain benefit from learning, so each pair is charged an equal share of it.
         learn = sum(row["learn_seconds"] for row in rows) / len(rows) * len(pairs) if rows else 0.0
         return {
             "requests": len(rows),
             "alpha_before": self.log.before.get(name),
             "alpha_after": self.log.after.get(name),
-            "alpha_first_fifth": or_none(mean(alphas[:fifth])),
-            "alpha_last_fifth": or_none(mean(alphas[-fifth:])),
+            "alpha_first_fifth": mean(alphas[:fifth]),
+            "alpha_last_fifth": mean(alphas[-fifth:]),
             "compared": len(pairs),
-            "identical_share": verdicts.count("identical") / len(pairs) if pairs else None,
+            "identical_share": ratio(verdicts.count("identical"), len(pairs)),
             "near_ties": verdicts.count("near_tie"),
             "mismatches": verdicts.count("mismatch"),
             "speedup_decode": ratio(plain, decode),
@@ -96,10 +103,10 @@ class RunReport:
         for axis in (alpha, speed):
             for shift in shifts:
                 axis.axvline(shift - 0.5, color="black", linestyle="--", linewidth=0.8)
-            axis.legend(loc="lower right")  # the upper edge names the domains
+            axis.legend(loc="lower right")  # the domains' names are at the upper edge
         for start in [0, *shifts] if rows else []:
             name = shown(rows[start]["domain"])
-            # As it is: it may have a $, which matplotlib takes for mathematics.
+            # Literally: matplotlib would take a $ for mathematics.
             plain = {"parse_math": False, "usetex": False}
             alpha.annotate(
                 name, (start, 0.98), va="top", ha="left", xytext=(4, 0), textcoords="offset points", **plain
@@ -107,13 +114,32 @@ class RunReport:
         figure.savefig(path, dpi=110)
 
 
-def shown(name: str) -> str:
-    """A name that data has, for a line of a table or a picture: on one line, without what no terminal shows, and not too long."""
-    name = "".join(letter if letter.isprintable() else " " for letter in name)
-    name = " ".join(name.split())
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+def overall_of(log: RunLog, assistant: OnlineAssistant, target: PreTrainedModel, args: ModelArguments) -> dict:
+    """Collect the figures and settings of the whole run, for `summary.json`."""
+    stats = assistant.stats
+    return {
+        "target_forwards": log.target_forwards,
+        "rounds": sum(row["rounds"] for row in log.rows),
+        "updates": stats.updates,
+        "failed_updates": stats.failed_updates,
+        "rejected_updates": stats.rejected_updates,
+        "accepted_updates": stats.accepted_updates,
+        "regret_vs_static": stats.regret_vs_static,
+        "learning_rate": stats.learning_rate,
+        "learned_tokens": stats.learned_tokens,
+        "learning_seconds": stats.learning_seconds,
+        "longest_update_s": stats.longest_update,
+        "wall_s": log.wall,
+        "seed": assistant.osd_config.seed,
+        **setting_of(target),
+        "arguments": asdict(args),
+    }
 
 
-def cell(value: float | int | None) -> str:
-    """A figure in a table; a dash where it is not known."""
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+def setting_of(target: PreTrainedModel) -> dict:
+    """Say in which dtype, with how many threads and on which kind of device a run decoded."""
+    return {
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "device": str(target.device.type),
+    }

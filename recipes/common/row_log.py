@@ -1,4 +1,4 @@
-"""`RowLog`: rows that runs of a recipe add to a JSONL file, one after the other or several at once."""
+"""`RowLog`: a JSONL file to which runs of a recipe append rows, also several runs at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger("hf_osd.recipes.row_log")
 
 
 class RowLog:
-    """The rows of `path` and a way to add one; without a path there are none, and what is added is not kept.
+    """Reads the rows of a file, as `rows`, and appends to it. Without a path there are none, and appended rows are dropped.
 
     Args:
-        path (`str`, *optional*): the file; made with its first row.
-        fields: what every row has, by which a file of something else is known.
+        path (`str`, *optional*): the file; the first row creates it.
+        fields (`tuple[str, ...]`): fields that every row must have; a file without them belongs to something else.
 
     Raises:
-        ValueError: if a line is no such row; the message names file and line. Half a row at the end, of a process that was killed, is left out.
+        ValueError: if a line is not such a row; the message names file and line. An incomplete last row, of a process that was killed, is skipped.
         OSError: if the file cannot be read or written.
     """
 
@@ -38,7 +38,7 @@ class RowLog:
             self.rows = list(self._read(fields))
 
     def append(self, row: dict):
-        """Add a row, whole or not at all."""
+        """Append a row, in place of an incomplete last one."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +61,12 @@ class RowLog:
                     logger.warning("%s, line %d: half a row, left out.", self.path, number)
                     return
                 raise ValueError(
-                    f"--log {self.path}, line {number}: no JSON object; mend or remove it, or choose another --log."
+                    f"--log {self.path}, line {number}: no JSON object; correct or remove it, or choose another --log."
                 )
             row = loads(line)
             if lacking := [name for name in fields if name not in row]:
                 raise ValueError(
-                    f"--log {self.path}, line {number}: a row without `{lacking[0]}`, so it is of something else; choose another --log."
+                    f"--log {self.path}, line {number}: a row without `{lacking[0]}`, so the file belongs to something else; choose another --log."
                 )
             yield row
 

@@ -1,4 +1,4 @@
-"""`RunFolder`: an output folder that belongs to one run, until its user says otherwise; and the lock that keeps a second job out of it."""
+"""`RunFolder`: an output folder that belongs to one run unless the user says otherwise; and the lock that keeps a second job out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("hf_osd.recipes.run_folder")
 
 CHECKPOINT, DRAFT = "checkpoint", "draft"
 SERVICES = ("service", "straight")  # of recipes/checks/kill.py
-# What recipes leave in one.
+# Files and folders that recipes write into an output folder.
 RUN_FILES = (
     "metrics*.jsonl",
     "lossless.jsonl",
@@ -34,15 +34,16 @@ _LONGEST = 120  # bytes of a folder's name
 
 
 class RunFolder:
-    """A folder for one run. Entering it is to own it: nobody else may meanwhile, and nothing that is in it has been touched.
+    """A folder for one run. Entering it locks it against other jobs; nothing in it is touched before `clear`.
 
     Args:
-        directory: the folder; made if it is not there.
-        resume (`bool`): go on with the run that is in it.
-        overwrite (`bool`): start anew; `clear` then takes away what the run before left.
+        directory: the folder; entering creates it.
+        resume (`bool`): go on with the run in it.
+        overwrite (`bool`): start anew; `clear` then removes what the earlier run left.
 
     Raises:
-        ValueError: if a run is in it and neither is set, or both are, or there is nothing to resume it from; when entered, if another process is in it.
+        ValueError: if it has a run and neither flag is set, or both are, or the run has no checkpoint to resume from; on entering, if another process has
+            the folder.
         OSError: if it cannot be written.
     """
 
@@ -60,7 +61,7 @@ class RunFolder:
         return self.path / CHECKPOINT
 
     def check(self):
-        """See that the folder may be used, without touching it."""
+        """Check that the folder may be used, without touching it."""
         check_writable("--output_dir", self.path, folder=True)
         found = self._found()
         if not found or self._overwrite:
@@ -81,7 +82,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(locked(self.path / LOCK, f"--output_dir {self.path}"))
         try:
-            self.check()  # again: whoever was in it until now has left something
+            self.check()  # again: a job that has just ended may have left a run
         except BaseException:
             self._stack.close()
             raise
@@ -91,7 +92,7 @@ class RunFolder:
         self._stack.close()
 
     def clear(self):
-        """Where asked to: take away rows, figures and checkpoints of the run before. Its draft stays until another one replaces it."""
+        """With `overwrite`, remove rows, figures and checkpoints of the earlier run. Its draft stays until another one replaces it."""
         if not self._overwrite:
             return
         discard_states(self.checkpoint)
@@ -100,17 +101,20 @@ class RunFolder:
                 path.unlink()
 
     def _found(self) -> list[Path]:
-        """What a run has left; nothing that is empty."""
+        """List what an earlier run has left and is not empty."""
         paths = [path for name in RUN_FILES for path in sorted(self.path.glob(name))]
         return [path for path in paths if (any(path.iterdir()) if path.is_dir() else path.stat().st_size)]
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on a file, which is made and stays; the system ends it with the process, however that ends.
+    """Hold a lock on a file, which is created and stays. The system releases the lock with the process, however that ends.
+
+    Args:
+        what (`str`): names what is locked, for messages.
 
     Raises:
-        ValueError: if another process holds it; the message says of `what`.
+        ValueError: if another process holds the lock.
         OSError: if the file cannot be made.
     """
     lock = FileLock(path)
@@ -121,7 +125,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
             f"{what} is in use by another process; wait for that one to end, or choose another."
         ) from error
     except NotImplementedError:  # a file system without locks
-        logger.warning("%s: no locks can be had there; see that no other job writes to it.", what)
+        logger.warning("%s: its file system has no locks; make sure that no other job writes to it.", what)
         yield
         return
     try:
@@ -131,8 +135,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def folder_name(name: str) -> str:
-    """A folder's name for a name that data has, and another one for each: the name itself, but for what means something in a path or cannot be in one,
-    which is written as %2F is."""
+    """Turn a name that comes from data into a folder's name, a different one for each name.
+
+    Characters that a path cannot have, or that mean something in one, are written as %2F; names longer than 120 bytes are cut and end with a digest.
+    """
     unsafe = set('%/\\:*?"<>|')
     letters = [_escaped(letter) if letter in unsafe or not letter.isprintable() else letter for letter in name]
     if letters[0] == ".":

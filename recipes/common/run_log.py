@@ -1,10 +1,9 @@
-"""What a run has seen: one row a request in a JSONL file, and the checkpoint it can be resumed from. No prompt is written."""
+"""`RunLog`: a row for each request in a JSONL file, and the checkpoint a run is resumed from. No prompt is written."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from hf_osd.metrics.stats import Stats
 from hf_osd.saving.state import saved_progress
 from hf_osd.system.files import discard_states, states
 from hf_osd.system.strict_json import dumps
+from recipes.common.figures import mean, or_none, ratio
 from recipes.common.run_folder import CHECKPOINT
 
 logger = logging.getLogger("hf_osd.recipes.run_log")
@@ -22,19 +22,19 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """The rows of a run, its plain-decoding pairs, and its held-back α.
+    """The rows of a run, the requests that were also decoded plainly (`pairs`), and α on held-back prompts before and after.
 
-    Rows are appended to their file as they come, and a checkpoint notes how many of them it knows. A run that was killed goes on there: the rows
-    after it go, and their requests are served again. Nothing is touched before `begin`.
+    Rows are appended to their file as they come, and a checkpoint remembers how many there were. A run that was killed goes on from its checkpoint:
+    later rows are dropped, and their requests served again. Nothing is touched before `begin`.
 
     Args:
-        output_dir: where the rows and checkpoint/ lie.
-        identity (`dict`): what a resumed run must have begun with: settings, and digests of what they name.
+        output_dir: folder of the rows and of checkpoint/.
+        identity (`dict`): settings, and digests of what they name, that must be the same for a run to be resumed.
         resume (`bool`): go on from the checkpoint; without one, start afresh.
-        name (`str`): of the file of rows.
+        name (`str`): name of the file of rows.
 
     Raises:
-        ValueError: if the checkpoint is of another run or damaged, or the file of rows lacks some that it knows.
+        ValueError: if the checkpoint belongs to another run or is damaged, or rows it counts are missing from the file.
         OSError: if the directory cannot be written.
     """
 
@@ -48,16 +48,16 @@ class RunLog:
         self.target_forwards = 0
         self.wall_before = 0.0  # seconds spent before the run was resumed
         self._started = time.perf_counter()
-        self._written, self._bytes = 0, 0  # rows in the file, and how long it is with them
+        self._written, self._bytes = 0, 0  # rows in the file, and its length with them
         self.resumed = resume and bool(states(self.checkpoint))
         if self.resumed:
             self._load()
 
     def begin(self) -> RunLog:
-        """From here on the folder's rows and checkpoints are this run's: what an older one left of them goes, or what came after the checkpoint."""
+        """Make rows and checkpoints of the folder this run's: remove an older run's, or, if resumed, the rows after the checkpoint."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.resumed:
-            discard_states(self.checkpoint)  # not to be taken for this one's
+            discard_states(self.checkpoint)  # or they would pass for this run's
         self._write()
         return self
 
@@ -71,11 +71,11 @@ class RunLog:
 
     @property
     def wall(self) -> float:
-        """Seconds the run has taken, those before it was resumed included."""
+        """Seconds the run has taken, including those before it was resumed."""
         return self.wall_before + time.perf_counter() - self._started
 
     def add(self, domain: str, stats: Stats, figures: dict) -> dict:
-        """One request served; its row, with `figures` in it."""
+        """Log a request that was served; returns its row, to which `figures` are added."""
         call = stats.last
         row = {
             "request": self.served,
@@ -93,49 +93,49 @@ class RunLog:
         self.rows.append(row)
         try:
             self._write()
-        except OSError as error:  # a full disk, say: it waits in memory, and is written with a later one
+        except OSError as error:  # a full disk, for instance: the row stays in memory and is written with a later one
             logger.error("Row %d waits: cannot write to %s (%s).", row["request"], self._file, error.strerror)
         return row
 
     def add_pair(self, domain: str, verdict: str, plain_seconds: float, decode_seconds: float):
-        """The request just served, decoded plainly too."""
+        """Log that the request just served was also decoded plainly, with the verdict of the comparison."""
         pair = {"request": self.served - 1, "domain": domain, "verdict": verdict}
         self.pairs.append(pair | {"plain_seconds": plain_seconds, "decode_seconds": decode_seconds})
 
     def recent(self, count: int) -> dict[str, float | None]:
-        """Figures over the last `count` requests; `None` where there is none: where nothing was drafted or no round was counted, say."""
+        """Compute figures over the last `count` requests; `None` for those that are unknown, such as α where nothing was drafted."""
         rows = self.rows[-count:]
         seconds = sum(row["decode_seconds"] for row in rows)
         tokens = sum(row["new_tokens"] for row in rows)
         return {
-            "alpha": or_none(mean([row["alpha"] for row in rows])),
+            "alpha": mean([row["alpha"] for row in rows]),
             "tokens_per_round": ratio(tokens, sum(row["rounds"] for row in rows)),
             "tokens_per_second": ratio(tokens, seconds),
         }
 
     def save(self, assistant, with_buffer: bool = False):
-        """Checkpoint: the learner, the statistics and how far the stream is, all of one moment; and, `with_buffer`, the feedback.
+        """Write a checkpoint: learner, statistics and progress of one moment and, with `with_buffer`, the feedback.
 
         Raises:
-            OSError: if it cannot be written; the checkpoint before it is then unchanged.
+            OSError: if it cannot be written; earlier checkpoints are then unchanged.
         """
-        self._write(through=True)  # before the state that counts on these rows
+        self._write(through=True)  # before the state, which counts these rows
         known = {name: getattr(self, name) for name in ("identity", "pairs", "before", "target_forwards", "wall")}
         assistant.save_state(
             self.checkpoint, with_buffer, progress=known | {"rows": self._written, "bytes": self._bytes}
         )
 
     def try_to_save(self, assistant, with_buffer: bool = False) -> bool:
-        """`save` as serving goes on: if it cannot be written, that is logged, and the next one is tried again. Whether it was written."""
+        """Write a checkpoint while serving goes on; a failure is logged. Returns whether it was written."""
         try:
             self.save(assistant, with_buffer)
-        except (OSError, RuntimeError) as error:  # the second where no learner can say what it has learnt
+        except (OSError, RuntimeError) as error:  # RuntimeError: a learner that has died has no state
             logger.error("No checkpoint after %d requests; serving goes on. %s", self.served, error)
             return False
         return True
 
     def _write(self, through: bool = False):
-        """Append the rows that are not in the file yet, in place of whatever follows those that are: half a row, or rows of a run that was killed."""
+        """Append rows that are not in the file yet, in place of anything else after those that are: half a row, or rows of a killed run."""
         lines = "".join(dumps(row) + "\n" for row in self.rows[self._written :]).encode()
         with self._file.open("r+b" if self._file.exists() else "wb") as file:
             file.truncate(self._bytes)
@@ -148,7 +148,7 @@ class RunLog:
 
     def _load(self):
         progress = saved_progress(self.checkpoint)
-        try:  # it may have begun with fields that there are no more
+        try:  # it may have begun with fields that were removed since
             OnlineConfig.from_dict(progress["identity"].get("config", {}))
         except ValueError as error:
             raise ValueError(
@@ -177,13 +177,13 @@ class RunLog:
             reason = f"it has {len(self.rows)}" if len(self.rows) != self._written else None
         if reason is not None:
             raise ValueError(
-                f"{self._file} lacks rows of the {self._written} that the checkpoint in {self.checkpoint} knows ({reason}); put the file back "
-                "as it was, or start anew with --overwrite."
+                f"{self._file} lacks rows of the {self._written} that the checkpoint in {self.checkpoint} counts ({reason}); restore the "
+                "file, or start anew with --overwrite."
             )
 
 
 def _changed(saved: dict, now: dict) -> list[str]:
-    """The names of what differs, those within `config` as flags have them."""
+    """List the names of settings that differ; those within `config` have no prefix, like flags."""
     names = []
     for name, value in now.items():
         was = saved.get(name)
@@ -192,74 +192,3 @@ def _changed(saved: dict, now: dict) -> list[str]:
         elif was != value:
             names.append(name)
     return names
-
-
-class Tracking:
-    """Transformers' own reporting integrations (trackio, tensorboard, wandb, …), fed with the run's figures. One that fails while requests are served
-    is left out from then on, with a warning.
-
-    Args:
-        report_to (`str`): as in `TrainingArguments`, or `"none"`.
-        output_dir: what the integrations take for the run's folder, and name it after.
-        model: the draft, whose config they note.
-
-    Raises:
-        ValueError: if there is no such integration, or it cannot begin: not installed, not logged in.
-    """
-
-    def __init__(self, report_to: str, output_dir: str | os.PathLike, model):
-        self._callbacks = []
-        if report_to == "none":
-            return
-        from accelerate.state import is_initialized
-        from transformers import TrainerControl, TrainerState, TrainingArguments, integrations
-
-        name = Path(output_dir).resolve().name
-        # They reset accelerate's state unless told not to, and a trainer that was made before them fails from then on.
-        state = {"use_configured_state": is_initialized()}
-        args = TrainingArguments(
-            output_dir=str(output_dir), report_to=report_to, project="hf_osd", run_name=name, accelerator_config=state
-        )
-        self._event = (args, TrainerState(is_world_process_zero=True), TrainerControl())
-        self._model = model
-        try:
-            self._callbacks = [kind() for kind in integrations.get_reporting_integration_callbacks(args.report_to)]
-            for callback in self._callbacks:
-                callback.on_train_begin(*self._event, model=model)
-        except Exception as error:  # each has errors of its own
-            raise ValueError(
-                f"`report_to` is {report_to!r}, which cannot begin: {error} Mend that, or leave it out."
-            ) from error
-
-    def log(self, served: int, figures: dict[str, float | None]):
-        """Figures at a number of requests served, the integrations' global step; those that are known."""
-        if self._callbacks:
-            self._event[1].global_step = served
-            self._tell("on_log", logs={name: value for name, value in figures.items() if value is not None})
-
-    def end(self):
-        self._tell("on_train_end")
-
-    def _tell(self, what: str, **kwargs):
-        for callback in list(self._callbacks):
-            try:
-                getattr(callback, what)(*self._event, model=self._model, **kwargs)
-            except Exception as error:
-                self._callbacks.remove(callback)
-                logger.warning("%s is told no more: %r.", type(callback).__name__, error)
-
-
-def mean(values: list[float | None]) -> float:
-    """The mean of what is known; NaN of nothing."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan
-
-
-def or_none(value: float) -> float | None:
-    """What JSON can hold: nothing in place of NaN."""
-    return None if math.isnan(value) else value
-
-
-def ratio(one: float, other: float) -> float | None:
-    """One over the other, where there is any of the other."""
-    return one / other if other else None

@@ -1,4 +1,4 @@
-"""Signals that end a run: Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed. They come as an exception, so that what was learnt can be saved."""
+"""Signals that end a run: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal. They raise an exception, so that what was learnt can be saved."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 logger = logging.getLogger("hf_osd.recipes.signals")
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-# While what was learnt is saved, launchers and people repeat themselves: this many are let pass.
-_LET_PASS = 2
+# Launchers and people repeat signals while what was learnt is saved: so many are ignored.
+_IGNORED = 2
 
 
 class Ended(KeyboardInterrupt):
-    """A signal wants the run to end.
+    """Raised when a signal ends the run.
 
     Args:
-        number (`int`): of the signal.
+        number (`int`): the signal's number.
     """
 
     def __init__(self, number: int):
@@ -28,15 +28,15 @@ class Ended(KeyboardInterrupt):
 
 
 class _Signals:
-    """What has come."""
+    """Remembers the signals that came, and raises [`Ended`] for them."""
 
     def __init__(self):
         self.came: list[int] = []
-        self.held: int | None = None  # how many of them had come as saving began
+        self.held: int | None = None  # how many had come when saving began
 
     def come(self, number: int, frame):
         self.came.append(number)
-        if self.held is None or len(self.came) > self.held + _LET_PASS:
+        if self.held is None or len(self.came) > self.held + _IGNORED:
             raise Ended(number)
         logger.warning("%s: what was learnt is being saved.", signal.Signals(number).name)
 
@@ -46,7 +46,8 @@ _current: _Signals | None = None
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """In here signals raise [`Ended`] in the main thread. Those that were ignored before, as under nohup, are still. Not for other threads, which get none."""
+    """Within the block signals raise [`Ended`] in the main thread. Signals that were ignored before, as under nohup, still are. In other threads, which get no
+    signals, the block does nothing."""
     global _current
     if threading.current_thread() is not threading.main_thread() or _current is not None:
         yield
@@ -65,17 +66,17 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def hold_signals():
-    """From now on signals are let pass, but for somebody who insists: what was learnt is being saved."""
+    """From now on ignore two more signals, while what was learnt is saved; the third one ends the run."""
     if _current is not None:
         _current.held = len(_current.came)
 
 
 def check_signals():
-    """Raise [`Ended`] if a signal has come that was not heeded: what a finalizer raises, Python only prints."""
+    """Raise [`Ended`] if a signal came whose exception was lost: Python only prints those raised within a finalizer."""
     if _current is not None and _current.came and _current.held is None:
         raise Ended(_current.came[-1])
 
 
 def exit_status(interrupt: KeyboardInterrupt) -> int:
-    """As shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """Return the exit status that shells use: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
     return 128 + getattr(interrupt, "number", signal.SIGINT)

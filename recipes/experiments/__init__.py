@@ -1,1 +1,1 @@
-"""What is tried: answers are recorded once, and settings of the learner are set side by side on them."""
+"""Experiments: record answers of the target once, and compare settings of the learner on them."""

@@ -1,4 +1,4 @@
-"""Arms of an experiment: a learner's config and the draft it begins with; and how sure their differences are."""
+"""Arms of an experiment, each a learner's config and a draft to begin with; and confidence intervals of their differences."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ RESAMPLES = 2000
 
 @dataclass
 class Arm:
-    """What to learn with."""
+    """One setting to try."""
 
     label: str
     config: OnlineConfig
-    name: str  # of the draft, as `--draft` has it
+    draft_name: str  # as in `--draft`
 
     def draft(self, target: PreTrainedModel, size: int | None = None) -> PreTrainedModel:
-        """The draft to begin with: of its own for each run.
+        """Load the draft to begin with, a new one for each run.
 
         Args:
-            size: of the vocabulary that the traces are in, where that is not the target's.
+            size: the size of the traces' vocabulary, if that is not the target's.
 
         Raises:
-            ValueError: if the draft's is another.
+            ValueError: if the draft has a vocabulary of another size.
         """
-        draft = load_draft(self.name, target, any_vocabulary=size is not None)
+        draft = load_draft(self.draft_name, target, any_vocabulary=size is not None)
         if size not in (None, own := draft.config.get_text_config().vocab_size):
             raise ValueError(
-                f"The traces are in the tokens of a draft that has {size}, and {self.name} has {own}; give --draft the one that record.py had."
+                f"The traces are in the tokens of a draft that has {size}, and {self.draft_name} has {own}; give --draft the one that record.py had."
             )
         return draft
 
     def facts(self) -> dict:
-        return {"config": {**self.config.to_dict(), "seed": None}, "draft": self.name}
+        """Return what makes two arms the same."""
+        return {"config": {**self.config.to_dict(), "seed": None}, "draft": self.draft_name}
 
 
 def read_arm(arm: str, base: OnlineConfig, draft: str) -> Arm:
-    """`"batch_size=2,replay_ratio=3.0"` over `base`; `"base"` is that itself.
+    """Read an arm such as `"batch_size=2,replay_ratio=3.0"`: changes to the config `base`; `"base"` is `base` itself.
 
-    Beside the fields of `OnlineConfig`: `draft=…`, as `--draft` has it, but with '+' between layers; `lora=8` alone means `adapter=lora` too;
-    `preset=paper`, `OnlineConfig.paper()` in place of the base.
+    Keys are the fields of `OnlineConfig`, and `draft=…`, as in `--draft` but with '+' between layers; `preset=paper` for `OnlineConfig.paper()` in place of
+    `base`. `lora=8` also sets `adapter=lora`.
 
     Raises:
         ValueError: if it is not such a list, or a value does not fit.
@@ -77,7 +78,7 @@ def read_arm(arm: str, base: OnlineConfig, draft: str) -> Arm:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of α, and between what it lies in 95 of 100 resamplings of the prompts."""
+    """A difference of α and its 95% bootstrap interval."""
 
     difference: float
     low: float
@@ -88,10 +89,11 @@ class Interval:
 
 
 def intervals(before: list[list[list[int]]], after: list[list[list[int]]]) -> Interval:
-    """The difference of α between two arms, paired: a bootstrap over prompts, and over seeds, which are the same requests in the same order in both.
+    """Estimate the difference of α between two arms, by a paired bootstrap over prompts and over seeds.
 
     Args:
-        before, after: a list a seed, of `[hits, positions]` a prompt; as many seeds, and the same prompts.
+        before, after: for each seed a list with `[hits, positions]` of each prompt; both arms have the same seeds, each with the same order of requests, and
+            the same prompts.
     """
     generator = torch.Generator().manual_seed(0)
     arms = [torch.tensor(arm, dtype=torch.float64) for arm in (before, after)]  # (seeds, prompts, 2)

@@ -1,9 +1,9 @@
-"""Poisoned streams: how long a draft that has learnt from poison serves good traffic, on recorded answers and without the target.
+"""Measures how long a draft that has learnt from poisoned requests serves good traffic, on recorded answers and without the target.
 
     python -m recipes.experiments.poison --trace runs/traces/sql --draft Qwen/Qwen3-0.6B --target Qwen/Qwen3-0.6B
 
-Each stream is poisoned from its first request on: `--poisoned` requests of poison and then as many good ones (*first*), or one after the other (*mixed*). After
-every change of what serves, α on good requests that are held back says whether that is worse than the draft before any learning.
+Each stream begins with poison: `--poisoned` poisoned requests and then as many good ones (*first*), or the two in turn (*mixed*). After each change of the
+serving weights, α on held-back good requests tells whether they are worse than the draft before any learning.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from recipes.common.command import check_learns, check_numbers, run_command
+from hf_osd.system.bounds import number, option, whole
+from recipes.common.command import check_learns, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
+from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
 from recipes.experiments.replay import load_trace
 from recipes.experiments.replaying import replay
@@ -29,18 +31,17 @@ logger = logging.getLogger("hf_osd.recipes.poison")
 
 @dataclass
 class PoisonArguments(ModelArguments):
-    """What to poison. Of the target only its vocabulary matters where the draft is not grown from it."""
+    """What to poison. Only the target's vocabulary matters, unless the draft is grown from it."""
 
-    trace: str = field(default="", metadata={"help": "A folder made by record.py."})
-    poisoned: int = field(default=48, metadata={"help": "Requests of poison, and of good traffic, in each stream."})
-    held_back: int = field(default=40, metadata={"help": "Good prompts that are held back, to score on."})
-    poisons: str = field(default="", metadata={"help": "Kinds of poison with ',' between; all if left out."})
-    margin: float = field(default=0.02, metadata={"help": "By how much lower α there is worse, beyond chance."})
-    log: str | None = field(default=None, metadata={"help": "Append a row a stream to this JSONL file."})
+    trace: str = option("", string(), "A folder made by record.py.")
+    poisoned: int = option(48, whole(1), "Poisoned requests in each stream, and as many good ones.")
+    held_back: int = option(40, whole(1), "Held-back good prompts to score on.")
+    poisons: str = option("", string(), "Kinds of poison, with ',' between; all if left out.")
+    margin: float = option(0.02, number(0), "A draft counts as worse if its α is lower by more than this.")
+    log: str | None = option(None, optional_string(), "Append a row for each stream to this JSONL file.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"poisoned": 1, "held_back": 1, "threads": 1})
         if not self.trace:
             raise ValueError("`trace` is empty; name a folder that `python -m recipes.experiments.record` has made.")
         if unknown := set(filter(None, self.poisons.split(","))) - set(POISONS):
@@ -48,18 +49,18 @@ class PoisonArguments(ModelArguments):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve each stream, and print a table; the exit status."""
+    """Serve each stream, and print a table; returns the exit status."""
     return run_command(PoisonArguments, measure, argv)
 
 
 def measure(args: PoisonArguments, config: OnlineConfig):
-    """A line a stream."""
+    """Print a table with a line for each stream."""
     check_learns(config.learn, "recipes/experiments/poison.py")
     log = RowLog(args.log, ("poison", "stream", "longest"))
     use_threads(args.threads)
     target, _ = load_target(args.target, args.dtype, args.device)
     traced = load_trace(Path(args.trace), config.top_k, args.held_back)
-    # Apart: whoever has learnt answers under other prompts knows something of them under their own.
+    # Poison is made of other requests than the good ones, whose answers must not be learnt before.
     source, good = traced.stream[: args.poisoned], traced.stream[args.poisoned : 2 * args.poisoned]
     if len(good) < args.poisoned:
         raise ValueError(
@@ -94,7 +95,7 @@ def _serve(args, config: OnlineConfig, target, stream: list[tuple[Feedback, bool
         longest = run = 0
         version = assistant.serving.version
         for (_, is_poison), _ in zip(stream, replay(assistant, [one for one, _ in stream]), strict=True):
-            # By what served this request; a refresh comes after it.
+            # Judged by the weights that served this request; a swap comes after it.
             if not is_poison:
                 run = run + 1 if alphas[version] < alphas[0] - args.margin else 0
                 longest = max(longest, run)
@@ -116,28 +117,29 @@ def _alpha(assistant: OnlineAssistant, held_back: list[Feedback]) -> float:
 
 
 def _garbage(good: list[Feedback], i: int, size: int) -> Feedback:
-    """Random tokens for a prompt, and the answer of before."""
+    """Replace the prompt by random tokens."""
     request, random = good[i], torch.Generator().manual_seed(i)
     prompt = torch.randint(size, (request.prompt_length,), generator=random, dtype=torch.int32)
-    return replace(request, tokens=torch.cat([prompt, request.answer]), prompt_rows=None)
+    return replace(request, tokens=torch.cat([prompt, request.answer]), prompt_rows=None, states=None)
 
 
 def _one_prompt(good: list[Feedback], i: int, size: int) -> Feedback:
+    """Repeat the first request."""
     return replace(good[0])
 
 
 def _others_answer(good: list[Feedback], i: int, size: int) -> Feedback:
-    """The answer to another prompt."""
+    """Replace the answer by that to another prompt."""
     request, other = good[i], good[(i + 1) % len(good)]
     tokens = torch.cat([request.tokens[: request.prompt_length], other.answer])
-    return replace(other, tokens=tokens, prompt_length=request.prompt_length, prompt_rows=None)
+    return replace(other, tokens=tokens, prompt_length=request.prompt_length, prompt_rows=None, states=None)
 
 
 def _other_target(good: list[Feedback], i: int, size: int) -> Feedback:
-    """What a target would say that has other tokens for all that this one says."""
+    """Permute the vocabulary of the target's predictions and answer."""
     request, moved = good[i], torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     tokens = torch.cat([request.tokens[: request.prompt_length], moved[request.answer.long()]])
-    return replace(request, tokens=tokens, top_ids=moved[request.top_ids.long()], prompt_rows=None)
+    return replace(request, tokens=tokens, top_ids=moved[request.top_ids.long()], prompt_rows=None, states=None)
 
 
 POISONS: dict[str, Callable[[list[Feedback], int, int], Feedback]] = {

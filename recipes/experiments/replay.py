@@ -1,4 +1,4 @@
-"""Learner settings side by side on recorded answers: `recipes/experiments/record.py` has let the target answer once, and every arm learns from that.
+"""Compares settings of the learner on answers that `recipes/experiments/record.py` has recorded: every arm learns from the same requests.
 
     python -m recipes.experiments.replay --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay_ratio=6.0,batch_size=4" --seeds 0,1,2
 
@@ -14,70 +14,76 @@ import logging
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
+from hf_osd.distill.scoring import score_by_step
 from hf_osd.feedback.trace import read_trace
+from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import files_of_checkpoint
+from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
-from recipes.common.command import check_learns, check_numbers, numbers_of, run_command
+from recipes.common.command import check_learns, numbers_of, run_command
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
+from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
 from recipes.experiments.arms import Arm, intervals, read_arm
 from recipes.experiments.record import again_part
 from recipes.experiments.replaying import replay
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger("hf_osd.recipes.replay")
+
+_STEPS = 3  # tokens of a block whose α is told apart
 
 
 @dataclass
 class ReplayArguments(ModelArguments):
-    """What to learn from, and what to try on it. `OnlineConfig`'s own flags are the base of all arms."""
+    """What to learn from, and what to try. The flags of `OnlineConfig` are the base of all arms."""
 
-    trace: str = field(
-        default="", metadata={"help": "Folders made by record.py with ',' between, learnt one after another."}
+    trace: str = option("", string(), "Folders made by record.py, with ',' between; learnt one after another.")
+    arms: str = option(
+        "base",
+        string(),
+        "Arms with ';' between, each 'field=value,…' to change in the base, or 'base'; see docs/recipes.md.",
     )
-    arms: str = field(
-        default="base", metadata={"help": "Arms with ';' between, each 'field=value,…' over the base, see arms.py."}
+    seeds: str = option("0", string(), "Seeds of request order and learning, with ',' between; a run for each.")
+    requests: str = option(
+        "250", string(), "Requests to learn from: one number for each trace, with ',' between, or one for all."
     )
-    seeds: str = field(default="0", metadata={"help": "Of request order and learning, with ',' between; a run each."})
-    requests: str = field(
-        default="250",
-        metadata={"help": "Requests to learn from, in turn; one number a trace, with ',' between, or one for all."},
+    mixed: bool = option(
+        False, switch(), "Learn from all traces at once, in random order, rather than in turn, as to warm up a draft."
     )
-    mixed: bool = field(
-        default=False,
-        metadata={"help": "Learn from the traces all at once, in random order, rather than in turn: a warm-up."},
+    again: int = option(
+        0,
+        whole(0),
+        "With each request learn so many of the further answers that record.py --again recorded, as a rehearsal would.",
     )
-    again: int = field(
-        default=0,
-        metadata={
-            "help": "Beside each request learn so many of the other answers to it that record.py --again kept: a rehearsal."
-        },
+    held_back: int = option(100, whole(1), "Held-back prompts of each trace to score on.")
+    also: str = option("", string(), "Further traces to score on without learning from them, with ',' between.")
+    score_every: int = option(50, whole(1), "Requests between two scores on held-back prompts.")
+    at: str = option(
+        "",
+        string(),
+        "Requests after which to print tables too, with ',' between; '500-1000' compares α after 500 with α after 1000.",
     )
-    held_back: int = field(default=100, metadata={"help": "Held-back prompts of each trace to score on."})
-    also: str = field(default="", metadata={"help": "Traces to score on that are not learnt from, with ',' between."})
-    score_every: int = field(default=50, metadata={"help": "Requests between two scores on held-back prompts."})
-    at: str = field(
-        default="",
-        metadata={"help": "Also a table after so many requests, with ',' between; '500-1000' is from 500 to 1000."},
+    save_to: str | None = option(
+        None, optional_string(), "Also save each run's draft, in '<arm's number>-<seed>' in this folder."
     )
-    save_to: str | None = field(
-        default=None, metadata={"help": "Also save each run's draft, in a folder '<arm's number>-<seed>' here."}
+    log: str | None = option(
+        None, optional_string(), "Append a row for each run to this JSONL file; runs it already has are not run again."
     )
-    log: str | None = field(
-        default=None,
-        metadata={"help": "Append a row a run to this JSONL file; runs that it has already are not run again."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace drafts that are in --save_to already."})
+    overwrite: bool = option(False, switch(), "Replace drafts that are already in --save_to.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, {"held_back": 1, "score_every": 1, "threads": 1, "again": 0})
         if not self.trace:
             raise ValueError(
                 "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."
@@ -86,24 +92,31 @@ class ReplayArguments(ModelArguments):
 
 @dataclass
 class Traced:
-    """One domain's recording."""
+    """The recording of one domain."""
 
     name: str
     stream: list[Feedback]
-    again: list[tuple[Feedback, ...]]  # other answers to each
+    again: list[tuple[Feedback, ...]]  # further answers to each
     held_back: list[Feedback]
     max_new_tokens: int
-    digest: str  # of the files: another recording of that name is another one
-    draft_size: int | None = None  # of the vocabulary that it is in, where that is not the target's
+    digest: str  # of the files, by which it is told from another recording of that name
+    draft_size: int | None = None  # size of its vocabulary, if that is not the target's
+    states: str | None = None  # layers of the target whose hidden states are in it, with ',' between
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Learn with each arm and seed, print a line for each and a table at the end; the exit status."""
+    """Learn with each arm and seed, print a line for each and a table at the end; returns the exit status."""
     return run_command(ReplayArguments, measure, argv)
 
 
+def alpha_by_step(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[float]:
+    """Compute α of each of the first three tokens of a block, those before it being right; the first is α itself."""
+    steps = torch.cat(score_by_step(assistant.serving.active, held_back, _STEPS), dim=-1)  # (3, positions)
+    return [round(float(step.nanmean()), 4) for step in steps]
+
+
 def measure(args: ReplayArguments, base: OnlineConfig):
-    """Every run, and the table of all arms against the first."""
+    """Do every run that the log does not have, and print the table of all arms against the first."""
     arms = [read_arm(arm, base, args.draft) for arm in args.arms.split(";")]
     seeds = numbers_of(args.seeds, "seeds", least=0)
     for arm in arms:
@@ -120,7 +133,7 @@ def measure(args: ReplayArguments, base: OnlineConfig):
     for folder in to_save:
         check_apart(
             {"--save_to": folder},
-            {"--target": args.target, **{f"the draft of the arm {arm.label!r},": arm.name for arm in arms}},
+            {"--target": args.target, **{f"the draft of the arm {arm.label!r},": arm.draft_name for arm in arms}},
         )
     if (found := [folder for folder in to_save if files_of_checkpoint(folder)]) and not args.overwrite:
         raise ValueError(
@@ -142,7 +155,7 @@ def measure(args: ReplayArguments, base: OnlineConfig):
 
 
 class Experiment:
-    """What all runs share: target, traces, and how many requests of each."""
+    """Shared by all runs: target, traces, and how many requests of each."""
 
     def __init__(self, args: ReplayArguments, top_k: int):
         use_threads(args.threads)
@@ -174,17 +187,18 @@ class Experiment:
                     f"{traced.name} has {len(traced.stream)} recorded requests and `requests` asks for {count}; record more, or lower it."
                 )
         _spans(args.at, [0, *range(args.score_every, sum(self.counts), args.score_every), sum(self.counts)])
-        self.unsaved: OSError | None = None  # why a draft could not be
-        self._first: dict[tuple, dict] = {}  # what drafts score before they learn, by draft
+        self.unsaved: OSError | None = None  # why a draft could not be saved
+        self._first: dict[tuple, dict] = {}  # scores of drafts before they learn, by draft
 
     def run(self, arm: Arm, seed: int, folder: str) -> dict:
         """One arm with one seed: α on what is held back every `score_every` requests, of each request before it was learnt, and what learning took."""
         began = time.perf_counter()
         config = dataclasses.replace(arm.config, seed=seed, suffix_cache=False)
         draft = arm.draft(self.target, self.draft_size)
-        tokenizers = draft_tokenizers(arm.name, draft, self.target, self.tokenizer)
+        self._check_states(draft, arm.draft_name)
+        tokenizers = draft_tokenizers(arm.draft_name, draft, self.target, self.tokenizer)
         assistant = OnlineAssistant(draft, config)
-        kind = (arm.name, config.learner_dtype)
+        kind = (arm.draft_name, config.learner_dtype)
         if kind not in self._first:
             self._first[kind] = self._score(assistant)
         points, peak = {0: self._first[kind]}, peak_rss_mb()
@@ -195,7 +209,7 @@ class Experiment:
                 prequential.append(round(float(request.overlap.nanmean()), 4))
                 if served % self.args.score_every == 0 or served == sum(self.counts):
                     points[served] = self._score(assistant)
-                    means = " ".join(f"{name} {_mean(hits):.3f}" for name, hits in points[served].items())
+                    means = " ".join(f"{name} {alpha_of(hits):.3f}" for name, hits in points[served].items())
                     logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
         if self.args.save_to is not None:
             tokenizer = tokenizers.get("assistant_tokenizer", self.tokenizer)
@@ -214,26 +228,36 @@ class Experiment:
             "scores": {
                 traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
             },
+            "alpha_by_step": {traced.name: alpha_by_step(assistant, traced.held_back) for traced in self.judged},
             "prequential": prequential,
             **learning_of(assistant, began),
             "peak_rss_mb": [round(peak), round(peak_rss_mb())],
-            "shares": [round(share, 4) for share in assistant.learner.ensemble.shares],
-            "losses": [round(loss, 4) for loss in assistant.learner.ensemble.losses],
+            "shares": [round(share, 4) for share in assistant.learner.student.shares],
+            "losses": [round(loss, 4) for loss in assistant.learner.student.losses],
         }
 
+    def _check_states(self, draft: PreTrainedModel, name: str):
+        """Raise a ValueError if a draft reads the target's hidden states and they are not in a trace."""
+        layers = ",".join(map(str, draft.config.aux_layers)) if reads_states(draft) else None
+        if layers is not None and (wrong := [traced for traced in self.judged if traced.states != layers]):
+            raise ValueError(
+                f"The draft {name} reads the target's hidden states after layers {layers}, and {wrong[0].name} has {wrong[0].states or 'none'}; record it again "
+                f"with --states {layers} --overwrite."
+            )
+
     def key(self, arm: Arm, seed: int) -> str:
-        """What makes two runs the same run."""
+        """Digest what makes two runs the same run."""
         args = self.args
         facts = [args.target, args.dtype, args.held_back, args.score_every, args.also, arm.facts(), seed]
         facts += [[(traced.name, traced.digest) for traced in self.judged], self.counts, args.mixed, args.again]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _score(self, assistant: OnlineAssistant) -> dict[str, list]:
-        """`[accepted, positions]` of each held-back prompt, by domain."""
+        """Count `[accepted, positions]` of each held-back prompt, by domain."""
         return {traced.name: hits_of(assistant, traced.held_back) for traced in self.judged}
 
     def _turns(self, seed: int) -> list[tuple[list[Feedback], list[tuple[Feedback, ...]], int]]:
-        """The requests to learn, in turn, with the other answers to each and the limit they were recorded with: a list a trace, or one of all."""
+        """Choose the requests to learn, in order: for each trace, or for all mixed, a tuple of requests, further answers to each, and `max_new_tokens`."""
         chosen = []
         for traced, count in zip(self.traces, self.counts, strict=True):
             pairs = list(zip(traced.stream, traced.again, strict=True))
@@ -245,7 +269,7 @@ class Experiment:
 
 
 def learning_of(assistant: OnlineAssistant, began: float) -> dict:
-    """What learning came to in a run that began at `began` (`time.perf_counter`), for its row."""
+    """Collect the figures of learning for the row of a run that began at `began`, a `time.perf_counter`."""
     stats = assistant.stats
     return {
         "updates": stats.updates,
@@ -264,21 +288,27 @@ def learning_of(assistant: OnlineAssistant, began: float) -> dict:
 
 
 def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[int]]:
-    """`[accepted, positions]` of each request, as the draft serves now."""
+    """Count `[accepted, positions]` of each request with the weights that serve now."""
     return [[int(hits.nansum()), int((~hits.isnan()).sum())] for hits in assistant.score(held_back)]
 
 
 def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, again: int = 0) -> Traced:
-    """A domain's shards, cut to `top_k`, with those of its parts that are asked for: of other answers to its requests so many to each.
+    """Load a domain's trace.
+
+    Args:
+        top_k: log-probs to keep of each position.
+        held_back: held-back prompts to load.
+        stream: whether to load the requests too.
+        again: further answers to load with each request.
 
     Raises:
-        OSError: if there are none.
-        ValueError: if one is damaged, too few prompts are held back, or not every request has been answered again.
+        OSError: if a part is missing.
+        ValueError: if a file is damaged, too few prompts are held back, or not every request has further answers.
     """
     others = [again_part(n) for n in range(again if stream else 0)]
     names = ["held_back", *(["stream"] if stream else []), *others]
     parts: dict[str, list[Feedback]] = {name: [] for name in names}
-    limits, sizes, digest = set(), set(), hashlib.sha256()
+    limits, sizes, states, digest = set(), set(), set(), hashlib.sha256()
     for part in names:
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
@@ -286,6 +316,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
             parts[part] += [request.truncate(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
             sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
+            states.add(facts.get("states"))
         if not parts[part]:
             flag = f" --again 0.7 --times {again}" if part in others else ""
             raise FileNotFoundError(
@@ -303,7 +334,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
     for part in others:
         if [one.prompt_length for one in parts[part]] != [one.prompt_length for one in requests]:
             raise ValueError(
-                f"{folder} has {len(requests)} requests and {len(parts[part])} in {part}-…, not of the same; record both with one command."
+                f"{folder} has {len(requests)} requests and {len(parts[part])} in {part}-…, which do not match; record both with one command."
             )
     return Traced(
         folder.name,
@@ -313,11 +344,16 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         max(limits),
         digest.hexdigest(),
         sizes.pop(),
+        states.pop() if len(states) == 1 else None,
     )
 
 
 def table(results: list[list[dict]], at: str = "") -> str:
-    """An arm a line: α on each domain's held-back prompts before and after, mean of the seeds, and the difference to the first arm, paired. `at`: as the flag.
+    """Write Markdown tables with a line for each arm: α on each domain's held-back prompts before and after, and the paired difference to the first arm.
+
+    Args:
+        results: the rows of each arm's runs, one for each seed.
+        at: as the flag `--at`.
 
     Raises:
         ValueError: if α was not measured at a point that `at` names.
@@ -340,7 +376,7 @@ def table(results: list[list[dict]], at: str = "") -> str:
 
 
 def _spans(at: str, points: list) -> list[tuple[str, str]]:
-    """From which requests to which the flag `at` asks for tables, all of them among the points at which α is measured."""
+    """Read the flag `at` as pairs of points, from which to which a table compares, and check that α is measured there."""
     spans = [span.split("-") if "-" in span else ["0", span] for span in filter(None, map(str.strip, at.split(",")))]
     known = [str(point) for point in points]
     if any(len(span) != 2 or not set(span) <= set(known) for span in spans):
@@ -359,9 +395,9 @@ def _table(results: list[list[dict]], name: str, first: str, last: str) -> list[
         gain, versus = intervals(before, after), intervals([row["scores"][name][last] for row in results[0]], after)
         seconds = [row["learning_seconds"] for row in rows]
         rate = statistics.median(row["learned_tokens"] / max(row["learning_seconds"], 1e-9) for row in rows)
-        seeds = " ".join(f"{_mean(scores):.3f}" for scores in after)
+        seeds = " ".join(f"{alpha_of(scores):.3f}" for scores in after)
         lines.append(
-            f"| {rows[0]['arm']} | {statistics.fmean(map(_mean, before)):.3f} | {statistics.fmean(map(_mean, after)):.3f} | {seeds} "
+            f"| {rows[0]['arm']} | {statistics.fmean(map(alpha_of, before)):.3f} | {statistics.fmean(map(alpha_of, after)):.3f} | {seeds} "
             f"| {gain} | {'' if rows is results[0] else versus} | {statistics.median(seconds):.0f} | {rate:.0f} |"
         )
     return lines
@@ -370,13 +406,15 @@ def _table(results: list[list[dict]], name: str, first: str, last: str) -> list[
 def _line(row: dict) -> str:
     curves = "; ".join(
         f"{name} "
-        + " ".join(f"{_mean(hits):.3f}" for _, hits in sorted(points.items(), key=lambda item: int(item[0])))
+        + " ".join(f"{alpha_of(hits):.3f}" for _, hits in sorted(points.items(), key=lambda item: int(item[0])))
         for name, points in row["scores"].items()
     )
-    return f"{row['arm']:<40} seed {row['seed']} α {curves}  ({row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all)"
+    steps = "; ".join(" ".join(f"{alpha:.3f}" for alpha in steps) for steps in row["alpha_by_step"].values())
+    return f"{row['arm']:<40} seed {row['seed']} α {curves}  by step {steps}  ({row['learning_seconds']:.0f} s of learning, {row['seconds']:.0f} in all)"
 
 
-def _mean(hits: list[list[int]]) -> float:
+def alpha_of(hits: list[list[int]]) -> float:
+    """Compute α from `[accepted, positions]` of each prompt."""
     return sum(hit for hit, _ in hits) / max(sum(n for _, n in hits), 1)
 
 

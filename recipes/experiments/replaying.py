@@ -1,5 +1,5 @@
-"""`replay`: requests that were recorded, served to an assistant's learner again without the target. Greedy answers do not depend on the draft, so what the draft
-would have said, and what it learns, is what serving would have given."""
+"""`replay`: passes recorded requests to an assistant's learner as serving would have, without the target. Greedy answers do not depend on the draft, so
+predictions and learning are those of serving."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback
 from hf_osd.feedback.prompt_states import SeenTexts
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
     from hf_osd.learning.protocol import LearningAssistant
@@ -23,38 +24,40 @@ def replay(
     max_new_tokens: int | None = None,
     again: Sequence[Sequence[Feedback]] | None = None,
 ) -> Iterator[Feedback]:
-    """Predict, then learn: each request as it would have been kept if `assistant` had served it, once it has been taken in.
+    """Predict each request, then let the draft learn it; yields each as serving would have recorded it, once the learner has it.
 
-    `overlap` is of the weights that would have served it, at every position (serving knows it at all but the last), whatever γ; `outcome` is that of rounds of
-    `num_assistant_tokens` drafts each. Where serving follows a changing γ, its rounds end elsewhere, which matters to `positions="error"` alone.
+    `overlap` is measured with the weights that would have served the request, at every position (serving knows all but the last), whatever γ; `outcome` is
+    that of rounds of `num_assistant_tokens` drafts each. Serving with a changing γ ends its rounds elsewhere, which matters to `positions="error"` alone.
     Updates come when they are due, as between live calls.
 
     Args:
         assistant ([`OnlineAssistant`]): with a draft, and learning.
-        requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` gives; cut to its `top_k` and `prompt_positions`.
+        requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` makes; cut to the assistant's `top_k` and `prompt_positions`.
         max_new_tokens (`int`, *optional*): the limit they were recorded with; the last token of an answer that reached it cannot be drafted.
-        again (`Sequence[Sequence[Feedback]]`, *optional*): for each of the requests other answers to its prompt, as [`hf_osd.Rehearsal`] has the target give.
-            They are learnt beside the request, and never judged by.
+        again (`Sequence[Sequence[Feedback]]`, *optional*): for each request further answers to its prompt, as [`hf_osd.Rehearsal`] samples them.
+            They are learnt with the request, and nothing is judged by them.
 
     Raises:
-        ValueError: if the assistant does not learn, or in another process where there is `again`; if a request was sampled, or `again` is not of as many requests.
+        ValueError: if the assistant does not learn, or learns in another process and there is `again`; if a request was sampled, or `again` has another length.
     """
     if again is not None and len(again) != len(requests):
-        raise ValueError(f"`again` is of {len(again)} requests and there are {len(requests)}; give an item for each.")
+        raise ValueError(
+            f"`again` has {len(again)} items and there are {len(requests)} requests; give an item for each."
+        )
     if assistant.learner is None:
         raise ValueError(
-            "This assistant does not learn (no draft, `learn=False`, or closed), so a trace is of no use to it."
+            "This assistant does not learn (no draft, `learn=False`, or closed), so it cannot replay a trace."
         )
     if again is not None and not hasattr(assistant.learner, "rehearse"):
         raise ValueError(
-            "This assistant learns in another process, which is sent what was served and nothing else; make it with learn='inline' or 'background' to learn "
-            "other answers."
+            "This assistant learns in another process, which gets served requests only; make it with learn='inline' or 'background' to learn "
+            "further answers."
         )
     config, known, at = assistant.osd_config, SeenTexts(), 0
     while at < len(requests):
-        # As many as no update comes between, but for one that is due by tokens or age.
+        # As many as are served before the next update.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
-        chunk = [request.truncate(config.top_k) for request in requests[at : at + ahead]]
+        chunk = [_kept(assistant, request) for request in requests[at : at + ahead]]
         if any(request.sampled for request in chunk):
             raise ValueError(
                 "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
@@ -63,27 +66,33 @@ def replay(
         for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
             served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
             served = known.only_new(served, config.prompt_positions)
-            assistant.learner.offer(served)
+            assistant.learner.add(served)
             if again is not None:
                 for other in again[at]:
-                    assistant.learner.rehearse(other.truncate(config.top_k))
+                    assistant.learner.rehearse(_kept(assistant, other))
             assistant.update()
             at += 1
             yield served
             if assistant.serving.version != version:
-                break  # the others are the new weights' to predict
+                break  # the new weights predict the others
+
+
+def _kept(assistant: LearningAssistant, request: Feedback) -> Feedback:
+    """What serving with this assistant would have kept of a request: its `top_k`, and the target's states if its draft reads them."""
+    request = request.truncate(assistant.osd_config.top_k)
+    return request if reads_states(assistant) or request.states is None else replace(request, states=None)
 
 
 def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: int | None = None) -> Feedback:
-    """A greedy request as rounds of `gamma` drafts would have verified it.
+    """Fill in a greedy request's `outcome` and `overlap` as rounds of `gamma` drafts would have.
 
     Args:
         request (`Feedback`): N verified positions.
         overlap (`Tensor` float `(N,)`): 1 where the draft's likeliest token is the target's, else 0.
         gamma (`int`): tokens drafted a round.
-        max_new_tokens (`int`, *optional*): where generation had to stop; the last token it gives is never drafted.
+        max_new_tokens (`int`, *optional*): the limit of generation; the last token of an answer that reached it is never drafted.
     """
-    # Of a token of the target that is several of the draft's, the first is the position that a round tests.
+    # Where a token of the target is several of the draft's, a round tests the first of them.
     taught = request.teaching_mask("all")
     hits = (overlap[taught] == 1).tolist()
     n, at = len(hits), 0

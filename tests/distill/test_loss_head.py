@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.trainer import OnlineGKDTrainer
 from hf_osd.feedback.buffer import FeedbackBuffer
@@ -175,18 +176,18 @@ def test_the_base_of_a_lora_draft_gets_one_and_learns_by_it(tiny_llama, make_fee
     draft = get_peft_model(tiny_llama(vocab=VOCAB), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
     config = OnlineConfig(sampled_columns=32, warmup_steps=0, gate=False, learning_rate=1e-3, seed=0)
-    learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
+    learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), lambda weights: None)
     assert type(draft.get_output_embeddings()) is nn.Linear, "the draft that was passed is not the learner's"
-    head = learner.ensemble.members[0].module.base_model.model.lm_head
+    head = learner.student.module.base_model.model.lm_head
     assert isinstance(head, LossHead)
-    assert torch.equal(logits_of(learner.ensemble.members[0].module.eval()), logits_of(draft.eval()))
+    assert torch.equal(logits_of(learner.student.module.eval()), logits_of(draft.eval()))
     widths = widths_of(head)
     learner.buffer.add(make_feedback(vocab=VOCAB, k=4))
-    before = {name: p.clone() for name, p in learner.ensemble.serving_weights().items()}
+    before = {name: p.clone() for name, p in learner.student.serving_weights().items()}
     assert learner.update()
     assert widths
     assert max(widths) <= 4 * 12 + 32
-    assert any(not torch.equal(p, before[name]) for name, p in learner.ensemble.serving_weights().items())
+    assert any(not torch.equal(p, before[name]) for name, p in learner.student.serving_weights().items())
 
 
 def widths_of(head: nn.Module) -> list[int]:
@@ -266,7 +267,7 @@ def test_a_learner_trains_the_head_if_asked(tiny_llama, make_feedback):
     config = OnlineConfig(
         sampled_columns=32, warmup_steps=0, freeze_embeddings=False, gate=False, learning_rate=1e-3, seed=0
     )
-    learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
+    learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), lambda weights: None)
     learner.buffer.add(make_feedback(vocab=VOCAB, k=4))
     assert learner.update()
-    assert not torch.equal(learner.ensemble.serving_weights()["lm_head.weight"], draft.lm_head.weight)
+    assert not torch.equal(learner.student.serving_weights()["lm_head.weight"], draft.lm_head.weight)

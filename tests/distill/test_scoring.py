@@ -180,7 +180,7 @@ def test_a_position_is_scored_by_what_stands_before_it():
 
     tokens = torch.tensor([5, 6, 7, 8, 20, 21])
     rows = SparseLogits.from_logits(torch.zeros(4, 64), 4, torch.float32)
-    assert score(SaysNext(), [Feedback.of_target(tokens, 2, rows)])[0].tolist() == [1, 1, 0, 1]
+    assert score(SaysNext(), [Feedback.from_target(tokens, 2, rows)])[0].tolist() == [1, 1, 0, 1]
 
 
 def reading(head):

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill import ensemble as ensemble_module
+from hf_osd.distill import student as student_module
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.scoring import judge
 from hf_osd.distill.student import Student
 from hf_osd.feedback.buffer import FeedbackBuffer
@@ -29,8 +30,8 @@ def trainable_of(draft) -> set[str]:
 @pytest.fixture
 def member(tiny_llama):
     def make(**fields) -> Student:
-        draft, config = tiny_llama(layers=1), OnlineConfig(**PLAIN | fields)
-        return Student(draft, trainable_of(draft), FeedbackBuffer(), config, config.learning_rate)
+        draft = tiny_llama(layers=1)
+        return make_student(draft, trainable_of(draft), OnlineConfig(**PLAIN | fields))
 
     return make
 
@@ -42,7 +43,9 @@ def learner(tiny_llama):
     def make(**fields) -> Learner:
         draft, refreshed = tiny_llama(layers=1), []
         config = OnlineConfig(**PLAIN | fields)
-        made = Learner(draft, trainable_of(draft), FeedbackBuffer(), config, lambda w: refreshed.append(cloned(w)))
+        made = Learner(
+            make_student(draft, trainable_of(draft), config), FeedbackBuffer(), lambda w: refreshed.append(cloned(w))
+        )
         made.refreshed = refreshed
         return made
 
@@ -67,6 +70,10 @@ def cloned(weights) -> dict[str, torch.Tensor]:
 
 def same(one, other) -> bool:
     return set(one) == set(other) and all(torch.equal(p, other[name]) for name, p in one.items())
+
+
+def students_of(learner) -> list[Student]:
+    return getattr(learner.student, "students", [learner.student])
 
 
 def close(one, other):
@@ -113,7 +120,7 @@ def test_an_average_over_steps_serves(member, requests, ema_decay):
     assert len(steps.weights) == one.steps == 12
     close(one.serving_weights(), averaged(steps.weights, ema_decay))
     assert same(one.weights(), steps.weights[-1]), "training goes on from the weights themselves"
-    assert not one.serves_as_is
+    assert one.is_averaged
 
 
 @pytest.mark.parametrize("optimism", [0.5, 2.0])
@@ -133,7 +140,7 @@ def test_the_weights_serve_as_they_are_where_nothing_else_is_asked(member, reque
     one = member()
     steps = EachStep(one)
     one.learn(requests[:2])
-    assert one.serves_as_is
+    assert not one.is_averaged
     assert same(one.serving_weights(), steps.weights[-1])
 
 
@@ -144,28 +151,32 @@ BOTH = {"ema_decay": 0.9, "optimism": 1.0}
 def test_judging_is_of_what_serves_and_leaves_what_trains(learner, tiny_llama, requests, monkeypatch, fields):
     made = learner(**fields)
     assert learn(made, requests[:4])
-    masters = [cloned(member.weights()) for member in made.ensemble.members]
-    served, master = tiny_llama(layers=1), judge(made.ensemble.members[0].module, requests)
+    masters = [cloned(member.weights()) for member in students_of(made)]
+    served, master = tiny_llama(layers=1), judge(students_of(made)[0].module, requests)
     with torch.no_grad():
-        for name, p in made.ensemble.serving_weights().items():
+        for name, p in made.student.serving_weights().items():
             served.get_parameter(name).copy_(p)
-    judging = made.ensemble.judge
+    judging = made.student.score
     for now, expected in zip(judging(requests), judge(served, requests), strict=True):
         assert all(map(torch.equal, now, expected))
     assert any(not torch.equal(a.confidence, b.confidence) for a, b in zip(judging(requests), master, strict=True))
-    given = {name: p.detach() for name, p in tiny_llama(layers=1, seed=1).named_parameters() if name in made.trainable}
+    given = {
+        name: p.detach()
+        for name, p in tiny_llama(layers=1, seed=1).named_parameters()
+        if name in made.student.trainable
+    }
     served.load_state_dict(given, strict=False)
     for now, expected in zip(judging(requests, given), judge(served, requests), strict=True):
         assert all(map(torch.equal, now, expected))
-    assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
+    assert all(same(member.weights(), kept) for member, kept in zip(students_of(made), masters, strict=True))
 
     def breaks(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(ensemble_module, "judge", breaks)
+    monkeypatch.setattr(student_module, "judge", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        made.ensemble.judge(requests)
-    assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, masters, strict=True))
+        made.student.score(requests)
+    assert all(same(member.weights(), kept) for member, kept in zip(students_of(made), masters, strict=True))
 
 
 def test_going_back_is_being_as_before(member, requests):
@@ -181,6 +192,32 @@ def test_going_back_is_being_as_before(member, requests):
     one.learn(requests[6:7])
     assert one.steps == 4
     assert one.trainer.lr_scheduler.last_epoch == 1, "and the optimizer is a new one"
+
+
+@pytest.mark.parametrize("fields", [{}, BOTH])
+def test_weights_are_copied_once_for_as_long_as_nothing_changes_them(member, requests, fields):
+    one = member(**fields)
+    begun = one.snapshot()
+    for change in (lambda: one.learn(requests[:2]), lambda: one.set_weights(one.initial), lambda: one.restore(begun)):
+        first = one.snapshot()
+        weights = cloned(first.weights)
+        assert one.snapshot().weights is first.weights
+        one.score(requests[:1], one.initial)
+        assert one.snapshot().weights is first.weights
+        change()
+        assert one.snapshot().weights is not first.weights
+        assert same(one.snapshot().weights, one.weights())
+        assert same(first.weights, weights)
+
+
+def test_what_is_restored_under_inference_mode_can_be_learnt_on(member, requests):
+    """As after an update that failed in a user's own inference mode."""
+    one = member(ema_decay=0.9)
+    one.learn(requests[:2])
+    with torch.inference_mode():
+        one.restore(one.snapshot())
+    one.learn(requests[2:4])
+    assert one.steps == 4
 
 
 def test_a_step_that_failed_is_none(member, requests, monkeypatch):
@@ -203,13 +240,13 @@ def test_a_step_that_failed_is_none(member, requests, monkeypatch):
 def test_other_weights_come_without_a_past(learner, requests):
     made = learner(ensemble=[1, 4], **BOTH)
     assert learn(made, requests[:4])
-    weights = cloned(made.ensemble.members[0].weights())
-    made.take(weights)
-    for member in made.ensemble.members:
-        assert member.serves_as_is
+    weights = cloned(students_of(made)[0].weights())
+    made.load_weights(weights)
+    for member in students_of(made):
+        assert not member.is_averaged
         assert member.steps == 0
         assert same(member.serving_weights(), weights)
-    close(made.ensemble.serving_weights(), weights)
+    close(made.student.serving_weights(), weights)
     assert learn(made, requests[4:8])
 
 
@@ -219,11 +256,11 @@ def test_other_weights_come_without_a_past(learner, requests):
 def test_members_train_at_multiples_of_the_rate(learner, requests):
     """Plain descent: from one start, on one batch, the steps are as the rates."""
     made = learner(ensemble=[1, 4], batch_size=None)
-    for member in made.ensemble.members:
+    for member in students_of(made):
         member.trainer.args.optim, member.trainer.args.max_grad_norm = OptimizerNames.SGD, 0.0
-    before = cloned(made.ensemble.members[0].weights())
+    before = cloned(students_of(made)[0].weights())
     assert learn(made, requests[:2])
-    one, four = ({name: p - before[name] for name, p in member.weights().items()} for member in made.ensemble.members)
+    one, four = ({name: p - before[name] for name, p in member.weights().items()} for member in students_of(made))
     assert any(step.abs().max() > 1e-4 for step in one.values())
     for name, step in one.items():
         torch.testing.assert_close(four[name], 4 * step, atol=1e-6, rtol=1e-3, msg=name)  # differences of float32
@@ -233,12 +270,12 @@ def test_members_train_at_multiples_of_the_rate(learner, requests):
 def test_shares_fall_exponentially_with_the_loss(tiny_llama, losses):
     draft = tiny_llama(layers=1)
     config = OnlineConfig(ensemble=[1.0] * len(losses))
-    made = Learner(draft, trainable_of(draft), FeedbackBuffer(), config, print)
-    made.ensemble.losses = losses
-    assert sum(made.ensemble.shares) == pytest.approx(1.0)
+    made = Learner(make_student(draft, trainable_of(draft), config), FeedbackBuffer(), print)
+    made.student.losses = losses
+    assert sum(made.student.shares) == pytest.approx(1.0)
     best = losses.index(min(losses))
-    for share, loss in zip(made.ensemble.shares, losses, strict=True):
-        assert share == pytest.approx(made.ensemble.shares[best] * math.exp(-10 * (loss - losses[best])))
+    for share, loss in zip(made.student.shares, losses, strict=True):
+        assert share == pytest.approx(made.student.shares[best] * math.exp(-10 * (loss - losses[best])))
 
 
 def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny_llama):
@@ -246,65 +283,67 @@ def test_losses_are_of_new_requests_before_they_are_learnt(learner, taught, tiny
     made = learner(ensemble=[0.1, 1], replay_ratio=1.0, ema_decay=0.9)
     expected = [0.0, 0.0]
     for new in (taught, taught[:2], taught):
-        for i, member in enumerate(made.ensemble.members):
+        for i, member in enumerate(students_of(made)):
             would = tiny_llama(layers=1)
             would.load_state_dict(member.serving_weights(), strict=False)
             overlap = torch.cat([judged.overlap for judged in judge(would, new)])
             expected[i] += 1 - overlap.mean().item()
         assert learn(made, new)
-        assert made.ensemble.losses == pytest.approx(expected)
-    assert made.ensemble.losses[0] != made.ensemble.losses[1]
+        assert made.student.losses == pytest.approx(expected)
+    assert made.student.losses[0] != made.student.losses[1]
 
 
 def test_the_mean_by_shares_serves(learner, taught):
     made = learner(ensemble=[0.1, 1, 2], ema_decay=0.9)
     for _ in range(2):
         assert learn(made, taught)
-    shares, parts = made.ensemble.shares, [member.serving_weights() for member in made.ensemble.members]
+    shares, parts = made.student.shares, [member.serving_weights() for member in students_of(made)]
     assert len({round(share, 4) for share in shares}) > 1
-    expected = {n: sum(share * part[n] for share, part in zip(shares, parts, strict=True)) for n in made.trainable}
-    close(made.ensemble.serving_weights(), expected)
+    expected = {
+        n: sum(share * part[n] for share, part in zip(shares, parts, strict=True)) for n in made.student.trainable
+    }
+    close(made.student.serving_weights(), expected)
     assert len(made.refreshed) == 2, "once an update, when all have learnt"
     close(made.refreshed[-1], expected)
-    made.ensemble.losses = [1e9, 0.0, 1e9]
-    close(made.ensemble.serving_weights(), parts[1])
+    made.student.losses = [1e9, 0.0, 1e9]
+    close(made.student.serving_weights(), parts[1])
 
 
 def test_who_did_better_has_the_larger_share(learner, taught):
     made = learner(ensemble=[1e-4, 1])
-    assert made.ensemble.shares == [0.5, 0.5]
+    assert made.student.shares == [0.5, 0.5]
     for _ in range(8):  # the same requests over and over: one member learns them
         assert learn(made, taught)
-    assert made.ensemble.losses[1] < made.ensemble.losses[0]
-    assert made.ensemble.shares[1] > 0.9
+    assert made.student.losses[1] < made.student.losses[0]
+    assert made.student.shares[1] > 0.9
 
 
 def test_what_fails_in_one_member_is_taken_back_in_all(learner, requests, monkeypatch):
     made = learner(ensemble=[1, 4], **BOTH)
     assert learn(made, requests[:3])
     weights, served = (
-        [cloned(member.weights()) for member in made.ensemble.members],
-        cloned(made.ensemble.serving_weights()),
+        [cloned(member.weights()) for member in students_of(made)],
+        cloned(made.student.serving_weights()),
     )
-    losses, steps = list(made.ensemble.losses), [member.steps for member in made.ensemble.members]
-    second = made.ensemble.members[1].learn
+    losses, steps = list(made.student.losses), [member.steps for member in students_of(made)]
+    second = students_of(made)[1].learn
 
     def diverge(requests):
         second(requests)
         raise RuntimeError("diverged")
 
     with monkeypatch.context() as patch:
-        patch.setattr(made.ensemble.members[1], "learn", diverge)
+        patch.setattr(students_of(made)[1], "learn", diverge)
         patch.setattr(made.contenders, "serve", lambda: None)
         assert not learn(made, requests[3:6])
     assert (made.updates, made.failed) == (1, 1)
-    assert all(same(member.weights(), kept) for member, kept in zip(made.ensemble.members, weights, strict=True))
-    assert same(made.ensemble.serving_weights(), served)
-    assert (made.ensemble.losses, [member.steps for member in made.ensemble.members]) == (losses, steps)
+    assert all(same(member.weights(), kept) for member, kept in zip(students_of(made), weights, strict=True))
+    assert same(made.student.serving_weights(), served)
+    assert (made.student.losses, [member.steps for member in students_of(made)]) == (losses, steps)
     assert len(made.refreshed) == 1
     assert not learn(made, requests[9:])  # learning rests a turn
     assert learn(made, requests[6:9])
-    assert not same(made.ensemble.serving_weights(), served)
+    assert not same(made.student.serving_weights(), served)
 
 
 # Restarts.
@@ -322,16 +361,14 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(learner, requests, f
     straight, resumed = learner(**fields), learner(**fields)
     for new in (requests[:2], requests[2:5]):
         assert learn(straight, new)
-    straight.ensemble.losses = [
-        0.1 * i for i in range(len(straight.ensemble.members))
-    ]  # as if they had not done alike
+    straight.student.losses = [0.1 * i for i in range(len(students_of(straight)))]  # as if they had not done alike
     resumed.load_state(*saved(straight))
     assert saved(resumed)[1] == saved(straight)[1]
-    assert same(resumed.ensemble.serving_weights(), straight.ensemble.serving_weights())
+    assert same(resumed.student.serving_weights(), straight.student.serving_weights())
     for made in (straight, resumed):
         assert learn(made, requests[5:8])
-    assert resumed.ensemble.shares == straight.ensemble.shares
-    for one, other in zip(resumed.ensemble.members, straight.ensemble.members, strict=True):
+    assert resumed.student.shares == straight.student.shares
+    for one, other in zip(students_of(resumed), students_of(straight), strict=True):
         assert one.steps == other.steps
         assert one.trainer.lr_scheduler.get_last_lr() == other.trainer.lr_scheduler.get_last_lr()
         assert same(one.weights(), other.weights())
@@ -344,19 +381,19 @@ def test_a_state_of_another_optimizer_is_refused_and_nothing_is_changed(learner,
     tensors, values = saved(made)
     of_muon = {name.replace("exp_avg_sq", "momentum_buffer"): tensor for name, tensor in tensors.items()}
     other = learner()
-    before = cloned(other.ensemble.serving_weights())
+    before = cloned(other.student.serving_weights())
     with pytest.raises(ValueError, match="not AdamW, for it has momentum_buffer"):
         other.load_state(of_muon, values)
-    assert same(other.ensemble.serving_weights(), before)
+    assert same(other.student.serving_weights(), before)
 
 
 def test_a_state_of_another_number_of_members_is_refused(learner, requests):
     one, two, pair = learner(), learner(ensemble=[1, 4]), learner(ensemble=[1, 2])
-    before = cloned(two.ensemble.serving_weights())
+    before = cloned(two.student.serving_weights())
     assert learn(one, requests[:2])
     with pytest.raises(ValueError, match="has 1 members and this one 2; resume with the `ensemble`"):
         two.load_state(*saved(one))
-    assert same(two.ensemble.serving_weights(), before)
+    assert same(two.student.serving_weights(), before)
     pair.load_state(*saved(two))  # other rates may be tried
 
 
@@ -371,7 +408,7 @@ def test_a_state_may_be_taken_up_where_another_was(learner, requests):
     back.load_state(*state)
     for made in (straight, back):
         assert learn(made, requests[4:6])
-    assert same(back.ensemble.serving_weights(), straight.ensemble.serving_weights())
+    assert same(back.student.serving_weights(), straight.student.serving_weights())
 
 
 def test_an_average_that_is_no_longer_asked_for_does_not_serve_on(learner, requests):
@@ -380,4 +417,4 @@ def test_an_average_that_is_no_longer_asked_for_does_not_serve_on(learner, reque
     assert learn(before, requests[:4])
     plain.load_state(*saved(before))
     assert learn(plain, requests[4:6])
-    assert same(plain.ensemble.serving_weights(), plain.ensemble.members[0].weights())
+    assert same(plain.student.serving_weights(), plain.student.weights())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig, grow_draft
 from hf_osd.distill.collator import FeedbackCollator
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.scoring import judge
 from hf_osd.distill.windows import Windows, cut
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED
@@ -160,16 +161,16 @@ def test_no_more_of_a_text_is_read_to_learn_it(target, make_feedback, window):
     draft = grow_draft(target)
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad}
     config = OnlineConfig(learning_rate=1e-2, learning_window=window, update_interval=2, replay_ratio=1.0, seed=0)
-    learner = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: None)
-    widths = Widths(learner.ensemble.members[0].module)
-    before = learner.ensemble.snapshot()[0][0]
+    learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), lambda weights: None)
+    widths = Widths(learner.student.module)
+    before = learner.student.snapshot().weights
     for i in range(6):
-        learner.offer(make_feedback(seed=i, n=8, prompt=400))
+        learner.add(make_feedback(seed=i, n=8, prompt=400))
         if i % 2:
             learner.update()
     assert (learner.updates, learner.failed) == (3, 0)
     assert widths.widest == (63 if window else 407)
-    assert any((before[name] != w).any() for name, w in learner.ensemble.members[0].weights().items())
+    assert any((before[name] != w).any() for name, w in learner.student.weights().items())
 
 
 def test_a_call_that_drafted_nothing_is_judged_by_a_window(target, monkeypatch):

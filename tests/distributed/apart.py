@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_osd import OnlineAssistant
-from hf_osd.remote.frames import to_bytes
 from hf_osd.remote.roles import JobRoles, LearningRank, serve_separately
 
 CONFIG = {"update_interval": 4, "draft_cost": 0.1, "gate": False, "warmup_steps": 0, "seed": 0}
@@ -23,10 +22,10 @@ CONFIG |= {"learning_rate": 1e-3}
 class Mortal(LearningRank):
     """One that can be told to die."""
 
-    def _take_frame(self, rank, kind, tensors):
+    def _handle(self, rank, kind, tensors, values):
         if kind == "die":
             os._exit(0)
-        super()._take_frame(rank, kind, tensors)
+        super()._handle(rank, kind, tensors, values)
 
 
 class Apart:
@@ -53,8 +52,9 @@ class Apart:
         self.serve(6)
         self.facts["alone"] = [self.assistant.flush(), self.figures()]
         self.keep("alone")
-        self.assistant.learner.channel.send("die", to_bytes("die"))
-        self.facts["nobody"] = [self.assistant.flush(), self.serve(5), self.assistant.learner.due()]
+        self.assistant.learner.transport.send("die")
+        self.facts["nobody"] = [self.assistant.flush(), self.serve(5), self.assistant.learner.is_due()]
+        self.facts["over"] = self.assistant.stats.learning_over
         self.keep("nobody")
         self.assistant.close()
         self.end()

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged
 from hf_osd.feedback.trace import read_trace
@@ -66,14 +67,16 @@ def make(draft, config: dict, alone: bool = True) -> tuple[Learner, dict]:
     """A learner of the draft's layers, and what it serves."""
     served = {name: p.detach().clone() for name, p in draft.named_parameters() if "layers" in name}
     serve = lambda weights: served.update({name: tensor.clone() for name, tensor in weights.items()})  # noqa: E731
-    return Learner(draft, set(served), FeedbackBuffer(), OnlineConfig(**config), serve, alone=alone), served
+    return Learner(
+        make_student(draft, set(served), OnlineConfig(**config)), FeedbackBuffer(), serve, alone=alone
+    ), served
 
 
 def one_step(draft, requests: list) -> dict:
     """Gradients and weights of one update on `requests`."""
     learner, served = make(draft, PLAIN)
     gradients = Gradients()
-    trainer = learner.ensemble.members[0].trainer
+    trainer = learner.student.trainer
     trainer.args.optim, trainer.args.max_grad_norm = OptimizerNames.SGD, 0.0
     trainer.add_callback(gradients)
     for request in requests:
@@ -133,18 +136,18 @@ class Job:
         requests = (replace(request) for request in itertools.cycle(self.requests))  # each one of its own
         counts = []
         for i in range(6):
-            learner.contenders.judge = functools.partial(self.says, learner.contenders, i)
+            learner.contenders.score = functools.partial(self.says, learner.contenders, i)
             for _ in range(16 if rank == 0 or i % 2 == 0 else 0):
-                learner.offer(next(requests))
+                learner.add(next(requests))
             learner.update_together(force=True)
             counts.append([learner.updates, learner.contenders.dropped, learner.failed])
             self.keep(f"learning.{i}", served)
         self.facts["learning"] = {
             "counts": counts,
             "learned": learner.learned_tokens,
-            "shares": learner.ensemble.shares,
+            "shares": learner.student.shares,
         }
-        self.facts["estimate"] = learner.figures()["estimate"].to_dict()
+        self.facts["estimate"] = learner.metrics()["estimate"].to_dict()
 
     def says(self, contenders: Contenders, i: int, requests: list, point: Point, whole: bool = True) -> list[Judged]:
         alpha = 0.5
@@ -159,7 +162,7 @@ class Job:
         (learner, _), facts = make(self.draft, {**FULL, "learning_rate": "auto", "ensemble": None}), []
         for count in ((1, 1), (6, 0), (0, 6)):
             for request in self.requests[: count[self.ranks.rank]]:
-                learner.offer(replace(request))
+                learner.add(replace(request))
             learner.update_together(force=True)
             # Those of the first round stay new, and are learnt with the others.
             facts.append(
@@ -167,12 +170,12 @@ class Job:
             )
         self.facts["finding"] = facts
         self.facts["found by"] = learner.contenders.shadow.requests
-        self.keep("finding", learner.ensemble.serving_weights())
+        self.keep("finding", learner.student.serving_weights())
 
     def failing(self):
         rank, (learner, served) = self.ranks.rank, make(self.draft, {**PLAIN, "batch_size": 2})
         before = {name: tensor.clone() for name, tensor in served.items()}
-        trainer = learner.ensemble.members[0].trainer
+        trainer = learner.student.trainer
         whole, calls = trainer._loss, []
 
         def breaks(*args):
@@ -185,7 +188,7 @@ class Job:
         for request in self.requests[:6]:
             learner.buffer.add(request)
         outcomes = [learner.update()]
-        undone = all(torch.equal(tensor, before[name]) for name, tensor in learner.ensemble.serving_weights().items())
+        undone = all(torch.equal(tensor, before[name]) for name, tensor in learner.student.serving_weights().items())
         for start in (6, 12):
             for request in self.requests[start : start + 6]:
                 learner.buffer.add(request)
@@ -197,9 +200,7 @@ class Job:
         """What is refused."""
         found = {}
         learner, _ = make(self.draft, PLAIN)
-        learner.take(
-            {name: tensor + self.ranks.rank for name, tensor in learner.ensemble.members[0].weights().items()}
-        )
+        learner.load_weights({name: tensor + self.ranks.rank for name, tensor in learner.student.weights().items()})
         learner.buffer.add(self.requests[0])
         state = PartialState()
         kind = state.distributed_type

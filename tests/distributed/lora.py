@@ -27,7 +27,7 @@ def main(folder: Path):
     )
     begun = {name: w.clone() for name, w in assistant.serving.weights()}
     for request in given["requests"][rank]:
-        assistant.learner.offer(request)
+        assistant.learner.add(request)
     refreshed = assistant.update_together(force=True)
     found = {
         "rank": assistant.adapter.rank,

@@ -50,6 +50,7 @@ def test_where_a_serving_rank_dies_the_others_go_on_learning(job):
 def test_where_the_learning_rank_dies_the_draft_serves_on_as_it_is(job):
     assert job.facts[0]["nobody"] == [False, True, False]
     assert identical(job.weights("nobody", 0), job.weights("alone", 0))
+    assert job.facts[0]["over"] == "the learning rank is gone"
     assert job.logs[0].count("The learning rank is gone") == 1
 
 

@@ -21,25 +21,25 @@ def test_logits_are_those_of_a_fresh_forward_in_every_round(draft, rounds):
     """Rounds of (drafted, accepted, pieces of the token that ends the round), some without a draft."""
     random = torch.Generator().manual_seed(0)
     context = DraftContext(draft, torch.randint(64, (4,), generator=random))
-    lag: list[int] = []  # where the target's tokens start that the draft was never asked about
+    unscored: list[int] = []  # where the target's tokens start that the draft was never asked about
     for drafted, accepted, size in rounds:
         accepted = min(accepted, drafted)
         tokens = torch.randint(64, (drafted,), generator=random)
         with torch.no_grad():
             if drafted:
-                said = context.catch_up(len(lag))
+                logits = context.catch_up(len(unscored))
                 torch.testing.assert_close(
-                    said.logits, draft(context.ids).logits[0, [*(i - 1 for i in lag), -1]], **CLOSE
+                    logits.logits, draft(context.ids).logits[0, [*(i - 1 for i in unscored), -1]], **CLOSE
                 )
-                lag, read = [], context.ids
+                unscored, read = [], context.ids
                 for token in tokens[:-1]:  # the last draft is never read
                     read = torch.cat([read, token[None, None]], dim=-1)
-                    said = context.step(token[None, None])
-                    torch.testing.assert_close(said.logits, draft(read).logits[0, -1:], **CLOSE)
+                    logits = context.step(token[None, None])
+                    torch.testing.assert_close(logits.logits, draft(read).logits[0, -1:], **CLOSE)
         context.crop(accepted)
         context.extend(tokens[None, :accepted], [1] * accepted)
         if accepted == drafted:
-            lag.append(context.length)  # a bonus token, or one of a round without drafts
+            unscored.append(context.length)  # a bonus token, or one of a round without drafts
         context.extend(torch.randint(64, (1, size), generator=random), [size])
     assert context.unread > 0
 

@@ -93,11 +93,11 @@ def test_where_looking_at_a_token_means_waiting_it_is_not_looked_at(target, nois
         assert torch.equal(output, target.generate(PROMPT, **GREEDY))
     [feedback] = assistant.buffer.new()
     with torch.no_grad():
-        said = draft(output).logits[0, PROMPT.shape[1] - 1 : -1].argmax(-1)
+        predicted = draft(output).logits[0, PROMPT.shape[1] - 1 : -1].argmax(-1)
     known = ~feedback.overlap.isnan()
     assert known[:-1].all()
     if not do_sample:
-        assert torch.equal(feedback.overlap[known], (said == feedback.answer)[known].float())
+        assert torch.equal(feedback.overlap[known], (predicted == feedback.answer)[known].float())
 
 
 def test_greedy_drafts_hand_over_no_scores_and_sampled_ones_do(target, noised_copy, monkeypatch):
@@ -133,9 +133,9 @@ def test_an_unsure_draft_is_dropped_and_still_known_at_its_position(target, nois
     assert 0 < stats.drafted < stats.draft_steps
     for feedback in assistant.buffer.new():
         with torch.no_grad():
-            said = draft(feedback.tokens[None].long()).logits[0, feedback.prompt_length - 1 : -1].argmax(-1)
+            predicted = draft(feedback.tokens[None].long()).logits[0, feedback.prompt_length - 1 : -1].argmax(-1)
         known = ~feedback.overlap.isnan()
-        assert torch.equal(feedback.overlap[known], (said == feedback.answer)[known].float())
+        assert torch.equal(feedback.overlap[known], (predicted == feedback.answer)[known].float())
 
 
 def test_logits_processors_are_asked_only_where_there_are_some(target, noised_copy):

@@ -33,7 +33,7 @@ class Uncopyable(Noting):
 
 def ask(verified, candidates, says):
     """One round over `candidates` after the token 9, with rows that say `says` for certain, before processing."""
-    verified.expect(candidates, None)
+    verified.begin_round(candidates, None)
     rows = []
     for i, token in enumerate(says):
         row = torch.zeros(1, 10)
@@ -45,7 +45,7 @@ def ask(verified, candidates, says):
 def test_rows_are_kept_as_they_were_before_processors():
     verified = VerifiedProcessors([Noting()], sampled=False, eos=set())
     ask(verified, [1, 2], [1, 2, 3])
-    raw = verified.settle(3)
+    raw = verified.finish_round(3)
     assert raw.argmax(-1).tolist() == [1, 2, 3]
     assert raw[:, 0].tolist() == [0.0, 0.0, 0.0]
 
@@ -56,7 +56,7 @@ def test_greedy_nothing_is_asked_after_a_rejection():
     rows = ask(verified, [1, 2, 3], [1, 5, 3, 4])
     assert noting.heard == [[9], [9, 1]]
     assert rows[2][0, 0] == 0  # as it came
-    assert verified.settle(2).shape == (2, 10)
+    assert verified.finish_round(2).shape == (2, 10)
     ask(verified, [], [7])
     assert noting.heard[2:] == [[9]]  # the next round is asked about again
 
@@ -71,30 +71,30 @@ def test_sampled_nothing_is_asked_after_a_rejection():
     noting = Noting()
     verified = VerifiedProcessors([noting], sampled=True, eos=set())
     ask(verified, [1, 2, 3], [1, 5, 3, 4])
-    verified.settle(2)
+    verified.finish_round(2)
     assert noting.heard == [[9], [9, 1]]
     ask(verified, [1], [1, 2])
-    verified.settle(2)  # all of them
+    verified.finish_round(2)  # all of them
     assert noting.heard == [[9], [9, 1], [9], [9, 1]]
 
 
 def test_sampled_a_row_leads_to_what_was_drawn_and_reads_afterwards_as_it_was():
-    """Of two candidates drawn from a draft that is surer than the target the first is accepted with p/q = 1/2, and else another token is said."""
+    """Of two candidates drawn from a draft that is surer than the target the first is accepted with p/q = 1/2, and else another token is drawn."""
     torch.manual_seed(0)
     p, q = torch.tensor([0.25, 0.25, 0.5]).log(), torch.tensor([0.5, 0.5, 0.0]).log()
-    said = []
+    drawn = []
     for _ in range(400):
         noting = Adding(torch.tensor([0.0, 0.0, 0.0]))
         verified = VerifiedProcessors([noting], sampled=True, eos=set())
-        verified.expect([0, 1], torch.stack([q, q]))
+        verified.begin_round([0, 1], torch.stack([q, q]))
         rows = [verified(torch.tensor([[9, *drafted]]), p[None].clone()) for drafted in ([], [0], [0, 1])]
-        said.append(int(rows[0].argmax()))
+        drawn.append(int(rows[0].argmax()))
         assert rows[0].isfinite().sum() == 1
         settled = torch.stack(rows, dim=1)
-        verified.settle(1, settled)
+        verified.finish_round(1, settled)
         assert torch.equal(settled[0, 0], p)
-        assert noting.calls == (1 if said[-1] != 0 else 2 if int(rows[1].argmax()) != 1 else 3)
-    counts = torch.tensor(said).bincount(minlength=3)
+        assert noting.calls == (1 if drawn[-1] != 0 else 2 if int(rows[1].argmax()) != 1 else 3)
+    counts = torch.tensor(drawn).bincount(minlength=3)
     assert counts[1] == 0  # the rest of p over q is all of token 2
     assert 160 < counts[0] < 240
 
@@ -139,7 +139,7 @@ def test_stock_processors_are_shared_as_they_are():
     assert list(verified.for_drafting()) == [stock]
 
 
-def test_what_looks_at_the_target_is_never_shown_what_a_draft_says():
+def test_observers_of_the_target_never_see_drafts():
     """Whisper's own reads the first row, and is read after the call. That it has state keeps it from being asked about positions of before as well."""
     stock, watching = RepetitionPenaltyLogitsProcessor(1.2), WhisperNoSpeechDetection(no_speech_token=3, begin_index=1)
     verified = VerifiedProcessors([watching, stock], sampled=False, eos=set())
@@ -166,7 +166,7 @@ def test_a_function_of_allowed_tokens_has_no_state_and_is_not_asked_about_what_i
 
 def copies_of(processor):
     """Whether the draft has a copy."""
-    return VerifiedProcessors([processor], sampled=True, eos=set(), warn=lambda said: None).can_be_copied
+    return VerifiedProcessors([processor], sampled=True, eos=set(), warn=lambda message: None).can_be_copied
 
 
 def test_a_copy_shares_nothing_that_changes_and_may_share_what_does_not():

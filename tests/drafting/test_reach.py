@@ -136,7 +136,7 @@ class FailsOn(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_a_draft_that_fails_on_what_a_text_says_is_left_out_of_that_call_alone(target, draft, sample, caplog):
+def test_a_draft_that_fails_on_a_texts_tokens_is_left_out_of_that_call_alone(target, draft, sample, caplog):
     assistant = OnlineAssistant(draft_of(FailsOn, draft), lookahead="constant", learn=False, suffix_cache=False)
     seen, plain = torch.tensor([[5, 6, 9, 7]]), torch.tensor([[5, 6, 8, 7]])
     for _ in range(2):

@@ -39,7 +39,7 @@ def brute_force(texts, suffix, most):
                 places, longest = [], match
             if match == longest > 0:
                 places.insert(0, text[at:])
-    proposed, shares = [], []
+    proposed, agreement = [], []
     while len(proposed) < most:
         places = [rest for rest in places if rest]
         if not places:
@@ -47,9 +47,9 @@ def brute_force(texts, suffix, most):
         votes = Counter(rest[0] for rest in places)  # keeps the order in which it met them: the most recent first
         token, count = votes.most_common(1)[0]
         proposed.append(token)
-        shares.append(count / len(places))
+        agreement.append(count / len(places))
         places = [rest[1:] for rest in places if rest[0] == token]
-    return Continuation(proposed, longest, shares) if proposed else None
+    return Continuation(proposed, longest, agreement) if proposed else None
 
 
 def test_a_longer_match_wins_over_a_more_recent_one():
@@ -208,7 +208,11 @@ def test_a_short_call_agrees_with_brute_force(text):
     assert (found is None) == (expected is None)
     if expected is not None:  # what reaches the text's end goes on as a loop
         n = len(expected.tokens)
-        assert (found.tokens[:n], found.match, found.shares[:n]) == (expected.tokens, expected.match, expected.shares)
+        assert (found.tokens[:n], found.match, found.agreement[:n]) == (
+            expected.tokens,
+            expected.match,
+            expected.agreement,
+        )
 
 
 @given(seed=st.integers(0, 1000), copied=st.integers(4, 40))
@@ -231,8 +235,8 @@ def test_what_is_proposed_followed_the_match_in_a_text_held(texts, suffix, max_b
     if proposed is not None:
         run = suffix[-proposed.match :] + proposed.tokens
         assert any(text[at : at + len(run)] == run for text in texts for at in range(len(text)))
-        assert len(proposed.shares) == len(proposed.tokens)
-        assert all(0 < share <= 1 for share in proposed.shares)
+        assert len(proposed.agreement) == len(proposed.tokens)
+        assert all(0 < share <= 1 for share in proposed.agreement)
 
 
 @given(
@@ -280,14 +284,6 @@ def test_a_text_that_cannot_be_held_changes_nothing():
     assert cache.nbytes == cache_of([1, 2, 3]).nbytes
 
 
-def test_clear_forgets_everything():
-    cache = cache_of([1, 2, 3])
-    cache.clear()
-    assert (len(cache), cache.nbytes, cache.continuation([1], 1)) == (0, 0, None)
-    cache.add([1, 4])
-    assert cache.continuation([1], 1).tokens == [4]
-
-
 def copied(seed, count):
     """A text that mostly repeats phrases of 20 others, so that they have many occurrences."""
     source, text = random.Random(seed), []
@@ -316,43 +312,41 @@ def test_bytes_really_used_are_near_those_counted(text_of, case):
 
 def test_tenants_do_not_see_each_other():
     caches = SuffixCaches(ROOMY)
-    caches.of("a").add([1, 2])
-    caches.of(None).add([1, 3])
-    assert caches.of("a").continuation([1], 1).tokens == [2]
-    assert caches.of(None).continuation([1], 1).tokens == [3]
-    assert caches.of("b").continuation([1], 1) is None
+    caches.for_tenant("a").add([1, 2])
+    caches.for_tenant(None).add([1, 3])
+    assert caches.for_tenant("a").continuation([1], 1).tokens == [2]
+    assert caches.for_tenant(None).continuation([1], 1).tokens == [3]
+    assert caches.for_tenant("b").continuation([1], 1) is None
 
 
 def test_the_tenants_bytes_are_those_of_their_caches():
     caches = SuffixCaches(ROOMY)
-    a, b = caches.of("a"), caches.of("b")
+    a, b = caches.for_tenant("a"), caches.for_tenant("b")
     for cache, seed in ((a, 1), (b, 2), (a, 3)):
         cache.add(words(seed, 50))
     assert caches.nbytes == a.nbytes + b.nbytes
-    a.clear()
-    assert caches.nbytes == b.nbytes > 0
 
 
 def test_the_least_recently_used_tenant_goes():
     one = cache_of(words(0, 50)).nbytes
     caches = SuffixCaches(3 * one)
     for seed, tenant in enumerate("abc"):
-        caches.of(tenant).add(words(seed, 50))
-    caches.of("a")
-    caches.of("d").add(words(3, 50))
-    assert [len(caches.of(tenant)) for tenant in "abcd"] == [50, 0, 50, 50]
+        caches.for_tenant(tenant).add(words(seed, 50))
+    caches.for_tenant("a")
+    caches.for_tenant("d").add(words(3, 50))
+    assert [len(caches.for_tenant(tenant)) for tenant in "abcd"] == [50, 0, 50, 50]
     assert caches.nbytes == 3 * one
 
 
 def test_a_cache_held_while_its_texts_go_is_still_its_tenants():
     one = cache_of(words(0, 50)).nbytes
     caches = SuffixCaches(one)
-    held = caches.of("a")
+    held = caches.for_tenant("a")
     held.add(words(0, 50))
-    caches.of("b").add(words(1, 50))
+    caches.for_tenant("b").add(words(1, 50))
     assert len(held) == 0
     held.add([1, 2])
-    assert caches.of("a") is held
+    assert caches.for_tenant("a") is held
     assert caches.nbytes == held.nbytes
 
 
@@ -363,20 +357,11 @@ def test_tenants_that_add_nothing_leave_nothing_behind():
     try:
         before = tracemalloc.get_traced_memory()[0]
         for tenant in range(300):
-            caches.of(tenant)
+            caches.for_tenant(tenant)
         gc.collect()
         assert tracemalloc.get_traced_memory()[0] - before < 30_000
     finally:
         tracemalloc.stop()
-
-
-def test_clear_forgets_every_tenant():
-    caches = SuffixCaches(ROOMY)
-    for tenant in "ab":
-        caches.of(tenant).add([1, 2])
-    caches.clear()
-    assert caches.nbytes == 0
-    assert len(caches.of("a")) == len(caches.of("b")) == 0
 
 
 @pytest.mark.parametrize("kind", [SuffixCache, SuffixCaches])
@@ -393,14 +378,14 @@ def test_threads_may_look_up_while_others_add():
     def add(tenant):
         try:
             for text in texts:
-                caches.of(tenant).add(text)
+                caches.for_tenant(tenant).add(text)
         except Exception as error:
             errors.append(error)
 
     def look_up(tenant):
         try:
             while not adding.is_set():
-                proposed = CallSuffixes(texts[0][:50], caches.of(tenant)).continuation(8, texts[0][50:53])
+                proposed = CallSuffixes(texts[0][:50], caches.for_tenant(tenant)).continuation(8, texts[0][50:53])
                 assert proposed is None or 0 < len(proposed.tokens) <= 8
         except Exception as error:
             errors.append(error)
@@ -415,4 +400,4 @@ def test_threads_may_look_up_while_others_add():
     for thread in readers:
         thread.join()
     assert not errors
-    assert caches.nbytes == sum(caches.of(tenant).nbytes for tenant in "ab") <= 400_000
+    assert caches.nbytes == sum(caches.for_tenant(tenant).nbytes for tenant in "ab") <= 400_000

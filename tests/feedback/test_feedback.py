@@ -103,7 +103,7 @@ def test_overlap_is_filled_only_where_it_was_unknown(make_feedback):
 
 def test_feedback_of_the_target_alone_teaches_everywhere():
     rows = SparseLogits.from_logits(logits_of(3, 20, 1.0, 0), 8)
-    feedback = Feedback.of_target(torch.arange(5), 2, rows)
+    feedback = Feedback.from_target(torch.arange(5), 2, rows)
     assert feedback.tokens.dtype == torch.int32
     assert len(feedback) == 3
     assert feedback.teaching_mask("error").all()
@@ -117,7 +117,7 @@ def test_feedback_of_the_target_alone_teaches_everywhere():
 def test_sparser_is_what_a_smaller_k_would_have_stored(n, stored, k, seed):
     logits = logits_of(n, 30, 3.0, seed)
     tokens = torch.arange(2 + n)
-    feedback = Feedback.of_target(tokens, 2, SparseLogits.from_logits(logits, stored, torch.float32))
+    feedback = Feedback.from_target(tokens, 2, SparseLogits.from_logits(logits, stored, torch.float32))
     truncate = feedback.truncate(k)
     expected = SparseLogits.from_logits(logits, min(k, stored), torch.float32)
     assert torch.equal(truncate.top_ids, expected.top_ids)
@@ -191,8 +191,8 @@ def test_the_last_of_a_prompts_rows_are_kept(make_feedback, most):
 
 
 def test_a_position_without_target_gets_none_by_being_cut():
-    rows = SparseLogits.from_logits(logits_of(3, 20, 1.0, 0), 8).spread([0, 2, 3], 5)
-    feedback = Feedback.of_target(torch.arange(7), 2, rows)
+    rows = SparseLogits.from_logits(logits_of(3, 20, 1.0, 0), 8).scatter([0, 2, 3], 5)
+    feedback = Feedback.from_target(torch.arange(7), 2, rows)
     truncate = feedback.truncate(3)
     assert (
         truncate.teaching_mask("all").tolist()
@@ -205,7 +205,7 @@ def test_a_position_without_target_gets_none_by_being_cut():
 def test_what_has_no_probability_adds_none_to_the_tail():
     """A top_k processor before the capture stores -inf."""
     logits = torch.tensor([[1.0, 0.5, -torch.inf, -torch.inf]])
-    feedback = Feedback.of_target(torch.arange(3), 2, SparseLogits.from_logits(logits, 4))
+    feedback = Feedback.from_target(torch.arange(3), 2, SparseLogits.from_logits(logits, 4))
     assert feedback.truncate(2).tail_logp.item() == TAIL_FLOOR
 
 

@@ -215,7 +215,7 @@ def test_each_thread_hears_its_own_forward(target):
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         pool.submit(target, OTHER[None]).result()
         logits = target(PROMPT[None]).logits[0]
-    prefill.settle(0, logits[-1])
+    prefill.finish_prefill(0, logits[-1])
     rows = prefill.rows(256, 64, torch.float32)
     assert len(rows) == len(PROMPT) - 1
     assert torch.equal(rows.top_ids[:, 0], logits[:-1].argmax(-1).int())
@@ -253,7 +253,7 @@ def test_a_head_that_fails_costs_the_prompt_alone(target, monkeypatch, caplog):
 )
 def test_targets_whose_states_cannot_be_had_are_known(tiny_llama, how, monkeypatch):
     model = tiny_llama()
-    assert PromptStates.offers(model)
+    assert PromptStates.can_capture(model)
     if how == "compiled forward":
         model.forward = torch.compile(model.forward)  # not run
     elif how == "compiled call":
@@ -268,7 +268,7 @@ def test_targets_whose_states_cannot_be_had_are_known(tiny_llama, how, monkeypat
         model.lm_head.weight.ds_id = 0
     else:
         model.lm_head.to("meta")
-    assert not PromptStates.offers(model)
+    assert not PromptStates.can_capture(model)
 
 
 def test_recorded_prompts_have_all_their_rows(target):
@@ -304,12 +304,12 @@ def test_what_a_prompt_shares_is_its_longest_known_beginning(known, prompt):
     longest = max(
         (n for text in known for n in range(len(prompt) + 1) if text[:n] == prompt[:n] and len(text) >= n), default=0
     )
-    assert memory.shared(torch.tensor(prompt, dtype=torch.int32)) == longest
+    assert memory.shared_prefix(torch.tensor(prompt, dtype=torch.int32)) == longest
 
 
 def test_texts_are_forgotten_in_turn():
     memory = SeenTexts()
     for i in range(40):
         memory.add(torch.tensor([i, 0]))
-    assert memory.shared(torch.tensor([39, 0])) == 2
-    assert memory.shared(torch.tensor([0, 0])) == 0
+    assert memory.shared_prefix(torch.tensor([39, 0])) == 2
+    assert memory.shared_prefix(torch.tensor([0, 0])) == 0

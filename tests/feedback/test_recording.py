@@ -253,4 +253,65 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_answers(prompts, family):
 
 def test_a_draft_of_another_vocabulary_for_an_encoder_decoder_is_refused(prompts):
     with pytest.raises(ValueError, match=r"encoder-decoder of 64 tokens and the draft has 72"):
-        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.of_sizes(64, 72))
+        record_answers(encoder_decoder("t5"), prompts, 2, translation=VocabMapping.from_sizes(64, 72))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_states_are_those_of_their_positions_and_layers(tiny_llama, prompts, family, batch_size):
+    """Layer i is the i-th hidden state of a plain forward, whatever the padding; an off-by-one would be learnt without a sign."""
+    target, layers = (tiny_llama(layers=3) if family == "llama" else gpt2()), [2, 0, 1]
+    recorded = record_answers(
+        target, prompts, max_new_tokens=6, batch_size=batch_size, prompt_positions=4, states_of=layers
+    )
+    without = record_answers(target, prompts, max_new_tokens=6, batch_size=batch_size, prompt_positions=4)
+    for one, plain in zip(recorded, without, strict=True):
+        assert one.states.start == 0
+        assert len(one.states) == len(one.tokens) - 1
+        for name, tensor in plain.tensors().items():
+            assert torch.equal(getattr(one, name).nan_to_num(), tensor.nan_to_num()), name
+        assert plain.states is None
+        with torch.no_grad():
+            hidden = target(input_ids=one.tokens[None].long(), output_hidden_states=True).hidden_states
+        expected = torch.stack([hidden[i][0, :-1] for i in layers], 1)  # (L-1, 3, H)
+        error = (one.states.dense().unflatten(1, (3, -1)) - expected).abs().amax(-1)
+        assert (error <= expected.abs().amax(-1) / 127 + 1e-5).all()
+    assert not target._forward_pre_hooks
+
+
+def test_of_a_layer_it_is_what_that_layer_gives(tiny_llama):
+    """The count of `output_hidden_states` given as a list has changed between releases of transformers: 0 is the embeddings, and i what layer i-1 gives."""
+    target, prompt, given = tiny_llama(layers=4), torch.arange(2, 9), []
+    target.model.layers[1].register_forward_hook(lambda layer, inputs, output: given.append(output))
+    [one] = record_answers(target, [prompt], max_new_tokens=1, states_of=[2])
+    dense = one.states.dense()
+    layer = given[0][0] if given[0].ndim == 3 else given[0]
+    assert (dense - layer).abs().max() <= layer.abs().max() / 127
+    [one] = record_answers(target, [prompt], max_new_tokens=1, states_of=[0])
+    table = target.get_input_embeddings().weight[prompt]
+    assert (one.states.dense() - table).abs().max() <= table.abs().max() / 127
+
+
+def test_of_a_long_prompt_the_last_states_are_kept(tiny_llama):
+    target, random = tiny_llama(layers=3), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 64, (n,), generator=random) for n in (270, 400, 5)]
+    for most, start in ((0, 400 - 258), (300, 400 - 302)):
+        recorded = record_answers(target, prompts, max_new_tokens=3, prompt_positions=most, states_of=[1])
+        assert [one.states.start for one in recorded] == [270 - 258 if not most else 0, start, 0]
+        assert [one.states.stop for one in recorded] == [len(one.tokens) - 1 for one in recorded]
+        for one in (
+            recorded
+        ):  # whatever has a target can be learnt, but for the second token of a text, before which there is one alone
+            second = most >= one.prompt_length
+            assert one.num_teaching("all", states=True) == one.num_teaching("all") - second
+
+
+def test_states_that_there_are_not_are_refused(tiny_llama, prompts):
+    target = tiny_llama(layers=3)
+    for layers in ([4], [-1], []):
+        with pytest.raises(ValueError, match=r"0 \(its embeddings\) to 3"):
+            record_answers(target, prompts, max_new_tokens=2, states_of=layers)
+    with pytest.raises(ValueError, match="leave it out"):
+        record_answers(target, prompts, 2, states_of=[1], translation=VocabMapping.from_sizes(64, 60))
+    with pytest.raises(ValueError, match="leave it out"):
+        record_answers(encoder_decoder("t5"), prompts, 2, states_of=[1])

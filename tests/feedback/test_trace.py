@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def answered(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> Feedback:
     """A request that the target answered alone: nothing was drafted."""
     logits = torch.randn(n, 64, generator=torch.Generator().manual_seed(seed))
-    return Feedback.of_target(torch.arange(n + 3), 3, SparseLogits.from_logits(logits, k, dtype))
+    return Feedback.from_target(torch.arange(n + 3), 3, SparseLogits.from_logits(logits, k, dtype))
 
 
 def without_target(feedback: Feedback, at: list[int]) -> Feedback:
@@ -92,7 +92,7 @@ def test_every_field_comes_back_in_order(make_feedback, folder, requests, dtype,
         feedback = make_feedback(dtype=dtype, **request)
         if not drafted:
             rows, of_prompt = feedback.rows, feedback.prompt_rows
-            feedback = Feedback.of_target(feedback.tokens, feedback.prompt_length, rows, prompt_rows=of_prompt)
+            feedback = Feedback.from_target(feedback.tokens, feedback.prompt_length, rows, prompt_rows=of_prompt)
         if source is not None:
             feedback = dataclasses.replace(feedback, source=torch.arange(source, dtype=torch.int32))
         if holes and len(feedback):

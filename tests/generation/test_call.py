@@ -78,7 +78,7 @@ def test_a_call_that_cannot_open_gives_back_what_it_borrowed(target, assistant, 
 def test_so_does_one_whose_record_cannot_be_made_feedback(target, assistant, monkeypatch):
     generate(target, assistant)
     with monkeypatch.context() as patch:
-        patch.setattr(CallRecorder, "seal", fails)
+        patch.setattr(CallRecorder, "to_feedback", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             assistant.collect()
     assert borrowed(target, assistant) == (0, 0)

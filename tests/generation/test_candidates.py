@@ -57,9 +57,7 @@ def test_a_draft_equal_to_its_target_is_always_accepted_and_the_pattern_is_known
 
 
 @given(st.integers(1, 6), st.sampled_from([0.05, 0.2, 0.5]), st.integers(0, 10**6), st.integers(1, 12))
-def test_feedback_is_what_a_fresh_forward_of_the_target_says(
-    target, serve, noised_copy, gamma, scale, seed, prompt_length
-):
+def test_feedback_equals_a_fresh_forward_of_the_target(target, serve, noised_copy, gamma, scale, seed, prompt_length):
     """Off by one in rows, positions or outcomes; stale cache rows; a bonus row misplaced."""
     prompt = torch.randint(2, 64, (1, prompt_length), generator=torch.Generator().manual_seed(seed))
     draft = noised_copy(target, scale, seed)
@@ -74,20 +72,20 @@ def test_feedback_is_what_a_fresh_forward_of_the_target_says(
     dense = torch.empty_like(log_p).scatter(-1, feedback.top_ids.long(), feedback.top_logps)  # k = V
     torch.testing.assert_close(dense, log_p, **close)
 
-    said = log_q.argmax(-1)
+    predicted = log_q.argmax(-1)
     for i, outcome in enumerate(feedback.outcome.tolist()):
         if outcome == UNTESTED:
             assert feedback.drafted[i] == -1
             assert feedback.draft_logps[i].isnan().all()
             continue
-        assert feedback.drafted[i] == said[i]
+        assert feedback.drafted[i] == predicted[i]
         assert (outcome == ACCEPTED) == (feedback.drafted[i] == feedback.answer[i])
         torch.testing.assert_close(feedback.draft_logps[i], log_q[i, feedback.top_ids[i].long()], **close)
-        torch.testing.assert_close(feedback.drafted_logp[i], log_q[i, said[i]], **close)
+        torch.testing.assert_close(feedback.drafted_logp[i], log_q[i, predicted[i]], **close)
     # α is known wherever the draft was ever put to the position, a bonus token included, but for the call's last one.
     known = ~feedback.overlap.isnan()
     assert known[:-1].all()
-    assert torch.equal(feedback.overlap[known], (said == feedback.answer)[known].float())
+    assert torch.equal(feedback.overlap[known], (predicted == feedback.answer)[known].float())
     assert stats.accepted == int((feedback.outcome == ACCEPTED).sum())
     assert stats.tested == int((feedback.outcome != UNTESTED).sum())
     assert stats.rounds == int((feedback.outcome != ACCEPTED).sum()) + int(feedback.outcome[-1] == ACCEPTED)
@@ -244,10 +242,10 @@ def test_rounds_without_a_draft_still_teach_and_the_draft_catches_up(target, noi
     assistant.update()
     [feedback] = assistant.buffer.new()
     with torch.no_grad():
-        said = draft(output).logits[0, PROMPT.shape[1] - 1 : -1].argmax(-1)
+        predicted = draft(output).logits[0, PROMPT.shape[1] - 1 : -1].argmax(-1)
     known = ~feedback.overlap.isnan()
     assert known[:-1].all()
-    assert torch.equal(feedback.overlap[known], (said == feedback.answer)[known].float())
+    assert torch.equal(feedback.overlap[known], (predicted == feedback.answer)[known].float())
     assert (feedback.outcome == REJECTED).sum() == assistant.stats.last.tested - assistant.stats.last.accepted
 
 

@@ -103,7 +103,7 @@ def test_a_prompts_tokens_that_the_draft_has_no_embedding_of(target, draft, lear
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_what_the_target_says_and_the_draft_has_no_embedding_of(target, draft, sample):
+def test_target_tokens_that_the_draft_has_no_embedding_of(target, draft, sample):
     assistant = OnlineAssistant(fewer(draft, 40), **DRAFTS, **LEARNS)
     for prompt in PROMPTS[:4]:
         answer = target.generate(prompt, assistant_model=assistant, **GREEDY | {"do_sample": sample})

@@ -78,7 +78,7 @@ def test_calls_of_this_thread_that_have_come_back_are_over_though_something_hold
     for call, generator in zip((back, runs, elsewhere), generators, strict=True):
         calls.add(call, generator)
     assert calls.pop_finished() == []
-    assert calls.pop_finished(here=True) == [back]
+    assert calls.pop_finished(this_thread=True) == [back]
     assert calls.any()
 
 
@@ -87,7 +87,7 @@ def test_the_late_end_of_a_call_taken_in_already_hides_none_that_runs(calls, mon
     monkeypatch.setattr("hf_osd.generation.open_calls.running_calls", list)
     late, generator = Generator(), Generator()
     calls.add(Call(threading.get_ident(), object()), late)
-    assert len(calls.pop_finished(here=True)) == 1
+    assert len(calls.pop_finished(this_thread=True)) == 1
     calls.add(Call(), generator)
     del late
     assert calls.any()

@@ -63,7 +63,7 @@ def _noting(init, seen, name):
     return wrapped
 
 
-def test_with_the_seam_closed_it_drafts_like_any_assistant_and_says_so_once(tiny_llama, caplog):
+def test_with_the_seam_closed_it_drafts_like_any_assistant_and_warns_once(tiny_llama, caplog):
     target = tiny_llama(layers=3)
     assistant = OnlineAssistant(tiny_llama(layers=1))
     hf_osd.disable()

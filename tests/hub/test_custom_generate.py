@@ -212,7 +212,7 @@ def test_hooks_and_a_replaced_forward_of_the_target_are_kept(target, folder, mon
 
 def test_any_other_assistant_drafts_as_ever_and_is_told_of(target, folder, caplog):
     stock = grow_draft(target)
-    seam._say_that_it_learns_nothing.cache_clear()
+    seam._warn_not_learning.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
         for prompt in PROMPTS[:2]:
             output = target.generate(prompt, assistant_model=stock, **folder, **GREEDY)

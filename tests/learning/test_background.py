@@ -1,4 +1,4 @@
-"""`BackgroundLearner`: its share of the time, what it leaves alone, and how its thread ends."""
+"""`BackgroundLearner`: when its thread learns, what it leaves alone, and how its thread ends."""
 
 import gc
 import logging
@@ -7,113 +7,19 @@ import subprocess
 import sys
 import threading
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning import background as background_module
-from hf_osd.learning.background import BackgroundLearner, Stopped, Throttle
+from hf_osd.learning.background import BackgroundLearner
+from hf_osd.learning.learner import Learner
+from hf_osd.learning.throttle import Stopped, Throttle
 
 LONG = 120  # seconds in which anything has happened, on any machine
-
-
-# The pace, by a clock of its own.
-
-
-class Clock:
-    """Time passes when somebody works or waits."""
-
-    def __init__(self):
-        self.now = self.waited = 0.0
-
-    def work(self, seconds):
-        self.now += seconds
-
-    def wait(self, seconds):
-        self.now += seconds
-        self.waited += seconds
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(background_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    return clock
-
-
-@pytest.fixture
-def pace(clock):
-    """`pace(share, busy=...)`, whose waits are the clock's."""
-
-    def make(share, busy=lambda: True):
-        made = Throttle(share, busy)
-        made._hurry.wait = clock.wait
-        return made
-
-    return make
-
-
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 1.0])
-def test_the_share_of_the_time_holds(clock, pace, share):
-    made = pace(share)
-    made.begin()
-    for seconds in (0.3, 0.001, 2.0, 0.04):
-        clock.work(seconds)
-        made.pause()
-    assert (clock.now - clock.waited) / clock.now == pytest.approx(share)
-
-
-def test_while_nobody_is_served_there_is_no_waiting(clock, pace):
-    made = pace(0.1, busy=lambda: False)
-    clock.work(5.0)
-    made.pause()
-    assert clock.waited == 0
-
-
-def test_the_wait_ends_soon_after_the_last_call(clock, pace):
-    made = pace(0.1, busy=lambda: clock.now < 6.0)
-    clock.work(5.0)
-    made.pause()
-    assert 6.0 <= clock.now < 6.0 + 2 * background_module._LOOK
-
-
-def test_time_between_two_updates_is_no_work(clock, pace):
-    made = pace(0.5)
-    clock.work(1000.0)
-    made.begin()
-    clock.work(1.0)
-    made.pause()
-    assert clock.waited == pytest.approx(1.0)
-
-
-def test_who_waits_for_the_work_hurries_it_until_the_last_of_them_has_it(clock, pace):
-    made = pace(0.5)
-    made.unthrottle()
-    made.unthrottle()
-    made.unthrottle(False)
-    clock.work(1.0)
-    made.pause()
-    assert clock.waited == 0
-    made.unthrottle(False)
-    clock.work(1.0)
-    made.pause()
-    assert clock.waited == pytest.approx(1.0)
-
-
-def test_a_stop_ends_the_next_pause_and_no_hurry_is_over_after_it(pace):
-    made = pace(0.5)
-    made.unthrottle()
-    made.stop()
-    made.unthrottle(False)
-    for _ in range(2):
-        with pytest.raises(Stopped):
-            made.pause()
-
-
-# The learner.
 
 
 @pytest.fixture
@@ -127,7 +33,8 @@ def background(tiny_llama):
         settings = {"seed": 0, "update_interval": 2, "replay_ratio": 0.0, "warmup_steps": 0, "gate": False}
         settings |= {"learning_rate": 1e-3}
         config = OnlineConfig(**settings | fields)
-        one = BackgroundLearner(draft, trainable, FeedbackBuffer(), config, served.append, busy, learnt.set)
+        learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), served.append, alone=False)
+        one = BackgroundLearner(learner, busy, learnt.set)
         one.served, one.learnt = served, learnt
         one.prepare()
         made.append(weakref.ref(one))
@@ -164,15 +71,15 @@ def held(monkeypatch):
 
 def test_offers_wake_the_thread_when_enough_have_come(background, make_feedback):
     made = background()
-    made.offer(make_feedback(seed=0))
+    made.add(make_feedback(seed=0))
     assert made._thread is None
-    made.offer(make_feedback(seed=1))
+    made.add(make_feedback(seed=1))
     assert made.learnt.wait(LONG)
-    assert (made.updates, len(made.served), made.buffer.new()) == (1, 1, [])
+    assert (made.learner.updates, len(made.served), made.learner.buffer.new()) == (1, 1, [])
     made.learnt.clear()
     thread = made._thread
     for i in range(2):
-        made.offer(make_feedback(seed=2 + i))
+        made.add(make_feedback(seed=2 + i))
     assert made.learnt.wait(LONG)
     assert made._thread is thread
 
@@ -180,21 +87,21 @@ def test_offers_wake_the_thread_when_enough_have_come(background, make_feedback)
 def test_while_it_learns_nobody_waits_for_it(background, make_feedback, held):
     made = background(gate=True)
     for i in range(3):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     assert held.there.wait(LONG)
     assert made.update(wait=False) is False
     for i in range(8):
-        made.offer(make_feedback(seed=i))
-    assert len(made.buffer.new()) >= 8
-    assert made.figures()["updates"] == 0
+        made.add(make_feedback(seed=i))
+    assert len(made.learner.buffer.new()) >= 8
+    assert made.metrics()["updates"] == 0
 
 
 def test_a_flush_learns_all_that_is_new_here_and_now(background, make_feedback):
     made = background(update_interval=100)
     for i in range(3):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     assert made.update(wait=True)
-    assert (made.updates, made.buffer.new()) == (1, [])
+    assert (made.learner.updates, made.learner.buffer.new()) == (1, [])
     assert not made.update(wait=True)
 
 
@@ -202,25 +109,25 @@ def test_a_flush_waits_for_the_update_that_runs_and_is_not_kept_to_its_pace(back
     """At this pace it would take a day."""
     made = background(busy=lambda: True, learning_budget=1e-7)
     for i in range(2):
-        made.offer(make_feedback(seed=i))
-    made.buffer.add(make_feedback(seed=3))
+        made.add(make_feedback(seed=i))
+    made.learner.buffer.add(make_feedback(seed=3))
     flushed = threading.Event()
     threading.Thread(target=lambda: (made.update(wait=True), flushed.set()), daemon=True).start()
     assert flushed.wait(LONG)
-    assert made.buffer.new() == []
-    assert made.updates >= 1
+    assert made.learner.buffer.new() == []
+    assert made.learner.updates >= 1
 
 
 def test_so_do_a_state_and_weights_from_elsewhere(background, make_feedback):
     made = background(busy=lambda: True, learning_budget=1e-7)
     for i in range(2):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     done = threading.Event()
 
     def ask():
         tensors, values = made.state()
         made.load_state(tensors, values)
-        made.take({name: p.clone() for name, p in made.ensemble.serving_weights().items()})
+        made.load_weights({name: p.clone() for name, p in made.learner.student.serving_weights().items()})
         done.set()
 
     threading.Thread(target=ask, daemon=True).start()
@@ -240,20 +147,20 @@ def test_what_another_thread_draws_is_what_it_would_have_drawn_without_a_learner
 
     seed()
     for i in range(2):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     drawn = [draw()]
     while not made.learnt.wait(0.001):
         drawn.append(draw())
     drawn.append(draw())
     seed()
     assert drawn == [draw() for _ in drawn]
-    assert made.updates == 1
+    assert made.learner.updates == 1
 
 
 def test_close_ends_the_thread_in_the_middle_of_an_update(background, make_feedback):
     made = background(busy=lambda: True, learning_budget=1e-7)
     for i in range(2):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     thread = made._thread
     made.close()
     assert not thread.is_alive()
@@ -265,7 +172,7 @@ def test_close_ends_the_thread_in_the_middle_of_an_update(background, make_feedb
 
 def test_a_flush_that_is_closed_over_comes_back(background, make_feedback, held):
     made, came_back = background(update_interval=100), []
-    made.offer(make_feedback())
+    made.add(make_feedback())
     thread = threading.Thread(target=lambda: came_back.append(made.update(wait=True)))
     thread.start()
     assert held.there.wait(LONG)
@@ -278,7 +185,7 @@ def test_a_flush_that_is_closed_over_comes_back(background, make_feedback, held)
 def test_the_thread_ends_when_nobody_holds_its_learner(background, make_feedback):
     made = background()
     for i in range(2):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     assert made.learnt.wait(LONG)
     thread, gone = made._thread, weakref.ref(made)
     del made
@@ -292,23 +199,23 @@ def test_the_thread_ends_when_nobody_holds_its_learner(background, make_feedback
 def test_the_end_of_the_process_ends_a_thread_that_has_nothing_to_do(background, make_feedback, monkeypatch):
     """And one that has, and one that has not imported all yet, of which the end of a process lets it import no more."""
     made = background(update_interval=1)
-    made.offer(make_feedback())
+    made.add(make_feedback())
     assert made.learnt.wait(LONG)
-    background_module._stop(made.pace, made._wake)  # what is called then
+    background_module._stop(made.throttle, made._wake)  # what is called then
     made._thread.join(LONG)
     assert not made._thread.is_alive()
-    made.offer(make_feedback(seed=1))
+    made.add(make_feedback(seed=1))
     assert not made._thread.is_alive(), "no other one was made"
 
     monkeypatch.setitem(sys.modules, "hf_osd.distill.trainer", None)
-    background_module._run(weakref.ref(made), made.pace, made._wake, made._imported)
+    background_module._run(weakref.ref(made), made.throttle, made._wake, made._imported)
 
 
 def test_garbage_collection_does_not_wait_for_the_thread(background, make_feedback, held):
     """It may come under a lock that the thread waits for."""
     made = background()
     for i in range(2):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
     assert held.there.wait(LONG)
     made._end()  # what it calls
     assert made._thread.is_alive()
@@ -328,23 +235,25 @@ def test_a_thread_that_dies_is_made_anew_and_waits_longer(background, make_feedb
     def die():
         raise Killed
 
-    made.ensemble.members[0]._after_step = die  # in the middle of an update
-    made.offer(make_feedback(seed=0))
+    made.learner.student.on_step = die  # in the middle of an update
+    made.add(make_feedback(seed=0))
     made._thread.join(LONG)
     assert not made._thread.is_alive()
     assert made.served == []
-    made.ensemble.members[0]._after_step = None
+    made.learner.student.on_step = None
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
-        made.offer(make_feedback(seed=1))
+        made.add(make_feedback(seed=1))
     assert "The learner's thread was dead; another one takes over" in caplog.text
-    assert made.figures()["learner_restarts"] == 1
+    assert made.metrics()["learner_restarts"] == 1
     assert made.learnt.wait(LONG)
-    assert (made.updates, made.buffer.new(), made.schedule.misses) == (0, [], 1), "learning rests a turn"
+    assert (made.learner.updates, made.learner.buffer.new(), made.learner.schedule.misses) == (0, [], 1), (
+        "learning rests a turn"
+    )
     made.learnt.clear()
-    made.offer(make_feedback(seed=2))
+    made.add(make_feedback(seed=2))
     assert made.learnt.wait(LONG)
-    assert (made.updates, made.buffer.new(), made.schedule.misses) == (1, [], 0)
-    assert made.figures()["learner_restarts"] == 1
+    assert (made.learner.updates, made.learner.buffer.new(), made.learner.schedule.misses) == (1, [], 0)
+    assert made.metrics()["learner_restarts"] == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -356,11 +265,11 @@ def test_one_that_dies_again_and_again_is_not_made_any_more_and_that_is_said_onc
     monkeypatch.setitem(sys.modules, "hf_osd.distill.trainer", None)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         for i in range(50):
-            made.offer(make_feedback(seed=i))
+            made.add(make_feedback(seed=i))
             threads.add(made._thread)
             made._thread.join(LONG)
-    assert len(threads) == 1 + made.figures()["learner_restarts"] == 6
-    assert made.figures()["learning_over"] == "the learner's thread has died 6 times in a row"
+    assert len(threads) == 1 + made.metrics()["learner_restarts"] == 6
+    assert made.metrics()["learning_over"] == "the learner's thread has died 6 times in a row"
     assert caplog.text.count("learns no more") == 1
 
 
@@ -369,7 +278,7 @@ def test_updates_that_end_well_between_its_deaths_let_it_be_made_anew(background
     for i in range(20):
         made.learner.updates = i
         assert made._may_restart()
-    assert made.figures()["learning_over"] is None
+    assert made.metrics()["learning_over"] is None
 
 
 def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feedback, monkeypatch, caplog):
@@ -377,35 +286,31 @@ def test_a_trainer_that_cannot_be_made_breaks_nobodys_call(background, make_feed
     made._prepared = False
     made._imported.set()
 
-    class Student:
-        @property
-        def trainer(self):
-            raise RuntimeError("out of memory")
+    def fail():
+        raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
-        patch.setattr(made.learner.ensemble, "members", [Student()])
-        made.offer(make_feedback())
+        patch.setattr(made.learner.student, "prepare", fail)
+        made.add(make_feedback())
     assert "The trainer could not be made" in caplog.text
-    assert made.figures()["failed_updates"] == 1
-    assert not made.due(), "it is not tried again at each call"
+    assert made.metrics()["failed_updates"] == 1
+    assert not made.is_due(), "it is not tried again at each call"
     for seed, updates in ((1, 0), (2, 1)):  # learning rests a turn
         made.learnt.clear()
-        made.offer(make_feedback(seed=seed))
+        made.add(make_feedback(seed=seed))
         assert made.learnt.wait(LONG)
-        assert made.updates == updates
+        assert made.learner.updates == updates
 
 
 def test_two_callers_make_one_trainer(background, monkeypatch):
     made = background()
     made._prepared, asked, inside = False, [], threading.Event()
 
-    class Student:
-        @property
-        def trainer(self):
-            asked.append(1)
-            inside.set()
+    def prepare():
+        asked.append(1)
+        inside.set()
 
-    monkeypatch.setattr(made.learner.ensemble, "members", [Student()])
+    monkeypatch.setattr(made.learner.student, "prepare", prepare)
     with made._preparing:
         threads = [threading.Thread(target=made.prepare) for _ in range(2)]
         for thread in threads:
@@ -440,23 +345,26 @@ def test_a_process_may_end_in_the_middle_of_an_update():
 import threading, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import Feedback, FeedbackBuffer, OnlineConfig
-from hf_osd.learning.background import BackgroundLearner
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.feedback import SparseLogits
+from hf_osd.learning.background import BackgroundLearner
+from hf_osd.learning.learner import Learner
 
 torch.set_num_threads(1)
 sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 draft = LlamaForCausalLM(LlamaConfig(**sizes))
 trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
 config = OnlineConfig(update_interval=2, batch_size=1, learning_budget=1e-7, gate=False, learning_rate=1e-3, warmup_steps=0)
-learner, idle = (BackgroundLearner(draft, trainable, FeedbackBuffer(), config, print, busy=lambda: True) for _ in range(2))
+learners = [Learner(make_student(draft, trainable, config), FeedbackBuffer(), print, alone=False) for _ in range(2)]
+learner, idle = (BackgroundLearner(one, busy=lambda: True) for one in learners)
 learner.prepare()
 idle.update(wait=False)
 assert idle._imported.wait(120)
-stepped, pause = threading.Event(), learner.pace.pause
-learner.ensemble.members[0]._after_step = lambda: (stepped.set(), pause())
+stepped, pause = threading.Event(), learner.throttle.pause
+learner.learner.student.on_step = lambda: (stepped.set(), pause())
 for i in range(2):
     tokens = torch.randint(32, (8,))
-    learner.offer(Feedback.of_target(tokens, 4, SparseLogits.from_logits(torch.randn(4, 32), 8)))
+    learner.add(Feedback.from_target(tokens, 4, SparseLogits.from_logits(torch.randn(4, 32), 8)))
 assert stepped.wait(120)
 assert learner._thread.is_alive()
 print("the end")

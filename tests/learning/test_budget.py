@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, grow_draft
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.learner import Learner
 from hf_osd.metrics.stats import Stats
 from hf_osd.policy.report import report
@@ -25,10 +26,10 @@ def made(target):
             **settings,
         }
         out = []
-        learner = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**settings), out.append)
+        learner = Learner(make_student(draft, trainable, OnlineConfig(**settings)), FeedbackBuffer(), out.append)
         learner.learnt = []
-        train = learner._train
-        learner._train = lambda requests: (learner.learnt.append(len(requests)), train(requests))
+        learn = learner.student.learn
+        learner.student.learn = lambda requests: (learner.learnt.append(len(requests)), learn(requests))
         return learner
 
     return make
@@ -37,7 +38,7 @@ def made(target):
 def serve(learner, make_feedback, requests: int, seconds: float):
     """So many requests of 17 tokens, which took so long together."""
     for i in range(requests):
-        learner.offer(make_feedback(seed=i))
+        learner.add(make_feedback(seed=i))
         learner.note_served(seconds / requests)
 
 
@@ -76,7 +77,7 @@ def test_where_nothing_fits_the_draft_serves_as_it_is_and_the_report_says_why(ma
         assert not learner.update(wait=False)
     assert (learner.learnt, learner.updates, learner.failed) == ([], 0, 0)
     stats = Stats()
-    for name, value in learner.figures().items():
+    for name, value in learner.metrics().items():
         setattr(stats, name, value)
     stats.total.rounds = 1
     said = report(stats, DraftPolicy("cost", 5, None, 0.0))
@@ -105,12 +106,12 @@ def test_a_call_waits_no_longer_for_long_texts_than_for_short_ones(made, make_fe
     def read(module, args, kwargs, output):
         clock[0] += kwargs["input_ids"].numel() * (3e-3 if torch.is_grad_enabled() else 1e-3)
 
-    learner.ensemble.members[0].module.register_forward_hook(read, with_kwargs=True)
+    learner.student.module.register_forward_hook(read, with_kwargs=True)
     longest = 0.0
     for i in range(40):
-        learner.offer(make_feedback(seed=i, prompt=3000))
+        learner.add(make_feedback(seed=i, prompt=3000))
         learner.note_served(1.0)
-        if learner.due():
+        if learner.is_due():
             before = clock[0]
             learner.update(wait=False)
             longest = max(longest, clock[0] - before)

@@ -1,4 +1,4 @@
-"""`Contenders`, over an ensemble of a single number: what is judged, what becomes of it, and what goes out to serve."""
+"""`Contenders`, over a student of a single number: what is judged, what becomes of it, and what goes out to serve."""
 
 import json
 import logging
@@ -25,10 +25,11 @@ def weights_of(number: float) -> dict[str, torch.Tensor]:
     return {"w": torch.tensor([number])}
 
 
-class FakeEnsemble:
+class FakeStudent:
     """Learns a number, by being given it, which is α of the draft that has it; unless `alpha` says otherwise, by request and number."""
 
-    def __init__(self):
+    def __init__(self, config):
+        self.config, self.initial = config, weights_of(STATIC)
         self.number, self.went_back = STATIC, []
         self.judged: list[float] = []  # by which numbers
         self.alpha = lambda request, number: number
@@ -50,7 +51,7 @@ class FakeEnsemble:
         [(self.number,)] = snapshot
         self.went_back.append(self.number)
 
-    def judge(self, requests, weights, whole=True):
+    def score(self, requests, weights, whole=True):
         number = round(weights["w"].item(), 4)
         self.judged.append(number)
         alphas = [self.alpha(request, number) for request in requests]
@@ -63,11 +64,9 @@ class Made:
 
     def __init__(self, feedback, **config):
         self.feedback, self.out, self.pauses = feedback, [], []
-        self.ensemble, self.fails = FakeEnsemble(), False
-        config = OnlineConfig(**{"seed": 0, **config})
-        self.contenders = Contenders(
-            self.ensemble, weights_of(STATIC), config, RankGroup(), self.serve, lambda: self.pauses.append(1)
-        )
+        self.student, self.fails = FakeStudent(OnlineConfig(**{"seed": 0, **config})), False
+        self.contenders = Contenders(self.student, RankGroup(), self.serve)
+        self.contenders.pause = lambda: self.pauses.append(1)
 
     def serve(self, weights):
         if self.fails:
@@ -82,7 +81,7 @@ class Made:
 
     def learn(self, number: float):
         """What has been learnt is this, and the candidate, if there is none."""
-        self.ensemble.number = number
+        self.student.number = number
         self.contenders.propose()
 
     def learn_and_unlearn(self, number: float):
@@ -90,7 +89,7 @@ class Made:
         self.old = self.requests(16)
         self.contenders.remember(self.old)
         of_before = set(map(id, self.old))
-        self.ensemble.alpha = lambda request, one: 0.1 if id(request) in of_before and one == number else one
+        self.student.alpha = lambda request, one: 0.1 if id(request) in of_before and one == number else one
         self.learn(number)
 
     def accept(self, number: float):
@@ -117,20 +116,20 @@ def test_nothing_serves_before_it_was_judged_on_requests_that_came_since(made):
     one.learn(0.9)
     assert one.decide(0) == one.decide(1) == (Verdict.WAIT, False)
     assert (one.out, one.serving, one.contenders.changes) == ([], STATIC, 0)
-    assert set(one.ensemble.judged) == {STATIC, 0.9}
+    assert set(one.student.judged) == {STATIC, 0.9}
 
 
 def test_what_is_accepted_goes_out_once_as_it_was_judged_and_not_as_it_is_by_then(made):
     one = made()
     one.learn(0.7)
-    one.ensemble.number = 0.9  # nobody has judged that
+    one.student.number = 0.9  # nobody has judged that
     for _ in range(LOOKS):
         verdict, gained = one.decide()
         if verdict is not Verdict.WAIT:
             break
     assert (verdict, gained) == (Verdict.ACCEPT, True)
     assert (one.out, one.serving, one.contenders.changes, one.contenders.accepted) == ([0.7], 0.7, 1, 1)
-    assert (one.ensemble.number, one.ensemble.went_back) == (0.9, []), "learning goes on from where it is"
+    assert (one.student.number, one.student.went_back) == (0.9, []), "learning goes on from where it is"
     for _ in range(6):
         one.decide()
     assert (one.out, one.contenders.changes) == ([0.7], 1)
@@ -149,13 +148,13 @@ def test_what_is_dropped_is_unlearnt_back_to_the_accepted_draft_and_nothing_goes
         one.accept(before)
     out, accepted = list(one.out), before or STATIC
     one.learn(0.3)
-    one.ensemble.number = 0.25  # and further down
+    one.student.number = 0.25  # and further down
     for _ in range(LOOKS):
         verdict, _ = one.decide()
         if verdict is not Verdict.WAIT:
             break
     assert verdict is Verdict.DROP
-    assert (one.ensemble.number, one.ensemble.went_back) == (accepted, [accepted])
+    assert (one.student.number, one.student.went_back) == (accepted, [accepted])
     assert (one.out, one.serving, one.contenders.dropped) == (out, accepted, 1)
     assert one.accept(accepted + 0.1) is True
 
@@ -168,7 +167,7 @@ def test_what_is_learnt_while_nothing_is_decided_is_the_candidate(made):
         turn[0] += number == 0.7
         return 0.1 + 0.8 * (turn[0] % 2) if number == 0.7 else number
 
-    one.ensemble.alpha = alpha
+    one.student.alpha = alpha
     one.learn(0.7)
     assert {one.decide(2)[0] for _ in range(4)} == {Verdict.WAIT}
     one.learn(0.9)
@@ -180,13 +179,13 @@ def test_what_is_learnt_while_nothing_is_decided_is_the_candidate(made):
 def test_while_what_is_accepted_is_the_static_draft_it_is_judged_once_and_without_a_candidate_alone(made):
     one = made()
     one.decide()
-    assert one.ensemble.judged == [STATIC]
+    assert one.student.judged == [STATIC]
     one.accept(0.7)
-    assert one.ensemble.judged[1:] == [STATIC, 0.7] * (len(one.ensemble.judged) // 2)
+    assert one.student.judged[1:] == [STATIC, 0.7] * (len(one.student.judged) // 2)
     one.learn(0.8)
-    one.ensemble.judged.clear()
+    one.student.judged.clear()
     one.decide(1)
-    assert one.ensemble.judged == [STATIC, 0.7, 0.8]
+    assert one.student.judged == [STATIC, 0.7, 0.8]
     assert one.pauses
 
 
@@ -195,15 +194,15 @@ def test_the_static_draft_goes_out_when_traffic_is_such_that_it_is_better_and_th
 ):
     one = made()
     one.accept(0.8)
-    one.ensemble.alpha = lambda request, number: STATIC if number == STATIC else 0.2
+    one.student.alpha = lambda request, number: STATIC if number == STATIC else 0.2
     with caplog.at_level(logging.WARNING):
         for _ in range(WINDOW // 2):
             one.decide(2)
     assert one.out == [0.8, STATIC]
     assert one.contenders.serves_static
     assert caplog.text.count("worse than the draft before any learning") == 1
-    del one.ensemble.alpha
-    one.ensemble.alpha = lambda request, number: number
+    del one.student.alpha
+    one.student.alpha = lambda request, number: number
     caplog.clear()
     for _ in range(WINDOW):
         one.decide(4)
@@ -215,7 +214,7 @@ def test_the_static_draft_goes_out_when_traffic_is_such_that_it_is_better_and_th
 def test_what_is_accepted_while_the_static_draft_serves_serves_at_once(made):
     one = made()
     one.accept(0.8)
-    one.ensemble.alpha = lambda request, number: 0.2 if number == 0.8 else number
+    one.student.alpha = lambda request, number: 0.2 if number == 0.8 else number
     for _ in range(WINDOW // 2):
         one.decide(2)
     assert one.serving == STATIC
@@ -231,7 +230,7 @@ def test_the_shadow_is_told_of_what_served_and_not_of_what_is_to(made):
     assert one.contenders.shadow.regret == 0.0
     one.decide()
     assert one.contenders.shadow.regret < 0
-    one.ensemble.alpha = lambda request, number: STATIC if number == STATIC else 0.2
+    one.student.alpha = lambda request, number: STATIC if number == STATIC else 0.2
     while not one.contenders.serves_static:
         one.decide(2)
     before = one.contenders.shadow.static - one.contenders.shadow.served
@@ -256,7 +255,7 @@ def test_if_the_serving_draft_cannot_take_an_accepted_one_what_serves_stays_and_
 def test_if_it_cannot_take_the_static_draft_what_serves_is_judged_anew(made):
     one = made()
     one.accept(0.8)
-    one.ensemble.alpha = lambda request, number: STATIC if number == STATIC else 0.2
+    one.student.alpha = lambda request, number: STATIC if number == STATIC else 0.2
     one.fails = True
     with pytest.raises(MemoryError):
         one.decide(WINDOW)
@@ -274,12 +273,12 @@ def test_a_judge_that_fails_changes_nothing(made):
     def breaks(request, number):
         raise MemoryError
 
-    alpha, one.ensemble.alpha = one.ensemble.alpha, breaks
+    alpha, one.student.alpha = one.student.alpha, breaks
     for _ in range(3):
         with pytest.raises(MemoryError):
             one.decide()
     assert (one.out, one.contenders.shadow.requests) == ([], 0)
-    one.ensemble.alpha = alpha
+    one.student.alpha = alpha
     for _ in range(LOOKS):
         one.decide()
     assert one.out == [0.8]
@@ -331,26 +330,26 @@ def test_weights_trained_elsewhere_are_what_all_is_compared_with_from_then_on(ma
     one.learn(0.3)
     one.contenders.reset(weights_of(0.9))
     assert (one.out, one.contenders.changes) == ([0.7], 1), "they serve already"
-    assert (one.ensemble.number, one.serving) == (pytest.approx(0.9), 0.9)
-    one.ensemble.judged.clear()
+    assert (one.student.number, one.serving) == (pytest.approx(0.9), 0.9)
+    one.student.judged.clear()
     assert one.decide() == (Verdict.WAIT, False)
-    assert one.ensemble.judged == [0.9], "nothing but them is left to judge"
+    assert one.student.judged == [0.9], "nothing but them is left to judge"
     one.learn(0.8)  # better than all before
     for _ in range(LOOKS):
         if one.decide()[0] is not Verdict.WAIT:
             break
     assert (one.contenders.dropped, one.out) == (1, [0.7])
-    assert one.ensemble.number == pytest.approx(0.9)
+    assert one.student.number == pytest.approx(0.9)
 
 
 def test_the_best_of_several_serves_if_what_chose_it_and_what_comes_say_so(made):
     chances = {}
     for of in (1, 10**6):
         one = made()
-        one.ensemble.number = 0.6
+        one.student.number = 0.6
         candidate = one.contenders.point()
         requests = one.requests(8)
-        static, said = (one.contenders.judge(requests, point) for point in (one.contenders.static, candidate))
+        static, said = (one.contenders.score(requests, point) for point in (one.contenders.static, candidate))
         chances[of] = one.contenders.choose(candidate, of, static, said)
         assert one.out == ([0.6] if of == 1 else [])
         assert one.contenders.shadow.requests == 8
@@ -366,7 +365,7 @@ def test_without_a_gate_what_is_learnt_serves_and_nothing_is_judged_or_remembere
     assert one.decide() == (Verdict.WAIT, False)
     one.contenders.remember(one.requests(3))
     one.contenders.serve()
-    assert (one.out, one.contenders.changes, one.ensemble.judged) == ([0.2], 1, [])
+    assert (one.out, one.contenders.changes, one.student.judged) == ([0.2], 1, [])
     assert (len(one.contenders.remembered), one.contenders.serves_static) == (0, False)
 
 
@@ -379,14 +378,14 @@ def test_serve_puts_out_what_may_serve_and_not_what_has_been_learnt(made):
 
 def test_a_point_is_a_copy_in_the_dtype_that_serves(made):
     one = made()
-    one.ensemble.dtype = torch.float64
-    kept = one.ensemble.serving_weights()
-    one.ensemble.serving_weights = lambda: kept
+    one.student.dtype = torch.float64
+    kept = one.student.serving_weights()
+    one.student.serving_weights = lambda: kept
     point = one.contenders.point()
     kept["w"].fill_(0.1)
     assert (point.weights["w"].dtype, point.weights["w"].item()) == (torch.float32, STATIC)
-    one.ensemble.dtype, same = torch.float32, weights_of(0.4)
-    one.ensemble.serving_weights = lambda: same
+    one.student.dtype, same = torch.float32, weights_of(0.4)
+    one.student.serving_weights = lambda: same
     point = one.contenders.point()
     same["w"].fill_(0.1)
     assert point.weights["w"].item() == pytest.approx(0.4)
@@ -398,9 +397,9 @@ def test_after_a_restart_the_accepted_draft_may_serve_and_is_what_a_drop_goes_ba
     one.learn(0.85)
     weights, values = one.contenders.state()
     other = made()
-    other.ensemble.number = 0.85  # as the members' own state has it
+    other.student.number = 0.85  # as the members' own state has it
     other.contenders.load_state(weights, json.loads(json.dumps(values)))
-    assert (other.serving, other.ensemble.number) == (0.8, 0.85)
+    assert (other.serving, other.student.number) == (0.8, 0.85)
     assert (other.out, other.contenders.changes) == ([], 0), "that is for who resumes"
     assert (other.contenders.accepted, other.contenders.shadow.state()) == (1, one.contenders.shadow.state())
     other.contenders.serve()
@@ -409,14 +408,14 @@ def test_after_a_restart_the_accepted_draft_may_serve_and_is_what_a_drop_goes_ba
     other.learn(0.3)
     while other.contenders.dropped == 0:
         other.decide()
-    assert other.ensemble.number == pytest.approx(0.8)
+    assert other.student.number == pytest.approx(0.8)
     assert other.out == [0.8]
 
 
 def test_after_a_restart_the_static_draft_serves_on_if_it_did(made):
     one = made()
     one.accept(0.8)
-    one.ensemble.alpha = lambda request, number: STATIC if number == STATIC else 0.2
+    one.student.alpha = lambda request, number: STATIC if number == STATIC else 0.2
     while not one.contenders.serves_static:
         one.decide(2)
     weights, values = one.contenders.state()
@@ -444,14 +443,14 @@ def test_where_the_static_draft_knew_next_to_nothing_there_is_nothing_to_unlearn
     """A cold draft is spared the judging of requests of before at each candidate; a better one is judged there once."""
     one, of_before = made(), []
     one.contenders.remember(one.requests(16))
-    one.ensemble.alpha = lambda request, number: static if number == STATIC else number
-    judge = one.ensemble.judge
+    one.student.alpha = lambda request, number: static if number == STATIC else number
+    judge = one.student.score
 
     def judge_and_tell(requests, weights, whole):
         of_before.extend([weights["w"].item()] * (len(requests) == 16))
         return judge(requests, weights, whole)
 
-    one.ensemble.judge = judge_and_tell
+    one.student.score = judge_and_tell
     for number in (0.8, 0.9):
         one.learn(number)
         for _ in range(LOOKS):

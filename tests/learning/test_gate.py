@@ -309,8 +309,8 @@ def test_reset_begins_with_another_static_draft(gate):
 
 def test_what_unlearnt_the_oldest_requests_breaks_however_much_was_gained_on_newer_ones(gate):
     old, new = of(30, 8), of(10, 24)
-    assert gate.breaks([*old, *new], [*of(10, 8), *of(40, 24)])
-    assert not gate.breaks([*old, *new], [*old, *of(40, 24)])
+    assert gate.regresses([*old, *new], [*of(10, 8), *of(40, 24)])
+    assert not gate.regresses([*old, *new], [*old, *of(40, 24)])
 
 
 @pytest.mark.parametrize(
@@ -318,20 +318,20 @@ def test_what_unlearnt_the_oldest_requests_breaks_however_much_was_gained_on_new
 )
 def test_what_was_hardly_known_in_any_run_of_the_oldest_requests_cannot_be_unlearnt(gate, old, new, may):
     """Tokens in 45: 4 are .09, 9 are .2."""
-    assert gate.may_break([*of(old, 8), *of(new, 24)]) is may
-    assert not gate.may_break([])
+    assert gate.can_regress([*of(old, 8), *of(new, 24)]) is may
+    assert not gate.can_regress([])
 
 
 def test_what_was_lost_on_newer_requests_may_be_paid_for_by_older_ones(gate):
-    assert not gate.breaks([*of(10, 24), *of(30, 8)], [*of(30, 24), *of(20, 8)])
+    assert not gate.regresses([*of(10, 24), *of(30, 8)], [*of(30, 24), *of(20, 8)])
 
 
 def test_a_little_lost_on_requests_of_before_breaks_nothing(gate):
     """A token in 45, which is .02: chance, or near it. Four are .09."""
-    assert not gate.breaks(of(30, 32), of(29, 32))
-    assert gate.breaks(of(30, 32), of(26, 32))
-    assert not gate.breaks([], [])
-    assert not gate.breaks(of(30), of(26)), "one request says little"
+    assert not gate.regresses(of(30, 32), of(29, 32))
+    assert gate.regresses(of(30, 32), of(26, 32))
+    assert not gate.regresses([], [])
+    assert not gate.regresses(of(30), of(26)), "one request says little"
 
 
 def test_ranks_decide_by_what_all_have_seen():
@@ -348,7 +348,7 @@ def test_ranks_decide_by_what_all_have_seen():
 def test_one_rank_on_which_much_was_unlearnt_is_enough_but_takes_as_many_times_the_odds():
     """Each of several has a chance to err."""
     alone, two = Gate(0.01), Gate(0.01, Twice())
-    found = [(alone.breaks(of(30, n), of(26, n)), two.breaks(of(30, n), of(26, n))) for n in range(1, 33)]
+    found = [(alone.regresses(of(30, n), of(26, n)), two.regresses(of(30, n), of(26, n))) for n in range(1, 33)]
     assert found[-1] == (True, True)
     assert (True, False) in found
     assert (False, True) not in found

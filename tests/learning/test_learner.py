@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig
-from hf_osd.distill import ensemble as ensemble_module
+from hf_osd.distill import student as student_module
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.scoring import score
 from hf_osd.feedback import feedback
 from hf_osd.learning.learner import Learner
@@ -33,7 +34,9 @@ def learner(tiny_llama):
         refreshed = []
         trainable = {name for name, _ in draft.named_parameters() if "layers" in name}
         config = OnlineConfig(**{"seed": 0, "gate": False, "learning_rate": 1e-3, **config})
-        made = Learner(draft, trainable, FeedbackBuffer(), config, lambda weights: refreshed.append(cloned(weights)))
+        made = Learner(
+            make_student(draft, trainable, config), FeedbackBuffer(), lambda weights: refreshed.append(cloned(weights))
+        )
         made.refreshed = refreshed
         return made
 
@@ -43,33 +46,33 @@ def learner(tiny_llama):
 def test_an_update_is_due_after_so_many_requests(learner, make_feedback):
     made = learner(update_interval=3)
     for i in range(3):
-        assert not made.due()
+        assert not made.is_due()
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
 
 
 def test_to_find_a_rate_takes_twice_as_many(learner, make_feedback):
     """Some to try rates on, and as many to judge them by; after that an update is due as ever."""
     made = learner(update_interval=2, learning_rate="auto")
     for i in range(4):
-        assert not made.due()
+        assert not made.is_due()
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
     assert made.update()
     for i in range(2):
-        assert not made.due()
+        assert not made.is_due()
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
 
 
 def test_an_update_learns_new_and_replayed_requests_once_and_refreshes(learner, make_feedback):
     made = learner(replay_ratio=2.0, positions="all")
     made.buffer.add(make_feedback(n=10))
-    before = {name: tensor.clone() for name, tensor in made.ensemble.serving_weights().items()}
+    before = {name: tensor.clone() for name, tensor in made.student.serving_weights().items()}
     assert made.update()
     assert made.learned_tokens == 30
     assert len(made.refreshed) == 1
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in made.ensemble.serving_weights().items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in made.student.serving_weights().items())
     assert not made.update()  # nothing new
     assert made.updates == 1
 
@@ -88,10 +91,10 @@ def test_while_another_thread_learns_nobody_need_wait(learner, make_feedback):
 
 def test_only_what_trains_changes_and_the_rest_is_shared(learner, make_feedback):
     made = learner()
-    fixed = {n: p.clone() for n, p in made.ensemble.members[0].module.named_parameters() if n not in made.trainable}
+    fixed = {n: p.clone() for n, p in made.student.module.named_parameters() if n not in made.student.trainable}
     made.buffer.add(make_feedback())
     assert made.update()
-    assert all(torch.equal(p, fixed[n]) for n, p in made.ensemble.members[0].module.named_parameters() if n in fixed)
+    assert all(torch.equal(p, fixed[n]) for n, p in made.student.module.named_parameters() if n in fixed)
 
 
 def test_random_states_are_given_back_also_after_an_error():
@@ -154,7 +157,7 @@ PLAIN = {"replay_ratio": 3.0, "warmup_steps": 0, "sampled_columns": None}
 
 def offer(learner, *requests):
     for request in requests:
-        learner.offer(request)
+        learner.add(request)
 
 
 def same(one, other) -> bool:
@@ -185,8 +188,8 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
     monkeypatch.setattr("hf_osd.learning.rate._COLD", cold)
     made, learnt, judged = learner(learning_rate="auto", **PLAIN), [], []
     requests = [make_feedback(n=4, seed=i) for i in range(6)]
-    member, contenders = made.ensemble.members[0], made.contenders
-    learn, judge = member.learn, contenders.judge
+    member, contenders = made.student, made.contenders
+    learn, judge = member.learn, contenders.score
 
     def learning(batch):
         assert made.refreshed == []
@@ -195,7 +198,7 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
 
     monkeypatch.setattr(member, "learn", learning)
     monkeypatch.setattr(
-        contenders, "judge", lambda batch, point, **how: (judged.append(batch), judge(batch, point, **how))[1]
+        contenders, "score", lambda batch, point, **how: (judged.append(batch), judge(batch, point, **how))[1]
     )
     offer(made, *requests)
     assert made.update()
@@ -210,7 +213,7 @@ def test_what_rates_are_tried_on_is_half_of_what_is_new_and_nothing_of_it_serves
 
 def test_a_rate_at_which_the_loss_is_not_finite_is_passed_over(learner, make_feedback, monkeypatch):
     made = learner(learning_rate="auto", **PLAIN)
-    member = made.ensemble.members[0]
+    member = made.student
     learn, fastest = member.learn, made.rate.ladder[0]
 
     def learning(batch):
@@ -238,12 +241,12 @@ def test_an_update_serves_only_when_requests_that_came_since_have_said_so(learne
         assert served == bool(made.refreshed)
         if served:
             break
-        learnt.append(cloned(made.ensemble.serving_weights()))
+        learnt.append(cloned(made.student.serving_weights()))
     assert i > 0, "nothing has come since the first"
     [weights] = made.refreshed
     assert any(same(weights, then) for then in learnt)
-    assert not same(weights, made.ensemble.serving_weights())
-    figures = made.figures()
+    assert not same(weights, made.student.serving_weights())
+    figures = made.metrics()
     assert (figures["accepted_updates"], figures["rejected_updates"]) == (1, 0)
     assert figures["updates"] == i + 1
 
@@ -252,10 +255,10 @@ def test_what_has_become_worse_is_dropped_with_what_was_learnt_and_never_serves(
     learner, tiny_llama, answer_of, monkeypatch, caplog
 ):
     made = learner(gate=True, replay_ratio=0.0, warmup_steps=0, ema_decay=0.0, sampled_columns=None)
-    own = copy.deepcopy(made.ensemble.members[0].module)  # a target that the draft agrees with
+    own = copy.deepcopy(made.student.module)  # a target that the draft agrees with
     texts = [answer_of(own, torch.arange(2, 8) + i, 24) for i in range(8)]
-    static = cloned(made.ensemble.serving_weights())
-    member = made.ensemble.members[0]
+    static = cloned(made.student.serving_weights())
+    member = made.student
     learn = member.learn
 
     def badly(batch):
@@ -271,11 +274,11 @@ def test_what_has_become_worse_is_dropped_with_what_was_learnt_and_never_serves(
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
         offer(made, *map(replace, texts))
         assert not made.update()
-    assert made.figures()["rejected_updates"] == 1
+    assert made.metrics()["rejected_updates"] == 1
     assert made.refreshed == []
     assert "made the draft worse on requests that it had not learnt yet, and is dropped" in caplog.text
     # What it goes on from is the static draft, and what it has learnt of the requests that said so.
-    change = max(float((w - static[n]).abs().max()) for n, w in made.ensemble.serving_weights().items())
+    change = max(float((w - static[n]).abs().max()) for n, w in made.student.serving_weights().items())
     assert change < 0.1, "of the noise, of deviation 1, nothing is left"
 
 
@@ -292,21 +295,21 @@ def test_the_estimate_is_of_what_served_before_each_request_was_learnt(learner, 
         made.update()
         if made.refreshed:
             serving.load_state_dict(made.refreshed[-1], strict=False)
-    estimate = made.figures()["estimate"]
+    estimate = made.metrics()["estimate"]
     assert estimate.requests == 30
     assert estimate.alpha == pytest.approx(torch.cat(expected).mean().item(), abs=1e-5)
     assert estimate.gain.before == pytest.approx(torch.cat(before).mean().item(), abs=1e-5)
     assert estimate.gain.low > 0.0
-    assert made.figures()["regret_vs_static"] < 0
+    assert made.metrics()["regret_vs_static"] < 0
 
 
 def test_without_a_gate_nothing_is_judged_and_there_is_no_estimate(learner, make_feedback, monkeypatch):
     made = learner(**PLAIN)
-    monkeypatch.setattr(ensemble_module, "judge", breaks)
+    monkeypatch.setattr(student_module, "judge", breaks)
     for i in range(12):
         offer(made, make_feedback(seed=i))
         assert made.update()
-    assert made.figures()["estimate"] is None
+    assert made.metrics()["estimate"] is None
     assert made.failed == 0
 
 
@@ -317,16 +320,16 @@ def breaks(*args, **kwargs):
 def test_a_draft_that_cannot_be_judged_does_not_serve(learner, tiny_llama, answer_of, monkeypatch, caplog):
     made, texts = learner(gate=True, **PLAIN | {"learning_rate": 1e-2}), heart(tiny_llama, answer_of)
     offer(made, *map(replace, texts))
-    monkeypatch.setattr(ensemble_module, "judge", breaks)
+    monkeypatch.setattr(student_module, "judge", breaks)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert not made.update()
     assert "out of memory" in caplog.text
-    assert (made.updates, made.failed, made.figures()["estimate"], made.refreshed) == (0, 1, None, [])
+    assert (made.updates, made.failed, made.metrics()["estimate"], made.refreshed) == (0, 1, None, [])
     monkeypatch.undo()
     for i in range(24):
         offer(made, replace(texts[i % 3]))
         made.update()
-    assert made.figures()["estimate"] is not None
+    assert made.metrics()["estimate"] is not None
     assert made.refreshed
 
 
@@ -341,10 +344,10 @@ def test_a_restart_goes_on_from_what_was_accepted_and_what_was_learnt_since(lear
     resumed.load_state(cloned(tensors), json.loads(json.dumps(values)))
     resumed.serve()
     assert same(resumed.refreshed[-1], straight.refreshed[-1]), "what was let through serves"
-    learnt = cloned(straight.ensemble.serving_weights())
-    assert same(resumed.ensemble.serving_weights(), learnt), "and learning goes on from all that was learnt"
+    learnt = cloned(straight.student.serving_weights())
+    assert same(resumed.student.serving_weights(), learnt), "and learning goes on from all that was learnt"
     assert not same(resumed.refreshed[-1], learnt)
-    now, then = resumed.figures(), straight.figures()
+    now, then = resumed.metrics(), straight.metrics()
     of_this_process = {"estimate", "longest_update", "too_slow"}
     assert {n: v for n, v in now.items() if n not in of_this_process} == {
         n: v for n, v in then.items() if n not in of_this_process

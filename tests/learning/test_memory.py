@@ -9,7 +9,7 @@ import torch
 from hf_osd import OnlineConfig
 from hf_osd.learning import memory
 from hf_osd.learning.memory import GIB, LearningFacts, available, cgroup_left, choose, learning_bytes
-from hf_osd.models.lora import adaptable, merges
+from hf_osd.models.lora import adaptable, can_merge
 
 # Of the size of a model of 1.2 billion weights in bfloat16.
 LARGE = LearningFacts(
@@ -33,7 +33,7 @@ SMALL = dataclasses.replace(
 def facts_of(model, **fields):
     linears = adaptable(model)
     trainable = {name for name, _ in model.named_parameters() if "layers" in name}
-    return LearningFacts.of(model, trainable, linears, OnlineConfig(**fields), merges(linears))
+    return LearningFacts.of(model, trainable, linears, OnlineConfig(**fields), can_merge(linears))
 
 
 def test_facts_are_those_of_the_draft(tiny_llama):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig, record_answers
+from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.scoring import score
 from hf_osd.learning.learner import Learner
 
@@ -52,12 +53,12 @@ class World:
         served = copy.deepcopy(draft)
         static = now = self._alpha(served)
         went_out: list = []
-        learner = Learner(draft, trainable, FeedbackBuffer(), config, went_out.append)
+        learner = Learner(make_student(draft, trainable, config), FeedbackBuffer(), went_out.append)
         differences = []
         for request in stream:
             differences.append(now - static)
-            learner.offer(replace(request))
-            if learner.due() and learner.update():
+            learner.add(replace(request))
+            if learner.is_due() and learner.update():
                 served.load_state_dict(went_out[-1], strict=False)
                 now = self._alpha(served)
         assert learner.failed == 0

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hf_osd import FeedbackBuffer, OnlineConfig
-from hf_osd.distill import ensemble as ensemble_module
+from hf_osd.distill import student as student_module
 from hf_osd.distill import trainer as trainer_module
+from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.gate import Verdict
 from hf_osd.learning.learner import Learner
 from hf_osd.models.hot_swap import HotSwapDraft
@@ -27,7 +28,9 @@ def learner(tiny_llama):
         settings = {"seed": 0, "warmup_steps": 0, "replay_ratio": 0.0, "sampled_columns": None, "update_interval": 2}
         settings |= {"learning_rate": 1e-3}
         serving = HotSwapDraft(draft, trainable)
-        made = Learner(draft, trainable, FeedbackBuffer(), OnlineConfig(**settings | fields), serving.refresh)
+        made = Learner(
+            make_student(draft, trainable, OnlineConfig(**settings | fields)), FeedbackBuffer(), serving.refresh
+        )
         made.serving = serving
         return made
 
@@ -44,7 +47,7 @@ def everything(learner):
     """All that an update may change, and its undoing must give back."""
     members = [
         ({name: p.clone() for name, p in member.weights().items()}, member.serving_weights(), member.steps)
-        for member in learner.ensemble.members
+        for member in getattr(learner.student, "students", [learner.student])
     ]
     members = [(weights, {n: p.clone() for n, p in served.items()}, steps) for weights, served, steps in members]
     return {name: p.clone() for name, p in learner.serving.weights()}, members
@@ -96,10 +99,10 @@ def test_a_dropped_candidate_leaves_no_trace_but_its_count(learner, make_feedbac
         assert not learn(made, make_feedback(seed=5))
     assert same(everything(made), (served, accepted))
     assert made.serving.version == 1
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["accepted_updates"], figures["rejected_updates"], figures["failed_updates"]) == (1, 1, 0)
     assert made.rate.value == rate, "one that was given is obeyed"
-    assert all(member._trainer.optimizer is None for member in made.ensemble.members)
+    assert all(member._trainer.optimizer is None for member in getattr(made.student, "students", [made.student]))
     assert "is dropped" in caplog.text
     assert not learn(made, make_feedback(seed=6))
     assert not same(everything(made)[1], accepted), "and learning goes on from it"
@@ -130,13 +133,13 @@ def test_a_rate_that_was_found_falls_with_a_drop_and_does_not_come_back_to_it(le
     with a_gate_that_says(made, Verdict.WAIT):
         learn(made, *(make_feedback(seed=i) for i in range(4)))
     found = made.rate.value
-    assert [member.learning_rate for member in made.ensemble.members] == [found]
+    assert made.student.learning_rate == found
     made.contenders.propose()
     with a_gate_that_says(made, Verdict.DROP):
         learn(made, make_feedback(seed=5))
     assert made.rate.value < found
-    assert made.ensemble.members[0].learning_rate == made.figures()["learning_rate"] == made.rate.value
-    trainer = made.ensemble.members[0].trainer
+    assert made.student.learning_rate == made.metrics()["learning_rate"] == made.rate.value
+    trainer = made.student.trainer
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(made.rate.value)
 
 
@@ -151,7 +154,7 @@ def test_the_static_draft_serves_while_the_gate_says_so_and_learning_goes_on(lea
         made.contenders.gate.serves_static = True
         assert learn(made, make_feedback(seed=2))
         assert same(everything(made)[0], static)
-        assert made.figures()["serves_static"]
+        assert made.metrics()["serves_static"]
         assert "worse than the draft before any learning" in caplog.text
         made.contenders.gate.serves_static = False
         assert learn(made, make_feedback(seed=3))
@@ -210,10 +213,8 @@ def test_after_a_failure_nothing_is_replayed(learner, make_feedback, monkeypatch
     made, learnt = learner(replay_ratio=3.0, gate=gate), []
     learn(made, make_feedback(seed=1))
     assert made.updates == 1
-    learn_ = made.ensemble.members[0].learn
-    monkeypatch.setattr(
-        made.ensemble.members[0], "learn", lambda requests: (learnt.append(len(requests)), learn_(requests))
-    )
+    learn_ = made.student.learn
+    monkeypatch.setattr(made.student, "learn", lambda requests: (learnt.append(len(requests)), learn_(requests)))
     with a_loss(torch.nan):
         assert not learn(made, make_feedback(seed=2))
     for seed in (3, 4, 5):  # the first of them is let pass
@@ -226,7 +227,7 @@ def test_after_a_failure_nothing_is_replayed(learner, make_feedback, monkeypatch
 def test_an_interrupt_passes_through_and_nothing_is_learnt_by_halves(learner, make_feedback, gate, rate):
     """What is saved after it is what was there before, also while rates are tried."""
     made, steps = learner(gate=gate, learning_rate=rate, batch_size=1), []
-    member = made.ensemble.members[0]
+    member = made.student
     before = everything(made)
 
     def interrupt():
@@ -234,7 +235,7 @@ def test_an_interrupt_passes_through_and_nothing_is_learnt_by_halves(learner, ma
         if len(steps) == 3:
             raise KeyboardInterrupt
 
-    member._after_step = interrupt
+    member.on_step = interrupt
     with pytest.raises(KeyboardInterrupt):
         learn(made, *(make_feedback(seed=i) for i in range(8)))
     assert len(steps) == 3
@@ -265,7 +266,7 @@ def an_error(error):
 
 @contextlib.contextmanager
 def weights_of_nan(made):
-    member = made.ensemble.members[0]
+    member = made.student
     after_step = member.after_step
 
     def spoil():
@@ -284,7 +285,7 @@ def a_judge_that_raises(made):
         raise RuntimeError("cannot be judged")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ensemble_module, "judge", raising)
+        patch.setattr(student_module, "judge", raising)
         yield
 
 
@@ -308,7 +309,7 @@ def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_fe
     if gate:
         let_one_through(made, make_feedback(seed=10))
     for i in range(3):
-        made.offer(make_feedback(seed=i))
+        made.add(make_feedback(seed=i))
         made.update()
     assert made.updates >= 3
     before, version = everything(made), made.serving.version
@@ -318,7 +319,7 @@ def test_a_fault_leaves_the_serving_draft_as_it_was_bit_for_bit(learner, make_fe
         assert not learn(made, make_feedback(seed=7), make_feedback(seed=8))
     assert same(everything(made), before)
     assert (made.serving.version, made.failed, made.contenders.dropped) == (version, 1, 0)
-    assert made.figures()["failed_updates"] == 1
+    assert made.metrics()["failed_updates"] == 1
     assert "An update failed; the serving draft is as it was" in caplog.text
     assert words in caplog.text
     learn(made, make_feedback(seed=9))

@@ -27,7 +27,15 @@ def request_of(make_feedback):
 
 def schedule(bounded: bool = True, **config) -> Schedule:
     """That learning may take a fifth of the time: a quarter of what calls take."""
-    return Schedule(OnlineConfig(**{"learning_budget": 0.2, **config}), bounded)
+    made = Schedule(OnlineConfig(**{"learning_budget": 0.2, **config}), bounded)
+    made.is_bounded = True
+    return made
+
+
+def asked_for(made: Schedule) -> Schedule:
+    """In an update that somebody has asked for."""
+    made.is_bounded = False
+    return made
 
 
 def measured(served: float = 40.0, spent: float = 0.0, seconds: float = 0.1, **config) -> Schedule:
@@ -89,19 +97,19 @@ def test_what_was_learnt_before_the_first_call_is_not_held_against_those_after_i
     assert (made.spent, made.longest) == (1004.0, 1000.0)
 
 
-def test_judging_says_what_learning_will_take_until_it_was_measured():
+def test_judging_says_what_learning_will_take_until_it_was_measured(request_of):
     """A forward, and a backward of twice that."""
     made = schedule()
     made.note_served(40.0)
-    made.note_judged(0, 1.0)
+    made.note_judged([], 1.0)
     assert made.seconds is None
-    made.note_judged(100, 2.0)
+    made.note_judged([request_of(50)] * 2, 2.0)
     assert made.seconds == pytest.approx(0.06)
-    made.note_judged(100, 50.0)
+    made.note_judged([request_of(50)] * 2, 50.0)
     assert made.seconds == pytest.approx(0.06), "the first says enough"
     made.note_learned(10, 5.0, first=True)
     assert made.seconds == pytest.approx(0.5), "and what is measured says more"
-    made.note_judged(100, 2.0)
+    made.note_judged([request_of(50)] * 2, 2.0)
     assert made.seconds == pytest.approx(0.5)
 
 
@@ -121,17 +129,17 @@ def test_what_is_new_is_learnt_before_what_is_not_and_of_that_the_last(request_o
     new, replayed = [request_of(30) for _ in range(4)], [request_of(20) for _ in range(3)]
     everything = [*reversed(new), *replayed]
     for seconds, count in ((0.05, 7), (0.06, 6), (0.1, 3), (0.2, 1), (1.0, 0)):
-        chosen = measured(seconds=seconds).fitting(new, replayed, bounded=True)
+        chosen = measured(seconds=seconds).fitting(new, replayed)
         assert len(chosen) == count
         assert all(one is other for one, other in zip(chosen, everything, strict=False))
-    assert len(measured(seconds=1.0).fitting(new, replayed, bounded=False)) == 7
+    assert len(asked_for(measured(seconds=1.0)).fitting(new, replayed)) == 7
 
 
 @given(new=st.lists(st.integers(6, 40), max_size=8), replayed=st.lists(st.integers(6, 40), max_size=8))
 def test_what_is_chosen_fits_and_one_more_would_not(request_of, new, replayed):
     made = measured()
     requests = [[request_of(tokens) for tokens in lengths] for lengths in (new, replayed)]
-    chosen = made.fitting(*requests, bounded=True)
+    chosen = made.fitting(*requests)
     tokens = [*reversed(new), *replayed]
     assert [len(one.tokens) for one in chosen] == tokens[: len(chosen)]
     assert sum(tokens[: len(chosen)]) <= 100 + 1e-6
@@ -142,19 +150,19 @@ def test_what_is_chosen_fits_and_one_more_would_not(request_of, new, replayed):
     ("most", "tokens", "passes"), [(7, 10, 7), (7, 14, 7), (7, 15, 6), (7, 40, 2), (7, 101, 1), (1, 10, 1), (7, 0, 7)]
 )
 def test_as_many_passes_as_fit_and_one_at_least(most, tokens, passes):
-    assert measured().passes(most, tokens, bounded=True) == passes
-    assert measured().passes(most, tokens, bounded=False) == most
-    assert schedule().passes(most, tokens, bounded=True) == most
+    assert measured().passes(most, tokens) == passes
+    assert asked_for(measured()).passes(most, tokens) == most
+    assert schedule().passes(most, tokens) == most
 
 
 def test_one_pass_is_made_though_there_is_no_time():
-    assert measured(spent=1000.0).passes(7, 5, bounded=True) == 1
+    assert measured(spent=1000.0).passes(7, 5) == 1
 
 
 def test_a_machine_that_has_no_time_for_a_sixteenth_of_what_comes_says_so(request_of):
     made = measured(seconds=1.0)
     assert made.too_slow is None, "nothing has come"
-    made.fitting([request_of(40)] * 4, [], bounded=True)
+    made.fitting([request_of(40)] * 4, [])
     assert made.too_slow is not None
     for part in ("1000.0 ms a token", "20%", "0 of the 160"):
         assert part in made.too_slow
@@ -163,13 +171,13 @@ def test_a_machine_that_has_no_time_for_a_sixteenth_of_what_comes_says_so(reques
 def test_a_machine_that_learns_enough_is_not_too_slow(request_of):
     """Replay counts: it is learning too."""
     enough = measured(seconds=1.0)
-    enough.fitting([request_of(10)] * 16, [], bounded=True)
+    enough.fitting([request_of(10)] * 16, [])
     assert enough.too_slow is None, "10 tokens of 160"
     less = measured(seconds=1.0)
-    less.fitting([request_of(10)] * 17, [], bounded=True)
+    less.fitting([request_of(10)] * 17, [])
     assert less.too_slow is not None
     unbounded = measured(seconds=1.0, bounded=False)
-    unbounded.fitting([request_of(40)] * 4, [], bounded=True)
+    unbounded.fitting([request_of(40)] * 4, [])
     assert unbounded.too_slow is None
 
 
@@ -240,7 +248,7 @@ def test_of_a_long_text_the_window_counts_and_of_an_encoder_all_it_reads(request
     requests = [request_of(30), request_of(400), replace(request_of(30), source=source)]
     assert schedule(learning_window=100).tokens(requests) == 30 + 100 + 30 + 70
     assert schedule(learning_window=None).tokens(requests) == 530
-    chosen = measured(learning_window=50).fitting([request_of(400)] * 3, [], bounded=True)
+    chosen = measured(learning_window=50).fitting([request_of(400)] * 3, [])
     assert len(chosen) == 2
 
 
@@ -248,25 +256,25 @@ def test_the_first_time_a_call_waits_for_learning_not_all_is_learnt(request_of):
     made = schedule()
     made.note_served(4.0)
     long = [request_of(1000)] * 8
-    assert len(made.fitting(long, long, bounded=True)) == 4
-    assert len(schedule().fitting(long, long, bounded=True)) == 16, "where nobody has been served nobody waits"
-    assert len(made.fitting(long, long, bounded=False)) == 16
+    assert len(made.fitting(long, long)) == 4
+    assert len(schedule().fitting(long, long)) == 16, "where nobody has been served nobody waits"
+    assert len(asked_for(made).fitting(long, long)) == 16
 
 
 def test_something_is_judged_and_tried_though_there_is_no_time(request_of):
     made = measured(spent=1000.0)
     requests = [request_of(40) for _ in range(30)]
-    assert made.within(requests, 1.0, bounded=True) == requests[-12:]
-    assert made.within(requests, 3.0, bounded=True) == requests[-4:]
-    assert made.within(requests[:1], 100.0, bounded=True) == requests[:1]
-    assert made.within(requests, 3.0, bounded=False) == requests
-    assert made.within([], 1.0, bounded=True) == []
+    assert made.within(requests, 1.0) == requests[-12:]
+    assert made.within(requests, 3.0) == requests[-4:]
+    assert made.within(requests[:1], 100.0) == requests[:1]
+    assert asked_for(made).within(requests, 3.0) == requests
+    assert made.within([], 1.0) == []
 
 
 def test_of_requests_of_before_some_of_all_times_are_judged_by(request_of):
     requests = [request_of(900) for _ in range(32)]
     made = measured()
-    assert made.thinned(requests) == requests, "nobody waits"
+    assert asked_for(made).thinned(requests) == requests
     made.begin(bounded=True)
     assert made.thinned(requests) == requests[::4]
     assert made.thinned(requests[:5]) == requests[:5]

@@ -64,7 +64,7 @@ def test_under_processors_it_decides_whether_to_draft_and_is_not_alpha(serving, 
 
 
 def test_what_a_head_of_some_rows_could_not_have_said_is_not_accepted(serving, request_):
-    head = SimpleNamespace(could_say=lambda prompt, answer: torch.zeros(len(answer), dtype=torch.bool))
+    head = SimpleNamespace(covers=lambda prompt, answer: torch.zeros(len(answer), dtype=torch.bool))
     found = score_undrafted(request_, record(request_), serving, Policy(), head)
     assert not found.overlap.any()
 
@@ -77,6 +77,6 @@ def test_one_that_fails_breaks_no_call(serving, request_, monkeypatch, caplog):
     monkeypatch.setattr("hf_osd.distill.scoring.judge", judge)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         assert score_undrafted(request_, record(request_), serving, policy) is request_
-    assert "could not be judged" in caplog.text
+    assert "could not be scored" in caplog.text
     assert not policy.told
     assert not serving._leases

@@ -53,18 +53,20 @@ def mixed(assistant: OnlineAssistant, own: int = 1) -> Iterator[None]:
     the fifth nobody's."""
     lookahead, rounds = assistant.lookahead, []
 
-    def plan(match=0, shares=()):
+    def plan(match=0, agreement=()):
         rounds.append(1)
         turn = len(rounds) % 5
         return (
-            Plan("cache", len(shares) if turn == 4 else 0) if turn in (4, 0) else Plan("draft", lookahead.most, True)
+            Plan("cache", len(agreement) if turn == 4 else 0)
+            if turn in (4, 0)
+            else Plan("draft", lookahead.max_gamma, True)
         )
 
     forced = {
         "plan": plan,
-        "tail": lambda j, reach, match, shares: len(shares) if j >= own else 0,
-        "worth_token": lambda j, reach: True,
-        "worth_step": lambda j, reach: True,
+        "cache_suffix_length": lambda j, prefix_acceptance, match, agreement: len(agreement) if j >= own else 0,
+        "should_keep": lambda j, prefix_acceptance: True,
+        "should_step": lambda j, prefix_acceptance: True,
     }
     vars(lookahead).update(forced)
     try:
@@ -130,12 +132,12 @@ def check_account(stats, feedback, blocks, answer: list[int]):
         accepted = hits.index(False)
         said = min(accepted + 1, len(left))
         tested = min(said, block.n)
-        own = min(tested, len(block.own))
+        own = min(tested, len(block.draft_tokens))
         outcome += [ACCEPTED if j < accepted else REJECTED for j in range(own)] + [UNTESTED] * (said - own)
         guesses += block.tokens[:own] + [-1] * (said - own)
         for name, n in (("drafted", block.n), ("tested", tested), ("accepted", accepted)):
-            counts[name]["draft"] += min(n, len(block.own))
-            counts[name]["cache"] += max(n - len(block.own), 0)
+            counts[name]["draft"] += min(n, len(block.draft_tokens))
+            counts[name]["cache"] += max(n - len(block.draft_tokens), 0)
     assert len(outcome) == len(answer) == stats.new_tokens
     assert stats.rounds == len(blocks)
     assert stats.verified_lengths == Counter(block.n + 1 for block in blocks)
@@ -154,7 +156,7 @@ def check_mixed(target, draft, assistant, prompts, own: int = 1, processors=None
         with mixed(assistant, own), rounds_seen() as seen:
             output = answer_to(target, assistant, prompt, **kwargs)
         blocks = [block for block, _ in seen]
-        kinds.update((bool(block.own), bool(block.cached)) for block in blocks)
+        kinds.update((bool(block.draft_tokens), bool(block.cached)) for block in blocks)
         start = prompt.shape[1] if decoder else 1
         stats, feedback = last_call(assistant)
         check_account(stats, feedback, blocks, output[0, start:].tolist())
@@ -251,7 +253,7 @@ def check_few_rows(target, draft, assistant, prompt, **kwargs):
     blocks = [block for block, _ in seen]
     last = max(i for i, block in enumerate(blocks) if block.steps)
     until = sum(_accepted(block, i, blocks, text[start:]) + 1 for i, block in enumerate(blocks[:last]))
-    known = ~feedback.overlap.isnan() & (torch.arange(len(answer)) < until + len(blocks[last].said))
+    known = ~feedback.overlap.isnan() & (torch.arange(len(answer)) < until + len(blocks[last].draft_logits))
     for i, (block, head) in enumerate(seen):
         said = _accepted(block, i, [block for block, _ in seen], text[start:]) + 1
         for j in range(done, min(done + said, len(answer))):

@@ -58,7 +58,7 @@ def test_the_policy_of_cost_takes_both(target, draft):
             output = answer_to(target, assistant, prompt)
         blocks += seen
         check_account(*last_call(assistant), [block for block, _ in seen], output[0, 6:].tolist())
-    assert any(block.own for block, _ in blocks)
+    assert any(block.draft_tokens for block, _ in blocks)
     assert any(block.cached for block, _ in blocks)
 
 
@@ -108,7 +108,7 @@ def test_sampling_from_a_low_rank_head(noised_copy, monkeypatch, kwargs):
             noised_copy(one_layer(20), 0.5, seed=1), 20, sources=("draft",), config=low, **kwargs
         )
     assert assistant.head._projection is not None
-    assert all(row.logits.shape[-1] == 2 for row in seen[-2][0].said)
+    assert all(row.logits.shape[-1] == 2 for row in seen[-2][0].draft_logits)
 
 
 def test_scores_of_cached_tokens_are_point_masses(draft, target):
@@ -118,14 +118,14 @@ def test_scores_of_cached_tokens_are_point_masses(draft, target):
     def get_candidates(self, input_ids, **kwargs):
         candidates, scores = original(self, input_ids, **kwargs)
         block = self._block
-        seen[bool(block.own), bool(block.cached)] += 1
-        if not block.own:
+        seen[bool(block.draft_tokens), bool(block.cached)] += 1
+        if not block.draft_tokens:
             assert scores is None
             return candidates, scores
         assert scores.shape == (1, block.n, 64)
-        for token, row in zip(block.cached, scores[0, len(block.own) :].softmax(-1), strict=True):
+        for token, row in zip(block.cached, scores[0, len(block.draft_tokens) :].softmax(-1), strict=True):
             assert row.tolist() == [float(i == token) for i in range(64)]
-        assert candidates[0, input_ids.shape[1] + len(block.own) :].tolist() == block.cached
+        assert candidates[0, input_ids.shape[1] + len(block.draft_tokens) :].tolist() == block.cached
         return candidates, scores
 
     OnlineCandidateGenerator.get_candidates = get_candidates

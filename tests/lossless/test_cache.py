@@ -98,7 +98,7 @@ def test_left_padding_is_nothing_to_the_cache(target):
         with rounds_seen() as seen:
             answer_to(target, assistant, padded, attention_mask=mask)
         assistant.collect()
-        assert len(assistant.texts.of(None)) == (i + 1) * (6 + 24)
+        assert len(assistant.texts.for_tenant(None)) == (i + 1) * (6 + 24)
         if padding:
             assert seen[0][0].cached
             assert assistant.stats.last.accepted_by["cache"] >= 20

@@ -66,7 +66,7 @@ def test_a_low_rank_head_of_full_rank_drafts_as_the_whole_one(target, draft, mon
         answer_to(target, whole, prompt)
         if i < 2:
             continue
-        assert any(block.said and block.said[0].logits.shape[-1] == 7 for block, _ in seen)
+        assert any(block.draft_logits and block.draft_logits[0].logits.shape[-1] == 7 for block, _ in seen)
         stats, ours = last_call(low)
         own = last_call(whole)[1]
         assert ours.drafted.tolist() == own.drafted.tolist()

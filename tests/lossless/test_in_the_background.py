@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hf_osd.learning import background
+from hf_osd.learning import throttle
 
 from .checks import assistant_of, check_sampling, unpadded
 from .models import one_layer
@@ -62,11 +62,11 @@ def test_greedy_calls_with_a_step_of_learning_in_their_rounds(target, assistant,
 
     def pause(pace):
         while not rounds.acquire(timeout=0.1):
-            if pace._stop:
-                raise background.Stopped
+            if pace.stopped:
+                raise throttle.Stopped
 
-    monkeypatch.setattr(background.Throttle, "pause", pause)
-    assistant.learner.ensemble.members[0]._after_step = lambda: pause(assistant.learner.pace)
+    monkeypatch.setattr(throttle.Throttle, "pause", pause)
+    assistant.learner.learner.student.on_step = lambda: pause(assistant.learner.throttle)
     assistant.learner.prepare()
     handle = target.register_forward_pre_hook(lambda *args: rounds.release())
     try:

@@ -169,11 +169,11 @@ def rejected_from_p(original):
     """What replaces a rejected draft is drawn from p, not from the residual of p over q."""
 
     def speculative_sampling(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs):
-        said, matches = original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs)
+        tokens, matches = original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **kwargs)
         if matches < candidate_length:
-            said = said.clone()
-            said[0, -1] = torch.multinomial(new_logits[0, matches].softmax(-1), 1)
-        return said, matches
+            tokens = tokens.clone()
+            tokens[0, -1] = torch.multinomial(new_logits[0, matches].softmax(-1), 1)
+        return tokens, matches
 
     return speculative_sampling
 
@@ -245,8 +245,8 @@ def matches_at_face_value(original):
     """num_matches is one short where a block ends with an accepted EOS: the EOS is read as a rejection."""
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
-        if num_matches < len(self._block.own):
-            self._block.own[num_matches] = (self._block.own[num_matches] + 1) % scores.shape[-1]
+        if num_matches < len(self._block.draft_tokens):
+            self._block.draft_tokens[num_matches] = (self._block.draft_tokens[num_matches] + 1) % scores.shape[-1]
         return original(self, input_ids, scores, num_matches)
 
     return update_candidate_strategy
@@ -317,10 +317,10 @@ def past_the_stop(original):
 def another_token_read(original):
     """The draft reads another token than the one it drafted."""
 
-    def token(self, token):
+    def shared_to_draft(self, token):
         return (original(self, token) + 1) % self.draft_size
 
-    return token
+    return shared_to_draft
 
 
 def another_token_is_sure(original):
@@ -329,7 +329,7 @@ def another_token_is_sure(original):
     def get_candidates(self, input_ids, **kwargs):
         candidates, scores = original(self, input_ids, **kwargs)
         if scores is not None and self._block.cached:
-            own = len(self._block.own)
+            own = len(self._block.draft_tokens)
             scores = torch.cat([scores[:, :own], scores[:, own:].roll(1, -1)], dim=1)
         return candidates, scores
 
@@ -352,7 +352,7 @@ def cached_counted_as_drafted(original):
     def add_round(self, pieces, raw, block, accepted, tested, *args):
         original(self, pieces, raw, block, accepted, tested, *args)
         first = len(self._positions) - len(pieces)
-        for j in range(min(tested, len(block.own)), tested):
+        for j in range(min(tested, len(block.draft_tokens)), tested):
             self._positions[first + j] = (block.tokens[j], ACCEPTED if j < accepted else REJECTED)
 
     return add_round
@@ -364,7 +364,9 @@ def one_for_all_tenants(original):
 
 def all_rows_handed_over(original):
     """The scores of all rows, where the tokens were drawn from some."""
-    return lambda self, block, n: torch.cat([self.context.head.full(said.hidden) for said in block.said[:n]])
+    return lambda self, block, n: torch.cat(
+        [self.context.head.full(logits.hidden) for logits in block.draft_logits[:n]]
+    )
 
 
 MUTANTS: list[tuple[Callable, str, object, str]] = [
@@ -373,7 +375,7 @@ MUTANTS: list[tuple[Callable, str, object, str]] = [
     (always_accepted_if_likelier, "sampled", generation, "_speculative_sampling"),
     (sampled_with_other_processors, "sampled_hot", DraftModelProposer, "draft"),
     (rows_off_by_one, "greedy", CallRecorder, "add_round"),
-    (prompt_off_by_one, "greedy", CallRecorder, "seal"),
+    (prompt_off_by_one, "greedy", CallRecorder, "to_feedback"),
     (bonus_counted_as_accepted, "greedy", CallRecorder, "add_round"),
     (matches_at_face_value, "greedy_to_an_eos", OnlineCandidateGenerator, "update_candidate_strategy"),
     (stale_cache_row, "greedy", DraftContext, "crop"),
@@ -383,12 +385,12 @@ MUTANTS: list[tuple[Callable, str, object, str]] = [
     (written_while_leased, "leases", HotSwapDraft, "refresh"),
     (without_tail, "greedy", SparseLogits, "from_logits"),
     (past_the_stop, "stops", DraftStops, "end"),
-    (another_token_read, "vocabularies", VocabMapping, "token"),
+    (another_token_read, "vocabularies", VocabMapping, "shared_to_draft"),
     (another_token_is_sure, "sampled_blocks_of_two", OnlineCandidateGenerator, "get_candidates"),
     (unasked_cached_tokens, "ends_in_cached_blocks", OnlineCandidateGenerator, "_cut"),
     (tokens_off_by_one, "few_rows", DraftLogits, "tokens"),
     (cached_counted_as_drafted, "blocks_of_two", CallRecorder, "add_round"),
-    (one_for_all_tenants, "tenants", SuffixCaches, "of"),
+    (one_for_all_tenants, "tenants", SuffixCaches, "for_tenant"),
     (all_rows_handed_over, "sampled_from_few_rows", DraftModelProposer, "dense"),
 ]
 

@@ -288,7 +288,7 @@ def test_what_a_module_keeps_of_the_prompt_is_put_back(known):
         fresh = copy.deepcopy(target)
         plain = fresh.generate(prompt, **GREEDY)
         assistant = late(drafting())
-        assistant.texts.of(None).add(plain[0].tolist())
+        assistant.texts.for_tenant(None).add(plain[0].tolist())
         fresh.counted.zero_()
         assert torch.equal(plain, fresh.generate(prompt, assistant_model=assistant, **GREEDY))
         assistant.collect()

@@ -90,7 +90,7 @@ def test_greedy_output_is_the_targets_own_while_the_draft_learns(kind, target, t
 def test_a_draft_that_is_its_target_renamed_is_accepted_wherever_it_has_the_word(kind, target, tiny_llama):
     target, draft, tokenizers = made(kind, target, tiny_llama)
     assistant = OnlineAssistant(draft, update_interval=10**6, **CONSTANT)
-    shared = set(assistant._translate(target.config.vocab_size, tuple(tokenizers.values())).shared[0].tolist())
+    shared = set(assistant._make_mapping(target.config.vocab_size, tuple(tokenizers.values())).shared[0].tolist())
     seen = {True: 0, False: 0}
     for prompt in PROMPTS:
         # The whole text in words of both: until then, and from then on, the draft has read something else than the target.
@@ -112,14 +112,14 @@ def test_a_draft_that_is_its_target_renamed_is_accepted_wherever_it_has_the_word
 def test_feedback_is_the_targets_word_in_the_drafts_tokens(kind, target, tiny_llama, noised_copy):
     target, draft, tokenizers = made(kind, target, tiny_llama)
     assistant = OnlineAssistant(noised_copy(draft, 0.1), update_interval=10**6, **CONSTANT)
-    translation = assistant._translate(target.config.vocab_size, tuple(tokenizers.values()))
-    ours, theirs = translation.shared
+    mapping = assistant._make_mapping(target.config.vocab_size, tuple(tokenizers.values()))
+    ours, theirs = mapping.shared
     for prompt in PROMPTS[:3]:
         output = target.generate(prompt, assistant_model=assistant, **tokenizers, **GREEDY)
         assistant.update()
         feedback = assistant.buffer.new()[-1]
         assert int(feedback.tokens.max()) < draft.config.vocab_size
-        assert feedback.tokens.tolist() == [i for ids in translation.tokens(output[0].tolist()) for i in ids]
+        assert feedback.tokens.tolist() == [i for ids in mapping.to_draft_ids(output[0].tolist()) for i in ids]
         with torch.no_grad():
             log_p = target(output).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)  # (N, V)
         assert set(feedback.top_ids[0].tolist()) == set(theirs.tolist())
@@ -245,7 +245,7 @@ def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
         top_k=CONSTANT["top_k"],
         dtype=torch.float32,
         prompt_positions=4,
-        translation=VocabMapping.of_models(target, assistant, *tokenizers.values()),
+        translation=VocabMapping.from_models(target, assistant, *tokenizers.values()),
     )
     for one, live, alpha in zip(recorded, kept, assistant.score(recorded), strict=True):
         assert one.tokens.tolist() == live.tokens.tolist()
@@ -270,8 +270,8 @@ def test_recorded_answers_are_what_a_call_keeps(kind, target, tiny_llama):
 
 def test_models_of_two_sizes_need_both_tokenizers(target, tiny_llama):
     with pytest.raises(ValueError, match=r"64 tokens, the draft 72, and `assistant_tokenizer` is None"):
-        VocabMapping.of_models(target, tiny_llama(vocab=72), tokenizer_of(WORDS))
-    assert VocabMapping.of_models(target, target).is_identity
+        VocabMapping.from_models(target, tiny_llama(vocab=72), tokenizer_of(WORDS))
+    assert VocabMapping.from_models(target, target).is_identity
 
 
 @pytest.mark.parametrize("kind", ["draft has fewer rows", "another tokenizer"])

@@ -58,7 +58,7 @@ def test_intervals_lie_between_the_requests():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ((3, 2, 1), "`accepted` is 3 and `new_tokens` 2; count as accepted only what is in the answer"),
+        ((3, 2, 1), "`accepted` is 3 and `new_tokens` 2; count as accepted only tokens of the answer"),
         ((1, 4, 2), "`new_tokens` is 4, `accepted` 1 and `rounds` 2; .* also the prompt's"),
         ((1, 2, -1), "`rounds` is -1; give a whole number"),
         ((0, 1, 0), "`rounds` 0"),

@@ -119,7 +119,7 @@ def test_a_row_that_is_refused_leaves_the_others():
 
 
 def test_columns_of_different_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"`accepted` has 2, `tested` has 1\. Give each column one item a row"):
+    with pytest.raises(ValueError, match=r"`accepted` has 2, `tested` has 1; give lists of the same length"):
         metrics.load("acceptance_rate", "live").compute(accepted=[1, 2], tested=[2])
 
 

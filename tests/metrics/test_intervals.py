@@ -161,7 +161,7 @@ def test_the_mean_is_of_all_numbers_and_lies_where_its_requests_do(lengths, seed
 
 def test_an_estimate_is_of_what_served_and_says_what_that_gained():
     static, served = of_draft(0.5), of_draft(0.8, seed=1)
-    estimate = Estimate.of(static, served)
+    estimate = Estimate.from_scores(static, served)
     assert (estimate.alpha, estimate.low, estimate.high) == interval(served)
     assert estimate.gain == compare(static, served)
     assert estimate.requests == 10
@@ -178,7 +178,7 @@ def test_an_estimate_says_it_in_a_line():
 
 
 def test_figures_come_back_from_json_as_they_went():
-    estimate = Estimate.of(of_draft(0.5), of_draft(0.8, seed=1))
+    estimate = Estimate.from_scores(of_draft(0.5), of_draft(0.8, seed=1))
     for figures in ({"updates": 3, "estimate": estimate}, {"updates": 0, "estimate": None}):
         sent = json.dumps(figures_to_json(figures), allow_nan=False)
         assert figures_from_json(json.loads(sent)) == figures

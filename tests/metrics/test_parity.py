@@ -1,5 +1,6 @@
 """`compare_outputs`: a near-tie is told from a bug, at the first token where two outputs differ."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_osd.metrics import parity
 from hf_osd.metrics.parity import compare_outputs, is_near_tie
 
 
@@ -137,3 +139,84 @@ def test_an_encoder_decoder_is_judged_by_what_its_encoder_read():
     source = torch.tensor([7, 8])
     assert compare_outputs(Seq2Seq(), torch.tensor([0, 1]), torch.tensor([0, 2]), source) == "near_tie"
     assert compare_outputs(Seq2Seq(), torch.tensor([0, 1]), torch.tensor([0, 3]), source) == "mismatch"
+
+
+# In half precision.
+
+
+def parted(model, prefix, gap: float):
+    """`model`, of which the two likeliest tokens after `prefix` differ by `gap` in float32; and the two outputs that end with these."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).float()(input_ids=prefix[None]).logits[0, -1]
+        first, second = exact.topk(2).indices
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(exact), dtype=model.dtype))
+        model.lm_head.bias[second] = exact[first] - exact[second] - gap
+    return [torch.cat([prefix, token[None]]) for token in (first, second)]
+
+
+def bf16(tiny_llama, **config):
+    model = tiny_llama(vocab=64, **config).to(torch.bfloat16)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    return model
+
+
+def test_in_half_precision_the_float32_logits_of_the_same_weights_judge(tiny_llama, monkeypatch):
+    """A forward in bf16 rounds by more than what is in question: here it is made to say that all logits tie, and then that none do."""
+    model, prefix = bf16(tiny_llama), torch.arange(5, 12)
+    for gap, verdict in ((0.001, "near_tie"), (0.5, "mismatch")):
+        outputs = parted(model, prefix, gap)
+        for said in (torch.zeros(64), torch.arange(64.0)):
+            forward, dtypes = type(model).forward, []
+
+            def lies(self, *args, said=said, forward=forward, dtypes=dtypes, **kwargs):
+                output = forward(self, *args, **kwargs)
+                dtypes.append(output.logits.dtype)
+                if output.logits.dtype == torch.bfloat16:
+                    output.logits[:] = said.to(torch.bfloat16)
+                return output
+
+            monkeypatch.setattr(type(model), "forward", lies)
+            assert compare_outputs(model, *outputs) == verdict
+            monkeypatch.undo()
+            assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_judging_leaves_the_target_as_it_is(tiny_llama):
+    model, prefix = bf16(tiny_llama), torch.arange(5, 12)
+    outputs = parted(model, prefix, 0.5)
+    before = {name: (p, p.data_ptr(), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    compare_outputs(model, *outputs, prompt_length=4)
+    assert {name: (p, p.data_ptr(), p.dtype, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_tie_of_plain_decodings_own_logits_is_one_too(tiny_llama, monkeypatch):
+    model, prefix = bf16(tiny_llama), torch.arange(5, 12)
+    outputs = parted(model, prefix, 0.5)
+    tied = torch.zeros(64)
+    seen = []
+    monkeypatch.setattr(parity, "_decoded_logits", lambda target, prompt, n: seen.append((prompt.tolist(), n)) or tied)
+    assert compare_outputs(model, *outputs) == "mismatch"
+    assert compare_outputs(model, *outputs, prompt_length=4) == "near_tie"
+    assert seen == [([[5, 6, 7, 8]], 3)]
+
+
+def test_plain_decodings_logits_are_those_that_generate_has(tiny_llama):
+    model = bf16(tiny_llama, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    prompt = torch.tensor([[5, 9, 11]])
+    asked = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    whole = model.generate(prompt, **asked)
+    for n in range(6):
+        assert torch.equal(parity._decoded_logits(model, prompt, n), whole.logits[n][0])
+    ends = int(whole.sequences[0, 5])
+    model.generation_config.eos_token_id = ends
+    assert parity._decoded_logits(model, prompt, 5) is None
+
+
+def test_without_float32_logits_the_serving_dtype_judges_and_says_so(tiny_llama, monkeypatch, caplog):
+    model, prefix = bf16(tiny_llama), torch.arange(5, 12)
+    outputs = parted(model, prefix, 0.5)
+    monkeypatch.setattr(parity, "_widen_while_it_runs", lambda module: pytest.fail("it cannot be"))
+    monkeypatch.setattr(parity.copy, "deepcopy", lambda *args: 1 / 0)
+    assert compare_outputs(model, *outputs) == "mismatch"
+    assert "No float32 logits of LlamaForCausalLM could be had (ZeroDivisionError" in caplog.text

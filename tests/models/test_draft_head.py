@@ -197,7 +197,7 @@ def test_models_whose_rows_cannot_be_chosen(tiny_llama):
 
 
 def head_of(model, **config):
-    return DraftHead.of(model, OnlineConfig(**config))
+    return DraftHead.from_config(model, OnlineConfig(**config))
 
 
 @pytest.mark.parametrize(

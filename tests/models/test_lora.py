@@ -226,7 +226,7 @@ def test_serving_copies_learner_and_draft_are_one_base_until_something_is_learnt
     assistant = learning(draft, update_interval=10**6)
     one, two = map(storage, assistant.serving._copies)
     assert one == two
-    learner = assistant.learner.ensemble.members[0].module
+    learner = assistant.learner.student.module
     assert {p.data_ptr() for name, p in learner.named_parameters() if "lora_" not in name} == set(one.values())
     serve(target, assistant, PROMPTS[:3])
     assistant.flush()
@@ -477,7 +477,7 @@ def test_an_adapter_of_the_drafts_own_stays_what_learns(target):
 
 def test_a_plain_model_becomes_the_new_base(target, draft):
     assistant = flushed(target, draft)
-    learner = assistant.learner.ensemble.members[0].module
+    learner = assistant.learner.student.module
     trained = grow_draft(target, (0, 1))
     leased = assistant.serving.lease()
     before = snapshot(leased)
@@ -537,7 +537,7 @@ def test_a_model_with_the_same_adapter_refreshes_it(target, draft, wrapped):
             inner.get_parameter(name).data = w.clone()
     assistant.refresh(model)
     assert all(torch.equal(w, weights[name]) for name, w in assistant.serving.weights())
-    member = assistant.learner.ensemble.members[0]
+    member = assistant.learner.student
     assert all(torch.equal(w, weights[name]) for name, w in member.weights().items())
     with torch.no_grad():
         dict(model.named_parameters())[next(n for n, _ in model.named_parameters() if "norm" in n)].mul_(2)

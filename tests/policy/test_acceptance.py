@@ -44,7 +44,7 @@ def test_old_observations_fade():
 
 
 @given(st.floats(0, 1))
-def test_before_anything_was_seen_confidence_is_taken_at_its_word(confidence):
+def test_confidence_is_its_own_prior(confidence):
     by_confidence = ConfidenceAcceptance()
     # Half a bin's width.
     assert by_confidence.acceptance(by_confidence.bin(confidence)) == pytest.approx(confidence, abs=0.051)
@@ -53,12 +53,12 @@ def test_before_anything_was_seen_confidence_is_taken_at_its_word(confidence):
 @given(st.integers(1, 32), st.floats(0.01, 1), st.integers(1, 10), st.floats(0, 0.9))
 def test_before_anything_was_seen_longer_matches_and_larger_shares_are_worth_more(match, share, longer, less):
     matches = MatchAcceptance()
-    value = matches.of(match, [share])[0]
+    value = matches.along(match, [share])[0]
     assert 0 < value < 1
-    assert matches.of(match + longer, [share])[0] >= value
-    assert matches.of(match, [share * less + 0.001])[0] <= value
+    assert matches.along(match + longer, [share])[0] >= value
+    assert matches.along(match, [share * less + 0.001])[0] <= value
 
 
 def test_a_match_grows_by_the_tokens_that_are_accepted():
     matches = MatchAcceptance()
-    assert matches.of(1, [1.0] * 30)[29] == matches.acceptance(matches.bin(30, 1.0))
+    assert matches.along(1, [1.0] * 30)[29] == matches.acceptance(matches.bin(30, 1.0))

@@ -30,10 +30,10 @@ def test_expected_tokens_at_constant_acceptance_is_the_papers_closed_form(a, gam
 @given(acceptance=rates)
 def test_expected_tokens_counts_a_position_only_after_all_before_it(acceptance):
     for gamma in range(len(acceptance) + 1):
-        expected, reach = 1.0, 1.0
+        expected, prefix_acceptance = 1.0, 1.0
         for j in range(gamma):
-            reach *= acceptance[j]
-            expected += reach
+            prefix_acceptance *= acceptance[j]
+            expected += prefix_acceptance
         assert expected_tokens(acceptance, gamma) == pytest.approx(expected)
 
 
@@ -76,7 +76,7 @@ def test_the_floor_drafts_nothing_where_drafting_does_not_pay(acceptance, c, dra
     ],
 )
 def test_the_heuristic_is_transformers_rule(gamma, drafted, accepted, after):
-    assert heuristic_length(gamma, drafted, accepted, most=10) == after
+    assert heuristic_length(gamma, drafted, accepted, max_gamma=10) == after
 
 
 def test_constant_policy_always_drafts_the_most():
@@ -103,16 +103,16 @@ def test_cost_policy_measures_plain_rounds_then_one_draft_then_drafts_as_many_as
         lookahead.observe_round(gamma, gamma, gamma, 0.1 * gamma, 1.0)
     assert chosen[:4] == [0, 0, 0, 1]
     assert chosen[-1] == 5
-    assert lookahead.c == pytest.approx(0.1)
+    assert lookahead.costs.c == pytest.approx(0.1)
 
 
-def test_a_prefill_says_nothing_of_verification_times():
+def test_a_prefill_does_not_measure_verification():
     """The first round forwards the prompt too: counted as a plain round, it would make every draft look cheap."""
     lookahead = DraftPolicy("cost", 5)
     for _ in range(10):
         lookahead.observe_round(0, 0, 0, 0.0, None)
     assert lookahead.plan().length == 0
-    assert lookahead.c is None
+    assert lookahead.costs.c is None
 
 
 def test_the_first_drafts_of_a_call_do_not_measure_c_by_their_prefill():
@@ -120,9 +120,9 @@ def test_the_first_drafts_of_a_call_do_not_measure_c_by_their_prefill():
     for _ in range(3):
         lookahead.observe_round(0, 0, 0, 0.0, 1.0)
     lookahead.observe_round(1, 1, 1, 50.0, None)  # a draft's prefill
-    assert lookahead.c is None
+    assert lookahead.costs.c is None
     lookahead.observe_round(1, 1, 1, 0.2, 1.0)
-    assert lookahead.c == pytest.approx(0.2)
+    assert lookahead.costs.c == pytest.approx(0.2)
 
 
 def test_c_is_a_median_that_one_slow_round_does_not_move():
@@ -131,7 +131,7 @@ def test_c_is_a_median_that_one_slow_round_does_not_move():
         lookahead.observe_round(0, 0, 0, 0.0, seconds)
     for seconds in (0.4, 9.0, 0.4):
         lookahead.observe_round(2, 2, 2, seconds, 1.0)
-    assert lookahead.c == pytest.approx(0.2)
+    assert lookahead.costs.c == pytest.approx(0.2)
 
 
 def feed(lookahead, drafted, seconds, rounds=3, accepted=0):
@@ -141,16 +141,16 @@ def feed(lookahead, drafted, seconds, rounds=3, accepted=0):
 
 def test_v_is_measured_and_runs_in_straight_lines_between_and_beyond():
     lookahead = DraftPolicy("cost", 9)
-    assert lookahead.v(4) == 1.0, "nothing known yet"
+    assert lookahead.costs.v(4) == 1.0, "nothing known yet"
     feed(lookahead, 0, 2.0)
     feed(lookahead, 2, 3.0)  # v(3) = 1.5
     feed(lookahead, 4, 6.0)  # v(5) = 3
     feed(lookahead, 6, 60.0, rounds=2)  # too few rounds to count
-    assert lookahead.v(1) == pytest.approx(1.0)
-    assert lookahead.v(3) == pytest.approx(1.5)
-    assert lookahead.v(2) == pytest.approx(1.25)
-    assert lookahead.v(4) == pytest.approx(2.25)
-    assert lookahead.v(7) == pytest.approx(4.5)
+    assert lookahead.costs.v(1) == pytest.approx(1.0)
+    assert lookahead.costs.v(3) == pytest.approx(1.5)
+    assert lookahead.costs.v(2) == pytest.approx(1.25)
+    assert lookahead.costs.v(4) == pytest.approx(2.25)
+    assert lookahead.costs.v(7) == pytest.approx(4.5)
 
 
 def test_v_is_never_below_a_plain_step():
@@ -158,7 +158,7 @@ def test_v_is_never_below_a_plain_step():
     lookahead = DraftPolicy("cost", 9)
     feed(lookahead, 0, 2.0)
     feed(lookahead, 2, 1.0)
-    assert lookahead.v(3) == lookahead.v(30) == 1.0
+    assert lookahead.costs.v(3) == lookahead.costs.v(30) == 1.0
 
 
 def test_acceptance_is_by_position_and_drawn_to_the_mean_where_little_was_seen():
@@ -193,7 +193,7 @@ def test_a_draft_that_is_always_wrong_is_not_asked():
     assert undrafting().plan().length == 0
 
 
-def test_it_drafts_again_once_shadow_evidence_says_the_draft_has_learnt():
+def test_it_drafts_again_once_untested_positions_show_that_the_draft_has_learnt():
     lookahead = undrafting()
     lookahead.observe_untested([1.0] * 5)
     assert lookahead.plan().length == 0, "five good positions outweigh sixty bad ones too soon"
@@ -235,8 +235,8 @@ def test_with_a_fixed_cost_no_clock_is_read(rounds, seconds):
             lookahead.observe_round(drafted, min(accepted + 1, drafted), accepted, times[0], target_seconds)
             if shadow:
                 lookahead.observe_untested([0.5])
-    assert fixed[1].c == 0.2
-    assert fixed[1].v(5) == pytest.approx(1.2)
+    assert fixed[1].costs.c == 0.2
+    assert fixed[1].costs.v(5) == pytest.approx(1.2)
 
 
 def test_with_a_fixed_cost_it_needs_no_measuring_rounds():
@@ -282,14 +282,16 @@ def test_from_the_break_even_on_drafting_pays_and_below_it_does_not(c, slope):
         assert best_length([max(alpha - 2e-3, 0.0)] * 4, c, v)[0] == 0 or alpha < 2e-3
 
 
-def worth_by_hand(bins, c, v, rate, j, reach, most):
+def gain_by_hand(bins, c, v, rate, j, prefix_acceptance, max_gamma):
     """The same optimum, without a table."""
-    if j == most:
+    if j == max_gamma:
         return 0.0
     total = -rate * c
     for share, a in bins:
         taken = (
-            reach * a - rate * (v[j + 1] - v[j]) + max(worth_by_hand(bins, c, v, rate, j + 1, reach * a, most), 0.0)
+            prefix_acceptance * a
+            - rate * (v[j + 1] - v[j])
+            + max(gain_by_hand(bins, c, v, rate, j + 1, prefix_acceptance * a, max_gamma), 0.0)
         )
         total += share * max(taken, 0.0)
     return total
@@ -300,24 +302,26 @@ def worth_by_hand(bins, c, v, rate, j, reach, most):
     c=st.floats(0.0, 0.4),
     slope=st.floats(0.0, 0.3),
     rate=st.floats(1.0, 2.5),
-    reach=st.floats(0.0, 1.0),
+    prefix_acceptance=st.floats(0.0, 1.0),
 )
-def test_the_stopping_rule_is_the_optimum_by_hand(acceptance, c, slope, rate, reach):
+def test_the_stopping_rule_is_the_optimum_by_hand(acceptance, c, slope, rate, prefix_acceptance):
     bins, v = [(1 / len(acceptance), a) for a in acceptance], [1 + slope * n for n in range(5)]
     rule = StoppingRule(bins, c, v, rate, 4)
     # The table knows ten points of reach; between them worth is convex, so lines lie above it, by at most a tenth of its slope.
-    assert rule.step(0, reach) == pytest.approx(worth_by_hand(bins, c, v, rate, 0, reach, 4), abs=0.1)
-    assert rule.step(4, reach) == 0.0, "no more tokens than the most"
+    assert rule.step_gain(0, prefix_acceptance) == pytest.approx(
+        gain_by_hand(bins, c, v, rate, 0, prefix_acceptance, 4), abs=0.1
+    )
+    assert rule.step_gain(4, prefix_acceptance) == 0.0, "no more tokens than the most"
 
 
 def test_a_draft_that_is_unsure_stops_and_one_that_is_sure_goes_on():
     rule = StoppingRule([(0.5, 0.05), (0.5, 0.95)], 0.1, [1 + 0.1 * n for n in range(6)], 1.5, 5)
-    assert rule.token(0, 0.95) > 0 > rule.token(0, 0.05)
-    assert rule.step(1, 0.95) > 0 > rule.step(1, 0.05)
+    assert rule.token_gain(0, 0.95) > 0 > rule.token_gain(0, 0.05)
+    assert rule.step_gain(1, 0.95) > 0 > rule.step_gain(1, 0.05)
 
 
 def two_sources(c: float = 0.1) -> DraftPolicy:
-    return DraftPolicy("cost", 5, draft_cost=c, verify_cost=0.02, most_cached=8)
+    return DraftPolicy("cost", 5, draft_cost=c, verify_cost=0.02, max_cached=8)
 
 
 def test_a_long_match_is_taken_and_a_poor_one_left_to_the_draft():
@@ -333,7 +337,7 @@ def test_what_becomes_of_cached_tokens_changes_what_they_are_worth():
     lookahead = two_sources(c=5.0)  # the draft never pays
     assert lookahead.plan(3, [1.0] * 4).length > 0
     for _ in range(200):
-        lookahead.observe_round(4, 1, 0, steps=0, cached=4, match=3, shares=[1.0] * 4)
+        lookahead.observe_round(4, 1, 0, steps=0, cached=4, match=3, agreement=[1.0] * 4)
     assert lookahead.plan(3, [1.0] * 4).length == 0
     assert lookahead.plan(20, [1.0] * 4).length > 0, "longer matches were not tried"
 
@@ -342,7 +346,7 @@ def test_cached_tokens_say_nothing_of_the_draft_and_the_drafts_nothing_of_them()
     lookahead = two_sources()
     before = lookahead.acceptance()
     for _ in range(50):
-        lookahead.observe_round(4, 1, 0, steps=0, cached=4, match=3, shares=[1.0] * 4)
+        lookahead.observe_round(4, 1, 0, steps=0, cached=4, match=3, agreement=[1.0] * 4)
     assert lookahead.acceptance() == before
     seen = lookahead.matches.seen
     lookahead.observe_round(3, 1, 0)
@@ -352,22 +356,22 @@ def test_cached_tokens_say_nothing_of_the_draft_and_the_drafts_nothing_of_them()
 def test_a_block_may_end_in_cached_tokens_where_these_are_worth_more_than_drafting_on():
     lookahead = two_sources()
     lookahead.plan()
-    assert lookahead.tail(1, 0.9, 20, [1.0] * 8) == 7, "of a block of at most 8"
-    assert lookahead.tail(1, 0.9, 1, [0.1]) == 0
-    assert lookahead.tail(1, 0.01, 20, [1.0] * 8) == 0, "what comes before is hardly accepted"
-    assert lookahead.tail(1, 0.9, 0, []) == 0
+    assert lookahead.cache_suffix_length(1, 0.9, 20, [1.0] * 8) == 7, "of a block of at most 8"
+    assert lookahead.cache_suffix_length(1, 0.9, 1, [0.1]) == 0
+    assert lookahead.cache_suffix_length(1, 0.01, 20, [1.0] * 8) == 0, "what comes before is hardly accepted"
+    assert lookahead.cache_suffix_length(1, 0.9, 0, []) == 0
 
 
 @pytest.mark.parametrize("policy", ["constant", "heuristic"])
 def test_other_policies_leave_the_cache_alone_where_there_is_a_draft(policy):
-    lookahead = DraftPolicy(policy, 3, most_cached=8)
+    lookahead = DraftPolicy(policy, 3, max_cached=8)
     assert not lookahead.wants_cache
     assert lookahead.plan(20, [1.0] * 8) == Plan("draft", 3)
 
 
 @pytest.mark.parametrize("policy", ["constant", "cost"])
 def test_without_a_draft_the_cache_drafts(policy):
-    lookahead = DraftPolicy(policy, 3, draft_cost=0.1, most_cached=8, has_draft=False)
+    lookahead = DraftPolicy(policy, 3, draft_cost=0.1, max_cached=8, has_draft=False)
     assert lookahead.plan(20, [1.0] * 3) == Plan("cache", 3)
     assert lookahead.plan().length == 0
 
@@ -380,13 +384,13 @@ def test_confidence_chooses_once_it_was_seen_to_mean_something():
         lookahead.observe_round(1, 1, int(sure), confidence=[0.95 if sure else 0.15])
     assert lookahead.plan().selective
     acceptance = lookahead.confidence.acceptance
-    assert lookahead.worth_token(0, acceptance(lookahead.confidence.bin(0.95)))
-    assert not lookahead.worth_token(0, acceptance(lookahead.confidence.bin(0.15)) * 0.1)
+    assert lookahead.should_keep(0, acceptance(lookahead.confidence.bin(0.95)))
+    assert not lookahead.should_keep(0, acceptance(lookahead.confidence.bin(0.15)) * 0.1)
 
 
 def test_lengths_are_tried_step_by_step_where_v_is_unknown():
     """On some machines v is steep: sixteen cached tokens at once would cost ten plain steps, three times."""
-    lookahead, tried = DraftPolicy("cost", 2, most_cached=16, has_draft=False), []
+    lookahead, tried = DraftPolicy("cost", 2, max_cached=16, has_draft=False), []
     for _ in range(20):
         plan = lookahead.plan(32, [1.0] * 16)
         tried.append(plan.length + 1)

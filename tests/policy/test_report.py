@@ -29,7 +29,7 @@ def served(lookahead: DraftPolicy, rounds: list[tuple[int, int]], target_ms=10.0
 PLAIN = [(0, 0)] * 4
 
 
-def test_before_anything_was_served_it_says_so():
+def test_nothing_served_is_reported():
     assert "Nothing was served yet" in report(Stats(), DraftPolicy("cost", 3))
 
 
@@ -51,7 +51,7 @@ def test_a_draft_that_pays():
     assert "2.42× expected" in text
 
 
-def test_a_draft_that_does_not_pay_is_told_from_what_on_it_would():
+def test_a_draft_that_does_not_pay_gets_its_break_even_point():
     lookahead = DraftPolicy("cost", 3)
     text = report(served(lookahead, [*PLAIN, *[(1, 0)] * 60], draft_ms=4.0), lookahead)
     assert "Drafting pays from α = 0.40 on, so the target decodes plainly" in text
@@ -71,7 +71,7 @@ def test_a_head_that_costs_acceptance_is_named():
     assert "cost 0.100 of α: try more draft_vocab_size" in report(stats, lookahead)
 
 
-def test_what_becomes_of_updates_is_told():
+def test_updates_are_reported():
     lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
     assert "updates" not in report(stats, lookahead)
@@ -87,7 +87,7 @@ def test_what_becomes_of_updates_is_told():
     )
 
 
-def test_what_learning_has_gained_is_told_with_the_rate_and_how_sure_that_is():
+def test_the_gain_of_learning_is_reported_with_rate_and_interval():
     lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
     assert "without learning" not in report(stats, lookahead)
@@ -103,7 +103,7 @@ def test_what_learning_has_gained_is_told_with_the_rate_and_how_sure_that_is():
     assert "learning has cost 12.5% of the tokens accepted" in report(stats, lookahead)
 
 
-def test_a_machine_that_is_too_slow_to_learn_is_told_what_to_do():
+def test_a_machine_that_is_too_slow_to_learn_gets_advice():
     lookahead = DraftPolicy("cost", 3)
     stats = served(lookahead, [*PLAIN, *[(2, 1)] * 60])
     assert "too slow" not in report(stats, lookahead)

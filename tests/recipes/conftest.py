@@ -1,4 +1,4 @@
-"""The recipes are no part of what is installed: their tests find them where `python -m recipes.…` does, in the root of the repository."""
+"""The recipes are not installed: their tests import them from the root of the repository, as `python -m recipes.…` does."""
 
 import sys
 from collections.abc import Callable

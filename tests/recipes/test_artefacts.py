@@ -180,7 +180,7 @@ def test_the_search_finds_what_is_planted(prompts, words, tmp_path, form):
 @pytest.mark.parametrize(
     "line", ['{"prompt": "%s"', '{"prompt": ["%s"]}', '{"text": "%s"}', '["%s"]', '{"prompt": "%s"} x']
 )
-def test_a_malformed_prompt_is_named_by_its_line_and_not_told(
+def test_a_malformed_prompt_is_named_by_its_line_and_not_quoted(
     target_dir, prompts, words, tmp_path, caplog, capfd, line
 ):
     stream = tmp_path / "bad.jsonl"

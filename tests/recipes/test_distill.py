@@ -1,4 +1,4 @@
-"""The main job on a tiny model: what it writes, how it stops and goes on, and what bad input gets."""
+"""The main job on a tiny model: its files, how it stops and goes on, and errors for bad input."""
 
 import json
 import logging
@@ -218,7 +218,7 @@ def test_a_draft_whose_requests_cannot_be_rehearsed_is_refused_before_any_work(r
     assert not (run.out / "metrics.jsonl").exists()
 
 
-def test_what_another_rank_learns_cannot_be_rehearsed_which_is_said_before_any_work(run, refused, monkeypatch):
+def test_rehearsing_what_another_rank_learns_is_refused_before_any_work(run, refused, monkeypatch):
     init = distill.Processes.__init__
 
     def with_roles(processes, mode):
@@ -227,7 +227,7 @@ def test_what_another_rank_learns_cannot_be_rehearsed_which_is_said_before_any_w
 
     monkeypatch.setattr(distill.Processes, "__init__", with_roles)
     monkeypatch.setattr(distill, "serve_separately", lambda assistant, roles: setattr(assistant, "learner", object()))
-    monkeypatch.setattr(distill, "record_answers", None)
+    monkeypatch.setattr("recipes.common.answers.record_answers", None)
     refused(run, "--mode", "separate", "--rehearse", "0.7", says="another rank learns")
 
 

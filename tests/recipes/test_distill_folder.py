@@ -1,4 +1,4 @@
-"""The main job and its output folder: what it refuses to touch, what it goes on with, and what it saves whatever fails afterwards."""
+"""The main job and its output folder: what it does not touch, when it goes on, and what it saves whatever fails afterwards."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, i
 
 from hf_osd import OnlineAssistant
 from recipes import distill
-from recipes.common import report, run_folder, run_log
+from recipes.common import figures, report, run_folder, run_log
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_it_does_not_go_on_with_anything_else(stopped, words, refused, monkeypat
     assert contents(stopped.out) == before
 
 
-def test_held_back_prompts_that_would_have_been_learnt_are_said(stopped, words, refused):
+def test_resuming_warns_of_held_back_prompts_that_may_have_been_learnt(stopped, words, refused):
     grow(stopped, words)
     refused(stopped, "--resume", says="Prompts that have been learnt may now be held back")
 
@@ -302,7 +302,7 @@ def test_recent_figures_of_calls_without_rounds_are_not_known(tmp_path):
     log = run_log.RunLog(tmp_path, {})
     log.rows = [{"alpha": None, "rounds": 0, "new_tokens": 3, "decode_seconds": 0.5}]
     assert log.recent(1) == {"alpha": None, "tokens_per_round": None, "tokens_per_second": 6.0}
-    assert run_log.or_none(math.nan) is None
+    assert figures.or_none(math.nan) is None
 
 
 class Tracker(TrainerCallback):
@@ -315,11 +315,11 @@ class Tracker(TrainerCallback):
         broken()
 
 
-def test_a_tracker_that_fails_is_told_no_more_and_nothing_is_lost(run, monkeypatch, caplog):
+def test_a_tracker_that_fails_is_dropped_and_nothing_is_lost(run, monkeypatch, caplog):
     monkeypatch.setattr(integrations, "get_reporting_integration_callbacks", lambda names: [Tracker])
     assert run("--report_to", "trackio") == 0
     assert Tracker.made.told == [4]
-    assert caplog.text.count("Tracker is told no more") == 1
+    assert caplog.text.count("Tracker gets no more figures") == 1
     assert run.summary()["domains"]["one"]["requests"] == 8
 
 
@@ -412,7 +412,7 @@ def test_a_picture_is_drawn_of_names_as_they_are(tmp_path, monkeypatch):
     ],
     ids=lambda asks: "-".join(asks),
 )
-def test_a_generation_config_that_asks_for_more_is_served_greedily_and_said(run, caplog, asks):
+def test_a_generation_config_that_asks_for_more_is_served_greedily_with_a_warning(run, caplog, asks):
     path = run.target / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | asks))
     with caplog.at_level(logging.WARNING):
@@ -424,7 +424,7 @@ def test_a_generation_config_that_asks_for_more_is_served_greedily_and_said(run,
     assert (f"asks for {first}=" in caplog.text) == (first != "do_sample")
 
 
-def test_a_prompt_that_the_tokenizer_refuses_is_named_and_not_told(run, refused, caplog):
+def test_a_prompt_that_the_tokenizer_refuses_is_named_and_not_quoted(run, refused, caplog):
     tokenizer = AutoTokenizer.from_pretrained(run.target)
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     tokenizer.save_pretrained(run.target)

@@ -1,4 +1,4 @@
-"""The main job in several processes: each serves its share, all end with one draft, and one log says what all have seen."""
+"""The main job in several processes: each serves its share, all end with one draft, and their logs become one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The recipes' rooms: who may import whom, and that every recipe that is named anywhere is there."""
+"""The recipes' folders: what each may import, and that every recipe named anywhere exists."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ def test_a_room_imports_itself_and_what_is_common(room):
     files = [place] if place.is_file() else sorted(place.glob("*.py"))
     found = {name for path in files for name in imported(path)}
     assert {name.split(".")[1] for name in found} <= {room, "common"}
-    assert "recipes.common.command" in found
+    assert room == "common" or "recipes.common.command" in found
 
 
 def test_the_library_imports_no_recipe():

@@ -7,8 +7,8 @@ import pytest
 from hf_osd import OnlineConfig
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.models.hot_swap import HotSwapDraft
-from hf_osd.remote import worker as worker_module
-from hf_osd.remote.learner import RemoteLearner
+from hf_osd.remote import pipe as pipe_module
+from hf_osd.remote.supervisor import learn_in_process
 
 from .processes import INTERVAL, Process
 
@@ -22,20 +22,20 @@ def serving(tiny_llama):
 @pytest.fixture
 def remote(serving, monkeypatch):
     """`remote(behaviour)`: a learner whose processes behave so; `made.processes` are those that it has started."""
-    made = []
+    made, draft = [], serving
 
-    def make(behaviour=None, **fields):
+    def make(behaviour=None, serving=draft, **fields):
         config = OnlineConfig(**{"learn": "process", "update_interval": INTERVAL, "seed": 0, **fields})
-        one = RemoteLearner(serving, FeedbackBuffer(), config)
+        one = learn_in_process(serving, FeedbackBuffer(), config)
         if behaviour is not None:
             monkeypatch.setattr(Process, "behaviour", staticmethod(behaviour))
             monkeypatch.setattr(Process, "made", [])
-            monkeypatch.setattr(worker_module.subprocess, "Popen", Process)
+            monkeypatch.setattr(pipe_module.subprocess, "Popen", Process)
             one.processes = Process.made
         made.append(weakref.ref(one))
         return one
 
-    monkeypatch.setattr(worker_module, "PATIENCE", 5.0)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 5.0)
     yield make
     for reference in made:
         if (one := reference()) is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from hf_osd.feedback.trace import unpack
-from hf_osd.remote.frames import BUSY, FrameWriter, read_frame
+from hf_osd.remote.frames import FrameWriter, read_frame
+from hf_osd.remote.shared_flags import BUSY
 
 LONG = 120  # seconds in which anything has happened, on any machine
 INTERVAL = 2
@@ -74,7 +75,9 @@ class Process:
 
     def serve(self, serving, by, **figures):
         """Send the weights of `serving`, each `by` more."""
-        self.frames.write("weights", {name: p + by for name, p in serving.weights()}, {"figures": FIGURES | figures})
+        self.frames.write(
+            "weights", {name: p + by for name, p in serving.weights()}, {"figures": FIGURES | figures, "base": 0}
+        )
 
 
 FIGURES = {
@@ -133,8 +136,8 @@ def obedient(serving):
 
 def offer(learner, *requests):
     for request in requests:
-        learner.offer(request)
+        learner.add(request)
 
 
 def wait_for_death(learner):
-    assert learner._worker.dead.wait(LONG)
+    assert learner.transport.pipe.dead.wait(LONG)

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from hf_osd import OnlineAssistant
+from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.learner import Learner
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
-from hf_osd.remote import worker as worker_module
+from hf_osd.remote import learner as learner_module
+from hf_osd.remote import pipe as pipe_module
 from hf_osd.remote.frames import to_bytes
 
 from .processes import INTERVAL, LONG, Process, dies, obedient, offer, reads_on, same, wait_for_death, weights_of
@@ -52,7 +54,7 @@ def silence(process):
 def test_a_process_that_dies_or_says_nonsense_is_counted_and_the_draft_serves_on(
     remote, serving, make_feedback, monkeypatch, caplog, behaviour
 ):
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 0.1)
     made, before = remote(behaviour), weights_of(serving)
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         offer(made, make_feedback())
@@ -81,7 +83,7 @@ def test_the_next_one_starts_after_more_requests_with_what_is_in_the_buffer(remo
     for deaths in (1, 2, 3):
         wait_for_death(made)
         assert offers_until_a_start() == INTERVAL * 2**deaths
-        assert made.figures()["learner_restarts"] == deaths
+        assert made.metrics()["learner_restarts"] == deaths
     assert made.processes[1].seen.get(timeout=LONG) == ("replay", 1 + 2 * INTERVAL - 1)
     wait_for_death(made)
     assert not made.update(wait=True), "and a flush starts none before its time"
@@ -90,11 +92,11 @@ def test_the_next_one_starts_after_more_requests_with_what_is_in_the_buffer(remo
 
 def test_weights_that_come_end_the_backoff(remote, serving, make_feedback):
     made = remote(obedient(serving))
-    made._deaths, made._offered = 3, 10**6  # as if three had died
+    made.transport._deaths, made.transport._requests = 3, 10**6  # as if three had died
     offer(made, make_feedback())
-    assert made._wait == INTERVAL * 8
+    assert made.transport.wait == INTERVAL * 8
     assert made.update(wait=True)
-    assert made._wait == INTERVAL
+    assert made.transport.wait == INTERVAL
 
 
 def test_counts_go_on_over_deaths(remote, serving, make_feedback):
@@ -108,7 +110,7 @@ def test_counts_go_on_over_deaths(remote, serving, make_feedback):
     for i in range(2 * INTERVAL):
         offer(made, make_feedback(seed=i))
     wait_for_death(made)
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["updates"], figures["learned_tokens"], figures["learner_restarts"]) == (10, 200, 1)
 
 
@@ -119,25 +121,26 @@ def test_one_that_dies_again_and_again_is_not_started_any_more_and_that_is_said_
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
         for i in range(200):
             offer(made, make_feedback(seed=i % 7))
-            if made._worker is not None:
+            if made.transport.pipe is not None:
                 wait_for_death(made)
-        assert (made.due(), made.update(wait=True)) == (False, False)
-    assert len(made.processes) == 1 + made.figures()["learner_restarts"] == 6
-    assert "5 that were started in its place" in made.figures()["learning_over"]
+        assert (made.is_due(), made.update(wait=True)) == (False, False)
+    assert len(made.processes) == 1 + made.metrics()["learner_restarts"] == 6
+    assert "5 that were started in its place" in made.metrics()["learning_over"]
     assert caplog.text.count("None is started any more: the draft serves as it is, and learns no more") == 1
     with pytest.raises(RuntimeError, match="None is started any more"):
         made.load_state({}, {})
-    Learner(serving.active, serving.trainable, FeedbackBuffer(), made.config, print).load_state(*made.state())
+    student = make_student(serving.active, serving.trainable, made.config)
+    Learner(student, FeedbackBuffer(), print).load_state(*made.state())
 
 
 def test_deaths_that_lie_a_thousand_requests_apart_end_nothing(remote, make_feedback):
     made = remote(dies, update_interval=1)
     for _ in range(10):
-        made._offered = 1000  # as if so many had come since the last death
+        made.transport._requests = 1000  # as if so many had come since the last death
         offer(made, make_feedback())
         wait_for_death(made)
-    assert made.figures()["learner_restarts"] == 9
-    assert "learning_over" not in made.figures()
+    assert made.metrics()["learner_restarts"] == 9
+    assert "learning_over" not in made.metrics()
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -149,8 +152,7 @@ def test_the_state_of_a_dead_one_is_that_of_what_serves(remote, serving, make_fe
     if adapter:
         draft = tiny_llama(layers=1)
         serving = HotSwapDraft(draft, set(), Adapter(draft, 4))
-    made = remote(learns_and_dies)
-    made._serving = serving
+    made = remote(learns_and_dies, serving)
     offer(made, make_feedback())
     wait_for_death(made)
     learnt = weights_of(serving)
@@ -159,10 +161,10 @@ def test_the_state_of_a_dead_one_is_that_of_what_serves(remote, serving, make_fe
     assert "what is saved of learning is the draft that serves" in caplog.text
     served = []
     draft = serving.adapter.draft if adapter else tiny_llama(layers=1)
-    learner = Learner(draft, serving.trainable, FeedbackBuffer(), made.config, served.append)
+    learner = Learner(make_student(draft, serving.trainable, made.config), FeedbackBuffer(), served.append)
     learner.load_state(tensors, values)
     learner.serve()
-    assert learner.trainable == learnt.keys()
+    assert learner.student.trainable == learnt.keys()
     assert same(learnt, served[-1])
     assert (learner.updates, learner.learned_tokens) == (5, 100)
 
@@ -171,7 +173,7 @@ def test_a_job_saves_and_goes_on_from_what_a_dead_one_leaves(tiny_llama, tmp_pat
     """The library's own way: `save_state` of one assistant, `load_state` of another."""
     monkeypatch.setattr(Process, "behaviour", staticmethod(dies))
     monkeypatch.setattr(Process, "made", [])
-    monkeypatch.setattr(worker_module.subprocess, "Popen", Process)
+    monkeypatch.setattr(pipe_module.subprocess, "Popen", Process)
     draft = tiny_llama(layers=1)
     prompt = torch.arange(2, 9)[None]
     with OnlineAssistant(draft, learn="process", update_interval=1) as assistant:
@@ -190,8 +192,8 @@ def silent(process):
 
 
 def test_one_that_shows_no_life_is_ended_by_who_waits_for_it(remote, serving, make_feedback, monkeypatch, caplog):
-    monkeypatch.setattr(worker_module, "_SILENCE", 0.1)
-    monkeypatch.setattr(worker_module, "_LOOK", 0.02)
+    monkeypatch.setattr(pipe_module, "_PULSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(learner_module, "_POLL", 0.02)
     made = remote(silent)
     offer(made, make_feedback())
     with caplog.at_level(logging.WARNING, logger="hf_osd"):
@@ -202,8 +204,8 @@ def test_one_that_shows_no_life_is_ended_by_who_waits_for_it(remote, serving, ma
 
 
 def test_one_that_lives_is_waited_for(remote, serving, make_feedback, monkeypatch):
-    monkeypatch.setattr(worker_module, "_SILENCE", 0.2)
-    monkeypatch.setattr(worker_module, "_LOOK", 0.02)
+    monkeypatch.setattr(pipe_module, "_PULSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(learner_module, "_POLL", 0.02)
 
     def slow(process):
         while (frame := process.read()) is not None:
@@ -219,16 +221,16 @@ def test_one_that_lives_is_waited_for(remote, serving, make_feedback, monkeypatc
 
 
 def test_to_close_one_that_does_not_read_takes_no_longer_than_it_is_given(remote, make_feedback, monkeypatch):
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 0.1)
     made = remote(silent)
     for i in range(3):
         offer(made, make_feedback(seed=i))
-    made._worker.send("state", tensors={"much": torch.zeros(10**6)})  # more than a pipe holds
+    made.transport.pipe.send("state", tensors={"much": torch.zeros(10**6)})  # more than a pipe holds
     until = time.monotonic() + LONG
-    while made._worker.waiting and time.monotonic() < until:  # till that one is being written
+    while made.transport.pipe.waiting and time.monotonic() < until:  # till that one is being written
         time.sleep(0.01)
     made.close()
-    assert made._worker.dead.wait(LONG)
+    assert made.transport.pipe.dead.wait(LONG)
     assert made.processes[0].killed.is_set()
 
 
@@ -252,8 +254,8 @@ def test_what_waits_for_one_that_does_not_keep_up_is_no_more_than_the_buffer_hol
     for i in range(100):
         offer(made, make_feedback(seed=i))
     assert len(made.buffer) == 3
-    assert made._worker.waiting <= 4
-    made._worker._process.kill()
+    assert made.transport.pipe.waiting <= 4
+    made.transport.pipe._process.kill()
 
 
 def test_a_flush_over_which_it_dies_fails_and_so_do_those_behind_it(remote, serving, make_feedback):
@@ -281,14 +283,13 @@ def test_a_flush_over_which_it_dies_fails_and_so_do_those_behind_it(remote, serv
 def test_an_answer_to_a_call_that_was_interrupted_is_nobody_elses(remote, serving):
     made = remote(obedient(serving))
     made.state()
-    worker = made._worker
 
     class Interrupted:
         def get(self, timeout):
-            worker._answers = answers
+            made._answers = answers
             raise KeyboardInterrupt
 
-    answers, worker._answers = worker._answers, Interrupted()
+    answers, made._answers = made._answers, Interrupted()
     with pytest.raises(KeyboardInterrupt):
         made.update(wait=True)
     assert made.state()[1] == {"n": 1}
@@ -307,7 +308,7 @@ def test_weights_that_cannot_serve_are_left_out(remote, serving, make_feedback, 
         made.update(wait=True)
     assert same(weights_of(serving), before)
     assert "cannot serve; the serving draft is as it was" in caplog.text
-    assert not made._worker.dead.is_set()
+    assert not made.transport.pipe.dead.is_set()
 
 
 def test_what_cannot_be_sent_ends_the_process(remote, make_feedback, caplog):
@@ -315,7 +316,7 @@ def test_what_cannot_be_sent_ends_the_process(remote, make_feedback, caplog):
     made = remote(reads_on)
     offer(made, make_feedback())
     with caplog.at_level(logging.ERROR, logger="hf_osd"):
-        made._worker.send("take", tensors={"a": "no tensor"})
+        made.transport.pipe.send("take", tensors={"a": "no tensor"})
         wait_for_death(made)
     assert "could not be sent" in caplog.text
 
@@ -331,9 +332,9 @@ def test_where_none_can_be_started_calls_go_on_and_it_is_tried_again(
     remote, serving, make_feedback, monkeypatch, tmp_path, caplog
 ):
     made = remote(obedient(serving))
-    monkeypatch.setattr(worker_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(pipe_module.tempfile, "tempdir", str(tmp_path))
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="hf_osd"):
-        patch.setattr(worker_module.subprocess, "Popen", Full)
+        patch.setattr(pipe_module.subprocess, "Popen", Full)
         offer(made, make_feedback())
         assert not made.update(wait=True)
     assert "could not be started" in caplog.text
@@ -343,26 +344,26 @@ def test_where_none_can_be_started_calls_go_on_and_it_is_tried_again(
         offer(made, make_feedback(seed=i))
     assert len(made.processes) == 1
     assert made.update(wait=True)
-    assert made.figures()["learner_restarts"] == 1
+    assert made.metrics()["learner_restarts"] == 1
 
 
 @pytest.mark.parametrize("python", ["false", "no-such-python"])
 def test_nor_does_a_python_that_fails_break_a_call(remote, serving, make_feedback, monkeypatch, python):
     """A real process: its end is waited for, or it would be a zombie."""
     started, popen = [], subprocess.Popen
-    monkeypatch.setattr(worker_module.sys, "executable", shutil.which(python) or python)
+    monkeypatch.setattr(pipe_module.sys, "executable", shutil.which(python) or python)
     monkeypatch.setattr(
-        worker_module.subprocess,
+        pipe_module.subprocess,
         "Popen",
         lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1],
     )
     made = remote()
     offer(made, make_feedback())
-    if made._worker is not None:
+    if made.transport.pipe is not None:
         wait_for_death(made)
         assert started[0].returncode == 1
         with pytest.raises(ChildProcessError):
             os.waitpid(started[0].pid, 0)
     assert len(started) == (python == "false")
-    assert made._deaths == 1
+    assert made.transport._deaths == 1
     assert not made.update(wait=True)

@@ -1,5 +1,6 @@
 """`RemoteLearner`: a process that learns, what it is sent and sends back, and its end; once the real one."""
 
+import functools
 import gc
 import io
 import os
@@ -17,10 +18,12 @@ from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
-from hf_osd.remote import worker as worker_module
-from hf_osd.remote.frames import ADAPTER, BEGIN, BUSY, DRAFT, FrameWriter, read_frame
-from hf_osd.remote.learner import RemoteLearner
+from hf_osd.remote import pipe as pipe_module
+from hf_osd.remote.draft_folder import ADAPTER, BEGIN, DRAFT, write_draft_folder
+from hf_osd.remote.frames import FrameWriter, read_frame
 from hf_osd.remote.process import LearnerProcess
+from hf_osd.remote.shared_flags import BUSY, SharedFlags
+from hf_osd.remote.supervisor import learn_in_process
 from hf_osd.system.forks import on_fork
 
 from .processes import FIGURES, INTERVAL, LONG, obedient, offer, reads_on, same, wait_for_death, weights_of
@@ -35,13 +38,13 @@ def test_requests_are_sent_and_weights_that_come_back_serve(remote, serving, mak
     [process] = made.processes
     assert process.laid_out == sorted([BEGIN, BUSY, DRAFT])
     assert [process.seen.get() for _ in range(3)] == [("feedback", 1), ("feedback", 1), ("flush", 0)]
-    assert made.figures() == FIGURES
+    assert made.metrics() == FIGURES
     assert (len(made.buffer), made.buffer.new()) == (2, []), "kept for a process that has to be started anew"
 
 
 def test_nothing_is_started_before_there_is_something_to_learn(remote, serving):
     made = remote(obedient(serving))
-    assert (made.due(), made.update(wait=False), made.processes) == (False, False, [])
+    assert (made.is_due(), made.update(wait=False), made.processes) == (False, False, [])
 
 
 def test_its_state_is_asked_for_and_given_back(remote, serving):
@@ -62,9 +65,9 @@ def test_a_flush_sends_what_came_into_the_buffer_otherwise(remote, serving, make
     made = remote(obedient(serving))
     for i in range(3):
         made.buffer.add(make_feedback(seed=i))
-    assert made.due()
+    assert made.is_due()
     assert made.update(wait=True)
-    assert (made.due(), made.buffer.new()) == (False, [])
+    assert (made.is_due(), made.buffer.new()) == (False, [])
     assert seen_by(made.processes[0], 2) == [("feedback", 3), ("flush", 0)]
     made.buffer.add(make_feedback(seed=3))
     assert not made.update(wait=False), "the process says when"
@@ -103,12 +106,12 @@ def test_a_forked_child_begins_with_a_process_of_its_own_and_leaves_its_parents_
     child = os.fork()
     if not child:
         try:
-            made.note_busy(True)
+            made.transport.note_busy(True)
             offer(made, make_feedback(seed=3))
             flushed = made.update(wait=True)
             seen = seen_by(made.processes[1], 3)
             made.close()
-            os.write(writing, repr((flushed, seen, serving.version, made.figures()["updates"])).encode())
+            os.write(writing, repr((flushed, seen, serving.version, made.metrics()["updates"])).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -137,10 +140,8 @@ def test_weights_from_elsewhere_are_sent_as_they_were(remote, serving):
     weights = {name: p.clone() for name, p in serving.active.named_parameters()}
     name = next(iter(serving.trainable))
     expected = weights[name].clone()
-    with made._lock:
-        writing = made._running()._out
-    writing.put(("state", None, {"much": torch.zeros(10**6)}, {}))  # it is written some time later
-    made.take(weights)
+    made._connect().send("state", {"much": torch.zeros(10**6)})  # it is written some time later
+    made.load_weights(weights)
     weights[name].zero_()
     taken.get(timeout=LONG)
     sent = taken.get(timeout=LONG)
@@ -150,13 +151,13 @@ def test_weights_from_elsewhere_are_sent_as_they_were(remote, serving):
 
 def test_whether_somebody_is_served_is_a_byte_in_its_folder(remote, make_feedback):
     made = remote(reads_on)
-    made.note_busy(True)  # there is no process to tell
+    made.transport.note_busy(True)  # there is no process to tell
     offer(made, make_feedback())
     [process] = made.processes
     assert (process.folder / BUSY).read_bytes()[:1] == b"\0"
-    made.note_busy(True)
+    made.transport.note_busy(True)
     assert (process.folder / BUSY).read_bytes()[:1] == b"\1"
-    made.note_busy(False)
+    made.transport.note_busy(False)
     assert (process.folder / BUSY).read_bytes()[:1] == b"\0"
 
 
@@ -166,7 +167,7 @@ def test_a_draft_that_another_process_cannot_load_is_refused(tiny_llama):
 
     draft = Mine(tiny_llama(layers=1).config)
     with pytest.raises(ValueError, match=r"Mine is no class of transformers\. Pass learn='background'"):
-        RemoteLearner(HotSwapDraft(draft, set()), FeedbackBuffer(), OnlineConfig(learn="process"))
+        learn_in_process(HotSwapDraft(draft, set()), FeedbackBuffer(), OnlineConfig(learn="process"))
 
 
 # Its end.
@@ -181,7 +182,7 @@ def test_close_ends_the_process_and_removes_its_folder(remote, serving, make_fee
     assert process.wait(0) == 0
     assert not process.folder.exists()
     assert seen_by(process, 1) == [("end", 0)], "its input may be held open by a fork"
-    assert made._deaths == 0, "it did not die"
+    assert made.transport._deaths == 0, "it did not die"
     made.close()
     offer(made, make_feedback(seed=1))
     assert not made.update(wait=True)
@@ -193,7 +194,7 @@ def test_one_that_does_not_end_is_made_to(remote, make_feedback, monkeypatch):
         reads_on(process)
         process.killed.wait(LONG)
 
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipe_module, "EXIT_TIMEOUT", 0.1)
     made = remote(deaf)
     offer(made, make_feedback())
     made.close()
@@ -203,7 +204,7 @@ def test_one_that_does_not_end_is_made_to(remote, make_feedback, monkeypatch):
 def test_the_process_ends_when_nobody_holds_its_learner(remote, make_feedback):
     made = remote(reads_on)
     offer(made, make_feedback())
-    [process], reader = made.processes, made._worker._reader
+    [process], reader = made.processes, made.transport.pipe._reader
     del made
     gc.collect()
     reader.join(LONG)
@@ -221,7 +222,7 @@ def test_garbage_collection_does_not_wait_for_it(remote, make_feedback):
 
     made = remote(slow)
     offer(made, make_feedback())
-    reader = made._worker._reader
+    reader = made.transport.pipe._reader
     del made
     gc.collect()
     assert reader.is_alive()
@@ -241,10 +242,10 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
     assert made.update(wait=True)
     learnt = weights_of(serving)
     assert not same(learnt, before)
-    figures = made.figures()
+    figures = made.metrics()
     assert (figures["updates"], figures["failed_updates"]) == (1, 0)
     tensors, state = made.state()
-    made.take({name: torch.zeros_like(p) for name, p in serving.active.named_parameters()})
+    made.load_weights({name: torch.zeros_like(p) for name, p in serving.active.named_parameters()})
     made.load_state(tensors, state)
     assert same(weights_of(serving), learnt), "what was saved serves again"
     assert serving.version == 2
@@ -253,17 +254,17 @@ def test_a_real_process_learns_gives_its_state_takes_it_up_and_may_be_killed(rem
 
     # A terminal sends these to all of a process group, and a service's end the last to all of a service: whoever serves still wants the state.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        os.kill(made._worker.pid, number)
-    assert os.getsid(made._worker.pid) != os.getsid(0)
+        os.kill(made.transport.pipe.pid, number)
+    assert os.getsid(made.transport.pipe.pid) != os.getsid(0)
     assert made.state()[1] == state
 
-    made.note_busy(True)
+    made.transport.note_busy(True)
     offer(made, *(make_feedback(seed=i) for i in range(2 * INTERVAL)))
-    worker = made._worker
+    worker = made.transport.pipe
     os.kill(worker.pid, signal.SIGKILL)
     wait_for_death(made)
     assert same(weights_of(serving), learnt)
-    assert made.figures()["updates"] == 1
+    assert made.metrics()["updates"] == 1
     assert not made.update(wait=True)
     with pytest.raises(ChildProcessError):
         os.waitpid(worker.pid, 0)
@@ -282,12 +283,7 @@ def lora_serving(tiny_llama):
 def lora_remote(remote, lora_serving):
     """As `remote`, over a draft that learns in an adapter."""
 
-    def make(behaviour=None, **fields):
-        made = remote(behaviour, **fields)
-        made._serving = lora_serving
-        return made
-
-    return make
+    return functools.partial(remote, serving=lora_serving)
 
 
 def test_weights_that_come_and_go_are_the_adapters(lora_remote, lora_serving, make_feedback):
@@ -319,7 +315,7 @@ def test_an_adapter_over_weights_that_are_gone_does_not_serve(lora_remote, lora_
     made = lora_remote(behave)
     offer(made, make_feedback())
     base = {"model.norm.weight": torch.full((32,), 2.0)}
-    made.take(lora_serving.adapter.weights(), base)
+    made.load_weights(lora_serving.adapter.weights(), base)
     assert read.wait(LONG)
     lora_serving.rebase(base)
     version = lora_serving.version
@@ -332,14 +328,14 @@ def test_an_adapter_over_weights_that_are_gone_does_not_serve(lora_remote, lora_
 def test_the_process_takes_another_base_under_its_adapter(lora_serving, tmp_path):
     adapter = lora_serving.adapter
     lora_serving.refresh({name: torch.full_like(w, 0.5) for name, w in adapter.weights().items()})
-    worker_module.lay_out(tmp_path, lora_serving, OnlineConfig(learn="process"), base=2)
+    lay_out(tmp_path, lora_serving)
     written = io.BytesIO()
     process = LearnerProcess(tmp_path, FrameWriter(written))
-    member = process.learner.ensemble.members[0]
+    member = process.learner.learner.student
     assert all(w.eq(0.5).all() for w in member.weights().values()), "as it has been learnt so far"
     base = {f"{name}.weight": torch.full_like(p.base_layer.weight, 0.25) for name, p in layers_of(adapter)}
     sent = {f"base.{name}": w for name, w in base.items()} | adapter.weights()
-    process._take(sent, {"base": 3})
+    assert process.service.handle("take", sent, {"base": 3}) is None
     assert all(p.base_layer.weight.eq(0.25).all() for _, p in layers_of(adapter, member.module))
     assert all(torch.equal(w, adapter.weights()[name]) for name, w in member.weights().items())
     process._serve(adapter.weights())
@@ -347,6 +343,12 @@ def test_the_process_takes_another_base_under_its_adapter(lora_serving, tmp_path
     kind, tensors, values = read_frame(written)
     assert (kind, tensors.keys(), values["base"]) == ("weights", adapter.trainable, 3)
     process.learner.close()
+
+
+def lay_out(folder, serving):
+    """All that a process finds there when it begins."""
+    write_draft_folder(folder, serving, OnlineConfig(learn="process"))
+    SharedFlags.create(folder)
 
 
 def layers_of(adapter, model=None):
@@ -386,9 +388,9 @@ def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(ti
 
         # One that is started anew begins with what was learnt.
         learnt = weights_of(serving)
-        os.kill(learner._worker.pid, signal.SIGKILL)
+        os.kill(learner.transport.pipe.pid, signal.SIGKILL)
         wait_for_death(learner)
-        learner._deaths = 0
+        learner.transport._deaths = 0
         offer(learner, make_feedback(seed=3))
         tensors, _ = learner.state()
         begun_anew = {n.removeprefix("0.weights."): w for n, w in tensors.items() if n.startswith("0.weights.")}
@@ -412,7 +414,7 @@ def test_it_ends_when_whoever_serves_is_killed(serving, tmp_path):
     """Though one that was forked off there lives on; and it leaves no folder."""
     folder = tmp_path / "learner"
     folder.mkdir()
-    worker_module.lay_out(folder, serving, OnlineConfig(learn="process"))
+    lay_out(folder, serving)
     ours, theirs = os.pipe()  # the end of it comes when all that have the other one are gone
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(folder), str(theirs)],

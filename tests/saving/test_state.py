@@ -67,8 +67,8 @@ def test_what_was_let_through_serves_again_and_learning_goes_on_from_what_was_no
     resumed.load_state(tmp_path)
     assert torch.equal(weights(resumed), weights(assistant))
     assert not torch.equal(weights(resumed), static)
-    for name, learnt in assistant.learner.ensemble.serving_weights().items():
-        assert torch.equal(learnt, resumed.learner.ensemble.serving_weights()[name])
+    for name, learnt in assistant.learner.student.serving_weights().items():
+        assert torch.equal(learnt, resumed.learner.student.serving_weights()[name])
     then, now = assistant.stats.to_dict(), resumed.stats.to_dict()
     for name in (
         "updates",
@@ -159,7 +159,7 @@ def test_progress_comes_back(draft, learnt, tmp_path):
     assert OnlineAssistant(draft).load_state(tmp_path) == {"at": 6}
 
 
-def test_no_state_is_said(learnt, tmp_path):
+def test_missing_state_raises(learnt, tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="no saved state in"):
             learnt.load_state(place)
@@ -313,8 +313,8 @@ def test_what_prompts_have_taught_is_known_after_a_restart_where_asked(target, d
     restored.load_state(tmp_path / "asked")
     without.load_state(tmp_path / "state")
     for p in PROMPTS[:9]:
-        assert assistant.seen_texts.shared(p[0]) == restored.seen_texts.shared(p[0]) == len(p[0])
-        assert without.seen_texts.shared(p[0]) == 0
+        assert assistant.seen_texts.shared_prefix(p[0]) == restored.seen_texts.shared_prefix(p[0]) == len(p[0])
+        assert without.seen_texts.shared_prefix(p[0]) == 0
 
 
 def test_a_state_is_plain_values_and_safetensors(learnt, tmp_path):

@@ -126,7 +126,7 @@ def test_models_of_two_sizes(target, tiny_llama, name):
     from hf_osd.feedback.recording import record_answers
 
     with default(name):
-        translation = VocabMapping.of_sizes(64, 48)
+        translation = VocabMapping.from_sizes(64, 48)
         answers = record_answers(target, [prompt[0] for prompt in PROMPTS[:2]], 6, translation=translation)
         scores = OnlineAssistant(small, learn=False).score(answers)
     assert [answer.tokens.device.type for answer in answers] == ["cpu"] * 2

@@ -230,6 +230,6 @@ def test_damage_is_named_and_the_state_before_it_is_whole(tmp_path, caplog, how)
     assert f"{path} is damaged" in caplog.text
 
 
-def test_no_state_is_said(tmp_path):
+def test_missing_state_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no saved state"):
         newest_state(tmp_path / "nowhere")

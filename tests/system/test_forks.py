@@ -8,13 +8,13 @@ import signal
 import threading
 import time
 import traceback
-from types import SimpleNamespace
 
 import pytest
 
-from hf_osd import OnlineAssistant
+from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
 from hf_osd.learning.orphan import Orphan
-from hf_osd.remote.roles import SeparateLearner
+from hf_osd.remote.channel import RankTransport
+from hf_osd.remote.learner import RemoteLearner
 from hf_osd.system import forks
 
 from ..served import PROMPTS, serve
@@ -167,7 +167,7 @@ def test_no_lock_that_another_thread_had_holds_up_the_child(made, target, caplog
     assistant = made("inline")
     serve(target, assistant, PROMPTS[:1])
     locks = [lock for lock in forks._locks if learns_then or lock is not assistant.learner._lock]
-    locks += [cache._lock for cache in assistant.texts._known.values()] + [assistant.texts._lock]
+    locks += [cache._lock for cache in assistant.texts._by_tenant.values()] + [assistant.texts._lock]
     assert len(locks) >= 8
     thread, go = holding(locks)
 
@@ -215,10 +215,11 @@ def test_a_fork_waits_for_the_imports_that_learning_takes(monkeypatch):
 
 
 def test_a_child_of_a_rank_that_serves_waits_for_no_answer():
-    learner = SeparateLearner.__new__(SeparateLearner)
-    learner.channel = SimpleNamespace(open=True)
+    transport = RankTransport(1, "the learning rank")
+    transport.listen = lambda on_frame, on_death: None  # there is no other rank
+    learner = RemoteLearner(transport, None, FeedbackBuffer(), OnlineConfig())
     assert "through threads that are not here" in learner.after_fork()
-    assert not learner.channel.open
+    assert (learner.is_due(), learner.update(wait=True)) == (False, False)
 
 
 def test_a_child_that_never_serves_says_nothing(made, target, caplog):

@@ -1,7 +1,8 @@
-"""Acceptance rate, a metric for `evaluate`. README.md beside this file is its card."""
+"""Computes the acceptance rate, as a metric for `evaluate`. README.md beside this file is its card."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import ClassVar
 
 import datasets
@@ -42,26 +43,26 @@ def _read_greedy(predictions, references) -> tuple[list, list]:
     return predictions, references
 
 
-def _of_greedy(predictions: list[list[int]], references: list[list[int]], level: float | None = 0.95) -> dict:
+def _compute_greedy(predictions: list[list[int]], references: list[list[int]], level: float | None = 0.95) -> dict:
     pairs = zip(predictions, references, strict=True)
     hits = [torch.tensor(p, device="cpu") == torch.tensor(r, device="cpu") for p, r in pairs]
     return _alpha([hit.double() for hit in hits], level)
 
 
 def _read_sampled(overlaps) -> tuple[list]:
-    # In low precision a sum of probabilities ends a little above 1.
+    # In low precision a sum of probabilities can be a little above 1.
     wanted = "a number from 0 to 1, or None at a position without a target"
     known = enumerate(items("overlaps", overlaps))
     return ([x if x is None else real(f"overlaps[{i}]", x, wanted, lambda x: 0 <= x <= 1.01) for i, x in known],)
 
 
-def _of_sampled(overlaps: list[list[float | None]], level: float | None = 0.95) -> dict:
+def _compute_sampled(overlaps: list[list[float | None]], level: float | None = 0.95) -> dict:
     known = [[x for x in row if x is not None] for row in overlaps]
     return _alpha([torch.tensor(row, dtype=torch.float64, device="cpu") for row in known], level)
 
 
 def _alpha(scores: list[Tensor], level: float | None) -> dict:
-    """Of expected acceptance, float64 `(N,)` a request."""
+    """Compute α and its interval from expected acceptance, float64 `(N,)` a request."""
     total = CallStats(overlap_sum=float(sum(s.sum() for s in scores)), overlap_count=sum(map(len, scores)))
     return {"alpha": total.alpha, **share_interval("alpha", scores, level)}
 
@@ -70,12 +71,12 @@ def _read_live(accepted, tested) -> tuple[int, int]:
     accepted, tested = whole("accepted", accepted), whole("tested", tested)
     if accepted > tested:
         raise ValueError(
-            f"`accepted` is {accepted} and `tested` {tested}; what is accepted was tested: count it there too."
+            f"`accepted` is {accepted} and `tested` {tested}; accepted tokens are tested ones: count it there too."
         )
     return accepted, tested
 
 
-def _of_live(accepted: list[int], tested: list[int], level: float | None = 0.95) -> dict:
+def _compute_live(accepted: list[int], tested: list[int], level: float | None = 0.95) -> dict:
     total = CallStats(accepted=sum(accepted), tested=sum(tested))
     scores = [(torch.arange(t, device="cpu") < a).double() for a, t in zip(accepted, tested, strict=True)]
     return {"alpha_live": total.alpha_live, **share_interval("alpha_live", scores, level)}
@@ -92,22 +93,18 @@ def _read_rounds(accepted, tested) -> tuple[list, list]:
     return accepted, tested
 
 
-def _of_rounds(accepted: list[list[int]], tested: list[list[int]], level: float | None = 0.95) -> dict:
+def _compute_rounds(accepted: list[list[int]], tested: list[list[int]], level: float | None = 0.95) -> dict:
     total = CallStats()
-    for a, t in zip(_flat(accepted), _flat(tested), strict=True):
+    for a, t in zip(chain(*accepted), chain(*tested), strict=True):
         total.observe_round(drafted=t, tested=t, accepted=a, new_tokens=a + 1)
-    figures = _of_live([sum(row) for row in accepted], [sum(row) for row in tested], level)
+    figures = _compute_live([sum(row) for row in accepted], [sum(row) for row in tested], level)
     return figures | {"acceptance_by_position": total.to_dict()["acceptance_by_position"]}
-
-
-def _flat(rows: list[list[int]]) -> list[int]:
-    return [value for row in rows for value in row]
 
 
 def _read_outcomes(outcomes) -> tuple[list]:
     outcomes = items("outcomes", outcomes)
     for i, one in enumerate(outcomes):
-        # No numbers: 0 is a rejection to some, and in `Feedback.outcome` a position that was not tested.
+        # Numbers are refused: 0 could mean a rejection, or, as in `Feedback.outcome`, a position that was not tested.
         if one is not None and one is not True and one is not False:
             raise ValueError(
                 f"`outcomes[{i}]` is {one!r}; give True (accepted), False (rejected) or None (not tested)."
@@ -115,9 +112,9 @@ def _read_outcomes(outcomes) -> tuple[list]:
     return (outcomes,)
 
 
-def _of_outcomes(outcomes: list[list[bool | None]], level: float | None = 0.95) -> dict:
+def _compute_outcomes(outcomes: list[list[bool | None]], level: float | None = 0.95) -> dict:
     accepted, tested = ([sum(one in which for one in row) for row in outcomes] for which in ((True,), (True, False)))
-    return _of_live(accepted, tested, level)
+    return _compute_live(accepted, tested, level)
 
 
 _INT, _INTS = datasets.Value("int64"), datasets.Sequence(datasets.Value("int64"))
@@ -128,9 +125,9 @@ _FLOATS, _BOOLS = datasets.Sequence(datasets.Value("float64")), datasets.Sequenc
 class AcceptanceRate(CheckedRows, evaluate.Metric):
     DESCRIPTION, INPUTS = _DESCRIPTION, _INPUTS
     LAYOUTS: ClassVar[dict[str, Layout]] = {
-        "default": Layout({"predictions": _INTS, "references": _INTS}, _read_greedy, _of_greedy),
-        "sampled": Layout({"overlaps": _FLOATS}, _read_sampled, _of_sampled),
-        "live": Layout({"accepted": _INT, "tested": _INT}, _read_live, _of_live),
-        "rounds": Layout({"accepted": _INTS, "tested": _INTS}, _read_rounds, _of_rounds),
-        "outcomes": Layout({"outcomes": _BOOLS}, _read_outcomes, _of_outcomes),
+        "default": Layout({"predictions": _INTS, "references": _INTS}, _read_greedy, _compute_greedy),
+        "sampled": Layout({"overlaps": _FLOATS}, _read_sampled, _compute_sampled),
+        "live": Layout({"accepted": _INT, "tested": _INT}, _read_live, _compute_live),
+        "rounds": Layout({"accepted": _INTS, "tested": _INTS}, _read_rounds, _compute_rounds),
+        "outcomes": Layout({"outcomes": _BOOLS}, _read_outcomes, _compute_outcomes),
     }

@@ -1,4 +1,4 @@
-"""Accepted length, a metric for `evaluate`. README.md beside this file is its card."""
+"""Computes the accepted length, as a metric for `evaluate`. README.md beside this file is its card."""
 
 from __future__ import annotations
 
@@ -32,19 +32,15 @@ Examples:
 
 
 def _read_totals(accepted, new_tokens, rounds) -> tuple[int, int, int]:
-    accepted, new_tokens, rounds = (
-        whole("accepted", accepted),
-        whole("new_tokens", new_tokens),
-        whole("rounds", rounds),
-    )
-    _check(accepted, new_tokens, rounds)
-    return accepted, new_tokens, rounds
+    counts = whole("accepted", accepted), whole("new_tokens", new_tokens), whole("rounds", rounds)
+    _check(*counts)
+    return counts
 
 
 def _check(accepted: int, new_tokens: int, rounds: int):
     if accepted > new_tokens:
         raise ValueError(
-            f"`accepted` is {accepted} and `new_tokens` {new_tokens}; count as accepted only what is in the answer, and as new all that is."
+            f"`accepted` is {accepted} and `new_tokens` {new_tokens}; count as accepted only tokens of the answer, and as new all of its tokens."
         )
     if new_tokens > accepted + rounds:
         raise ValueError(
@@ -53,7 +49,7 @@ def _check(accepted: int, new_tokens: int, rounds: int):
         )
 
 
-def _of_totals(accepted: list[int], new_tokens: list[int], rounds: list[int], level: float | None = 0.95) -> dict:
+def _compute_totals(accepted: list[int], new_tokens: list[int], rounds: list[int], level: float | None = 0.95) -> dict:
     total = CallStats(accepted=sum(accepted), new_tokens=sum(new_tokens), rounds=sum(rounds))
     length = total.accepted / total.rounds if total.rounds else float("nan")
     figures = {}
@@ -61,7 +57,7 @@ def _of_totals(accepted: list[int], new_tokens: list[int], rounds: list[int], le
         ("accepted_length", length, accepted),
         ("tokens_per_round", total.tokens_per_round, new_tokens),
     ):
-        # A request's mean in each of its rounds: requests are resampled whole, so how it is spread over them does not matter.
+        # Each round gets its request's mean: requests are resampled whole, so the distribution over rounds does not matter.
         lengths = [
             torch.full((n,), count / max(n, 1), dtype=torch.float64, device="cpu")
             for count, n in zip(counts, rounds, strict=True)
@@ -81,8 +77,8 @@ def _read_rounds(accepted, new_tokens) -> tuple[list, list]:
     return accepted, new_tokens
 
 
-def _of_rounds(accepted: list[list[int]], new_tokens: list[list[int]], level: float | None = 0.95) -> dict:
-    return _of_totals(list(map(sum, accepted)), list(map(sum, new_tokens)), list(map(len, accepted)), level)
+def _compute_rounds(accepted: list[list[int]], new_tokens: list[list[int]], level: float | None = 0.95) -> dict:
+    return _compute_totals(list(map(sum, accepted)), list(map(sum, new_tokens)), list(map(len, accepted)), level)
 
 
 _INT, _INTS = datasets.Value("int64"), datasets.Sequence(datasets.Value("int64"))
@@ -92,6 +88,6 @@ _INT, _INTS = datasets.Value("int64"), datasets.Sequence(datasets.Value("int64")
 class AcceptedLength(CheckedRows, evaluate.Metric):
     DESCRIPTION, INPUTS = _DESCRIPTION, _INPUTS
     LAYOUTS: ClassVar[dict[str, Layout]] = {
-        "default": Layout({"accepted": _INT, "new_tokens": _INT, "rounds": _INT}, _read_totals, _of_totals),
-        "rounds": Layout({"accepted": _INTS, "new_tokens": _INTS}, _read_rounds, _of_rounds),
+        "default": Layout({"accepted": _INT, "new_tokens": _INT, "rounds": _INT}, _read_totals, _compute_totals),
+        "rounds": Layout({"accepted": _INTS, "new_tokens": _INTS}, _read_rounds, _compute_rounds),
     }

@@ -1,4 +1,4 @@
-"""Speed-up, a metric for `evaluate`. README.md beside this file is its card."""
+"""Computes the speed-up, as a metric for `evaluate`. README.md beside this file is its card."""
 
 from __future__ import annotations
 
@@ -53,20 +53,22 @@ def _read_all_times(plain_seconds, decode_seconds, learn_seconds) -> tuple[float
     return *_read_times(plain_seconds, decode_seconds), learn_seconds
 
 
-def _of_times(plain_seconds: list[float | None], decode_seconds: list[float]) -> dict:
+def _compute_times(plain_seconds: list[float | None], decode_seconds: list[float]) -> dict:
     pairs = [(p, d) for p, d in zip(plain_seconds, decode_seconds, strict=True) if p is not None]
     return _ratio("speedup_decode", pairs) | {"pairs": len(pairs)}
 
 
-def _of_all_times(plain_seconds: list[float | None], decode_seconds: list[float], learn_seconds: list[float]) -> dict:
-    # Learning comes in updates, once every several requests, from which all of these learn: a pair bears its share, not what ran after it.
+def _compute_all_times(
+    plain_seconds: list[float | None], decode_seconds: list[float], learn_seconds: list[float]
+) -> dict:
+    # An update learns from several requests: each pair gets an equal share of all learning, not the update that ran after it.
     share = math.fsum(learn_seconds) / len(learn_seconds) if learn_seconds else 0.0
     pairs = [(p, d + share) for p, d in zip(plain_seconds, decode_seconds, strict=True) if p is not None]
-    return _of_times(plain_seconds, decode_seconds) | _ratio("speedup_end_to_end", pairs)
+    return _compute_times(plain_seconds, decode_seconds) | _ratio("speedup_end_to_end", pairs)
 
 
 def _ratio(name: str, pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Plain over assisted seconds: of all pairs together, and of single ones."""
+    """Divide plain by assisted seconds: of all pairs together, and of single pairs."""
     totals = [math.fsum(seconds) for seconds in zip(*pairs, strict=True)]
     singles = [plain / assisted for plain, assisted in pairs] or [math.nan]
     ends = {"median": statistics.median(singles), "least": min(singles), "most": max(singles)}
@@ -85,7 +87,7 @@ def _read_rounds(new_tokens, drafted, draft_steps) -> tuple[list, list, list]:
     return tuple(rounds.values())
 
 
-def _of_rounds(
+def _compute_rounds(
     new_tokens: list[list[int]],
     drafted: list[list[int]],
     draft_steps: list[list[int]],
@@ -115,9 +117,12 @@ _TIMES = {"plain_seconds": _FLOAT, "decode_seconds": _FLOAT}
 class Speedup(CheckedRows, evaluate.Metric):
     DESCRIPTION, INPUTS = _DESCRIPTION, _INPUTS
     LAYOUTS: ClassVar[dict[str, Layout]] = {
-        "default": Layout(_TIMES, _read_times, _of_times, options=()),
-        "end_to_end": Layout({**_TIMES, "learn_seconds": _FLOAT}, _read_all_times, _of_all_times, options=()),
+        "default": Layout(_TIMES, _read_times, _compute_times, options=()),
+        "end_to_end": Layout({**_TIMES, "learn_seconds": _FLOAT}, _read_all_times, _compute_all_times, options=()),
         "rounds": Layout(
-            {"new_tokens": _INTS, "drafted": _INTS, "draft_steps": _INTS}, _read_rounds, _of_rounds, options=("c", "v")
+            {"new_tokens": _INTS, "drafted": _INTS, "draft_steps": _INTS},
+            _read_rounds,
+            _compute_rounds,
+            options=("c", "v"),
         ),
     }

@@ -1,0 +1,105 @@
+"""`FeatureCollator`: requests to one batch for a draft that reads the target's hidden states. It knows Feedback and tensors, no model."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_osd.feedback.feedback import Feedback
+
+
+class FeatureCollator:
+    """Pads requests to one batch of columns, and stacks the targets of the rows that teach.
+
+    The column of token t_j reads that token and the target's state s_{j-1}, and predicts t_{j+1}. A request has those columns for which it has both the state
+    and the next token, which are consecutive; where states were not recorded nothing is read, and nothing is taught. Columns are padded left, so that the logits
+    that are asked for lie in the last ones.
+
+    Args:
+        width (`int`): F, the numbers of one state, as the draft reads it.
+        positions (`str`): `"all"` or `"error"`: which generated positions teach (see [`Feedback.teaching_mask`]).
+        prompts (`bool`, defaults to `True`): whether those of the prompts do that have a target.
+
+    Returns, from a call on a list of requests, a dict of
+        `input_ids`, `attention_mask`, `position_ids` (int64 `(B, T)`): the columns; the position of t_j's is j-1;
+        `features` (float32 `(B, T, F)`): the target's states, 0 in padding;
+        `labels` (int64 `(B, T+1)`): the token that a column predicts, one further right, where that teaches, -100 elsewhere, so that Trainer counts the rows;
+        `rows` (int64 `(R,)`): where the R teaching rows lie in the `(B·keep)` logits of the last `keep` columns;
+        `keep` (`int`): the columns that hold them;
+        `depth` (int64 `(R,)`): the columns of its request that lie before a row's own: after so many drafted tokens, at most, it can be predicted;
+        `top_ids` (int64 `(R, k)`), `top_logps` (float32 `(R, k)`), `tail_logp` (float32 `(R,)`): their targets.
+
+    Raises, from a call:
+        ValueError: if a request's states are of another width.
+    """
+
+    def __init__(self, width: int, positions: str = "all", prompts: bool = True):
+        self.width, self.positions, self.prompts = width, positions, prompts
+
+    def __call__(self, batch: list[Feedback]) -> dict:
+        counts = [self._columns(feedback) for feedback in batch]
+        width = max(*counts, 1)
+        width += width % 128 == 64  # see FeedbackCollator
+        size = len(batch), width
+        ids, mask, places = (torch.zeros(size, dtype=torch.long, device="cpu") for _ in range(3))
+        features = torch.zeros(*size, self.width, dtype=torch.float32, device="cpu")
+        labels = torch.full((len(batch), width + 1), -100, dtype=torch.long, device="cpu")
+        columns, depths, targets = [], [], []
+        for b, (feedback, count) in enumerate(zip(batch, counts, strict=True)):
+            if count:
+                first, left = (
+                    feedback.states.start + 1,
+                    width - count,
+                )  # the first token that has a column, and that column
+                ids[b, left:], mask[b, left:] = feedback.tokens[first : first + count].long(), 1
+                features[b, left:] = feedback.states.dense()[:count]
+                at = torch.arange(first, first + count, device="cpu")
+                if feedback.gap is not None:
+                    after, left_out = feedback.gap
+                    at = at + left_out * (at >= after)
+                places[b, left:] = at - 1
+            tokens, parts = self._taught(feedback)  # (r,)
+            depth = tokens - 2 - (feedback.states.start if count else 0)
+            column = width - count + depth  # each is predicted by the column of the token before
+            labels[b, column + 1] = feedback.tokens[tokens].long()
+            columns.append(column)
+            depths.append(depth)
+            targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in parts]
+        keep = max([1, *(width - int(column.min()) for column in columns if len(column))])
+        rows = [b * keep + column - (width - keep) for b, column in enumerate(columns)]
+        top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": places,
+            "features": features,
+            "labels": labels,
+            "rows": torch.cat(rows),
+            "keep": keep,
+            "depth": torch.cat(depths),
+            "top_ids": top_ids,
+            "top_logps": top_logps,
+            "tail_logp": tail_logp,
+        }
+
+    def _columns(self, feedback: Feedback) -> int:
+        """How many columns a request has."""
+        states = feedback.states
+        if states is None:
+            return 0
+        if states.width != self.width:
+            raise ValueError(
+                f"A request has states of {states.width} numbers and the draft reads {self.width}: they were recorded of other layers, or of another target. "
+                "Record them of the draft's own `aux_layers`."
+            )
+        return max(min(states.stop, len(feedback.tokens) - 2) - states.start, 0)
+
+    def _taught(self, feedback: Feedback) -> tuple[torch.Tensor, list]:
+        """The tokens of a request that teach, by their places in it, int64 `(r,)`; and their targets, in parts."""
+        start = feedback.prompt_length
+        taught = feedback.teaching_mask(self.positions, states=True).nonzero().squeeze(-1)
+        tokens, parts = [start + taught], [feedback.rows.select(taught)]
+        if self.prompts and feedback.prompt_rows is not None:
+            first = start - len(feedback.prompt_rows)
+            known = feedback.predicted_from_states()[first:start].nonzero().squeeze(-1)
+            tokens, parts = [first + known, *tokens], [feedback.prompt_rows.select(known), *parts]
+        return torch.cat(tokens), parts

@@ -1,0 +1,118 @@
+"""`FeatureContext`: the verified text as a feature-level draft reads it in one generate call: each token with the target's hidden states at the token before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_osd.drafting.context import DraftContext, DraftLogits
+
+if TYPE_CHECKING:
+    from hf_osd.models.feature_draft import FeatureDraft
+
+
+class FeatureContext(DraftContext):
+    """A [`DraftContext`] whose draft reads the target's states (EAGLE-3, arXiv 2503.01840).
+
+    The column of token j, for j ≥ 1, reads that token and the target's states at j-1. After a verification of m+1 tokens the states of all but the last
+    of them are at hand, so the draft reads m+1 columns in one forward. Beyond them it reads its own states, and forgets these columns when the round is over:
+    an accepted token is read again, with its true states.
+
+    Args:
+        model (`FeatureDraft`): the leased draft.
+        prompt (`Tensor` int64 `(L,)`): the prompt, without padding.
+    """
+
+    def __init__(self, model: FeatureDraft, prompt: Tensor):
+        super().__init__(model, prompt)
+        self._states: Tensor | None = None  # (1, S, F): of the tokens from `_first_state` on; S grows with the text
+        self._first_state = 0
+        self._true_columns = 0  # of the cache: those that read the target's states
+        self._last_own: Tensor | None = None  # (1, 1, H): the draft's own state at the last column it read
+
+    @property
+    def known(self) -> int:
+        """Tokens, from the first on, whose states are known."""
+        return self._first_state + (0 if self._states is None else self._states.shape[1])
+
+    @property
+    def is_ready(self) -> bool:
+        return self.length >= 2 and self.known >= self.length - 1
+
+    @property
+    def unread(self) -> int:
+        return self.length - 1 - self._cache.get_seq_length()
+
+    @property
+    def is_behind(self) -> bool:
+        return self._true_columns == 0
+
+    @property
+    def askable(self) -> int:
+        return max(self.length - 2, 0)  # the token after t_0 has no column before it
+
+    def add_states(self, hidden_states: Sequence[Tensor | None], count: int, read: Tensor | None = None) -> Tensor:
+        """Take the states of the target's last forward.
+
+        Args:
+            hidden_states: as the target's output has them: item i is `(1, T, H_t)`, after i layers; those of the draft's aux layers are there.
+            count (`int`): of its T columns those that are verified, the first ones.
+            read (`Tensor` bool `(T',)`, *optional*): which of the first T' columns are no padding.
+
+        Returns:
+            `Tensor`: the states `(S', F)` that are new.
+        """
+        parts = [hidden_states[layer][:, :count] for layer in self.model.config.aux_layers]
+        home = self.ids.device
+        states = torch.cat([part.to(home, self.model.dtype) for part in parts], dim=-1)
+        if read is not None:
+            mask = torch.ones(states.shape[1], dtype=torch.bool, device=home)
+            mask[: len(read)] = read.to(home)[: len(mask)]
+            states = states[:, mask]
+        self._states = states if self._states is None else torch.cat([self._states, states], dim=1)
+        return states[0]
+
+    def catch_up(self, lag: int) -> DraftLogits:
+        """Read all the cache lacks, with the target's states: what the draft predicts at the last `lag` tokens of the target and at the next one, lag+1 rows."""
+        rows = [start - 1 for start in self._starts[len(self._starts) - lag :]] + [self.length - 1]
+        begin = self._cache.get_seq_length() + 1
+        at = begin - 1 - self._first_state
+        logits = self._read(self.ids[:, begin:], self._states[:, at : at + self.length - begin], self.length - rows[0])
+        self._true_columns = self._cache.get_seq_length()
+        # They are in the cache now, and nothing asks for them again.
+        self._first_state, self._states = self.length - 1, None
+        return logits if len(logits) == len(rows) else logits[[row - rows[0] for row in rows]]
+
+    def step(self, token: Tensor) -> DraftLogits:
+        return self._read(token.to(self.ids.device), self._last_own, keep=1)
+
+    def crop(self, accepted: int):
+        """Forget what was read with the draft's own states, whatever was accepted of it."""
+        self._cache.crop(-max(self._cache.get_seq_length() - self._true_columns, 0))
+
+    def reads(self, n: int) -> bool:
+        probe = copy.copy(self)
+        probe.ids, probe._starts, probe._cache = self.ids[:, :1].expand(1, n + 1), [], self._empty_cache()
+        probe._true_columns, probe._first_state = 0, 0
+        config = self.model.config
+        width = len(config.aux_layers) * config.target_hidden_size
+        try:
+            with torch.no_grad():
+                probe._states = torch.zeros(1, n, width, device=self.ids.device, dtype=self.model.dtype)
+                probe.catch_up(0)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        return True
+
+    def _read(self, tokens: Tensor, features: Tensor, keep: int) -> DraftLogits:
+        outputs = self.model(
+            input_ids=tokens, features=features, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
+        )
+        self._last_own = outputs.states[:, -1:]
+        return self._logits(outputs.logits, keep)
