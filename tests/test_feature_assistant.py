@@ -70,7 +70,7 @@ def test_a_state_goes_on_where_it_was(target, prompts, tmp_path):
     for _ in range(3):
         serve(target, first, prompts)
     first.flush()
-    first.save_state(tmp_path, buffer=True)
+    first.save_state(tmp_path, with_buffer=True)
     second = OnlineAssistant(grow_feature_draft(target, seed=0), **config)
     second.load_state(tmp_path)
     for (name, one), (_, other) in zip(first.serving.weights(), second.serving.weights(), strict=True):

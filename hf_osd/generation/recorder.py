@@ -218,7 +218,7 @@ class CallRecorder:
         """Packs the target's states at the prompt's last tokens and at the answer's. generate does not hand over those of the last round."""
         if not self._states:
             return None
-        start = max(len(self._prompt) - self._prompt_positions - 2, 0)  # the state at j-2 predicts token j
+        start = max(len(self.prompt) - self._prompt_positions - 2, 0)  # the state at j-2 predicts token j
         began = time.perf_counter()
         try:
             states, self._states = torch.cat(self._states), []
