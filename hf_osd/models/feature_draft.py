@@ -38,7 +38,9 @@ class FeatureDraftRMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        # As other layers are made: transformers loads a model's layers on the meta device, in a dtype of its own.
+        ones = torch.ones(size, device=torch.get_default_device(), dtype=torch.get_default_dtype())
+        self.weight, self.eps = nn.Parameter(ones), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
@@ -53,7 +55,9 @@ class FeatureDraftEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         embeds = super().forward(ids)
-        return embeds if self.scale == 1.0 else embeds * float(torch.tensor(self.scale).to(embeds.dtype))
+        return (
+            embeds if self.scale == 1.0 else embeds * float(torch.tensor(self.scale, device="cpu", dtype=embeds.dtype))
+        )
 
 
 class FeatureDraftAttention(nn.Module):
@@ -141,7 +145,8 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         self.norm = FeatureDraftRMSNorm(size, eps)
         self.lm_head = nn.Linear(size, config.vocab_size, bias=config.head_bias)
         if config.draft_vocab_size is not None:
-            self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))  # tokens that the head has
+            has = torch.ones(config.vocab_size, device=torch.get_default_device(), dtype=torch.bool)
+            self.register_buffer("t2d", has)  # tokens that the head has
         self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}
         self.post_init()
         self.freeze_ends()

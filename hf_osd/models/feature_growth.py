@@ -174,12 +174,12 @@ def _rope_of(text: PretrainedConfig) -> dict:
 def _first_value(name: str, shape: torch.Size, random: torch.Generator) -> Tensor:
     """What a weight that trains begins with, float32."""
     if len(shape) == 1:
-        return torch.ones(shape, device="cpu")
+        return torch.ones(shape, device="cpu", dtype=torch.float32)
     if name == "fc.weight":
-        value = torch.zeros(shape, device="cpu")
+        value = torch.zeros(shape, device="cpu", dtype=torch.float32)
         value[:, -shape[0] :].fill_diagonal_(1.0)
         return value
-    return _STD * torch.randn(shape, generator=random, device="cpu")
+    return _STD * torch.randn(shape, generator=random, device="cpu", dtype=torch.float32)
 
 
 def _final_scale(target: PreTrainedModel, size: int) -> Tensor:
@@ -188,7 +188,7 @@ def _final_scale(target: PreTrainedModel, size: int) -> Tensor:
     norm = next((m for name in _FINAL_NORMS if (m := getattr(decoder, name, None)) is not None), None)
     weight = getattr(norm, "weight", None)
     if weight is None or weight.shape != (size,):
-        return torch.ones(size)
+        return torch.ones(size, device="cpu", dtype=torch.float32)
     home = execution_device(norm)
     scale = _of_target(target, weight, home).float()
     if isinstance(norm, nn.LayerNorm):

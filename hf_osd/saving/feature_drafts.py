@@ -89,8 +89,8 @@ def save_feature_draft(
     }
     tensors["lm_head.weight"] = draft.lm_head.weight.detach()[ids.to(draft.lm_head.weight.device)]
     if layout == "eagle3" or len(ids) < draft.config.vocab_size:
-        tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
-        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device="cpu").index_fill_(0, ids, True)
+        tensors["d2t"] = ids - torch.arange(len(ids), device="cpu")
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,8 +241,8 @@ def _read_head(
     for key, tensor, needed in (("lm_head.weight", rows, True), ("d2t", offsets, wanted < size)):
         if tensor is None and needed:
             raise ValueError(f"{name} lacks {key!r}, and has {wanted} of {size} tokens. Save or download it again.")
-    offsets = torch.zeros(len(rows), dtype=torch.long) if offsets is None else offsets.long().cpu()
-    ids = torch.arange(len(offsets)) + offsets
+    offsets = torch.zeros(len(rows), dtype=torch.long, device="cpu") if offsets is None else offsets.long().cpu()
+    ids = torch.arange(len(offsets), device="cpu") + offsets
     tokens = ids.unique()  # ascending
     if not len(rows) == len(ids) == len(tokens) == wanted or tokens[0] < 0 or tokens[-1] >= size:
         raise ValueError(
@@ -285,7 +285,7 @@ def _check_target(config: FeatureDraftConfig, target: PreTrainedModel):
 def _rows_to_write(draft: FeatureDraft, draft_vocab: Sequence[int] | Tensor | None) -> Tensor:
     """The tokens of the head that is written, int64 `(D,)`, ascending."""
     config = draft.config
-    has = torch.arange(config.vocab_size)
+    has = torch.arange(config.vocab_size, device="cpu")
     if config.draft_vocab_size is not None:
         has = draft.t2d.cpu().nonzero().squeeze(-1)
     if draft_vocab is None:

@@ -51,7 +51,7 @@ def test_it_learns_and_is_judged(target, answers, rate):
     assert shadow.requests > 0
     assert shadow.estimate() is not None
     assert 0 <= shadow.static <= shadow.positions
-    learnt = learner.ensemble.members[0].weights()
+    learnt = learner.student.weights()
     assert not {name for name in learnt if "embed_tokens" in name or "lm_head" in name}
     static = learner.contenders.static.weights
     assert sum(bool((weight != static[name]).any()) for name, weight in learnt.items()) > 5
@@ -64,11 +64,11 @@ def test_requests_without_states_are_left_out_of_all_figures(target, answers):
     mixed = [one for answer in answers for one in (answer, replace(answer, states=None))]
     run(learners[1], mixed)
     assert [learner.failed for learner in learners] == [0, 0]
-    figures = [learner.figures() for learner in learners]
+    figures = [learner.metrics() for learner in learners]
     for name in ("updates", "learned_tokens", "accepted_updates", "rejected_updates", "regret_vs_static", "trouble"):
         assert figures[0][name] == figures[1][name], name
     assert learners[0].contenders.shadow.state() == learners[1].contenders.shadow.state()
-    weights = [learner.ensemble.members[0].weights() for learner in learners]
+    weights = [learner.student.weights() for learner in learners]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4)
 
