@@ -143,16 +143,20 @@ class DraftContext:
         Raises:
             torch.OutOfMemoryError: if memory is short, which tells nothing of n.
         """
-        probe = copy.copy(self)
-        probe.ids, probe._starts, probe._cache = self.ids[:, :1].expand(1, n), [], self._empty_cache()
         try:
             with torch.no_grad():
-                probe.catch_up(0)
+                self._probe(n).catch_up(0)
         except torch.OutOfMemoryError:
             raise
         except Exception:
             return False
         return True
+
+    def _probe(self, n: int) -> DraftContext:
+        """Makes a context in which n tokens are still unread."""
+        probe = copy.copy(self)
+        probe.ids, probe._starts, probe._cache = self.ids[:, :1].expand(1, n), [], self._empty_cache()
+        return probe
 
     def _empty_cache(self) -> DynamicCache | EncoderDecoderCache:
         config = self.model.config.get_text_config(decoder=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,7 @@ class FeatureContext(DraftContext):
 
     @property
     def known(self) -> int:
-        """Tokens, from the first on, whose states are known."""
+        """Counts the tokens, from the first on, whose states are known."""
         return self._first_state + (0 if self._states is None else self._states.shape[1])
 
     @property
@@ -56,7 +55,7 @@ class FeatureContext(DraftContext):
         return max(self.length - 2, 0)  # the token after t_0 has no column before it
 
     def add_states(self, hidden_states: Sequence[Tensor | None], count: int, read: Tensor | None = None) -> Tensor:
-        """Take the states of the target's last forward.
+        """Takes the states of the target's last forward.
 
         Args:
             hidden_states: as the target's output has them: item i is `(1, T, H_t)`, after i layers; those of the draft's aux layers are there.
@@ -77,7 +76,7 @@ class FeatureContext(DraftContext):
         return states[0]
 
     def catch_up(self, lag: int) -> DraftLogits:
-        """Read all the cache lacks, with the target's states: what the draft predicts at the last `lag` tokens of the target and at the next one, lag+1 rows."""
+        """Reads all the cache lacks, with the target's states: returns the draft's logits at the last `lag` tokens of the target and at the next one, lag+1 rows."""
         rows = [start - 1 for start in self._starts[len(self._starts) - lag :]] + [self.length - 1]
         begin = self._cache.get_seq_length() + 1
         at = begin - 1 - self._first_state
@@ -91,24 +90,14 @@ class FeatureContext(DraftContext):
         return self._read(token.to(self.ids.device), self._last_own, keep=1)
 
     def crop(self, accepted: int):
-        """Forget what was read with the draft's own states, whatever was accepted of it."""
+        """Removes what was read with the draft's own states, whatever was accepted of it."""
         self._cache.crop(-max(self._cache.get_seq_length() - self._true_columns, 0))
 
-    def reads(self, n: int) -> bool:
-        probe = copy.copy(self)
-        probe.ids, probe._starts, probe._cache = self.ids[:, :1].expand(1, n + 1), [], self._empty_cache()
+    def _probe(self, n: int) -> FeatureContext:
+        probe = super()._probe(n + 1)  # the first token has no column
         probe._true_columns, probe._first_state = 0, 0
-        config = self.model.config
-        width = len(config.aux_layers) * config.target_hidden_size
-        try:
-            with torch.no_grad():
-                probe._states = torch.zeros(1, n, width, device=self.ids.device, dtype=self.model.dtype)
-                probe.catch_up(0)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            return False
-        return True
+        probe._states = self.ids.new_zeros(1, n, self.model.config.states_size, dtype=self.model.dtype)
+        return probe
 
     def _read(self, tokens: Tensor, features: Tensor, keep: int) -> DraftLogits:
         outputs = self.model(
