@@ -57,7 +57,7 @@ class DraftLogits:
 
     def confidence(self) -> Tensor:
         """Computes the probability of each row's likeliest token, `(n,)`; 0 where all are -inf."""
-        return (self.logits.amax(-1) - self.logits.logsumexp(-1)).exp().nan_to_num()
+        return self.logits.softmax(-1).amax(-1).nan_to_num()
 
     def dense(self, size: int) -> Tensor:
         """Spreads the logits over the draft's vocabulary of `size` W, `(n, W)`; -inf where none was computed."""

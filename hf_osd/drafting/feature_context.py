@@ -13,6 +13,42 @@ from hf_osd.drafting.context import DraftContext, DraftLogits
 if TYPE_CHECKING:
     from hf_osd.models.feature_draft import FeatureDraft
 
+_ROOM = 64  # columns
+
+
+class FeatureCache:
+    """Holds keys and values of the draft's one layer, with room for more: a new column then costs no copy of those before it. Has what the draft's forward
+    and a [`DraftContext`] use of a `Cache`."""
+
+    def __init__(self):
+        self._room: tuple[Tensor, Tensor] | None = None  # (1, g, N, d) each
+        self._length = 0
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def crop(self, columns: int):
+        """Removes the last `-columns` columns."""
+        self._length += columns
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Appends T columns, `(1, g, T, d)` each, and returns all there are."""
+        begin, end = self._length, self._length + keys.shape[2]
+        if self._room is None or end > self._room[0].shape[2]:
+            self._room = tuple(self._grown(i, new, end) for i, new in enumerate((keys, values)))
+        for room, new in zip(self._room, (keys, values), strict=True):
+            room[:, :, begin:end] = new.detach()
+        self._length = end
+        return tuple(room[:, :, :end] for room in self._room)
+
+    def _grown(self, i: int, new: Tensor, columns: int) -> Tensor:
+        """Allocates room for keys (`i` = 0) or values (1), and copies what is there."""
+        with torch.inference_mode(False):  # made under it, they could not be written outside it
+            room = new.new_empty(*new.shape[:2], columns + columns // 2 + _ROOM, new.shape[3])
+        if self._room is not None:
+            room[:, :, : self._length] = self._room[i][:, :, : self._length]
+        return room
+
 
 class FeatureContext(DraftContext):
     """A [`DraftContext`] whose draft reads the target's states (EAGLE-3, arXiv 2503.01840).
@@ -92,6 +128,9 @@ class FeatureContext(DraftContext):
     def crop(self, accepted: int):
         """Removes what was read with the draft's own states, whatever was accepted of it."""
         self._cache.crop(-max(self._cache.get_seq_length() - self._true_columns, 0))
+
+    def _empty_cache(self) -> FeatureCache:
+        return FeatureCache()
 
     def _probe(self, n: int) -> FeatureContext:
         probe = super()._probe(n + 1)  # the first token has no column

@@ -25,6 +25,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_osd.models.feature_config import FeatureDraftConfig
 
+_STACKED = 16  # columns up to which the queries of a group are stacked
+
 
 @dataclass
 class FeatureDraftOutput(CausalLMOutputWithPast):
@@ -148,6 +150,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             has = torch.ones(config.vocab_size, device=torch.get_default_device(), dtype=torch.bool)
             self.register_buffer("t2d", has)  # tokens that the head has
         self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # of the first positions
         self.post_init()
         self.freeze_ends()
 
@@ -216,18 +219,19 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         seen = past + input_ids.shape[1]
         if attention_mask is not None and attention_mask.shape[1] < seen:
             attention_mask = F.pad(attention_mask, (seen - attention_mask.shape[1], 0), value=1)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
         if position_ids is None:
-            position_ids = torch.arange(past, seen, device=embeds.device)[None]
-            if attention_mask is not None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
-        rotary = self._rotary(position_ids, embeds.dtype)
+            rotary = tuple(table[:, :, past:seen] for table in self._table(seen, embeds))
+        else:
+            rotary = self._rotary(position_ids, embeds.dtype)
         residual, q, k, v = self.midlayer.begin(embeds, feature, rotary)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, 0)
         allowed = _causal(q.shape[2], k.shape[2], attention_mask, q.device)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+        attended = _attended(q, k, v, allowed)
         states = [self._fed_back(self.midlayer.end(residual, attended))]
         if unroll > 1:
             states += self._unrolled(embeds, states[0], rotary, k, v, attention_mask, unroll)
@@ -290,6 +294,15 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             states.append(state)
         return states
 
+    def _table(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(1, 1, N, d)` of positions 0 … N-1, N ≥ `length`, in the dtype and on the device of `like`. Made once for all texts."""
+        key = like.device, like.dtype
+        if (table := self._tables.get(key)) is None or table[0].shape[2] < length:
+            with torch.inference_mode(False), torch.no_grad():
+                positions = torch.arange(1 << (length - 1).bit_length(), device=like.device)[None]
+                table = self._tables[key] = self._rotary(positions, like.dtype)
+        return table
+
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines `(B, 1, T, d)`."""
         if positions.device not in self._frequencies:
@@ -314,6 +327,21 @@ def _frequencies(config: FeatureDraftConfig, device: torch.device) -> tuple[Tens
 def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * rotary[0] + torch.cat([-second, first], dim=-1) * rotary[1]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attend with queries `(B, h, T, d)` to keys and values `(B, g, S, d)`, h a multiple of g: `(B, h, T, d)`.
+
+    Queries that share keys are stacked as further rows where they are few. `enable_gqa` copies keys and values for each of them, which takes several times as
+    long as attending does; stacked masks of many columns would take the memory.
+    """
+    if q.shape[2] > _STACKED:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and allowed is not None:
+        allowed = allowed.repeat(1, 1, groups, 1)
+    stacked = q.reshape(len(q), k.shape[1], groups * q.shape[2], q.shape[3])
+    return F.scaled_dot_product_attention(stacked, k, v, attn_mask=allowed).reshape(q.shape)
 
 
 def _shifted(x: Tensor, columns: int) -> Tensor:
