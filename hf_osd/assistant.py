@@ -31,6 +31,7 @@ from hf_osd.generation.parts import Parts
 from hf_osd.generation.patch import enable
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import AssistantView
+from hf_osd.learning.memory import buffer_bytes
 from hf_osd.learning.trouble import WAITS
 from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
@@ -101,7 +102,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             )
         enable()
 
-        self.buffer = FeedbackBuffer(config.buffer_bytes, config.buffer_age)
+        self.buffer = FeedbackBuffer(buffer_bytes(draft, config), config.buffer_age)
         self.serving, self.learner, self.head = NullHotSwap(), None, None
         self.reach: Reach | None = None  # the draft's limits
         self._widths = LogitWidths()
@@ -354,6 +355,11 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
                 if call.rehearsable:
                     self.rehearsable.add(feedback)
                 self.learner.add(feedback)
+        if self.buffer.crowded:
+            self._warn_once(
+                f"The feedback buffer (`buffer_bytes`, {self.buffer.max_bytes / 2**20:.0f} MiB) has no room for 128 requests of this size, and the oldest go: that is "
+                "little to learn from. Raise `buffer_bytes`; or lower `prompt_positions` or `top_k`, so that a request takes less."
+            )
 
     def _needs_draft(self, what: str):
         if not self.lookahead.has_draft:

@@ -138,7 +138,12 @@ class FeedbackConfig:
         "Largest number of positions, the last ones of a prompt, to learn from as well. The target's predictions there cost its LM head and no forward. "
         "The beginning that a prompt shares with a recent one is learnt once. 0 learns from answers alone.",
     )
-    buffer_bytes: int = option(64 * 2**20, whole(1), "Bound on the feedback kept in memory. The oldest goes first.")
+    buffer_bytes: int | None = option(
+        None,
+        whole(1).or_none(),
+        "Bound on the feedback kept in memory. The oldest goes first. None is 64 MiB; for a draft that reads the target's hidden states as much more as 131,072 "
+        "of these take, but no more than an eighth of the memory that is free when the assistant is made.",
+    )
     buffer_age: float | None = option(
         None, above_zero().or_none(), "Seconds after which feedback is dropped. None keeps it."
     )

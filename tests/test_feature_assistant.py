@@ -80,6 +80,19 @@ def test_a_state_goes_on_where_it_was(target, prompts, tmp_path):
     serve(target, second, prompts)
 
 
+def test_a_buffer_that_holds_few_requests_is_named_once(target, prompts, caplog):
+    config = {**LEARNS, "update_interval": 10**6, "suffix_cache": False, "lookahead": "constant"}
+    assistant = OnlineAssistant(grow_feature_draft(target, seed=0), **config, buffer_bytes=30_000)
+    for _ in range(3):
+        serve(target, assistant, prompts)
+    assistant.update()
+    assert assistant.buffer.crowded
+    [warning] = [r.message for r in caplog.records if "buffer_bytes" in r.message]
+    assert "little to learn from" in warning
+    roomy = OnlineAssistant(grow_feature_draft(target, seed=0), **config)
+    assert roomy.buffer.max_bytes > assistant.buffer.max_bytes
+
+
 def test_its_one_layer_learns_whole(target):
     with pytest.raises(ValueError, match=r"adapter=.lora."):
         OnlineAssistant(grow_feature_draft(target), adapter="lora")

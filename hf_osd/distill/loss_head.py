@@ -60,27 +60,39 @@ class LossHead(nn.Linear):
         return F.linear(hidden, weight, None if self.bias is None else self.bias.index_select(0, self._columns))
 
 
-def loss_columns(top_ids: Tensor, size: int, samples: int, generator: torch.Generator | None = None):
+def loss_columns(
+    top_ids: Tensor,
+    size: int,
+    samples: int,
+    generator: torch.Generator | None = None,
+    draftable: Tensor | None = None,
+):
     """Choose the columns that a loss over the targets `top_ids` is computed from.
 
     Args:
         top_ids (`Tensor` int64 `(R, k)`): the tokens that have a log-prob of their own.
         size (`int`): V, the columns of the whole head.
         samples (`int`): how many of the others are drawn, uniformly without repetition, to stand for all of them.
+        draftable (`Tensor` bool `(V,)`, *optional*): which tokens the head has, if it lacks some: the others are drawn among these alone.
 
     Returns:
-        `columns` int64 `(C,)`, those of `top_ids` first; `at` int64 `(R, k)`, where each of `top_ids` lies in them; and `support`, how many are
-        not drawn. `None` if the whole head has hardly more columns.
+        `columns` int64 `(C,)`, those of `top_ids` first; `at` int64 `(R, k)`, where each of `top_ids` lies in them; `support`, how many are
+        not drawn; and `size`, how many columns they stand for in all. `None` if the whole head has hardly more columns.
     """
     support, at = top_ids.unique(return_inverse=True)  # ascending
+    if draftable is not None:
+        left = draftable.index_fill(0, support, False).nonzero().squeeze(-1)
+        size = len(support) + len(left)
     others = size - len(support)
     if len(support) + samples >= size // 2:
         return None
     ranks = torch.randperm(others, generator=generator, device="cpu")[:samples].to(top_ids.device)  # among the others
+    if draftable is not None:
+        return torch.cat([support, left[ranks]]), at, len(support), size
     # The i-th smallest token outside the support: it has as many of the support below it as have rank + their number below it.
     below = support - torch.arange(len(support), device=support.device)  # others below each of the support
     drawn = ranks + torch.searchsorted(below, ranks, right=True)
-    return torch.cat([support, drawn]), at, len(support)
+    return torch.cat([support, drawn]), at, len(support), size
 
 
 def sampled_tail(logits: Tensor, support: int, size: int) -> Tensor:

@@ -57,6 +57,27 @@ class _LogProbsAt(torch.autograd.Function):
         return rows.scatter_add_(-1, ids, grad), None
 
 
+def among_draftable(p: Tensor, q: Tensor, draftable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Restrict targets to the tokens that a draft can draft, for one whose LM head lacks some of the target's.
+
+    What it lacks it can never propose, so the best acceptance Σ min(p, q) there is, at temperature 1, is that of q ∝ p among the others: p is renormalised among them, and
+    p's mass there is what the row weighs, for only that much of it can be accepted. So no gradient comes from what is lacking: where all the target wants is lacking, the
+    row teaches next to nothing. (EAGLE-3 and SpecForge take the target's softmax over the draft's columns and leave out rows whose likeliest token is none of them: the
+    same for a sure target.)
+
+    Args:
+        p (`Tensor` float32 `(R, k+1)`), q (`Tensor` `(R, k+1)`): log-probs of top k and tail, of target and draft.
+        draftable (`Tensor` bool `(R, k)`): which of the k tokens the draft's head has. The tail counts as draftable.
+
+    Returns:
+        p and q, alike and all but 0 outside the draftable tokens, and the rows' weights `(R,)`. All are finite.
+    """
+    kept = torch.nn.functional.pad(draftable, (0, 1), value=True)
+    mass = p.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True).clamp_max(0.0)  # (R, 1)
+    p = torch.where(kept, p - mass, _RULED_OUT).clamp_min(_RULED_OUT)
+    return p, torch.where(kept, q, _RULED_OUT), mass.squeeze(-1).exp()
+
+
 def forward_kl(p: Tensor, q: Tensor) -> Tensor:
     """Compute KL(p‖q): `generalized_jsd_loss` at beta 0."""
     return (p.exp() * (p - q)).sum(-1)

@@ -181,7 +181,8 @@ class OnlineGKDTrainer(GKDTrainer):
         logits, at = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
         if self._reads_states:
-            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config)  # (R,)
+            draftable = None if (has := self._draftable(model)) is None else has[inputs["top_ids"]]
+            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config, draftable)  # (R,)
         else:
             q = draft_buckets(logits, at)
             losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)
@@ -206,14 +207,18 @@ class OnlineGKDTrainer(GKDTrainer):
         head = getattr(model, "module", model).get_output_embeddings()
         columns, samples = None, self.config.sampled_columns
         if samples is not None and not whole and isinstance(head, LossHead):
-            columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws)
+            columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws, self._draftable(model))
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             if columns is None:
                 return self._answer(model, inputs), inputs["top_ids"]
-            chosen, at, support = columns
+            chosen, at, support, size = columns
             with head.only(chosen):
                 logits = self._answer(model, inputs)
-        return sampled_tail(logits.float(), support, head.out_features), at
+        return sampled_tail(logits.float(), support, size), at
+
+    def _draftable(self, model: nn.Module) -> Tensor | None:
+        """The tokens that the draft's LM head has, bool `(V,)`; `None` if it has all of the target's."""
+        return getattr(getattr(model, "module", model), "t2d", None) if self._reads_states else None
 
     def _answer(self, model: nn.Module, inputs: dict) -> Tensor:
         """The logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, see [`unrolled_logits`]."""

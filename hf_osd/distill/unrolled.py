@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_osd.distill.losses import divergence, draft_buckets
+from hf_osd.distill.losses import among_draftable, divergence, draft_buckets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,9 @@ def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> Tensor:
     return logits[step, batch["rows"][rows]]
 
 
-def unrolled_losses(logits: Tensor, at: Tensor, p: Tensor, depth: Tensor, config: OnlineConfig) -> Tensor:
+def unrolled_losses(
+    logits: Tensor, at: Tensor, p: Tensor, depth: Tensor, config: OnlineConfig, draftable: Tensor | None = None
+) -> Tensor:
     """The loss of each row, `(R,)`: the divergence of each step that it has, weighted by 0.8 to the power of the step, in all.
 
     Args:
@@ -63,8 +65,12 @@ def unrolled_losses(logits: Tensor, at: Tensor, p: Tensor, depth: Tensor, config
         p (`Tensor` float32 `(R, k+1)`): the targets, see [`hf_osd.distill.losses.target_buckets`].
         depth (`Tensor` int64 `(R,)`): as of `unrolled_rows`.
         config (`OnlineConfig`): names divergence and steps.
+        draftable (`Tensor` bool `(R, k)`, *optional*): which of the targets' tokens the draft's LM head has, if it lacks some; see
+            [`hf_osd.distill.losses.among_draftable`].
     """
     rows, step = unrolled_rows(depth, config.unrolled_steps)
-    q = draft_buckets(logits, at[rows])
-    losses = divergence(p[rows], q, config.divergence, config.beta, config.total_variation_weight)  # (S,)
-    return p.new_zeros(len(p)).index_add(0, rows, losses * _DECAY**step)
+    p, q, weights = p[rows], draft_buckets(logits, at[rows]), 1.0
+    if draftable is not None:
+        p, q, weights = among_draftable(p, q, draftable[rows])
+    losses = weights * divergence(p, q, config.divergence, config.beta, config.total_variation_weight)  # (S,)
+    return losses.new_zeros(len(depth)).index_add(0, rows, losses * _DECAY**step)

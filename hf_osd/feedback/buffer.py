@@ -13,6 +13,9 @@ from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.trace import read_trace, write_trace
 from hf_osd.system.forks import released
 
+# Fewer requests than these that teach no more tokens than those are little to learn from: an update replays some fifty.
+_FEW_REQUESTS, _FEW_TOKENS = 128, 16_384
+
 
 class FeedbackBuffer:
     """Holds the most recent [`Feedback`], bounded by bytes and by age. Requests that no update has used yet are *new*. Thread-safe.
@@ -24,12 +27,14 @@ class FeedbackBuffer:
     Attributes:
         nbytes (`int`): bytes held.
         dropped (`int`): how many requests went before any update had used them.
+        crowded (`bool`): `True` once a request has gone for its bytes where few were held, fewer than learning wants to draw from.
     """
 
     def __init__(self, max_bytes: int = 64 * 2**20, max_age: float | None = None):
         self.max_bytes, self.max_age = max_bytes, max_age
         self.nbytes = 0
         self.dropped = 0
+        self.crowded = False
         self._held: deque[Feedback] = deque()  # oldest first
         self._new = 0  # how many of them, the last ones, are new
         self._lock = released(threading.RLock())
@@ -147,6 +152,8 @@ class FeedbackBuffer:
     def _keep_bounds(self):
         while self.nbytes > self.max_bytes and self._held:
             self._drop_oldest()
+            few = len(self._held) < _FEW_REQUESTS
+            self.crowded = self.crowded or (few and sum(map(len, self._held)) < _FEW_TOKENS)
         if self.max_age is not None:
             while self._held and time.monotonic() - self._held[0].created > self.max_age:
                 self._drop_oldest()

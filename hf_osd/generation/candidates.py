@@ -117,9 +117,10 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self._proposer: DraftModelProposer | None = None
         self.head_usage: HeadUsage | None = None  # with a reduced draft vocabulary
         self._reach = parts.reach
-        self._not_padding: Tensor | None = (
-            None  # bool (L,), until the prompt's states are there, if the draft reads states
-        )
+        self._running = request.running
+        # bool (L,), until the prompt's states are there, if the draft reads states
+        self._not_padding: Tensor | None = None
+        self._new_states = 0  # verified columns of the target's last forward whose states are still to be kept
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
             if isinstance(assistant_model, FeatureDraft):
@@ -155,10 +156,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         )
 
     def get_candidates(
-        self, input_ids: Tensor, model_outputs: ModelOutput | None = None, n_last_matches: int = 0, **kwargs
+        self, input_ids: Tensor, model_outputs: ModelOutput | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
-        """Proposes a block after `input_ids` `(1, L)`. For a draft that reads the target's states, generate hands over the outputs of its last forward, and how many
-        drafts were accepted there.
+        """Proposes a block after `input_ids` `(1, L)`. For a draft that reads the target's states, generate hands over the outputs of its last forward.
 
         Returns:
             `tuple[Tensor, Tensor]`: text and block, `(1, L+n)`; and the scores that the block was sampled from, float32 `(1, n, V)`. These are `None` in
@@ -166,8 +166,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         """
         if self._first_round and self._verification is not None:
             self._verification.check_first_round(self.record)
-        if model_outputs is not None and self._proposer is not None:
-            self._keep_states(input_ids, model_outputs, int(n_last_matches))
+        if model_outputs is not None:  # of a target that does not pass them on at the round's end
+            self._keep_states(model_outputs)
         start = time.perf_counter()
         self._block = Block()
         room = self.stops.max_length - 1 - input_ids.shape[1]
@@ -259,15 +259,31 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stats.target_seconds += target_seconds
         stats.lookup_seconds += self._lookup_seconds
         stats.capture_seconds += time.perf_counter() - start
+        if self.requires_model_outputs:
+            self._new_states = m + 1 if self._not_padding is None else input_ids.shape[1] - 1
+            if self._running is not None:
+                self._running.wait_for_outputs(self._keep_states)
 
     @torch.autocast("cpu", enabled=False)
-    def _keep_states(self, input_ids: Tensor, outputs: ModelOutput, matches: int):
-        """Hands the states of the target's last forward, as far as its tokens are verified, to the draft and to the recorder."""
+    def _keep_states(self, outputs: ModelOutput):
+        """Hands the states of the target's last forward, as far as its tokens are verified, to the draft and to the recorder; once."""
+        count, self._new_states = self._new_states, 0
+        if not count or self._proposer is None:
+            return
         start, context = time.perf_counter(), self._proposer.context
         first, self._not_padding = self._not_padding, None
-        count = matches + 1 if first is None else input_ids.shape[1] - 1
-        states = context.add_states(outputs.hidden_states, count, first)
-        self.record.add_states(states, len(context.model.config.aux_layers))
+        try:
+            if not outputs.get("hidden_states"):
+                raise ValueError(
+                    f"the target gives no hidden states, though asked for those of layers {context.model.config.aux_layers}"
+                )
+            states = context.add_states(outputs.hidden_states, count, first)
+            self.record.add_states(states, len(context.model.config.aux_layers))
+        except (
+            Exception
+        ) as error:  # a target may return no states, and memory may be short: it can go on without the draft
+            self._proposer = None
+            self._reach.failed(error, context, 0)
         self.record.stats.capture_seconds += time.perf_counter() - start
 
     def _fill(self, input_ids: Tensor, room: int):

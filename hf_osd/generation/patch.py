@@ -1,6 +1,6 @@
 """This is the one seam into transformers: by it `assistant_model=` may be an [`OnlineAssistant`]. It wraps `GenerationMixin._get_candidate_generator`, its caller
-`_assisted_decoding`, which has the stopping criteria and ends with the call, the validation before it, and two methods of Whisper, which change a setting if
-they get an assistant. Every other assistant passes through unchanged."""
+`_assisted_decoding`, which has the stopping criteria and ends with the call, `_update_model_kwargs_for_generation`, which gets the target's outputs at the end of each
+round, the validation before a call, and two methods of Whisper, which change a setting if they get an assistant. Every other assistant passes through unchanged."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ _CONTRACT = {
     "GenerationMixin._assisted_decoding": ("stopping_criteria", "assistant_model", "synced_gpus"),
     "GenerationMixin._sample": _LOOP_PARAMETERS,
     "GenerationMixin._validate_generation_mode": ("generation_mode_kwargs",),
+    "GenerationMixin._update_model_kwargs_for_generation": ("outputs", "model_kwargs"),
     "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs", "max_cache_length"),
     "GenerationMixin._get_candidate_generator": (
         *_REQUEST_PARAMETERS,
@@ -143,6 +144,7 @@ def _seam() -> dict[type, dict[str, Callable]]:
             "_get_candidate_generator": _wrap_get_candidates,
             "_assisted_decoding": _wrap_decoding,
             "_validate_generation_mode": _wrap_validation,
+            "_update_model_kwargs_for_generation": _wrap_round_end,
         },
         WhisperGenerationMixin: {"generate": _wrap_whisper, "generate_with_fallback": _wrap_whisper_fallback},
     }
@@ -211,6 +213,19 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
+
+
+def _wrap_round_end(original: Callable, signature: inspect.Signature) -> Callable:
+    """Wraps `_update_model_kwargs_for_generation`, which generate calls with the target's outputs when a round has been verified, after a call's last round too: a
+    candidate generator that has just asked for the outputs gets them. Nothing of theirs is changed."""
+
+    def update_model_kwargs(self, *args, **kwargs):
+        calls = running_calls()
+        if calls and calls[-1].waiting is not None:
+            calls[-1].end_round(signature.bind(self, *args, **kwargs).arguments["outputs"])
+        return original(self, *args, **kwargs)
+
+    return update_model_kwargs
 
 
 def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callable:

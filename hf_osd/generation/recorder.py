@@ -215,7 +215,7 @@ class CallRecorder:
         )
 
     def _kept_states(self) -> TargetStates | None:
-        """Packs the target's states at the prompt's last tokens and at the answer's. generate does not hand over those of the last round."""
+        """Packs the target's states at the prompt's last tokens and at the answer's, but for its last token, which the target has not read."""
         if not self._states:
             return None
         start = max(len(self.prompt) - self._prompt_positions - 2, 0)  # the state at j-2 predicts token j

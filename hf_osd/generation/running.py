@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import StoppingCriteriaList
+    from transformers.utils import ModelOutput
 
 # Attribute, by thread: `calls`, see `running_calls`.
 _thread = threading.local()
@@ -15,10 +18,27 @@ _thread = threading.local()
 
 @dataclass(eq=False)
 class RunningCall:
-    """Describes one run of `_assisted_decoding` with an OnlineAssistant."""
+    """Describes one run of `_assisted_decoding` with an OnlineAssistant.
+
+    Args:
+        stopping_criteria (`StoppingCriteriaList`), synced_gpus (`bool`): what the loop was given.
+        waiting (`weakref.WeakMethod`, *optional*): takes the outputs of the forward that was verified last, see `wait_for_outputs`.
+    """
 
     stopping_criteria: StoppingCriteriaList
     synced_gpus: bool = False
+    waiting: weakref.WeakMethod | None = None
+
+    def wait_for_outputs(self, take: Callable[[ModelOutput], object]):
+        """Has the bound method `take` called once, with the outputs of the round that is ending. generate hands outputs to a candidate generator only when it
+        asks for another block, which it does not after a call's last round. Does not keep its object alive."""
+        self.waiting = weakref.WeakMethod(take)
+
+    def end_round(self, outputs: ModelOutput):
+        """Passes the outputs of the target's last forward to whoever waits for them."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None and (take := waiting()) is not None:
+            take(outputs)
 
 
 def running_calls() -> list[RunningCall]:

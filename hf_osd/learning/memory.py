@@ -31,6 +31,9 @@ ALL_WEIGHTS_SHARE, ALL_WEIGHTS_BYTES = 0.2, 4 * GIB
 # What learning may take of what is available, unless the config has a budget.
 BUDGET_SHARE = 0.5
 
+# The buffer of feedback, and how many of the target's states it has room for besides; at most this share of what is available.
+BUFFER_BYTES, BUFFER_STATES, BUFFER_SHARE = 64 * 2**20, 2**17, 0.125
+
 _TOKENS = 1024  # of a request, or as many as the draft has positions for
 # Bytes of logits to one of their float32 numbers: themselves, their log-softmax, its gradient and theirs.
 _LOGITS = 4
@@ -270,6 +273,18 @@ def available(device: torch.device | str) -> float:
         if device.type == "mps":
             return max(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), 0)
     return math.inf
+
+
+def buffer_bytes(draft: PreTrainedModel | None, config: OnlineConfig) -> int:
+    """Return the bound on feedback in memory: the config's, or one by what the draft reads. States take most of a request: 3·4096 numbers a token are 12 KiB, and 64 MiB
+    would hold 27 requests of 192 tokens."""
+    if config.buffer_bytes is not None:
+        return config.buffer_bytes
+    if draft is None or not reads_states(draft):
+        return BUFFER_BYTES
+    state = draft.config.states_size + 2 * len(draft.config.aux_layers)  # int8, and a float16 for each layer
+    most = min(BUFFER_SHARE * available("cpu"), BUFFER_BYTES + BUFFER_STATES * state)
+    return max(int(most), BUFFER_BYTES)
 
 
 def cgroup_left(root: str | Path = "/sys/fs/cgroup", of_process: str | Path = "/proc/self/cgroup") -> float:

@@ -43,6 +43,7 @@ from hf_osd.distill.ensemble import make_student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
+from hf_osd.learning.memory import buffer_bytes
 from hf_osd.models.copies import check_weights
 from hf_osd.remote.draft_folder import read_draft_folder
 from hf_osd.remote.frames import END, FrameWriter, read_frame
@@ -69,7 +70,7 @@ class LearnerProcess:
         begin, flags = read_draft_folder(folder), SharedFlags(folder)
         self._frames = frames
         self._served = {name: p for name, p in begin.draft.named_parameters() if name in begin.trainable}
-        buffer = FeedbackBuffer(begin.config.buffer_bytes, begin.config.buffer_age)
+        buffer = FeedbackBuffer(buffer_bytes(begin.draft, begin.config), begin.config.buffer_age)
         student = make_student(begin.draft, begin.trainable, begin.config)
         self.learner = BackgroundLearner(
             Learner(student, buffer, self._serve, alone=False),

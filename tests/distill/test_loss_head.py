@@ -38,7 +38,7 @@ def test_columns_are_those_of_the_targets_and_as_many_others_as_asked(size, rows
     if chosen is None:
         assert len(asked) + samples >= size // 2
         return
-    columns, at, support = chosen
+    columns, at, support, _ = chosen
     assert torch.equal(columns[at], top_ids)
     assert set(columns[:support].tolist()) == asked
     assert len(columns) == len(asked) + samples < size / 2
@@ -52,7 +52,7 @@ def test_the_others_are_drawn_uniformly():
     support, size, samples, draws, random = [0, 3, 4, 19], 20, 3, 4000, seeded()
     counts = torch.zeros(size)
     for _ in range(draws):
-        columns, _, known = loss_columns(torch.tensor([support]), size, samples, random)
+        columns, _, known, _ = loss_columns(torch.tensor([support]), size, samples, random)
         counts[columns[known:]] += 1
     assert counts[support].sum() == 0
     counts = counts[[i for i in range(size) if i not in support]]
@@ -76,7 +76,7 @@ def test_sums_of_exp_over_the_columns_are_unbiased():
     logits = 2 * torch.randn(3, 200, generator=seeded(), dtype=torch.float64)
     top_ids, random, sums = logits.topk(4).indices, seeded(1), []
     for _ in range(2000):
-        columns, _, support = loss_columns(top_ids, 200, 30, random)
+        columns, _, support, _ = loss_columns(top_ids, 200, 30, random)
         sums.append(sampled_tail(logits[:, columns], support, 200).exp().sum(-1))
     sums, dense = torch.stack(sums), logits.exp().sum(-1)
     error = sums.std(0) / math.sqrt(len(sums))

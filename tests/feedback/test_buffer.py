@@ -46,6 +46,22 @@ def test_bytes_never_exceed_the_bound_and_the_oldest_go_first(make_feedback, len
     assert buffer.tokens == sum(map(len, kept))
 
 
+def test_it_is_crowded_once_few_requests_fill_it(make_feedback):
+    """127 requests of 3 tokens are little to learn from; 127 of 200 are not, nor are 128 of any length."""
+    short, long = make_feedback(n=3), make_feedback(n=200)
+    for one, room, crowded in ((short, 127, True), (short, 128, False), (long, 127, False), (long, 80, True)):
+        buffer = FeedbackBuffer(room * one.nbytes)
+        for _ in range(room):
+            buffer.add(one)
+        assert not buffer.crowded
+        buffer.add(one)
+        assert buffer.crowded == crowded
+    old = FeedbackBuffer(max_age=1e-9)
+    for _ in range(3):
+        old.add(short)
+    assert not old.crowded
+
+
 def test_a_request_without_a_verified_position_is_left_out(make_feedback):
     buffer = FeedbackBuffer()
     buffer.add(make_feedback(n=0))

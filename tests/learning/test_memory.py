@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from hf_osd import OnlineConfig
+from hf_osd import OnlineConfig, grow_feature_draft
 from hf_osd.learning import memory
-from hf_osd.learning.memory import GIB, LearningFacts, available, cgroup_left, choose, learning_bytes
+from hf_osd.learning.memory import GIB, LearningFacts, available, buffer_bytes, cgroup_left, choose, learning_bytes
 from hf_osd.models.lora import adaptable, can_merge
 
 # Of the size of a model of 1.2 billion weights in bfloat16.
@@ -204,3 +204,13 @@ def test_of_cuda_what_the_allocator_holds_in_reserve_is_free_too(monkeypatch):
 def test_of_a_device_that_nobody_knows_anything_fits():
     assert available("meta") == math.inf
     assert available("no such device") == math.inf
+
+
+@pytest.mark.parametrize(("free", "states"), [(math.inf, 2**17), (8 * (2**26 + 102_000), 1000), (2**20, 0)])
+def test_the_buffer_has_room_for_the_states_that_a_draft_reads(tiny_llama, monkeypatch, free, states):
+    """A state is 3 · 32 bytes, and two more a layer."""
+    monkeypatch.setattr(memory, "available", lambda device: free)
+    reader, other = grow_feature_draft(tiny_llama(layers=4)), tiny_llama(layers=1)
+    assert buffer_bytes(reader, OnlineConfig()) // 102 == (2**26 + 102 * states) // 102
+    assert buffer_bytes(other, OnlineConfig()) == buffer_bytes(None, OnlineConfig()) == 2**26
+    assert buffer_bytes(reader, OnlineConfig(buffer_bytes=1000)) == 1000
