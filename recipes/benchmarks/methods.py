@@ -20,7 +20,7 @@ from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
 from hf_osd.metrics.stats import CallStats
 from recipes.benchmarks.workload import Call, Workload
 from recipes.common.command import numbers_of
-from recipes.common.figures import or_none, spread
+from recipes.common.figures import or_none, rate_interval, spread
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import load_draft
 
@@ -37,10 +37,11 @@ ONLINE = {  # what each changes in the config of the flags
     "online-full-head": {"draft_head": "full"},
     "online-low-rank": {"draft_head": "low_rank"},
     "before": {},
-    "cache": {},
+    "cache": {"suffix_cache": True, "learn": "off"},
     "useless": {},
 }
 METHODS = ("plain", "assisted", "assisted-default", "prompt_lookup", *ONLINE)
+CACHE = "cache"  # what every other online method is compared with for its gain of learning
 
 # Requests on which the setting of a stock method is chosen. They are measured too, so the choice can only flatter the method.
 _TRIED = 4
@@ -109,8 +110,20 @@ class Online(Method):
         super().__init__()
         self._draft, self._config, self._watch = draft, config, watch
 
+    @property
+    def learns(self) -> bool:
+        """Tell whether the assistant learns between requests, in this thread."""
+        return self._draft is not None and self._config.learn == "inline"
+
     def reset(self):
+        """Begin with an assistant of its own, whose suffix cache is empty: no method finds in it what another one has served."""
+        self.close()
         self.assistant = OnlineAssistant(self._draft, self._config)
+
+    def close(self):
+        """End what learns beside the assistant, if anything does."""
+        if self.assistant is not None:
+            self.assistant.close()
 
     def serve(self, work: Workload, request: dict) -> Call:
         # Views of the serving draft with a partial head share its hooks.
@@ -142,6 +155,11 @@ class Run:
     def rate(self) -> float:
         """New tokens a second."""
         return self.sum("new") / self.sum("seconds")
+
+    @property
+    def rate_with_learning(self) -> float:
+        """New tokens a second of serving and learning together."""
+        return self.sum("new") / (self.sum("seconds") + self.sum("learn_seconds"))
 
     @property
     def decode_rate(self) -> float | None:
@@ -194,10 +212,18 @@ class Contest:
                     runs[name].regret = stats.regret_vs_static
             repeats.append(runs)
             logger.info("Repeat %d of %d is done.", repeat + 1, self.args.repeats)
+        for method in self._methods.values():
+            if isinstance(method, Online):
+                method.close()
         found = {}
         for name, method in self._methods.items():
             plain = [runs["plain"] for runs in repeats] if "plain" in self.names else None
             found[name] = method.facts | figures_of([runs[name] for runs in repeats], plain)
+            found[name] |= dict.fromkeys(GAIN)
+            if isinstance(method, Online) and name != CACHE:
+                found[name] |= gain_of(
+                    [runs[name] for runs in repeats], [runs[CACHE] for runs in repeats], method.learns
+                )
             found[name] |= self._parity(repeats[0][name], plain[0] if plain else None)
             found[name]["peak_rss_mb"] = peak_rss_mb()
         return found
@@ -315,6 +341,34 @@ def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
     return figures
 
 
+GAIN = ("gain_of_learning", "gain_of_learning_interval", "gain_of_learning_end_to_end")
+
+
+def gain_of(runs: list[Run], cache: list[Run], learns: bool) -> dict:
+    """Compute what a method's draft earns beside the suffix cache: its tokens a second over those of the cache alone.
+
+    Args:
+        runs: the method's, one for each repeat.
+        cache: those of the method `cache` in the same repeats, on the same requests.
+        learns: whether the method learns between its requests, so that its seconds of learning are to be counted too.
+    """
+    pairs = list(zip(runs, cache, strict=True))
+    requests = [
+        (one.new, one.seconds, other.new, other.seconds)
+        for run, base in pairs
+        for one, other in zip(run.calls, base.calls, strict=True)
+    ]
+    count = len(runs[0].calls)
+    # A request's repeats belong together: they are drawn together.
+    summed = [tuple(map(sum, zip(*requests[i::count], strict=True))) for i in range(count)]
+    end_to_end = spread([run.rate_with_learning / base.rate for run, base in pairs]) if learns else None
+    return {
+        "gain_of_learning": spread([run.rate / base.rate for run, base in pairs]),
+        "gain_of_learning_interval": rate_interval(summed),
+        "gain_of_learning_end_to_end": end_to_end,
+    }
+
+
 def round_ms(run: Run) -> dict[str, float]:
     """Split the milliseconds of a round, prompts' forwards included; `python` is the remainder, mostly generate's own loop."""
     parts = {name: getattr(run.stats, f"{name}_seconds") for name in ("draft", "target", "lookup", "capture")}
@@ -340,7 +394,7 @@ def random_draft(draft: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def names_of(methods: str) -> list[str]:
-    """Read the flag `methods`: each name once, in order.
+    """Read the flag `methods`: each name once, in order; beside online methods always `cache`, last if it is not among them.
 
     Raises:
         ValueError: if a name is unknown, or there is none.
@@ -348,4 +402,4 @@ def names_of(methods: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names or not set(names) <= set(METHODS):
         raise ValueError(f"`methods` is {methods!r}; choose from {', '.join(METHODS)}.")
-    return names
+    return names if CACHE in names or not set(names) & set(ONLINE) else [*names, CACHE]
