@@ -65,14 +65,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def cell(value: float | dict | None, form: str | None = None) -> str:
-    """Format a figure for a table: a dash if it is not known, a [`spread`] as its median and, in brackets, its ends.
+def cell(value: float | dict | list | None, form: str | None = None) -> str:
+    """Format a figure for a table: a dash if it is not known, a [`spread`] as its median and, in brackets, its ends; several figures one after
+    another.
 
     Args:
         form (`str`, *optional*): a format such as `"{:.1f}"`; by default whole numbers as they are and others with three places.
     """
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return " ".join(cell(one, form) for one in value)
     if isinstance(value, dict):
         return f"{cell(value['median'], form)} ({cell(value['min'], form)}-{cell(value['max'], form)})"
     return (form or ("{}" if isinstance(value, int) else "{:.3f}")).format(value)
