@@ -178,6 +178,7 @@ def table(found: dict[str, dict]) -> str:
         "ideal": ("ideal_speedup", "{:.2f}"),
         "of ideal": ("share_of_ideal", "{:.0%}"),
         "alpha": ("alpha", "{:.3f}"),
+        "by step": ("alpha_by_step", "{:.3f}"),
         "tok/round": ("tokens_per_round", "{:.2f}"),
         "c": ("c", "{:.2f}"),
         "identical": ("identical_share", "{:.0%}"),

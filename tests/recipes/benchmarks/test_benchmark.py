@@ -7,7 +7,7 @@ import torch
 
 from hf_osd import OnlineConfig
 from hf_osd.metrics.stats import CallStats
-from recipes.benchmarks import benchmark, methods
+from recipes.benchmarks import benchmark, methods, runs
 from recipes.benchmarks.workload import WARM_UP, Workload
 from recipes.common import prompts
 
@@ -28,25 +28,24 @@ ONLINE_FIGURES = {
     "regret_vs_static",
 }
 GAIN = {"gain_of_learning", "gain_of_learning_interval", "gain_of_learning_end_to_end"}
-FIGURES = (
-    ONLINE_FIGURES
-    | GAIN
-    | {
-        "tokens_per_second",
-        "wall_s",
-        "new_tokens",
-        "tokens_per_round",
-        "target_forwards",
-        "draft_forwards",
-        "prefill_s",
-        "speedup_vs_plain",
-        "speedup_decode_only",
-        "identical_share",
-        "near_ties",
-        "mismatches",
-        "peak_rss_mb",
-    }
-)
+FIGURES = {
+    *ONLINE_FIGURES,
+    *GAIN,
+    "alpha_by_step",
+    "tokens_per_second",
+    "wall_s",
+    "new_tokens",
+    "tokens_per_round",
+    "target_forwards",
+    "draft_forwards",
+    "prefill_s",
+    "speedup_vs_plain",
+    "speedup_decode_only",
+    "identical_share",
+    "near_ties",
+    "mismatches",
+    "peak_rss_mb",
+}
 
 
 @pytest.fixture
@@ -116,6 +115,9 @@ def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
         gain = [found[name][figure] for figure in ("gain_of_learning", "gain_of_learning_interval")]
         assert [one is None for one in gain] == [name == "cache"] * 2
         assert found[name]["gain_of_learning_end_to_end"] is None, "nothing learns"
+    assert found["online"]["alpha_by_step"] == found["online-full-head"]["alpha_by_step"] == [1]
+    assert found["useless"]["alpha_by_step"][0] < 0.5
+    assert found["cache"]["alpha_by_step"] is found["plain"]["alpha_by_step"] is None
     assert found["online-full-head"]["alpha"] == 1
     assert found["online-full-head"]["head_coverage"] is None
     assert found["online"]["draft_forwards"] > 0
@@ -169,7 +171,7 @@ def test_no_method_finds_its_answer_in_a_cache(run, monkeypatch):
 
 def test_a_gain_is_the_ratio_of_rates_on_the_same_requests():
     def ran(seconds, new, learn=0.0):
-        return methods.Run(
+        return runs.Run(
             [
                 methods.Call(torch.zeros(0), n, 1, s, 0.1, 1, learn_seconds=learn)
                 for n, s in zip(new, seconds, strict=True)
@@ -177,12 +179,20 @@ def test_a_gain_is_the_ratio_of_rates_on_the_same_requests():
         )
 
     fast, slow = ran([1.0, 2.0], [10, 20], learn=0.75), ran([2.0, 2.0], [10, 10])
-    found = methods.gain_of([fast, slow], [slow, slow], learns=True)
+    found = runs.gain_of([fast, slow], [slow, slow], learns=True)
     assert found["gain_of_learning"] == {"median": 1.5, "min": 1.0, "max": 2.0}
     assert found["gain_of_learning_end_to_end"]["max"] == pytest.approx(30 / 4.5 / 5)
     # Both repeats of a request are drawn together: the first alone has 20 tokens in 3 s beside 20 in 4, the second 30 in 4 beside 20 in 4.
     assert found["gain_of_learning_interval"] == pytest.approx([4 / 3, 1.5])
-    assert methods.gain_of([fast], [slow], learns=False)["gain_of_learning_end_to_end"] is None
+    assert runs.gain_of([fast], [slow], learns=False)["gain_of_learning_end_to_end"] is None
+
+
+def test_a_draft_that_reads_states_is_scored_by_step(run):
+    figures = run("--draft", "feature", "--requests", 2, "--repeats", 1, "--methods", "online")["methods"]
+    assert list(figures) == ["online", "cache"]
+    steps = figures["online"]["alpha_by_step"]
+    assert len(steps) == 3
+    assert 0 <= steps[0] <= 1
 
 
 def test_sampling_is_timed_and_not_compared(run):
@@ -315,7 +325,7 @@ def test_ideal_speedup_is_the_formulas_at_a_fixed_length():
             stats.observe_round(2, min(accepted + 1, 2), accepted, accepted + 1)
     costs = DraftPolicy("constant", 2, draft_cost=0.25, verify_cost=0.1).costs
     expected = ideal_speedup([0.8, 5 / 8], 2, 0.25, lambda n: 1 + 0.1 * (n - 1))
-    assert methods.Run(stats=stats, costs=costs).ideal_speedup == pytest.approx(expected)
+    assert runs.Run(stats=stats, costs=costs).ideal_speedup == pytest.approx(expected)
 
 
 def test_difference_is_what_was_observed_in_between():
@@ -324,7 +334,7 @@ def test_difference_is_what_was_observed_in_between():
     second.observe_round(2, 2, 2, 3, from_draft=1)
     both.add(first)
     both.add(second)
-    assert methods.difference(both, first) == second
+    assert runs.difference(both, first) == second
 
 
 def test_a_useless_draft_has_weights_of_its_own(target_dir, stream):
