@@ -1,9 +1,11 @@
 # make demo: an environment in .venv and the main job on an embedded model, into runs/demo.   make test: lint and tests.
 # Another interpreter: make demo PYTHON=python3.12.   More flags for the demo: make demo ARGS="--seed 1".
+# Another draft than the config's: make demo DEMO_DRAFT=feature, one that reads the target's hidden states.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 DEMO_CONFIG ?= recipes/configs/demo.yaml
+DEMO_DRAFT ?=
 
 BIN := $(VENV)/bin
 # --no-compile halves the install: most of torch and transformers is never imported, and Python writes the bytecode of what is at
@@ -31,7 +33,7 @@ DEMO_AGAIN = $(if $(filter --output_dir% --output-dir% --resume% --overwrite%,$(
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process "$$($(BIN)/python -c 'import torch; print(torch.get_num_threads())')" \
-		recipes/distill.py --config $(DEMO_CONFIG) $(DEMO_AGAIN) $(ARGS)
+		recipes/distill.py --config $(DEMO_CONFIG) $(if $(DEMO_DRAFT),--draft $(DEMO_DRAFT)) $(DEMO_AGAIN) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

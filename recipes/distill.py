@@ -31,14 +31,13 @@ from hf_osd.system.output_paths import check_apart
 from recipes.common.answers import record_fitting, score_by_domain
 from recipes.common.attempts import Saves, attempt_to_show
 from recipes.common.command import check_repository, run_command
+from recipes.common.comparison import BESIDE, CACHE, ONLINE, PLAIN, Comparison
 from recipes.common.domains import Domain, load_domains, prints_of
 from recipes.common.figures import cell, shown
-from recipes.common.forwards import Forwards
 from recipes.common.models import (
     EMBEDDED,
     EMBEDDED_FACTS,
     ModelArguments,
-    answer,
     draft_tokenizers,
     load_draft,
     load_target,
@@ -81,7 +80,9 @@ class DistillArguments(ModelArguments):
         "After every update_interval requests let the target answer them again, sampled at this temperature, and learn that too. Stands for idle time.",
     )
     parity: int = option(
-        15, whole(1), "Requests of each stream that are also decoded without a draft, to compare outputs and speed."
+        15,
+        whole(1),
+        "Requests of each stream that are also decoded plainly and by the suffix cache alone, to compare outputs and speed.",
     )
     output_dir: str = option(
         "runs/distill", string(), "Folder for metrics, summary, curves, checkpoints and the draft."
@@ -187,6 +188,7 @@ class Job:
         self.assistant = OnlineAssistant(draft, self.config)
         if processes.roles is not None:
             serve_separately(self.assistant, processes.roles)
+        self.comparison = Comparison(self.target, self.assistant, args.max_new_tokens, self.tokenizers)
         self.rehearsal = None
         if args.rehearse:
             self.rehearsal = Rehearsal(self.assistant, self.target, args.rehearse, batch_size=args.batch_answers)
@@ -222,7 +224,7 @@ class Job:
             for feedback in answers[start : start + config.update_interval]:
                 learner.add(seen.only_new(feedback, config.prompt_positions))
             # A thread or process would otherwise begin late, with a single update of all answers, and no answers left to judge it by.
-            self.assistant.update_together(force=config.learn in ("background", "process"))
+            self.assistant.update_together(force=config.learn in BESIDE)
         if most:
             self.processes.flush(self.assistant)
 
@@ -275,18 +277,13 @@ class Job:
                     self._checkpoint()
 
     def _serve_one(self, domain: Domain, i: int, step: int):
-        """Serve the i-th request of a domain: generate, for a sample also plainly, learn, and log a row."""
+        """Serve the i-th request of a domain: generate, for a sample also plainly and by the suffix cache alone; learn, and log a row."""
         prompt, log, assistant = domain.requests[i], self.log, self.assistant
         pairs = evenly_spaced(len(domain.requests), self.args.parity)
-        plain_first = i in pairs and pairs.index(i) % 2 == 1
-        plain = self._generate(prompt) if plain_first else None
-        before = assistant.stats.total.verification_forwards
-        with Forwards(self.target) as forwards:
-            output, decode_seconds = self._generate(prompt, assistant_model=assistant, **self.tokenizers)
-        # Forwards that try whether the target can verify belong to no request.
-        log.target_forwards += forwards.count - (assistant.stats.total.verification_forwards - before)
-        if i in pairs and not plain_first:
-            plain = self._generate(prompt)
+        before = self.comparison.target_forwards
+        found = self.comparison.decode(prompt, pairs.index(i) if i in pairs else None)
+        output, decode_seconds = found[ONLINE]
+        log.target_forwards += self.comparison.target_forwards - before
         start = time.perf_counter()
         self._update(step)
         learn_seconds = time.perf_counter() - start
@@ -294,17 +291,13 @@ class Job:
             self.rehearsal.run(self.config.update_interval, self.args.max_new_tokens)
         seconds = {"decode_seconds": decode_seconds, "learn_seconds": learn_seconds}
         log.add(domain.name, assistant.stats, seconds)
-        if plain is not None:
-            plain_output, plain_seconds = plain
+        if len(found) > 1:
+            (plain_output, plain_seconds), (cache_output, cache_seconds) = found[PLAIN], found[CACHE]
             source = prompt if self.target.config.is_encoder_decoder else None
             verdict = compare_outputs(self.target, plain_output, output, source, len(prompt))
-            log.add_pair(domain.name, verdict, plain_seconds, decode_seconds)
-
-    def _generate(self, prompt: Tensor, **kwargs) -> tuple[Tensor, float]:
-        """Generate an answer; returns the output `(L,)` and the seconds it took."""
-        start = time.perf_counter()
-        output = answer(self.target, prompt, self.args.max_new_tokens, **kwargs)
-        return output, time.perf_counter() - start
+            begin = len(prompt) if source is None else 1
+            tokens = {"new_tokens": len(output) - begin, "cache_tokens": len(cache_output) - begin}
+            log.add_pair(domain.name, verdict, plain_seconds, decode_seconds, **tokens, cache_seconds=cache_seconds)
 
     def _update(self, step: int):
         """Learn if an update is due; several processes that learn together do so every `--sync_every` requests."""

@@ -31,6 +31,8 @@ _DOMAIN_FIGURES = (
     "compared",
     "speedup_decode",
     "speedup_end_to_end",
+    "gain_of_learning",
+    "gain_of_learning_end_to_end",
 )
 # The figures that the Hub shows: label, and the name of the count behind each.
 _MEASURED = {
@@ -38,6 +40,8 @@ _MEASURED = {
     "alpha_after": ("α after adaptation", "held_back"),
     "speedup_decode": ("decoding speed-up over plain decoding", "compared"),
     "speedup_end_to_end": ("speed-up, learning included", "compared"),
+    "gain_of_learning": ("decoding speed-up over the suffix cache alone", "compared"),
+    "gain_of_learning_end_to_end": ("speed-up over the suffix cache alone, learning included", "compared"),
 }
 
 
@@ -64,7 +68,7 @@ def model_card(
         target (`str`, *optional*): name of the target.
         license (`str`, *optional*): the target's licence, which a draft grown from it inherits; `license_name` and `license_link` where it is `"other"`.
         domains (`dict`, *optional*): by domain name, figures as in the recipe's summary.json: `requests`, `alpha_before`, `alpha_after`, `compared`,
-            `speedup_decode`, `speedup_end_to_end`; and `held_back`, the prompts behind the α.
+            `speedup_decode`, `speedup_end_to_end`, `gain_of_learning`, `gain_of_learning_end_to_end`; and `held_back`, the prompts behind the α.
         lookahead ([`DraftPolicy`], *optional*): the policy, which has measured the costs of drafting and verifying.
         config ([`OnlineConfig`], *optional*): the options, of which the card lists those that differ from the defaults.
         machine (`dict`, *optional*): facts about the machine, see [`machine_facts`].
@@ -174,7 +178,8 @@ def _by_domain(domains: dict[str, dict]) -> list[str]:
     names = [name for name in _DOMAIN_FIGURES if any(name in figures for figures in domains.values())]
     rows = [[domain, *(_cell(figures.get(name)) for name in names)] for domain, figures in domains.items()]
     return [
-        "α is on prompts held back from learning, before and after serving; speed-ups are on the requests that were also decoded plainly (compared).",
+        "α is on prompts held back from learning, before and after serving; speed-ups over plain decoding, and the gain of learning "
+        "over the suffix cache alone, are on the requests that were decoded in these ways too (compared).",
         "",
         *(f"| {' | '.join(row)} |" for row in (["domain", *names], ["---"] * (len(names) + 1), *rows)),
         "",

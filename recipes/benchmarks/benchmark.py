@@ -48,7 +48,9 @@ class BenchmarkArguments(ModelArguments):
 
     what: str = option("methods", choice(*WHATS), "What to measure.")
     methods: str = option(
-        "plain,assisted,prompt_lookup,online", string(), f"Methods to compare, with ',' between: {', '.join(METHODS)}."
+        "plain,assisted,prompt_lookup,online",
+        string(),
+        f"Methods to compare, with ',' between: {', '.join(METHODS)}. 'cache' always runs beside online methods.",
     )
     stream: str = option("stdlib", string(), "A JSONL file, dataset or built-in stream; see docs/recipes.md.")
     requests: int = option(8, whole(1), "Requests that each method serves in each repeat.")
@@ -171,9 +173,12 @@ def table(found: dict[str, dict]) -> str:
         "tok/s": ("tokens_per_second", "{:.1f}"),
         "speed-up": ("speedup_vs_plain", "{:.2f}"),
         "decode only": ("speedup_decode_only", "{:.2f}"),
+        "gain of learning": ("gain_of_learning", "{:.2f}"),
+        "end to end": ("gain_of_learning_end_to_end", "{:.2f}"),
         "ideal": ("ideal_speedup", "{:.2f}"),
         "of ideal": ("share_of_ideal", "{:.0%}"),
         "alpha": ("alpha", "{:.3f}"),
+        "by step": ("alpha_by_step", "{:.3f}"),
         "tok/round": ("tokens_per_round", "{:.2f}"),
         "c": ("c", "{:.2f}"),
         "identical": ("identical_share", "{:.0%}"),

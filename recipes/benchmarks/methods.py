@@ -8,26 +8,23 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import statistics
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
-from hf_osd.metrics.stats import CallStats
+from hf_osd.drafting.vocab_mapping import VocabMapping
+from recipes.benchmarks.runs import GAIN, Run, difference, figures_of, gain_of
 from recipes.benchmarks.workload import Call, Workload
+from recipes.common.answers import record_fitting, score_by_domain
 from recipes.common.command import numbers_of
-from recipes.common.figures import or_none, spread
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import load_draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_osd.policy.costs import Costs
 
 logger = logging.getLogger("hf_osd.recipes.methods")
 
@@ -37,15 +34,16 @@ ONLINE = {  # what each changes in the config of the flags
     "online-full-head": {"draft_head": "full"},
     "online-low-rank": {"draft_head": "low_rank"},
     "before": {},
-    "cache": {},
+    "cache": {"suffix_cache": True, "learn": "off"},
     "useless": {},
 }
 METHODS = ("plain", "assisted", "assisted-default", "prompt_lookup", *ONLINE)
+CACHE = "cache"  # what every other online method is compared with for its gain of learning
 
 # Requests on which the setting of a stock method is chosen. They are measured too, so the choice can only flatter the method.
 _TRIED = 4
-# v(1)..v(8) are reported.
-_V = 8
+# Prompts that are answered together, to score drafts on the answers.
+_BATCH = 8
 
 
 class Method:
@@ -107,59 +105,33 @@ class Online(Method):
 
     def __init__(self, draft: PreTrainedModel | None, config: OnlineConfig, watch: bool = False):
         super().__init__()
-        self._draft, self._config, self._watch = draft, config, watch
+        self.draft, self._config, self._watch = draft, config, watch
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether the assistant learns between requests, in this thread."""
+        return self.draft is not None and self._config.learn == "inline"
 
     def reset(self):
-        self.assistant = OnlineAssistant(self._draft, self._config)
+        """Begin with an assistant of its own, whose suffix cache is empty: no method finds in it what another one has served."""
+        self.close()
+        self.assistant = OnlineAssistant(self.draft, self._config)
+
+    def close(self):
+        """End what learns beside the assistant, if anything does."""
+        if self.assistant is not None:
+            self.assistant.close()
 
     def serve(self, work: Workload, request: dict) -> Call:
         # Views of the serving draft with a partial head share its hooks.
         watched = self.assistant.serving.active if self._watch else None
-        tokenizers = {} if self._draft is None else work.tokenizers  # without a draft there is only one vocabulary
+        tokenizers = {} if self.draft is None else work.tokenizers  # without a draft there is only one vocabulary
         call = work.generate(request, watch=watched, assistant_model=self.assistant, **tokenizers)
         start = time.perf_counter()
         self.assistant.update()
         call.learn_seconds = time.perf_counter() - start
         call.draft_forwards = self.assistant.stats.last.draft_steps
         return call
-
-
-@dataclass
-class Run:
-    """The calls of one method in one repeat, and its assistant's statistics of them."""
-
-    calls: list[Call] = field(default_factory=list)
-    stats: CallStats | None = None
-    updates: int = 0
-    costs: Costs | None = None
-    regret: float | None = None  # regret_vs_static
-
-    def sum(self, name: str) -> float:
-        """Add up a field of all calls."""
-        return sum(getattr(call, name) for call in self.calls)
-
-    @property
-    def rate(self) -> float:
-        """New tokens a second."""
-        return self.sum("new") / self.sum("seconds")
-
-    @property
-    def decode_rate(self) -> float | None:
-        """New tokens a second after each request's first round, which includes the prompt; `None` if no request had another round."""
-        tokens, seconds = self.sum("new") - self.sum("first"), self.sum("seconds") - self.sum("first_seconds")
-        return tokens / seconds if tokens and seconds else None
-
-    @property
-    def ideal_speedup(self) -> float:
-        """New tokens over Σ of the rounds' (draft steps · c + v(tokens verified)), with c and v as measured while serving.
-
-        With a fixed γ this is `ideal_speedup` of docs/figures.md, (1 + Σ_j Π_{i≤j} a_i) / (γ·c + v(γ+1)): numerator and denominator are means over the
-        rounds.
-        """
-        lengths = self.stats.verified_lengths
-        v = self.costs.v_upto(max(lengths))
-        time = self.stats.draft_steps * (self.costs.c or 0.0) + sum(n * v[length - 1] for length, n in lengths.items())
-        return self.stats.new_tokens / time
 
 
 class Contest:
@@ -175,6 +147,7 @@ class Contest:
                 "the head for good. Leave out assisted and assisted-default, or --sample."
             )
         self._methods = {name: self._make(name) for name in self.names}
+        self._alphas: dict[int, list[float | None] | None] = {}  # by the draft's id
 
     def run(self) -> dict[str, dict]:
         """Run all repeats; returns figures by method."""
@@ -194,10 +167,19 @@ class Contest:
                     runs[name].regret = stats.regret_vs_static
             repeats.append(runs)
             logger.info("Repeat %d of %d is done.", repeat + 1, self.args.repeats)
+        for method in self._methods.values():
+            if isinstance(method, Online):
+                method.close()
         found = {}
         for name, method in self._methods.items():
             plain = [runs["plain"] for runs in repeats] if "plain" in self.names else None
             found[name] = method.facts | figures_of([runs[name] for runs in repeats], plain)
+            found[name] |= dict.fromkeys((*GAIN, "alpha_by_step"))
+            if isinstance(method, Online) and name != CACHE:
+                found[name]["alpha_by_step"] = self._alpha_by_step(method.draft)
+                found[name] |= gain_of(
+                    [runs[name] for runs in repeats], [runs[CACHE] for runs in repeats], method.learns
+                )
             found[name] |= self._parity(repeats[0][name], plain[0] if plain else None)
             found[name]["peak_rss_mb"] = peak_rss_mb()
         return found
@@ -229,6 +211,20 @@ class Contest:
             "mismatches": verdicts.count("mismatch"),
         }
 
+    def _alpha_by_step(self, draft: PreTrainedModel) -> list[float | None] | None:
+        """Score a draft, as it came, on the target's greedy answers to the measured requests."""
+        if id(draft) not in self._alphas:
+            work, args = self.work, self.args
+            assistant = OnlineAssistant(draft, OnlineConfig.from_dict({**self.config.to_dict(), "learn": "off"}))
+            mapping = VocabMapping.from_models(work.target, draft, **work.tokenizers)
+            prompts = [request["ids"] for request in work.requests]
+            sizes = args.max_new_tokens, _BATCH
+            answers = record_fitting(
+                work.target, assistant, mapping, prompts, *sizes, "answers to score on", show=False
+            )
+            self._alphas[id(draft)] = score_by_domain(assistant, {work.name: answers})[work.name]
+        return self._alphas[id(draft)]
+
     def _make(self, name: str) -> Method:
         """Make the method of this name; stock methods get their fastest setting."""
         draft = self.work.draft
@@ -259,78 +255,6 @@ class Contest:
         return methods[min(seconds, key=seconds.get)]
 
 
-def figures_of(runs: list[Run], plain: list[Run] | None) -> dict:
-    """Compute a method's figures: medians over its repeats, and counts of the first one.
-
-    Args:
-        runs: the method's, one for each repeat.
-        plain: plain decoding's of the same repeats, for speed-ups.
-    """
-    first, medians = runs[0], statistics.median
-    figures = {
-        "tokens_per_second": medians(run.rate for run in runs),
-        "wall_s": medians(run.sum("seconds") for run in runs),
-        "new_tokens": first.sum("new"),
-        "tokens_per_round": first.sum("new") / first.sum("target_forwards"),
-        "target_forwards": first.sum("target_forwards"),
-        "draft_forwards": first.sum("draft_forwards"),
-        "prefill_s": medians(run.sum("first_seconds") for run in runs),
-        "speedup_vs_plain": None,
-        "speedup_decode_only": None,
-    }
-    # Ratios of rates, not of seconds: sampled outputs differ in length.
-    decode_only = None
-    if plain is not None:
-        figures["speedup_vs_plain"] = spread([run.rate / base.rate for run, base in zip(runs, plain, strict=True)])
-        if all(run.decode_rate for run in (*runs, *plain)):
-            decode_only = [run.decode_rate / base.decode_rate for run, base in zip(runs, plain, strict=True)]
-            figures["speedup_decode_only"] = spread(decode_only)
-    names = ("alpha", "alpha_live", "c", "v", "ideal_speedup", "share_of_ideal", "drafted_by", "accepted_by")
-    figures |= dict.fromkeys(
-        (*names, "head_coverage", "head_alpha_loss", "round_ms", "learn_s", "updates", "regret_vs_static")
-    )
-    if first.stats is None:
-        return figures
-    total = CallStats()
-    for run in runs:
-        total.add(run.stats)
-    for name in ("alpha", "alpha_live", "head_coverage", "head_alpha_loss"):
-        figures[name] = or_none(getattr(total, name))
-    for name in ("drafted_by", "accepted_by"):
-        figures[name] = {source: getattr(first.stats, name)[source] for source in ("draft", "cache")}
-    known = [run.costs.c for run in runs if run.costs.c is not None]
-    heights = zip(*(run.costs.v_upto(_V) for run in runs), strict=True)
-    ideal = [run.ideal_speedup for run in runs]
-    figures |= {
-        "c": medians(known) if known else None,
-        "v": {str(n): medians(height) for n, height in enumerate(heights, 1)},
-        "ideal_speedup": medians(ideal),
-        "round_ms": {part: medians(round_ms(run)[part] for run in runs) for part in round_ms(first)},
-        "learn_s": medians(run.sum("learn_seconds") for run in runs),
-        "updates": first.updates,
-        "regret_vs_static": first.regret,
-    }
-    if decode_only is not None:
-        figures["share_of_ideal"] = medians(speed / most for speed, most in zip(decode_only, ideal, strict=True))
-    return figures
-
-
-def round_ms(run: Run) -> dict[str, float]:
-    """Split the milliseconds of a round, prompts' forwards included; `python` is the remainder, mostly generate's own loop."""
-    parts = {name: getattr(run.stats, f"{name}_seconds") for name in ("draft", "target", "lookup", "capture")}
-    parts["python"] = run.sum("seconds") - sum(parts.values())
-    return {name: 1e3 * seconds / run.stats.rounds for name, seconds in parts.items()}
-
-
-def difference(after: CallStats, before: CallStats) -> CallStats:
-    """Subtract statistics: those of the calls between two moments."""
-    found = CallStats()
-    for name, value in vars(after).items():
-        base = getattr(before, name)
-        setattr(found, name, Counter(value - base) if isinstance(value, Counter) else value - base)
-    return found
-
-
 def random_draft(draft: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Make a draft of the same class and config with random weights, embeddings included."""
     with torch.random.fork_rng(devices=[]):
@@ -340,7 +264,7 @@ def random_draft(draft: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def names_of(methods: str) -> list[str]:
-    """Read the flag `methods`: each name once, in order.
+    """Read the flag `methods`: each name once, in order; beside online methods always `cache`, last if it is not among them.
 
     Raises:
         ValueError: if a name is unknown, or there is none.
@@ -348,4 +272,4 @@ def names_of(methods: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names or not set(names) <= set(METHODS):
         raise ValueError(f"`methods` is {methods!r}; choose from {', '.join(METHODS)}.")
-    return names
+    return names if CACHE in names or not set(names) & set(ONLINE) else [*names, CACHE]

@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import Feedback, OnlineAssistant, record_answers
+from hf_osd.distill.scoring import learners_autocast, score_by_step
+from hf_osd.models.properties import reads_states
 from recipes.common.figures import or_none
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from hf_osd.drafting.vocab_mapping import VocabMapping
 
 logger = logging.getLogger("hf_osd.recipes.answers")
+
+STEPS = 3  # tokens of a block whose α is told apart
 
 
 def record_fitting(
@@ -38,7 +42,8 @@ def record_fitting(
         what (`str`): names the prompts, for the progress bar and the warning.
         show (`bool`): whether there is a progress bar.
     """
-    config = assistant.osd_config
+    config, draft = assistant.osd_config, assistant.serving.active
+    states_of = draft.config.aux_layers if reads_states(draft) else None
     with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not prompts or not show) as bar:
         answers = record_answers(
             target,
@@ -50,6 +55,7 @@ def record_fitting(
             prompt_positions=config.prompt_positions,
             on_batch=bar.update,
             translation=mapping,
+            states_of=states_of,
         )
     fitting = [feedback for feedback in answers if assistant.reach.covers(feedback)]
     if longer := len(answers) - len(fitting):
@@ -58,13 +64,31 @@ def record_fitting(
     return fitting
 
 
-def score_by_domain(assistant: OnlineAssistant, held_back: dict[str, list[Feedback]]) -> dict[str, float | None]:
-    """Score the serving draft: its α on each domain's held-back answers, `None` where scoring failed."""
+def score_by_domain(
+    assistant: OnlineAssistant, held_back: dict[str, list[Feedback]]
+) -> dict[str, list[float | None] | None]:
+    """Score the serving draft on each domain's held-back answers: its α, and, if it reads the target's states, that of the two tokens after a first one; `None` where
+    scoring failed."""
     found = {}
     for name, feedback in held_back.items():
         try:
-            found[name] = or_none(float(torch.cat(assistant.score(feedback)).nanmean()))
+            if reads_states(assistant.serving.active):
+                steps = alpha_by_step(assistant, feedback)
+            else:
+                steps = [float(torch.cat(assistant.score(feedback)).nanmean())]
+            found[name] = [or_none(alpha) for alpha in steps]
         except Exception:  # out of memory, for instance: one figure is missing, and the others are kept
             logger.exception("%s: scoring the held-back prompts failed, so their α is missing.", name)
             found[name] = None
     return found
+
+
+def alpha_by_step(assistant: OnlineAssistant, feedback: list[Feedback], steps: int = STEPS) -> list[float]:
+    """Compute α of each of the first `steps` tokens of a block, those before it being right; the first is α itself. NaN where there is no such block."""
+    model = assistant.serving.lease()
+    try:
+        with learners_autocast(model.device.type, None):
+            scores = torch.cat(score_by_step(model, feedback, steps), dim=-1)  # (steps, positions)
+    finally:
+        assistant.serving.release(model)
+    return scores.nanmean(dim=-1).tolist()

@@ -12,7 +12,7 @@ import torch
 
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import write_json
-from recipes.common.figures import aligned, cell, mean, ratio, shown
+from recipes.common.figures import aligned, cell, fifths, mean, rate_interval, rate_ratio, ratio, shown
 from recipes.common.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -49,37 +49,70 @@ class RunReport:
             self._plot(staging / "curves.png")
 
     def __str__(self) -> str:
-        heads = ["domain", "requests", "alpha before", "after", "first fifth", "last fifth", "identical", "near-ties"]
-        heads += ["mismatches", "speedup decode", "end to end"]
-        names = ["requests", "alpha_before", "alpha_after", "alpha_first_fifth", "alpha_last_fifth", "identical_share"]
-        names += ["near_ties", "mismatches", "speedup_decode", "speedup_end_to_end"]
-        lines = [heads]
+        learnt = {
+            "requests": "requests",
+            "alpha before": "alpha_before",
+            "after": "alpha_after",
+            "after, by step": "alpha_by_step",
+            "first fifth": "alpha_first_fifth",
+            "last fifth": "alpha_last_fifth",
+            "accepted from draft, by fifths": "share_from_draft_by_fifth",
+        }
+        served = {
+            "compared": "compared",
+            "identical": "identical_share",
+            "near-ties": "near_ties",
+            "mismatches": "mismatches",
+            "speedup decode": "speedup_decode",
+            "end to end": "speedup_end_to_end",
+            "gain of learning": "gain_of_learning",
+            "95% interval": "gain_of_learning_interval",
+            "gain end to end": "gain_of_learning_end_to_end",
+        }
+        return f"{self._table(learnt)}\n\n{self._table(served)}"
+
+    def _table(self, columns: dict[str, str]) -> str:
+        """Lay out figures with a line for each domain; `columns` has their names by head."""
+        lines = [["domain", *columns]]
         for domain, figures in self.summary["domains"].items():
-            lines.append([shown(domain), *(cell(figures[name]) for name in names)])
+            lines.append([shown(domain), *(cell(figures[name]) for name in columns.values())])
         return aligned(lines)
 
     def _domain(self, name: str) -> dict:
         rows = [row for row in self.log.rows if row["domain"] == name]
         pairs = [pair for pair in self.log.pairs if pair["domain"] == name]
-        alphas = [row["alpha"] for row in rows]
-        fifth = max(len(rows) // 5, 1)
+        alphas = [[row["alpha"] for row in part] for part in fifths(rows)]
+        before, after = (scores.get(name) or [None] for scores in (self.log.before, self.log.after))
         verdicts = [pair["verdict"] for pair in pairs]
         plain = sum(pair["plain_seconds"] for pair in pairs)
         decode = sum(pair["decode_seconds"] for pair in pairs)
         # All requests of a domain benefit from learning, so each pair is charged an equal share of it.
-        learn = sum(row["learn_seconds"] for row in rows) / len(rows) * len(pairs) if rows else 0.0
+        learn = mean([row["learn_seconds"] for row in rows]) or 0.0
+        beside_cache = [
+            (pair["new_tokens"], pair["decode_seconds"], pair["cache_tokens"], pair["cache_seconds"])
+            for pair in pairs
+            if "cache_seconds" in pair
+        ]
         return {
             "requests": len(rows),
-            "alpha_before": self.log.before.get(name),
-            "alpha_after": self.log.after.get(name),
-            "alpha_first_fifth": mean(alphas[:fifth]),
-            "alpha_last_fifth": mean(alphas[-fifth:]),
+            "alpha_before": before[0],
+            "alpha_after": after[0],
+            "alpha_by_step_before": before,
+            "alpha_by_step": after,
+            "alpha_first_fifth": mean(alphas[0]),
+            "alpha_last_fifth": mean(alphas[-1]),
+            "share_from_draft": share_from_draft(rows),
+            "share_from_draft_by_fifth": [share_from_draft(part) for part in fifths(rows)],
+            "learn_seconds": sum(row["learn_seconds"] for row in rows),
             "compared": len(pairs),
             "identical_share": ratio(verdicts.count("identical"), len(pairs)),
             "near_ties": verdicts.count("near_tie"),
             "mismatches": verdicts.count("mismatch"),
             "speedup_decode": ratio(plain, decode),
-            "speedup_end_to_end": ratio(plain, decode + learn),
+            "speedup_end_to_end": ratio(plain, decode + learn * len(pairs)),
+            "gain_of_learning": rate_ratio(beside_cache),
+            "gain_of_learning_interval": rate_interval(beside_cache),
+            "gain_of_learning_end_to_end": rate_ratio(beside_cache, learn),
         }
 
     def _plot(self, path: Path):
@@ -114,12 +147,19 @@ class RunReport:
         figure.savefig(path, dpi=110)
 
 
+def share_from_draft(rows: list[dict]) -> float | None:
+    """Divide the accepted tokens that the draft proposed by all accepted ones; `None` where none was accepted, or a row is of a run that did not count it."""
+    counts = [row.get("accepted_from_draft") for row in rows]
+    return None if None in counts else ratio(sum(counts), sum(row["accepted"] for row in rows))
+
+
 def overall_of(log: RunLog, assistant: OnlineAssistant, target: PreTrainedModel, args: ModelArguments) -> dict:
     """Collect the figures and settings of the whole run, for `summary.json`."""
     stats = assistant.stats
     return {
         "target_forwards": log.target_forwards,
         "rounds": sum(row["rounds"] for row in log.rows),
+        "acceptance_by_position": stats.total.to_dict()["acceptance_by_position"],
         "updates": stats.updates,
         "failed_updates": stats.failed_updates,
         "rejected_updates": stats.rejected_updates,

@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """The rows of a run, the requests that were also decoded plainly (`pairs`), and α on held-back prompts before and after.
+    """The rows of a run, the requests that were also decoded plainly and by the suffix cache alone (`pairs`), and α on held-back prompts before and after, by step.
 
     Rows are appended to their file as they come, and a checkpoint remembers how many there were. A run that was killed goes on from its checkpoint:
     later rows are dropped, and their requests served again. Nothing is touched before `begin`.
@@ -43,8 +43,8 @@ class RunLog:
         self.directory, self.identity = Path(output_dir), json.loads(json.dumps(identity))
         self.rows: list[dict] = []
         self.pairs: list[dict] = []
-        self.before: dict[str, float] = {}
-        self.after: dict[str, float] = {}
+        self.before: dict[str, list[float | None] | None] = {}
+        self.after: dict[str, list[float | None] | None] = {}
         self.target_forwards = 0
         self.wall_before = 0.0  # seconds spent before the run was resumed
         self._started = time.perf_counter()
@@ -84,6 +84,7 @@ class RunLog:
             "rounds": call.rounds,
             "drafted": call.drafted,
             "accepted": call.accepted,
+            "accepted_from_draft": call.accepted_by["draft"],
             "tested": call.tested,
             "alpha": or_none(call.alpha),
             "alpha_live": or_none(call.alpha_live),
@@ -97,10 +98,14 @@ class RunLog:
             logger.error("Row %d waits: cannot write to %s (%s).", row["request"], self._file, error.strerror)
         return row
 
-    def add_pair(self, domain: str, verdict: str, plain_seconds: float, decode_seconds: float):
-        """Log that the request just served was also decoded plainly, with the verdict of the comparison."""
+    def add_pair(self, domain: str, verdict: str, plain_seconds: float, decode_seconds: float, **further: float):
+        """Log that the request just served was also decoded plainly, with the verdict of the comparison.
+
+        Args:
+            **further: how it was decoded by the suffix cache alone, if it was: `new_tokens`, those of the answer that was served; `cache_tokens` and `cache_seconds`.
+        """
         pair = {"request": self.served - 1, "domain": domain, "verdict": verdict}
-        self.pairs.append(pair | {"plain_seconds": plain_seconds, "decode_seconds": decode_seconds})
+        self.pairs.append(pair | {"plain_seconds": plain_seconds, "decode_seconds": decode_seconds} | further)
 
     def recent(self, count: int) -> dict[str, float | None]:
         """Compute figures over the last `count` requests; `None` for those that are unknown, such as α where nothing was drafted."""
@@ -166,6 +171,8 @@ class RunLog:
             )
         for name in ("pairs", "before", "target_forwards"):
             setattr(self, name, progress[name])
+        # A run of an older version knows α alone.
+        self.before = {name: [one] if isinstance(one, float) else one for name, one in self.before.items()}
         self.wall_before = progress["wall"]
         self._written, self._bytes = progress["rows"], progress["bytes"]
         try:

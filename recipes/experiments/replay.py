@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.distill.scoring import score_by_step
 from hf_osd.feedback.trace import read_trace
 from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import files_of_checkpoint
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
+from recipes.common.answers import alpha_by_step
 from recipes.common.command import check_learns, numbers_of, run_command
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.replay")
-
-_STEPS = 3  # tokens of a block whose α is told apart
 
 
 @dataclass
@@ -107,12 +105,6 @@ class Traced:
 def main(argv: list[str] | None = None) -> int:
     """Learn with each arm and seed, print a line for each and a table at the end; returns the exit status."""
     return run_command(ReplayArguments, measure, argv)
-
-
-def alpha_by_step(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[float]:
-    """Compute α of each of the first three tokens of a block, those before it being right; the first is α itself."""
-    steps = torch.cat(score_by_step(assistant.serving.active, held_back, _STEPS), dim=-1)  # (3, positions)
-    return [round(float(step.nanmean()), 4) for step in steps]
 
 
 def measure(args: ReplayArguments, base: OnlineConfig):
@@ -228,7 +220,10 @@ class Experiment:
             "scores": {
                 traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
             },
-            "alpha_by_step": {traced.name: alpha_by_step(assistant, traced.held_back) for traced in self.judged},
+            "alpha_by_step": {
+                traced.name: [round(alpha, 4) for alpha in alpha_by_step(assistant, traced.held_back)]
+                for traced in self.judged
+            },
             "prequential": prequential,
             **learning_of(assistant, began),
             "peak_rss_mb": [round(peak), round(peak_rss_mb())],

@@ -41,7 +41,7 @@ def test_it_writes_metrics_summary_curves_and_a_draft(run):
     assert run() == 0
     rows = read(run.out / "metrics.jsonl")
     assert [row["request"] for row in rows] == list(range(16))
-    names = "request domain new_tokens rounds drafted accepted tested alpha alpha_live decode_seconds learn_seconds updates"
+    names = "request domain new_tokens rounds drafted accepted accepted_from_draft tested alpha alpha_live decode_seconds learn_seconds updates"
     assert set(rows[0]) == set(names.split())
     assert [row["domain"] for row in rows] == ["one"] * 8 + ["two"] * 8
     summary = json.loads((run.out / "summary.json").read_text())
@@ -52,13 +52,52 @@ def test_it_writes_metrics_summary_curves_and_a_draft(run):
         assert figures["identical_share"] == 1.0
         assert 0 <= figures["alpha_before"] <= 1
         assert 0 <= figures["alpha_after"] <= 1
+        assert figures["alpha_by_step_before"] == [figures["alpha_before"]], "a draft that reads tokens has one α"
+        assert figures["alpha_by_step"] == [figures["alpha_after"]]
+        assert figures["gain_of_learning"] > figures["gain_of_learning_end_to_end"] > 0
+        low, high = figures["gain_of_learning_interval"]
+        assert low <= figures["gain_of_learning"] <= high
+        assert len(figures["share_from_draft_by_fifth"]) == 5
     overall = summary["overall"]
     assert overall["target_forwards"] == overall["rounds"] == sum(row["rounds"] for row in rows)
+    assert all(0 <= share <= 1 for share in overall["acceptance_by_position"])
     assert overall["updates"] == 6
     assert overall["failed_updates"] == 0
     assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert AutoModelForCausalLM.from_pretrained(run.out / "draft").config.num_hidden_layers == 2
     assert "| one | 8 |" in (run.out / "draft" / "README.md").read_text()
+
+
+def test_a_draft_that_reads_states_is_scored_by_step_and_taught(run, capsys):
+    """Held-back and warm-up answers have the states that it reads."""
+    assert (
+        run(
+            "--draft",
+            "feature",
+            "--warm_up",
+            "2",
+            "--update_interval",
+            "2",
+            "--lookahead",
+            "constant",
+            "--learning_rate",
+            "5e-3",
+        )
+        == 0
+    )
+    summary = json.loads((run.out / "summary.json").read_text())
+    for figures in summary["domains"].values():
+        assert (figures["mismatches"], figures["identical_share"]) == (0, 1.0)
+        assert (figures["held_back"], figures["requests"]) == (4, 8)
+        for alpha, steps in (("alpha_before", "alpha_by_step_before"), ("alpha_after", "alpha_by_step")):
+            assert len(figures[steps]) == 3
+            assert 0 <= figures[alpha] == figures[steps][0] <= 1
+        assert figures["share_from_draft"] in (1.0, None), "this policy leaves the cache out"
+    assert read(run.out / "metrics.jsonl")[0]["updates"] > 0, "the warm-up taught it"
+    assert (summary["overall"]["updates"] > 0, summary["overall"]["failed_updates"]) == (True, 0)
+    printed = capsys.readouterr().out
+    for head in ("after, by step", "gain of learning", "gain end to end", "accepted from draft, by fifths"):
+        assert head in printed
 
 
 def test_an_interrupted_run_saves_what_was_learnt_and_goes_on(run, monkeypatch):
@@ -126,7 +165,7 @@ def test_a_stream_can_be_served_in_random_order(run, monkeypatch):
     monkeypatch.setattr("recipes.common.domains.shuffled", lambda rows, seed: models.shuffled(rows, seed)[::-1])
     asked = []
     monkeypatch.setattr(
-        "recipes.distill.answer",
+        "recipes.common.comparison.answer",
         lambda *args, **kwargs: (asked.append(args[1].tolist()), models.answer(*args, **kwargs))[1],
     )
     assert run("--requests", "6", "--overwrite") == 0

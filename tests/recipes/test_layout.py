@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,12 @@ def test_each_recipe_that_is_named_is_there():
     for name in run:
         module = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
         assert 'if __name__ == "__main__":' in module, f"{name} cannot be run"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(("said", "draft"), [((), None), (("DEMO_DRAFT=feature",), "--draft feature")])
+def test_the_demo_takes_another_draft(said, draft):
+    lines = subprocess.run(["make", "-n", "demo", *said], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    job = next(line for line in lines.splitlines() if "recipes/distill.py" in line)
+    assert "--config recipes/configs/demo.yaml" in job
+    assert (draft in job) if draft else ("--draft" not in job)

@@ -122,6 +122,15 @@ def test_speed_ups_of_a_domain_are_in_it_with_the_requests_compared():
     assert found["speedup_end_to_end"] == (1.21, {"requests": 40, "compared": 12})
 
 
+def test_the_gain_of_learning_stands_beside_the_speed_ups():
+    gain = {"gain_of_learning": 1.1, "gain_of_learning_end_to_end": 0.95, "gain_of_learning_interval": [1.0, 1.2]}
+    card = model_card(served(), domains={"sql": SQL | {"speedup_decode": 1.53, "alpha_by_step": [0.6, None]} | gain})
+    assert "| compared | speedup_decode | gain_of_learning | gain_of_learning_end_to_end |\n" in card
+    assert "| 12 | 1.530 | 1.100 | 0.950 |" in card
+    found = {r.metric_type: (r.metric_value, r.metric_args) for r in ModelCard(card).data.eval_results}
+    assert found["gain_of_learning"] == (1.1, {"requests": 40, "compared": 12})
+
+
 def test_a_licence_of_the_targets_own_has_a_name_and_a_link():
     card = model_card(Stats(), license="other", license_name="theirs", license_link="https://example.com/licence")
     data = ModelCard(card).data

@@ -7,7 +7,7 @@ import torch
 
 from hf_osd import OnlineConfig
 from hf_osd.metrics.stats import CallStats
-from recipes.benchmarks import benchmark, methods
+from recipes.benchmarks import benchmark, methods, runs
 from recipes.benchmarks.workload import WARM_UP, Workload
 from recipes.common import prompts
 
@@ -27,7 +27,11 @@ ONLINE_FIGURES = {
     "updates",
     "regret_vs_static",
 }
-FIGURES = ONLINE_FIGURES | {
+GAIN = {"gain_of_learning", "gain_of_learning_interval", "gain_of_learning_end_to_end"}
+FIGURES = {
+    *ONLINE_FIGURES,
+    *GAIN,
+    "alpha_by_step",
     "tokens_per_second",
     "wall_s",
     "new_tokens",
@@ -102,12 +106,18 @@ def test_every_method_gives_the_targets_own_output_and_its_figures(run, capsys):
     assert found["assisted"]["gamma"] in (2, 3)
     assert found["prompt_lookup"]["lookup"] == 3
     for name in ("plain", "assisted", "assisted-default", "prompt_lookup"):
-        assert all(found[name][figure] is None for figure in ONLINE_FIGURES), name
+        assert all(found[name][figure] is None for figure in ONLINE_FIGURES | GAIN), name
     for name in methods.ONLINE:
         assert set(found[name]["v"]) == {str(n) for n in range(1, 9)}
         assert set(found[name]["round_ms"]) == {"draft", "target", "lookup", "capture", "python"}
         assert found[name]["updates"] == 0  # drafts are served as they are, unless told otherwise
         assert found[name]["regret_vs_static"] == 0
+        gain = [found[name][figure] for figure in ("gain_of_learning", "gain_of_learning_interval")]
+        assert [one is None for one in gain] == [name == "cache"] * 2
+        assert found[name]["gain_of_learning_end_to_end"] is None, "nothing learns"
+    assert found["online"]["alpha_by_step"] == found["online-full-head"]["alpha_by_step"] == [1]
+    assert found["useless"]["alpha_by_step"][0] < 0.5
+    assert found["cache"]["alpha_by_step"] is found["plain"]["alpha_by_step"] is None
     assert found["online-full-head"]["alpha"] == 1
     assert found["online-full-head"]["head_coverage"] is None
     assert found["online"]["draft_forwards"] > 0
@@ -124,8 +134,65 @@ def test_a_learning_draft_learns_between_requests(run):
     more = ["--learn", "inline", "--update_interval", 2, "--seed", 0, "--methods", "plain,online"]
     more += ["--learning_rate", "1e-3", "--learning_budget", 1]
     figures = run("--requests", 4, "--repeats", 1, *more)["methods"]
+    assert list(figures) == ["plain", "online", "cache"], "beside a draft the cache alone is measured, asked or not"
     assert figures["online"]["updates"] == 2
     assert figures["online"]["mismatches"] == 0
+    online, cache = (figures[name] for name in ("online", "cache"))
+    gain = [online[name]["median"] for name in ("gain_of_learning", "gain_of_learning_end_to_end")]
+    assert gain[0] == pytest.approx(online["tokens_per_second"] / cache["tokens_per_second"])
+    end_to_end = online["new_tokens"] / (online["wall_s"] + online["learn_s"])
+    assert gain[1] == pytest.approx(end_to_end / cache["tokens_per_second"])
+    low, high = online["gain_of_learning_interval"]
+    assert low <= gain[0] <= high
+
+
+def test_no_method_finds_its_answer_in_a_cache(run, monkeypatch):
+    """Each has its own, which begins empty in every repeat and has the same texts as the others' before a request: the warm ones and those served since."""
+    seen, asked = [], methods.Online.serve
+
+    def serving(method, work, request):
+        method.assistant.collect()
+        cache = method.assistant.texts.for_tenant(None)
+        held = set(cache._index._log.tobytes().split(b"\xff\xff\xff\xff")) - {b""}
+        seen.append((request["id"], held))
+        return asked(method, work, request)
+
+    monkeypatch.setattr(methods.Online, "serve", serving)
+    names = ["--methods", "online,cache,useless", "--warm", 2, "--skip", 2]
+    run("--requests", 3, "--repeats", 2, *names)
+    before = {}
+    for request, held in seen:
+        before.setdefault(request, []).append(held)
+    assert [len(before[id][0]) for id in ("6", "7", "1", "2", "3", "4", "5")] == list(range(7))
+    for found in before.values():
+        assert len(found) == 3 * 2, "methods and repeats"
+        assert found == found[:1] * 6
+
+
+def test_a_gain_is_the_ratio_of_rates_on_the_same_requests():
+    def ran(seconds, new, learn=0.0):
+        return runs.Run(
+            [
+                methods.Call(torch.zeros(0), n, 1, s, 0.1, 1, learn_seconds=learn)
+                for n, s in zip(new, seconds, strict=True)
+            ]
+        )
+
+    fast, slow = ran([1.0, 2.0], [10, 20], learn=0.75), ran([2.0, 2.0], [10, 10])
+    found = runs.gain_of([fast, slow], [slow, slow], learns=True)
+    assert found["gain_of_learning"] == {"median": 1.5, "min": 1.0, "max": 2.0}
+    assert found["gain_of_learning_end_to_end"]["max"] == pytest.approx(30 / 4.5 / 5)
+    # Both repeats of a request are drawn together: the first alone has 20 tokens in 3 s beside 20 in 4, the second 30 in 4 beside 20 in 4.
+    assert found["gain_of_learning_interval"] == pytest.approx([4 / 3, 1.5])
+    assert runs.gain_of([fast], [slow], learns=False)["gain_of_learning_end_to_end"] is None
+
+
+def test_a_draft_that_reads_states_is_scored_by_step(run):
+    figures = run("--draft", "feature", "--requests", 2, "--repeats", 1, "--methods", "online")["methods"]
+    assert list(figures) == ["online", "cache"]
+    steps = figures["online"]["alpha_by_step"]
+    assert len(steps) == 3
+    assert 0 <= steps[0] <= 1
 
 
 def test_sampling_is_timed_and_not_compared(run):
@@ -258,7 +325,7 @@ def test_ideal_speedup_is_the_formulas_at_a_fixed_length():
             stats.observe_round(2, min(accepted + 1, 2), accepted, accepted + 1)
     costs = DraftPolicy("constant", 2, draft_cost=0.25, verify_cost=0.1).costs
     expected = ideal_speedup([0.8, 5 / 8], 2, 0.25, lambda n: 1 + 0.1 * (n - 1))
-    assert methods.Run(stats=stats, costs=costs).ideal_speedup == pytest.approx(expected)
+    assert runs.Run(stats=stats, costs=costs).ideal_speedup == pytest.approx(expected)
 
 
 def test_difference_is_what_was_observed_in_between():
@@ -267,7 +334,7 @@ def test_difference_is_what_was_observed_in_between():
     second.observe_round(2, 2, 2, 3, from_draft=1)
     both.add(first)
     both.add(second)
-    assert methods.difference(both, first) == second
+    assert runs.difference(both, first) == second
 
 
 def test_a_useless_draft_has_weights_of_its_own(target_dir, stream):

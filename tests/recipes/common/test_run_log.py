@@ -41,7 +41,7 @@ def test_a_resumed_run_goes_on_at_its_checkpoint_and_drops_the_rows_after_it(tmp
     log = RunLog(tmp_path, {"a": 1}).begin()
     served(log, 3)
     log.add_pair("one", "identical", 0.2, 0.1)
-    log.before = {"one": 0.5}
+    log.before = {"one": [0.5, 0.25], "two": None}
     log.save(Assistant())
     known = (tmp_path / "metrics.jsonl").read_bytes()
     served(log, 2)
@@ -52,6 +52,13 @@ def test_a_resumed_run_goes_on_at_its_checkpoint_and_drops_the_rows_after_it(tmp
     assert (again.rows, again.pairs, again.before) == (log.rows[:3], log.pairs, log.before)
     served(again, 1)
     assert lines(tmp_path) == [0, 1, 2, 3]
+
+
+def test_scores_of_a_run_that_knew_alpha_alone_go_on_as_a_first_step(tmp_path):
+    log = RunLog(tmp_path, {}).begin()
+    log.before = {"one": 0.5, "two": None}
+    log.save(Assistant())
+    assert RunLog(tmp_path, {}, resume=True).before == {"one": [0.5], "two": None}
 
 
 def test_a_checkpoint_does_not_grow_with_the_rows(tmp_path):
