@@ -84,11 +84,11 @@ def save_feature_draft(
         config = speculators_config(draft, len(ids), verifier, speculative_tokens)
     tensors = {
         name if layout == "eagle3" else name.replace("midlayer.", "layers.0."): tensor
-        for name, tensor in draft.state_dict().items()
+        for name, tensor in _with_ascending_layers(draft).items()
         if not name.startswith(("embed_tokens.", "lm_head.", "t2d"))
     }
     tensors["lm_head.weight"] = draft.lm_head.weight.detach()[ids.to(draft.lm_head.weight.device)]
-    if layout == "eagle3" or len(ids) < draft.config.vocab_size:
+    if len(ids) < draft.config.vocab_size:
         tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device="cpu").index_fill_(0, ids, True)
         tensors["d2t"] = ids - torch.arange(len(ids), device="cpu")
     from safetensors.torch import save_file
@@ -280,6 +280,18 @@ def _check_target(config: FeatureDraftConfig, target: PreTrainedModel):
         raise ValueError(
             f"The draft reads the states after layer {max(config.aux_layers)} and {name} has {depth} layers. {grow}"
         )
+
+
+def _with_ascending_layers(draft: FeatureDraft) -> dict[str, Tensor]:
+    """The draft's tensors as they are where its states are joined in ascending order of `aux_layers`, which is how engines join them."""
+    tensors, layers = draft.state_dict(), draft.config.aux_layers
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    for name in ("fc.weight", "input_norm.weight"):
+        if name in tensors:
+            parts = tensors[name].chunk(len(order), dim=-1)
+            tensors[name] = torch.cat([parts[i] for i in order], dim=-1)
+    norms = {f"fc_norm.{new}.weight": tensors.get(f"fc_norm.{old}.weight") for new, old in enumerate(order)}
+    return tensors | {name: norm for name, norm in norms.items() if norm is not None}
 
 
 def _rows_to_write(draft: FeatureDraft, draft_vocab: Sequence[int] | Tensor | None) -> Tensor:
