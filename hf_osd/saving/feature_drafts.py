@@ -84,11 +84,11 @@ def save_feature_draft(
         config = speculators_config(draft, len(ids), verifier, speculative_tokens)
     tensors = {
         name if layout == "eagle3" else name.replace("midlayer.", "layers.0."): tensor
-        for name, tensor in draft.state_dict().items()
+        for name, tensor in _with_ascending_layers(draft).items()
         if not name.startswith(("embed_tokens.", "lm_head.", "t2d"))
     }
     tensors["lm_head.weight"] = draft.lm_head.weight.detach()[ids.to(draft.lm_head.weight.device)]
-    if layout == "eagle3" or len(ids) < draft.config.vocab_size:
+    if len(ids) < draft.config.vocab_size:
         tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device="cpu").index_fill_(0, ids, True)
         tensors["d2t"] = ids - torch.arange(len(ids), device="cpu")
     from safetensors.torch import save_file
@@ -100,7 +100,9 @@ def save_feature_draft(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_feature_draft(name_or_path: str | os.PathLike, target: PreTrainedModel, **where) -> FeatureDraft:
+def load_feature_draft(
+    name_or_path: str | os.PathLike, target: PreTrainedModel, *, keep_head: bool = False, **where
+) -> FeatureDraft:
     """The feature-level draft of a checkpoint in any of the `LAYOUTS`, with the target's embeddings, and its LM head, in their storage.
 
     The LM head is a frozen one of the draft's own where the checkpoint has one that is not the target's, as most EAGLE-3 heads have: its logit of each token
@@ -109,6 +111,8 @@ def load_feature_draft(name_or_path: str | os.PathLike, target: PreTrainedModel,
     Args:
         name_or_path: a folder or a Hub id.
         target (`PreTrainedModel`): the model it drafts for.
+        keep_head (`bool`): keep to the tokens of a smaller draft vocabulary even where its rows are the target's, which otherwise mean the whole of the target's head.
+            It then drafts what an engine would, and is saved with the same vocabulary.
         **where: `revision`, `token`, `subfolder`, …, as for `from_pretrained`.
 
     Returns:
@@ -123,7 +127,7 @@ def load_feature_draft(name_or_path: str | os.PathLike, target: PreTrainedModel,
     given = unwrapped(target)
     inner = text_model(given)
     try:
-        draft = from_hub(name_or_path, lambda: _load(name_or_path, inner, where))
+        draft = from_hub(name_or_path, lambda: _load(name_or_path, inner, keep_head, where))
     except SafetensorError as error:
         raise OSError(
             f"The weights of the draft {name_or_path} are damaged ({error}); save or download them again."
@@ -156,7 +160,7 @@ def refuse_without_target(name_or_path: str | os.PathLike, where: Mapping):
         )
 
 
-def _load(name: str | os.PathLike, target: PreTrainedModel, where: dict) -> FeatureDraft:
+def _load(name: str | os.PathLike, target: PreTrainedModel, keep_head: bool, where: dict) -> FeatureDraft:
     found = find_file(name, "config.json", **where)
     if found is None:
         raise OSError(f"There is no config.json in {name}; give the folder or repository of a draft.")
@@ -175,14 +179,18 @@ def _load(name: str | os.PathLike, target: PreTrainedModel, where: dict) -> Feat
     config = read_config(raw, layout, target)
     _check_target(config, target)
     tensors = _read_tensors(name, where)
-    return _assembled(name, config, tensors, target)
+    return _assembled(name, config, tensors, target, keep_head)
 
 
 def _assembled(
-    name: str | os.PathLike, config: FeatureDraftConfig, tensors: dict[str, Tensor], target: PreTrainedModel
+    name: str | os.PathLike,
+    config: FeatureDraftConfig,
+    tensors: dict[str, Tensor],
+    target: PreTrainedModel,
+    keep_head: bool,
 ) -> FeatureDraft:
-    """The draft of an engine's checkpoint: a head whose rows are the target's is that, whole."""
-    head, ids = _read_head(name, config, tensors, target)
+    """The draft of an engine's checkpoint: a head whose rows are the target's is that, whole, unless `keep_head` and it lacks some."""
+    head, ids = _read_head(name, config, tensors, target, keep_head)
     own = tensors.pop("embed_tokens.weight", None)
     if own is not None and not _close(own, target.get_input_embeddings().weight[: len(own)]):
         raise ValueError(
@@ -230,9 +238,13 @@ def _give_own_head(draft: FeatureDraft, rows: Tensor, ids: Tensor):
 
 
 def _read_head(
-    name: str | os.PathLike, config: FeatureDraftConfig, tensors: dict[str, Tensor], target: PreTrainedModel
+    name: str | os.PathLike,
+    config: FeatureDraftConfig,
+    tensors: dict[str, Tensor],
+    target: PreTrainedModel,
+    keep_head: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The rows of an LM head of the draft's own and their tokens; `None` where they are the target's."""
+    """The rows of an LM head of the draft's own and their tokens; `None` where they are the target's, and, with `keep_head`, all of them."""
     rows, offsets, mask = (tensors.pop(key, None) for key in ("lm_head.weight", "d2t", "t2d"))
     size, wanted = config.vocab_size, config.draft_vocab_size or config.vocab_size
     config.draft_vocab_size = None
@@ -251,7 +263,7 @@ def _read_head(
     if mask is not None and (len(mask) != size or not torch.equal(mask.bool().cpu().nonzero().squeeze(-1), tokens)):
         raise ValueError(f"'t2d' of {name} has other tokens than 'd2t'. Save or download it again.")
     full = target.get_output_embeddings()
-    same = getattr(full, "bias", None) is None and full.weight.shape[0] == size
+    same = getattr(full, "bias", None) is None and full.weight.shape[0] == size and not (keep_head and wanted < size)
     if same and rows.shape[1:] == full.weight.shape[1:] and _close(rows, full.weight[ids.to(full.weight.device)]):
         return None, None
     if rows.shape[1] != config.hidden_size:
@@ -280,6 +292,18 @@ def _check_target(config: FeatureDraftConfig, target: PreTrainedModel):
         raise ValueError(
             f"The draft reads the states after layer {max(config.aux_layers)} and {name} has {depth} layers. {grow}"
         )
+
+
+def _with_ascending_layers(draft: FeatureDraft) -> dict[str, Tensor]:
+    """The draft's tensors as they are where its states are joined in ascending order of `aux_layers`, which is how engines join them."""
+    tensors, layers = draft.state_dict(), draft.config.aux_layers
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    for name in ("fc.weight", "input_norm.weight"):
+        if name in tensors:
+            parts = tensors[name].chunk(len(order), dim=-1)
+            tensors[name] = torch.cat([parts[i] for i in order], dim=-1)
+    norms = {f"fc_norm.{new}.weight": tensors.get(f"fc_norm.{old}.weight") for new, old in enumerate(order)}
+    return tensors | {name: norm for name, norm in norms.items() if norm is not None}
 
 
 def _rows_to_write(draft: FeatureDraft, draft_vocab: Sequence[int] | Tensor | None) -> Tensor:

@@ -6,8 +6,9 @@
 | `eagle3` | EAGLE's and SpecForge's; SGLang and vLLM read it | the head's rows of the draft vocabulary; no embeddings, which engines take from the target |
 | `speculators` | that of vllm-project/speculators; `vllm serve FOLDER` is enough | as `eagle3` |
 
-An engine's draft vocabulary: `t2d` bool `(V,)`, the target's tokens that it has, and `d2t` int64 `(D,)`: row i of the head is token i + d2t[i].
-Sources: sgl-project/SpecForge, vllm-project/speculators, and `llama_eagle3.py` of vLLM and SGLang.
+An engine's draft vocabulary: `t2d` bool `(V,)`, the target's tokens that it has, and `d2t` int64 `(D,)`: row i of the head is token i + d2t[i]. With all of the
+target's tokens there is neither: vLLM has no place for them then, and does not load. Engines join the states in ascending order of layers.
+Sources: sgl-project/SpecForge, vllm-project/speculators, and `llama_eagle3.py` of vLLM and SGLang. vLLM 0.32 was run with both (docs/engines.md).
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def eagle3_config(draft: FeatureDraft, rows: int) -> dict:
     # SpecForge takes `norm_output: false` for a head without its last norm; left out, it means the same to all.
     made |= {name: getattr(config, name) for name in _SWITCHES if name != "norm_output" or config.norm_output}
     # vLLM reads the first, which counts layers as we do; SGLang and SpecForge the second, by the layer whose output it is.
-    made |= {"eagle_aux_hidden_state_layer_ids": config.aux_layers, "num_aux_hidden_states": len(config.aux_layers)}
-    nested = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.aux_layers], "use_aux_hidden_state": True}
+    layers = sorted(config.aux_layers)
+    made |= {"eagle_aux_hidden_state_layer_ids": layers, "num_aux_hidden_states": len(layers)}
+    nested = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in layers], "use_aux_hidden_state": True}
     return made | {"eagle_config": nested | {"norm_before_fc": config.norm_before_fc}}
 
 
@@ -99,8 +101,8 @@ def speculators_config(draft: FeatureDraft, rows: int, verifier: str | None, tok
         raise ValueError(f"`speculative_tokens` is {tokens}; choose 1 or more.")
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
+        # No `model_type`: speculators writes none, and vLLM knows the layout by its absence.
         "architectures": ["Eagle3DraftModel"],
-        "model_type": "speculator_model",
         "speculators_model_type": "eagle3",
         "speculators_config": {
             "algorithm": "eagle3",
@@ -108,10 +110,11 @@ def speculators_config(draft: FeatureDraft, rows: int, verifier: str | None, tok
             "proposal_methods": [method],
             "verifier": {"name_or_path": name, "architectures": config.target_architectures or []},
         },
-        "transformer_layer_config": _layer_config(config),
+        # vLLM hands on these keys alone, and takes the number of states for 3 where it is not among them.
+        "transformer_layer_config": _layer_config(config) | {"num_aux_hidden_states": len(config.aux_layers)},
         "draft_vocab_size": rows,
         "target_hidden_size": config.target_hidden_size,
-        "eagle_aux_hidden_state_layer_ids": config.aux_layers,
+        "eagle_aux_hidden_state_layer_ids": sorted(config.aux_layers),
         **{name: getattr(config, name) for name in _SWITCHES},
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
@@ -146,7 +149,9 @@ def read_config(raw: dict, layout: str, target: PreTrainedModel) -> FeatureDraft
     return FeatureDraftConfig(
         **{"num_hidden_layers": 1, "rms_norm_eps": 1e-6} | shape,
         target_hidden_size=raw.get("target_hidden_size") or layer["hidden_size"],
-        aux_layers=aux or [2, depth // 2, depth - 3],
+        aux_layers=sorted(aux)
+        if aux
+        else [2, depth // 2, depth - 3],  # engines join the states in the order of layers, whatever the config's
         rope_parameters=rope,
         draft_vocab_size=raw.get("draft_vocab_size"),
         **switches,

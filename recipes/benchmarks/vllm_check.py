@@ -2,6 +2,7 @@
 
     python -m recipes.benchmarks.vllm_check --vllm_python vllm-env/bin/python --drafts before,after --stream sql.jsonl --prompts 32
 
+A draft that is a whole model runs by vLLM's method draft_model, one that reads the target's hidden states by eagle3.
 vLLM runs in an environment of its own, which docs/engines.md says how to make; vllm_job.py is the program there.
 """
 
@@ -14,11 +15,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs
+from hf_osd import OnlineAssistant, OnlineConfig, compare_outputs, load_feature_draft
+from hf_osd.models.properties import reads_states
+from hf_osd.saving.feature_drafts import layout_of
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import write_json
 from recipes.common.command import run_command
@@ -26,6 +30,9 @@ from recipes.common.embedded import embedded_target
 from recipes.common.figures import markdown
 from recipes.common.models import EMBEDDED, TargetArguments, answer, encode_rows, load_draft, load_target, use_threads
 from recipes.common.options import optional_string, string
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("hf_osd.recipes.vllm_check")
 
@@ -72,6 +79,11 @@ class VllmArguments(TargetArguments):
                 )
             if not (folder / "config.json").is_file():
                 raise ValueError(f"The draft {folder} has no config.json; give a folder that save_pretrained wrote.")
+            if layout_of(folder) == "osd":
+                raise ValueError(
+                    f"The draft {folder} reads the target's hidden states and is in the layout 'osd', which vLLM does not read; save it with "
+                    "save_pretrained(folder, layout='eagle3')."
+                )
 
     @property
     def folders(self) -> list[str]:
@@ -165,6 +177,13 @@ def held_back(args: VllmArguments, seed: int | None, target, tokenizer) -> list[
     return [row["ids"] for row in split_held_back(rows, args.held_back, seed or 0, name)[0]][: args.prompts]
 
 
+def load_as_vllm(folder: str, target) -> PreTrainedModel:
+    """Load a draft that drafts what vLLM's would: of a draft vocabulary its tokens alone."""
+    if layout_of(folder) is not None:
+        return load_feature_draft(folder, target, keep_head=True)
+    return load_draft(folder, target)
+
+
 def serve(
     args: VllmArguments, config: OnlineConfig, target, folder: str, prompts: list[Tensor]
 ) -> tuple[Counts, list[Tensor]]:
@@ -177,7 +196,7 @@ def serve(
         learn=False,
         seed=config.seed,
     )
-    assistant = OnlineAssistant(load_draft(folder, target), as_vllm)
+    assistant = OnlineAssistant(load_as_vllm(folder, target), as_vllm)
     outputs = [answer(target, prompt, args.max_new_tokens, assistant_model=assistant) for prompt in prompts]
     assistant.flush()
     total = assistant.stats.total
@@ -200,20 +219,39 @@ def walk(args: VllmArguments, target, folder: str, prompts: list[Tensor], answer
 
     The first token comes with the prompt, and every round drafts γ tokens after the last one. Only tokens that vLLM drafts beyond an answer's end are missing.
     """
-    draft = load_draft(folder, target).eval()
+    draft = load_as_vllm(folder, target).eval()
     rounds, accepted, drafted = 0, [0] * args.gamma, 0
     for prompt, given in zip(prompts, answers, strict=True):
         tokens = torch.cat([prompt, torch.tensor(given, dtype=prompt.dtype)])[None].to(draft.device)
-        with torch.no_grad():
-            predicted = draft(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        predicted = predictions(draft, target, tokens, len(given), args.gamma)
         at = 1
         while at < len(given):
-            block = [one == other for one, other in zip(predicted[at:], given[at : at + args.gamma], strict=False)]
+            block = [
+                steps[at + k] == token for k, (steps, token) in enumerate(zip(predicted, given[at:], strict=False))
+            ]
             right = (*block, False).index(False)
             for i in range(right):
                 accepted[i] += 1
             rounds, drafted, at = rounds + 1, drafted + len(block), at + right + 1
     return Counts(folder, "hf_osd on vllm's answers", rounds, drafted, accepted, sum(map(len, answers)))
+
+
+@torch.no_grad()
+def predictions(draft: PreTrainedModel, target, tokens: Tensor, count: int, steps: int) -> list[list[int]]:
+    """Predict each of the last `count` of `tokens` `(1, L)` from those before it: `[k][i]` is what the draft says of the i-th after k drafted tokens.
+
+    A draft that reads token ids says the same after any k; one that reads the target's hidden states has its own for the last k tokens. Such a one says nothing of
+    the first (-1), for which no engine drafts.
+    """
+    if not reads_states(draft):
+        return [draft(input_ids=tokens, use_cache=False).logits[0, -count - 1 : -1].argmax(-1).tolist()] * steps
+    if count < 2:
+        return [[-1] * count] * steps
+    hidden = target(input_ids=tokens.to(target.device), use_cache=False, output_hidden_states=True).hidden_states
+    states = torch.cat([hidden[layer][:, :-2] for layer in draft.config.aux_layers], -1).to(draft.device)
+    read = {"input_ids": tokens[:, 1:-1], "features": states, "logits_to_keep": count - 1, "use_cache": False}
+    logits = draft(**read, unroll=steps).logits.reshape(steps, count - 1, -1)
+    return [[-1, *row] for row in logits.argmax(-1).tolist()]
 
 
 def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompts: list[Tensor]) -> dict:
@@ -227,6 +265,7 @@ def ask_vllm(args: VllmArguments, target, draft: str, refresh: list[str], prompt
     job = {
         "target": str(embedded_target()) if args.target == EMBEDDED else args.target,
         "draft": draft,
+        "method": "draft_model" if layout_of(draft) is None else "eagle3",
         "refresh": refresh,
         "dtype": str(target.dtype).removeprefix("torch."),
         "gamma": args.gamma,

@@ -27,8 +27,8 @@ def serve(job: dict) -> dict:
     """Answer the job's prompts greedily with target and draft, and again after each refresh; returns answers and vLLM's own counts.
 
     Args:
-        job: `target`, `draft` and `refresh` (folders, the last a list), `prompts` (token ids), `dtype`, `gamma`, `max_new_tokens` and
-            `window`, the most tokens of prompt and answer.
+        job: `target`, `draft` and `refresh` (folders, the last a list), `method` (vLLM's name for the draft's kind), `prompts` (token ids),
+            `dtype`, `gamma`, `max_new_tokens` and `window`, the most tokens of prompt and answer.
     """
     import vllm
 
@@ -40,7 +40,7 @@ def serve(job: dict) -> dict:
         disable_log_stats=False,
         worker_extension_cls="recipes.benchmarks.vllm_job.Worker",
         speculative_config={
-            "method": "draft_model",
+            "method": job["method"],
             "model": job["draft"],
             "num_speculative_tokens": job["gamma"],
         },

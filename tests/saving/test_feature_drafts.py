@@ -157,6 +157,8 @@ def test_an_engines_layout_has_the_names_and_shapes_that_engines_read(target, tm
     assert config["fc_norm"] is True
     assert config["norm_before_residual"] is False, "vLLM takes its absence for true"
     inner = config if layout == "eagle3" else config["transformer_layer_config"]
+    assert inner["num_aux_hidden_states"] == 3, "of speculators vLLM reads it there"
+    assert ("model_type" in config) == (layout == "eagle3"), "vLLM knows speculators by its absence"
     assert inner["model_type"] == "llama"
     assert inner["num_hidden_layers"] == 1
     assert inner["vocab_size"] == 64
@@ -164,7 +166,6 @@ def test_an_engines_layout_has_the_names_and_shapes_that_engines_read(target, tm
     assert inner["rope_scaling"] is None
     if layout == "eagle3":
         assert config["architectures"] == ["LlamaForCausalLMEagle3"]
-        assert config["num_aux_hidden_states"] == 3
         assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 4], "by whose output it is"
         assert "norm_output" not in config
     else:
@@ -175,6 +176,33 @@ def test_an_engines_layout_has_the_names_and_shapes_that_engines_read(target, tm
         assert spec["proposal_methods"][0]["speculative_tokens"] == 5
     loaded = load_feature_draft(folder, target)
     assert torch.equal(logits(loaded), logits(draft)), "rows of the target's head mean the whole of it"
+
+
+@pytest.mark.parametrize("layout", ENGINES)
+def test_with_all_tokens_there_is_no_mapping_of_them(target, tmp_path, layout):
+    """vLLM makes none then, and refuses a checkpoint with tensors that it has no place for."""
+    for ids in (None, reversed_(range(64))):
+        folder = save(learnt(target), tmp_path, layout, draft_vocab=ids)
+        assert {"t2d", "d2t"}.isdisjoint(load_file(folder / "model.safetensors"))
+        assert config_of(folder)["draft_vocab_size"] == 64
+
+
+@pytest.mark.parametrize("switches", [{}, {"fc_norm": False, "norm_before_fc": True}], ids=str)
+@pytest.mark.parametrize("layout", ENGINES)
+def test_states_are_joined_in_ascending_order_of_layers_as_engines_join_them(target, tmp_path, layout, switches):
+    draft = learnt(target, aux_layers=[5, 2, 3], **switches)
+    loaded = load_feature_draft(save(draft, tmp_path, layout), target)
+    assert draft.config.aux_layers == [5, 2, 3]
+    assert loaded.config.aux_layers == [2, 3, 5]
+    assert config_of(tmp_path)["eagle_aux_hidden_state_layer_ids"] == [2, 3, 5]
+    ids, states = torch.arange(7)[None], torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0))
+    last, first, middle = states.chunk(3, -1)
+    with torch.no_grad():
+        ours = draft(ids, features=states).logits
+        theirs = loaded(ids, features=torch.cat([first, middle, last], -1)).logits
+    torch.testing.assert_close(theirs, ours)
+    change(tmp_path, eagle_aux_hidden_state_layer_ids=[5, 3, 2])
+    assert load_feature_draft(tmp_path, target).config.aux_layers == [2, 3, 5], "as engines read it"
 
 
 def reversed_(ids):
