@@ -210,6 +210,12 @@ class LearningConfig:
         "Of a draft that reads the target's hidden states: drafted tokens in a row that it learns for, reading its own states where the target's are not known "
         "yet. Each takes about as long as learning without. Other drafts learn as if it were 1.",
     )
+    state_loss_weight: float = option(
+        30.0,
+        number(0),
+        "Of a draft that reads the target's hidden states and has its LM head: weight of a loss that draws its own last state towards the target's (EAGLE's "
+        "regression, arXiv 2401.15077), which from a few hundred requests teaches more than the predictions alone. 0 leaves it out.",
+    )
     freeze_embeddings: bool = option(
         True, switch(), "Do not train input embeddings and LM head. They are then shared by all copies of the draft."
     )

@@ -18,6 +18,7 @@ class FeatureCollator:
         width (`int`): F, the numbers of one state, as the draft reads it.
         positions (`str`): `"all"` or `"error"`: which generated positions teach (see [`Feedback.teaching_mask`]).
         prompts (`bool`, defaults to `True`): whether those of the prompts do that have a target.
+        last_state (`slice`, *optional*): where, in a state as it was recorded, that of the target's last layer lies, of H_t numbers, if rows are taught it.
 
     Returns, from a call on a list of requests, a dict of
         `input_ids`, `attention_mask`, `position_ids` (int64 `(B, T)`): the columns; the position of t_j's is j-1;
@@ -25,6 +26,8 @@ class FeatureCollator:
         `labels` (int64 `(B, T+1)`): the token that a column predicts, one further right, where that teaches, -100 elsewhere, so that Trainer counts the rows;
         `rows` (int64 `(R,)`): where the R teaching rows lie in the `(B·keep)` logits of the last `keep` columns;
         `keep` (`int`): the columns that hold them;
+        `last_states` (float32 `(R, H_t)`), `has_last_state` (bool `(R,)`), with `last_state` alone: the target's last state at the column that predicts the token, and
+            whether it was recorded;
         `depth` (int64 `(R,)`): the columns of its request that lie before a row's own: after so many drafted tokens, at most, it can be predicted;
         `top_ids` (int64 `(R, k)`), `top_logps` (float32 `(R, k)`), `tail_logp` (float32 `(R,)`): their targets.
 
@@ -32,8 +35,8 @@ class FeatureCollator:
         ValueError: if a request's states are of another width.
     """
 
-    def __init__(self, width: int, positions: str = "all", prompts: bool = True):
-        self.width, self.positions, self.prompts = width, positions, prompts
+    def __init__(self, width: int, positions: str = "all", prompts: bool = True, last_state: slice | None = None):
+        self.width, self.positions, self.prompts, self.last_state = width, positions, prompts, last_state
 
     def __call__(self, batch: list[Feedback]) -> dict:
         counts = [self._columns(feedback) for feedback in batch]
@@ -43,15 +46,16 @@ class FeatureCollator:
         ids, mask, places = (torch.zeros(size, dtype=torch.long, device="cpu") for _ in range(3))
         features = torch.zeros(*size, self.width, dtype=torch.float32, device="cpu")
         labels = torch.full((len(batch), width + 1), -100, dtype=torch.long, device="cpu")
-        columns, depths, targets = [], [], []
+        columns, depths, targets, last = [], [], [], []
         for b, (feedback, count) in enumerate(zip(batch, counts, strict=True)):
+            states = None if feedback.states is None else feedback.states.dense()  # (S, F) or wider
             if count:
                 first, left = (
                     feedback.states.start + 1,
                     width - count,
-                )  # the first token that has a column, and that column
+                )  # the first token with a column, and that column
                 ids[b, left:], mask[b, left:] = feedback.tokens[first : first + count].long(), 1
-                features[b, left:] = feedback.states.dense()[:count]
+                features[b, left:] = states[:count, : self.width]
                 at = torch.arange(first, first + count, device="cpu")
                 if feedback.gap is not None:
                     after, left_out = feedback.gap
@@ -63,11 +67,12 @@ class FeatureCollator:
             labels[b, column + 1] = feedback.tokens[tokens].long()
             columns.append(column)
             depths.append(depth)
+            last.append(self._last_states(feedback, states, tokens))
             targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in parts]
         keep = max([1, *(width - int(column.min()) for column in columns if len(column))])
         rows = [b * keep + column - (width - keep) for b, column in enumerate(columns)]
         top_ids, top_logps, tail_logp = map(torch.cat, zip(*targets, strict=True))
-        return {
+        made = {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": places,
@@ -80,16 +85,33 @@ class FeatureCollator:
             "top_logps": top_logps,
             "tail_logp": tail_logp,
         }
+        if self.last_state is not None:
+            made["last_states"], made["has_last_state"] = map(torch.cat, zip(*last, strict=True))
+        return made
+
+    def _last_states(
+        self, feedback: Feedback, states: torch.Tensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's last states where `tokens` `(r,)` of a request are predicted, `(r, H_t)`, zeros where they are not known, bool `(r,)`."""
+        part = self.last_state or slice(0, 0)
+        found = torch.zeros(len(tokens), part.stop - part.start, dtype=torch.float32, device="cpu")
+        known = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
+        if states is not None and states.shape[1] >= part.stop:
+            at = tokens - 1 - feedback.states.start
+            known = (at >= 0) & (at < len(states))
+            found[known] = states[at[known], part]
+        return found, known
 
     def _columns(self, feedback: Feedback) -> int:
         """How many columns a request has."""
         states = feedback.states
         if states is None:
             return 0
-        if states.width != self.width:
+        # Those of the last layer may have been recorded as well.
+        if states.width not in (self.width, self.width + states.width // states.n_aux):
             raise ValueError(
                 f"A request has states of {states.width} numbers and the draft reads {self.width}: they were recorded of other layers, or of another target. "
-                "Record them of the draft's own `aux_layers`."
+                "Record them of the draft's own `config.recorded_layers`."
             )
         return max(min(states.stop, len(feedback.tokens) - 2) - states.start, 0)
 

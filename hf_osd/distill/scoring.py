@@ -135,7 +135,7 @@ def score_by_step(
             batch = collate([feedback[i] for i in chosen])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             if states:
-                logits, (rows, step) = unrolled_logits(model, batch, steps), unrolled_rows(batch["depth"], steps)
+                (logits, _), (rows, step) = unrolled_logits(model, batch, steps), unrolled_rows(batch["depth"], steps)
             else:
                 logits = answer_logits(model, batch)
                 rows = torch.arange(len(logits), device=logits.device)

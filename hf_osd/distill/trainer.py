@@ -25,7 +25,7 @@ from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import answer_logits, learners_autocast
-from hf_osd.distill.unrolled import unrolled_logits, unrolled_losses
+from hf_osd.distill.unrolled import state_distances, unrolled_logits, unrolled_losses
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.models.properties import reads_states
@@ -87,7 +87,11 @@ class OnlineGKDTrainer(GKDTrainer):
             or training_args(
                 self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
             ),
-            data_collator=FeatureCollator(model.config.states_size, self.config.positions)
+            data_collator=FeatureCollator(
+                model.config.states_size,
+                self.config.positions,
+                last_state=model.config.last_state if self.config.state_loss_weight else None,
+            )
             if self._reads_states
             else FeedbackCollator(self.config.positions),
             # Both are demanded and never used: requests come from the buffer, as token ids.
@@ -178,11 +182,14 @@ class OnlineGKDTrainer(GKDTrainer):
             return self._loss(model, nothing, return_outputs, num_items_in_batch)
 
     def _loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch: Tensor | int | None):
-        logits, at = self._logits(model, inputs, whole=return_outputs)
+        logits, at, states = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
         if self._reads_states:
             draftable = None if (has := self._draftable(model)) is None else has[inputs["top_ids"]]
-            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config, draftable)  # (R,)
+            distances = (
+                state_distances(states, inputs, self.config.unrolled_steps) if "last_states" in inputs else None
+            )
+            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config, draftable, distances)  # (R,)
         else:
             q = draft_buckets(logits, at)
             losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)
@@ -202,29 +209,31 @@ class OnlineGKDTrainer(GKDTrainer):
         source = tokens if self.model.config.is_encoder_decoder else None
         return replace(Feedback.from_target(tokens, 1, rows), source=source)
 
-    def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor]:
-        """Compute the draft's logits `(R, C)` for all V tokens, or for enough to estimate the loss, and the columns `(R, k)` of `top_ids` in them."""
+    def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute the draft's logits `(R, C)` for all V tokens, or for enough to estimate the loss; the columns `(R, k)` of `top_ids` in them; and of a feature-level draft
+        what its LM head read, `(R, H)`."""
         head = getattr(model, "module", model).get_output_embeddings()
         columns, samples = None, self.config.sampled_columns
         if samples is not None and not whole and isinstance(head, LossHead):
             columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws, self._draftable(model))
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             if columns is None:
-                return self._answer(model, inputs), inputs["top_ids"]
+                logits, states = self._answer(model, inputs)
+                return logits, inputs["top_ids"], states
             chosen, at, support, size = columns
             with head.only(chosen):
-                logits = self._answer(model, inputs)
-        return sampled_tail(logits.float(), support, size), at
+                logits, states = self._answer(model, inputs)
+        return sampled_tail(logits.float(), support, size), at, states
 
     def _draftable(self, model: nn.Module) -> Tensor | None:
         """The tokens that the draft's LM head has, bool `(V,)`; `None` if it has all of the target's."""
         return getattr(getattr(model, "module", model), "t2d", None) if self._reads_states else None
 
-    def _answer(self, model: nn.Module, inputs: dict) -> Tensor:
-        """The logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, see [`unrolled_logits`]."""
+    def _answer(self, model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, and its states, see [`unrolled_logits`]."""
         if self._reads_states:
             return unrolled_logits(model, inputs, self.config.unrolled_steps)
-        return answer_logits(model, inputs)
+        return answer_logits(model, inputs), None
 
     def _drop_prepared(self, *objects) -> list:
         """Replace `Accelerator.free_memory`, with which every `train()` begins, without its cost to an update: a full garbage collection (a

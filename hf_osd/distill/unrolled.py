@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_osd.distill.losses import among_draftable, divergence, draft_buckets
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # The weight of each step in the loss, to that of the step before (EAGLE-3's).
 _DECAY = 0.8
+# Up to this difference, in units of the target's root mean square, distance is square, and beyond it linear: a few numbers of a state are many times the others.
+_BETA = 0.5
 
 
 def unrolled_rows(depth: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -34,8 +37,8 @@ def unrolled_rows(depth: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return rows, step
 
 
-def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> Tensor:
-    """The draft's logits at the rows and steps of `unrolled_rows`: `(S, V)`, or of as many columns as its head computes.
+def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> tuple[Tensor, Tensor]:
+    """Compute the draft's logits at the rows and steps of `unrolled_rows`, `(S, V)` or of as many columns as its head computes, and what its head read there, `(S, H)`.
 
     Args:
         model (`PreTrainedModel`): a [`FeatureDraft`], or a wrapper of one.
@@ -43,34 +46,62 @@ def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> Tensor:
         steps (`int`): K.
     """
     names = ("input_ids", "attention_mask", "position_ids", "features")
-    logits = model(
+    outputs = model(
         **{name: batch[name] for name in names},
         logits_to_keep=batch["keep"],
         unroll=min(steps, batch["input_ids"].shape[1]),
         use_cache=False,
-    ).logits  # (K, B, keep, V); (B, keep, V) of one step
-    logits = (logits if logits.ndim == 4 else logits[None]).flatten(1, 2)  # (K, B·keep, V)
+    )
     rows, step = unrolled_rows(batch["depth"], steps)
-    return logits[step, batch["rows"][rows]]
+    # (K, B, keep, V) and (K, B, keep, H); without K where there is one step
+    both = (outputs.logits, outputs.head_states)
+    both = ((part if part.ndim == 4 else part[None]).flatten(1, 2) for part in both)
+    return tuple(part[step, batch["rows"][rows]] for part in both)
+
+
+def state_distances(states: Tensor, batch: dict, steps: int) -> Tensor:
+    """Compute how far the draft's last states are from the target's, `(S,)`: the smooth L1 distance in units of the root mean square of the target's, averaged over its
+    numbers; 0 where the target's was not recorded. (The regression loss of EAGLE, arXiv 2401.15077, section 4.1, which does not name a unit.)
+
+    Args:
+        states (`Tensor` `(S, H)`): what the draft's LM head read, see [`unrolled_logits`].
+        batch (`dict`): of a [`hf_osd.distill.feature_collator.FeatureCollator`] with `last_state`, on the same device.
+        steps (`int`): K.
+    """
+    rows, _ = unrolled_rows(batch["depth"], steps)
+    aims, known = batch["last_states"].float(), batch["has_last_state"]
+    unit = aims.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    aims, unit = (aims / unit)[rows], unit[rows]
+    distance = F.smooth_l1_loss(states.float() / unit, aims, reduction="none", beta=_BETA).mean(-1)
+    return distance * known[rows]
 
 
 def unrolled_losses(
-    logits: Tensor, at: Tensor, p: Tensor, depth: Tensor, config: OnlineConfig, draftable: Tensor | None = None
+    logits: Tensor,
+    at: Tensor,
+    p: Tensor,
+    depth: Tensor,
+    config: OnlineConfig,
+    draftable: Tensor | None = None,
+    distances: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each row, `(R,)`: the divergence of each step that it has, weighted by 0.8 to the power of the step, in all.
+    """Compute the loss of each row, `(R,)`: the divergence of each step that it has, and the distance of its state from the target's, weighted by 0.8 to the power of the step, in all.
 
     Args:
-        logits (`Tensor` `(S, C)`): as `unrolled_logits` gives them.
+        logits (`Tensor` `(S, C)`): as `unrolled_logits` gives them first.
         at (`Tensor` int64 `(R, k)`): the columns of the targets' tokens in them.
         p (`Tensor` float32 `(R, k+1)`): the targets, see [`hf_osd.distill.losses.target_buckets`].
         depth (`Tensor` int64 `(R,)`): as of `unrolled_rows`.
         config (`OnlineConfig`): names divergence and steps.
         draftable (`Tensor` bool `(R, k)`, *optional*): which of the targets' tokens the draft's LM head has, if it lacks some; see
             [`hf_osd.distill.losses.among_draftable`].
+        distances (`Tensor` `(S,)`, *optional*): of `state_distances`, which `config.state_loss_weight` weighs.
     """
     rows, step = unrolled_rows(depth, config.unrolled_steps)
     p, q, weights = p[rows], draft_buckets(logits, at[rows]), 1.0
     if draftable is not None:
         p, q, weights = among_draftable(p, q, draftable[rows])
     losses = weights * divergence(p, q, config.divergence, config.beta, config.total_variation_weight)  # (S,)
+    if distances is not None:
+        losses = losses + config.state_loss_weight * distances
     return losses.new_zeros(len(depth)).index_add(0, rows, losses * _DECAY**step)

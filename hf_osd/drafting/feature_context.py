@@ -90,25 +90,26 @@ class FeatureContext(DraftContext):
     def askable(self) -> int:
         return max(self.length - 2, 0)  # the token after t_0 has no column before it
 
-    def add_states(self, hidden_states: Sequence[Tensor | None], count: int, read: Tensor | None = None) -> Tensor:
+    def add_states(self, hidden_states: Sequence[Tensor | None], count: int, mask: Tensor | None = None) -> Tensor:
         """Takes the states of the target's last forward.
 
         Args:
-            hidden_states: as the target's output has them: item i is `(1, T, H_t)`, after i layers; those of the draft's aux layers are there.
+            hidden_states: as the target's output has them: item i is `(1, T, H_t)`, after i layers; those of the draft's recorded layers are there.
             count (`int`): of its T columns those that are verified, the first ones.
-            read (`Tensor` bool `(T',)`, *optional*): which of the first T' columns are no padding.
+            mask (`Tensor` bool `(T',)`, *optional*): which of the first T' columns are no padding.
 
         Returns:
-            `Tensor`: the states `(S', F)` that are new.
+            `Tensor`: the states that are new, of all recorded layers, joined; the first F numbers of each are what the draft reads.
         """
-        parts = [hidden_states[layer][:, :count] for layer in self.model.config.aux_layers]
+        parts = [hidden_states[layer][:, :count] for layer in self.model.config.recorded_layers]
         home = self.ids.device
         states = torch.cat([part.to(home, self.model.dtype) for part in parts], dim=-1)
-        if read is not None:
-            mask = torch.ones(states.shape[1], dtype=torch.bool, device=home)
-            mask[: len(read)] = read.to(home)[: len(mask)]
-            states = states[:, mask]
-        self._states = states if self._states is None else torch.cat([self._states, states], dim=1)
+        if mask is not None:
+            kept = torch.ones(states.shape[1], dtype=torch.bool, device=home)
+            kept[: len(mask)] = mask.to(home)[: len(kept)]
+            states = states[:, kept]
+        read = states[..., : self.model.config.states_size]
+        self._states = read if self._states is None else torch.cat([self._states, read], dim=1)
         return states[0]
 
     def catch_up(self, lag: int) -> DraftLogits:

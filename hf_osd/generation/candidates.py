@@ -148,7 +148,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
     def _ask_for_states(self, request: GenerateRequest, draft: FeatureDraft):
         """Has generate hand over the states that the draft reads, of each forward of the target; or all of them, if the user asks for these."""
         self.requires_model_outputs = True
-        wanted = True if request.generation_config.output_hidden_states else list(draft.config.aux_layers)
+        wanted = True if request.generation_config.output_hidden_states else draft.config.recorded_layers
         self.model_kwargs_overrides = {"output_hidden_states": wanted}
         length, mask = request.input_ids.shape[1], request.mask
         self._not_padding = (
@@ -278,7 +278,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                     f"the target gives no hidden states, though asked for those of layers {context.model.config.aux_layers}"
                 )
             states = context.add_states(outputs.hidden_states, count, first)
-            self.record.add_states(states, len(context.model.config.aux_layers))
+            self.record.add_states(states, len(context.model.config.recorded_layers))
         except (
             Exception
         ) as error:  # a target may return no states, and memory may be short: it can go on without the draft

@@ -130,7 +130,7 @@ class LearningFacts:
             members=len(config.ensemble or [1]),
             apart=config.learn == "process" or config.learner_device is not None,
             steps=steps,
-            state=draft.config.states_size if states else 0,
+            state=len(draft.config.recorded_layers) * draft.config.target_hidden_size if states else 0,
         )
 
     @property
@@ -282,7 +282,8 @@ def buffer_bytes(draft: PreTrainedModel | None, config: OnlineConfig) -> int:
         return config.buffer_bytes
     if draft is None or not reads_states(draft):
         return BUFFER_BYTES
-    state = draft.config.states_size + 2 * len(draft.config.aux_layers)  # int8, and a float16 for each layer
+    layers = len(draft.config.recorded_layers)
+    state = layers * (draft.config.target_hidden_size + 2)  # int8, and a float16 for each layer
     most = min(BUFFER_SHARE * available("cpu"), BUFFER_BYTES + BUFFER_STATES * state)
     return max(int(most), BUFFER_BYTES)
 

@@ -101,7 +101,7 @@ class Rehearsal:
                 top_k=assistant.osd_config.top_k,
                 dtype=getattr(torch, assistant.osd_config.feedback_dtype),
                 temperature=self.temperature,
-                states_of=assistant.config.aux_layers if reads_states(assistant) else None,
+                states_of=assistant.config.recorded_layers if reads_states(assistant) else None,
             )
             for request, answer in zip(chosen, answers, strict=True):
                 self._answered[request] = self._answered.get(request, 0) + 1

@@ -29,7 +29,7 @@ class FeatureDraftConfig(PreTrainedConfig):
     """
 
     model_type = "osd_feature_draft"
-    keys_to_ignore_at_inference = ("past_key_values", "states")
+    keys_to_ignore_at_inference = ("past_key_values", "states", "head_states")
 
     vocab_size: int = 32000
     hidden_size: int = 576
@@ -73,6 +73,24 @@ class FeatureDraftConfig(PreTrainedConfig):
     def states_size(self) -> int:
         """F, the width of the target's states, joined."""
         return len(self.aux_layers) * self.target_hidden_size
+
+    @property
+    def recorded_layers(self) -> list[int]:
+        """The layers of the target whose states are recorded for learning: those that the draft reads, and the last, which its own are compared with where the LM
+        head is the target's. Counted as `aux_layers` are."""
+        last = self.target_num_hidden_layers
+        shares_head = self.draft_vocab_size is None and self.hidden_size == self.target_hidden_size
+        return (
+            [*self.aux_layers, last] if shares_head and last not in (None, *self.aux_layers) else list(self.aux_layers)
+        )
+
+    @property
+    def last_state(self) -> slice | None:
+        """Where the state after the target's last layer lies among the recorded ones, joined; `None` if the draft does not learn from it."""
+        layers, last, size = self.recorded_layers, self.target_num_hidden_layers, self.target_hidden_size
+        if self.draft_vocab_size is not None or self.hidden_size != size or last not in layers:
+            return None
+        return slice(layers.index(last) * size, (layers.index(last) + 1) * size)
 
     def _check(self):
         if self.num_hidden_layers != 1:

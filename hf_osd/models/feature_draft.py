@@ -30,9 +30,11 @@ _STACKED = 16  # columns up to which the queries of a group are stacked
 
 @dataclass
 class FeatureDraftOutput(CausalLMOutputWithPast):
-    """What a [`FeatureDraft`] returns: `logits` and, to be fed back as the next column's features, `states` `(B, T, H)`."""
+    """What a [`FeatureDraft`] returns: `logits`; to be fed back as the next column's features, `states` `(B, T, H)`; and what the LM head read, `head_states`, which has
+    the shape of `logits` but for its width H."""
 
     states: Tensor | None = None
+    head_states: Tensor | None = None
 
 
 class FeatureDraftRMSNorm(nn.Module):
@@ -201,12 +203,12 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             features (`Tensor` `(B, T, F)` or `(B, T, H)`, *optional*): the target's states at the tokens before, or the draft's own `states` of the columns
                 before, of any float dtype; by their width. Zeros if left out.
             logits_to_keep (`int` or `Tensor`): how many of the last columns' logits are wanted, or of which columns; all if 0.
-            unroll (`int`): K, the steps of training-time test. `logits` are then `(K, B, T', V)`: `[k]` at column c is what is predicted there where the draft
+            unroll (`int`): K, the steps of training-time test. `logits` are then `(K, B, T', V)`, and `head_states` likewise: `[k]` at column c is what is predicted there where the draft
                 has read the target's states up to column c-k, and its own of the step before at the k columns after it. At the first k columns of a text
                 they are finite, and mean nothing. Without a cache.
 
         Returns:
-            [`FeatureDraftOutput`]: `logits` `(B, T', V)`, and `states` `(B, T, H)` of the first step.
+            [`FeatureDraftOutput`]: `logits` `(B, T', V)`, `head_states` `(B, T', H)`, and `states` `(B, T, H)` of the first step.
 
         Raises:
             ValueError: if `features` have another width, or `unroll` comes with a cache.
@@ -238,7 +240,9 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         hidden = states[0] if unroll == 1 else torch.stack(states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = hidden[..., keep, :] if self.config.norm_output else self.norm(hidden[..., keep, :])
-        return FeatureDraftOutput(logits=self.lm_head(hidden), past_key_values=past_key_values, states=states[0])
+        return FeatureDraftOutput(
+            logits=self.lm_head(hidden), past_key_values=past_key_values, states=states[0], head_states=hidden
+        )
 
     def _feature(self, features: Tensor | None, embeds: Tensor) -> Tensor:
         """What the layer reads beside the embeddings, `(B, T, H)`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +21,8 @@ from hf_osd.models.plain import record_ties
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 _STD = 0.02
 # What decoders call the norm before the LM head.
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "layer_norm")
@@ -31,8 +35,9 @@ def grow_feature_draft(
 ) -> FeatureDraft:
     """Make a draft of one layer that reads the target's hidden states.
 
-    Embeddings and LM head are the target's own storage, frozen, and cost no memory. The layer is as wide as the target's; its weights are random, but that it begins with
-    the target's last state of `aux_layers`, and with the target's final norm. Undistilled it accepts next to nothing: it is where learning starts.
+    Embeddings and LM head are the target's own storage, frozen, and cost no memory. The layer is as wide as the target's; it begins with the weights of the target's
+    last one, where that is such a layer, and at random elsewhere, and reads the target's last state of `aux_layers`. Undistilled it accepts next to nothing: it is
+    where learning starts. The target runs once, on a few random tokens, to see how large its states are.
 
     Args:
         target (`PreTrainedModel`): a decoder-only causal LM, or a model with one in it that also sees, such as Gemma 3's.
@@ -67,8 +72,70 @@ def grow_feature_draft(
                 _put(draft, name, nn.Parameter(value.to(home, dtype)))
         draft.norm.weight.copy_(_final_scale(target, config.hidden_size).to(draft.norm.weight))
         share_ends(draft, target)
+        copy_last_layer(draft, target)
     draft.generation_config = copy.deepcopy(given.generation_config)
     return draft.eval()
+
+
+def copy_last_layer(draft: FeatureDraft, target: PreTrainedModel):
+    """Give a draft's layer the weights of the target's last, as far as that has what the draft's has, of the same shapes: attention reads the feature with them, and the
+    embedding with its random ones. What the layer adds is scaled to the draft's stream, which is normalised. A head start: from 250 requests on it is worth some
+    points of acceptance.
+    """
+    layer = next(iter(reversed(getattr(target.get_decoder(), "layers", None) or [])), None)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    # Where the two norms are not the only ones, they stand for something else.
+    if (
+        layer is None
+        or any(getattr(layer, name, None) is None for name in norms)
+        or hasattr(layer, "pre_feedforward_layernorm")
+    ):
+        return
+    scale = 1.0
+    if draft.config.fc_norm or draft.config.norm_before_fc:
+        size = _size_of_states(target, draft.config.aux_layers[-1])
+        if size is None:
+            return
+        scale = 1.0 / size
+    ours, attention, mlp = draft.midlayer, getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    width = draft.config.hidden_size
+
+    def read(owner, name: str, like: Tensor) -> Tensor | None:
+        weight = getattr(getattr(owner, name, None), "weight", None)
+        known = weight is not None and weight.shape == like.shape and weight.is_floating_point()
+        return _of_target(target, weight, like.device).to(like.dtype) if known else None
+
+    projections = [(name, getattr(ours.self_attn, name).weight[:, width:]) for name in ("q_proj", "k_proj", "v_proj")]
+    projections.append(("o_proj", ours.self_attn.o_proj.weight))
+    found = [(aim, read(attention, name, aim)) for name, aim in projections]
+    if not hasattr(attention, "q_norm") and all(value is not None for _, value in found):
+        for aim, value in found:
+            aim.copy_(value)
+        ours.self_attn.o_proj.weight.mul_(scale)
+        ours.hidden_norm.weight.copy_(_scale_of(target, layer.input_layernorm, width))
+    found = [(m.weight, read(mlp, name, m.weight)) for name, m in ours.mlp.named_children() if hasattr(m, "weight")]
+    if all(value is not None for _, value in found) and ours.mlp.down_proj.weight.shape[0] == width:
+        for aim, value in found:
+            aim.copy_(value)
+        ours.mlp.down_proj.weight.mul_(scale)
+        ours.post_attention_layernorm.weight.copy_(_scale_of(target, layer.post_attention_layernorm, width))
+
+
+def _size_of_states(target: PreTrainedModel, layer: int) -> float | None:
+    """Measure the root mean square of the target's states after a layer, the median over random tokens; `None` if that fails."""
+    random, training = torch.Generator().manual_seed(0), target.training
+    home = execution_device(target.get_input_embeddings())
+    ids = torch.randint(target.get_output_embeddings().weight.shape[0], (1, 32), generator=random, device="cpu")
+    try:
+        target.eval()
+        outputs = target(input_ids=ids.to(home), use_cache=False, output_hidden_states=True)
+        size = float(outputs.hidden_states[layer].float().square().mean(-1).sqrt().median())
+    except Exception as error:  # the draft can begin at random
+        logger.debug("The size of the target's states could not be measured: %s", error)
+        return None
+    finally:
+        target.train(training)
+    return size if math.isfinite(size) and size > 0 else None
 
 
 def default_aux_layers(depth: int) -> list[int]:
@@ -185,7 +252,13 @@ def _first_value(name: str, shape: torch.Size, random: torch.Generator) -> Tenso
 def _final_scale(target: PreTrainedModel, size: int) -> Tensor:
     """What the target's final norm multiplies by, `(H,)`: some keep it less one. Ones if there is no such norm."""
     decoder = target.get_decoder()
-    norm = next((m for name in _FINAL_NORMS if (m := getattr(decoder, name, None)) is not None), None)
+    return _scale_of(
+        target, next((m for name in _FINAL_NORMS if (m := getattr(decoder, name, None)) is not None), None), size
+    )
+
+
+def _scale_of(target: PreTrainedModel, norm: nn.Module | None, size: int) -> Tensor:
+    """What a norm of the target multiplies by, float32 `(H,)`."""
     weight = getattr(norm, "weight", None)
     if weight is None or weight.shape != (size,):
         return torch.ones(size, device="cpu", dtype=torch.float32)

@@ -43,7 +43,7 @@ def record_fitting(
         show (`bool`): whether there is a progress bar.
     """
     config, draft = assistant.osd_config, assistant.serving.active
-    states_of = draft.config.aux_layers if reads_states(draft) else None
+    states_of = draft.config.recorded_layers if reads_states(draft) else None
     with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not prompts or not show) as bar:
         answers = record_answers(
             target,

@@ -73,7 +73,7 @@ class RecordArguments(TargetArguments):
     states: str = option(
         "",
         string(),
-        "Also record the target's hidden states after these layers, such as 2,15,27, for replay.py --draft feature; 'auto' for those that a grown feature draft reads.",
+        "Also record the target's hidden states after these layers, such as 2,15,27, for replay.py --draft feature; 'auto' for those that a grown feature draft reads and learns from.",
     )
     output_dir: str = option("runs/traces", string(), "Folder in which each domain gets a folder.")
     overwrite: bool = option(False, switch(), "Record these domains anew, in place of what is there.")
@@ -193,7 +193,8 @@ def state_layers(states: str, target) -> list[int] | None:
     if not states:
         return None
     if states == "auto":
-        return default_aux_layers(depth_of(text_model(target)))
+        depth = depth_of(text_model(target))
+        return list(dict.fromkeys([*default_aux_layers(depth), depth]))
     return numbers_of(states, "states", least=0)
 
 

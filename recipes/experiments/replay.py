@@ -233,11 +233,14 @@ class Experiment:
 
     def _check_states(self, draft: PreTrainedModel, name: str):
         """Raise a ValueError if a draft reads the target's hidden states and they are not in a trace."""
-        layers = ",".join(map(str, draft.config.aux_layers)) if reads_states(draft) else None
-        if layers is not None and (wrong := [traced for traced in self.judged if traced.states != layers]):
+        if not reads_states(draft):
+            return
+        config = draft.config
+        known = [",".join(map(str, layers)) for layers in (config.recorded_layers, config.aux_layers)]
+        if wrong := [traced for traced in self.judged if traced.states not in known]:
             raise ValueError(
-                f"The draft {name} reads the target's hidden states after layers {layers}, and {wrong[0].name} has {wrong[0].states or 'none'}; record it again "
-                f"with --states {layers} --overwrite."
+                f"The draft {name} learns from the target's hidden states after layers {known[0]}, and {wrong[0].name} has {wrong[0].states or 'none'}; record it again "
+                f"with --states {known[0]} --overwrite."
             )
 
     def key(self, arm: Arm, seed: int) -> str:

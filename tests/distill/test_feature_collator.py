@@ -95,7 +95,7 @@ def test_a_position_without_a_target_does_not_teach(make_feedback):
 
 
 def test_states_of_other_layers_are_refused(make_feedback):
-    with pytest.raises(ValueError, match="aux_layers"):
+    with pytest.raises(ValueError, match="recorded_layers"):
         FeatureCollator(WIDTH + 2)([with_states(make_feedback(), 0, 9)])
 
 

@@ -13,7 +13,7 @@ from hf_osd.distill.loss_head import LossHead
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.scoring import judge, score, score_by_step
 from hf_osd.distill.trainer import OnlineGKDTrainer
-from hf_osd.distill.unrolled import unrolled_logits, unrolled_losses, unrolled_rows
+from hf_osd.distill.unrolled import state_distances, unrolled_logits, unrolled_losses, unrolled_rows
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.target_states import TargetStates
@@ -90,7 +90,7 @@ def batch_of(draft, requests, **kwargs):
 def test_each_step_is_what_is_drafted_after_so_many_tokens(draft, answers, steps):
     batch = batch_of(draft, answers)
     with torch.no_grad():
-        logits = unrolled_logits(draft, batch, steps)
+        logits, _ = unrolled_logits(draft, batch, steps)
     rows, step = unrolled_rows(batch["depth"], steps)
     assert len(logits) == len(rows) == sum(min(steps, int(depth) + 1) for depth in batch["depth"])
     tokens = []  # of each row: its request, and the token's place
@@ -138,7 +138,7 @@ def test_the_steps_add_up_with_falling_weights(draft, answers):
     """Each over the rows that have it, by those of the whole step: a row without a second step does not count for it."""
     config = config_of(unrolled_steps=3)
     trainer, batch = trainer_of(draft, config), batch_of(draft, answers)
-    logits = unrolled_logits(draft, batch, 3)
+    logits, _ = unrolled_logits(draft, batch, 3)
     rows, step = unrolled_rows(batch["depth"], 3)
     p = target_buckets(batch["top_logps"], batch["tail_logp"])
     each = divergence(p[rows], draft_buckets(logits, batch["top_ids"][rows]), "forward_kl", 0.5, 1.0)
@@ -196,7 +196,7 @@ def test_a_step_reads_no_true_state_of_the_tokens_it_drafts_itself(draft, answer
     """Step k reads the target's states up to k tokens before, and of none later: these are not known when it drafts."""
     batch = batch_of(draft, answers[:1])
     batch["features"].requires_grad_()
-    logits = unrolled_logits(draft, batch, 3)
+    logits, _ = unrolled_logits(draft, batch, 3)
     rows, step = unrolled_rows(batch["depth"], 3)
     for i, (row, k) in enumerate(zip(rows.tolist(), step.tolist(), strict=True)):
         (gradient,) = torch.autograd.grad(logits[i].square().sum(), batch["features"], retain_graph=True)
@@ -261,3 +261,31 @@ def test_a_draft_of_tokens_is_judged_the_same_at_each_step(target, answers):
         for k in (1, 2):
             assert one[k, :k].isnan().all()
             assert (one[k, k:] == 1).all()
+
+
+def test_a_state_is_drawn_to_the_targets_where_that_was_recorded(draft, answers):
+    """In units of the target's size, so that the weight means the same for all targets; and by nothing where there is no state."""
+    last = slice(0, 32)  # whichever part
+    batch = batch_of(draft, answers, last_state=last)
+    rows, _ = unrolled_rows(batch["depth"], 3)
+    aims = batch["last_states"][rows]
+    for row, (state, known) in enumerate(zip(batch["last_states"], batch["has_last_state"], strict=True)):
+        assert bool(known) == bool(state.any()), row
+    assert batch["has_last_state"].any()
+    assert not batch["has_last_state"].all()
+    torch.testing.assert_close(state_distances(aims, batch, 3), torch.zeros(len(rows)))
+    off = state_distances(aims * 1.1, batch, 3)
+    assert (off[batch["has_last_state"][rows]] > 0).all()
+    assert not off[~batch["has_last_state"][rows]].any()
+    batch["last_states"] = batch["last_states"] * 100
+    torch.testing.assert_close(state_distances(aims * 110, batch, 3), off, rtol=1e-4, atol=1e-6)
+
+
+def test_the_weight_of_the_state_loss_counts(draft, answers):
+    batch = batch_of(draft, answers, last_state=slice(0, 32))
+    losses = [
+        (t := trainer_of(draft, config_of(state_loss_weight=weight))).compute_loss(t.model, batch)
+        for weight in (0.0, 1.0, 2.0)
+    ]
+    torch.testing.assert_close(losses[2] - losses[1], losses[1] - losses[0])
+    assert losses[1] > losses[0]

@@ -29,7 +29,7 @@ def served(target, assistant, **kwargs):
     """The call's output, the target's states at it by a fresh forward, and those that were kept."""
     output = target.generate(PROMPT, assistant_model=assistant, **ASKED | kwargs)
     assistant.update()
-    layers = assistant.serving.active.config.aux_layers
+    layers = assistant.serving.active.config.recorded_layers
     with torch.no_grad():
         hidden = target(output, output_hidden_states=True, use_cache=False).hidden_states
     return output, torch.cat([hidden[i] for i in layers], -1)[0], assistant.buffer.new()[-1].states.dense()

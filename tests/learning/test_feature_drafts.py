@@ -112,8 +112,8 @@ def test_what_learning_takes_is_that_of_all_its_steps(target):
 
     one, three = facts(unrolled_steps=1), facts(unrolled_steps=3)
     assert (one.steps, three.steps) == (1, 3)
-    assert one.state == three.state == 3 * 32
-    states = three.tokens * three.batch * 3 * 32 * 16
+    assert one.state == three.state == 4 * 32  # the last layer's as well, which it is drawn to
+    states = three.tokens * three.batch * 4 * 32 * 16
     assert three.activations > 3 * (one.activations - states)
     assert learning_bytes(three) - learning_bytes(one) == three.activations - one.activations
     assert one.trainable == sum(p.numel() for p in draft.parameters() if p.requires_grad)

@@ -31,7 +31,7 @@ def test_what_is_kept_are_the_states_of_a_fresh_forward(tiny_model, serve_as_pla
     target = tiny_model(name, layers=4)
     served = serve_as_plain(target, fitted(target, PROMPTS[:1]), PROMPTS, {"suffix_cache": False, **GAMMA})
     for feedback in served.feedback:
-        layers = served.assistant.serving.active.config.aux_layers
+        layers = served.assistant.serving.active.config.recorded_layers
         fresh = states_of(target, feedback.tokens[None].long(), layers)[0]
         kept = feedback.states.dense()
         assert feedback.states.start == 0
@@ -49,7 +49,8 @@ def test_a_long_prompt_keeps_the_states_of_its_last_tokens(tiny_model, serve_as_
     )
     [feedback] = served.feedback
     assert feedback.states.start == 40 - 8 - 2
-    fresh = states_of(target, feedback.tokens[None].long(), served.assistant.serving.active.config.aux_layers)[0]
+    layers = served.assistant.serving.active.config.recorded_layers
+    fresh = states_of(target, feedback.tokens[None].long(), layers)[0]
     torch.testing.assert_close(feedback.states.dense(), fresh[30:-1], atol=float(fresh.abs().amax()) / 100, rtol=0)
 
 
@@ -164,9 +165,9 @@ def test_another_target_is_refused(tiny_model):
 def states_off_by_one(monkeypatch):
     original = FeatureContext.add_states
 
-    def add_states(self, hidden_states, count, read=None):
+    def add_states(self, hidden_states, count, mask=None):
         rolled = [None if h is None else h.roll(1, dims=1) for h in hidden_states]
-        return original(self, rolled, count, read)
+        return original(self, rolled, count, mask)
 
     monkeypatch.setattr(FeatureContext, "add_states", add_states)
 
@@ -185,11 +186,11 @@ def a_drafted_state_is_taken_for_a_true_one(monkeypatch):
 def another_layer(monkeypatch):
     original = FeatureContext.add_states
 
-    def add_states(self, hidden_states, count, read=None):
+    def add_states(self, hidden_states, count, mask=None):
         known = [i for i, h in enumerate(hidden_states) if h is not None]
         swapped = list(hidden_states)
         swapped[known[0]], swapped[known[1]] = hidden_states[known[1]], hidden_states[known[0]]
-        return original(self, swapped, count, read)
+        return original(self, swapped, count, mask)
 
     monkeypatch.setattr(FeatureContext, "add_states", add_states)
 
@@ -211,13 +212,13 @@ def the_second_step_stands_where_the_first_did(monkeypatch):
 def the_prompts_last_state_is_left_out(monkeypatch):
     original = FeatureContext.add_states
 
-    def add_states(self, hidden_states, count, read=None):
-        if read is not None:
-            lost = len(read) - 1
+    def add_states(self, hidden_states, count, mask=None):
+        if mask is not None:
+            lost = len(mask) - 1
             hidden_states = [
                 None if h is None else h.clone().index_fill_(1, torch.tensor([lost]), 0.0) for h in hidden_states
             ]
-        return original(self, hidden_states, count, read)
+        return original(self, hidden_states, count, mask)
 
     monkeypatch.setattr(FeatureContext, "add_states", add_states)
 
@@ -225,10 +226,10 @@ def the_prompts_last_state_is_left_out(monkeypatch):
 def rejected_states_are_kept(monkeypatch):
     original = FeatureContext.add_states
 
-    def add_states(self, hidden_states, count, read=None):
-        if read is None:  # the last ones of the forward in place of the first
+    def add_states(self, hidden_states, count, mask=None):
+        if mask is None:  # the last ones of the forward in place of the first
             hidden_states = [None if h is None else h[:, -count:] for h in hidden_states]
-        return original(self, hidden_states, count, read)
+        return original(self, hidden_states, count, mask)
 
     monkeypatch.setattr(FeatureContext, "add_states", add_states)
 
@@ -249,6 +250,7 @@ def rejected_states_are_kept(monkeypatch):
 def test_planted_bugs_are_caught_by_what_is_drafted(tiny_model, serve, plant, monkeypatch):
     target = tiny_model("Llama", layers=4)
     draft = fitted(target, PROMPTS[:2])
+    draft.midlayer.self_attn.q_proj.weight.data.mul_(8)  # so that it matters where a token stands
     if plant is not None:
         plant(monkeypatch)
     served = serve(target, draft, PROMPTS, {"suffix_cache": False, **GAMMA})

@@ -302,7 +302,7 @@ def test_it_begins_with_the_targets_last_state_and_final_norm(target):
     with torch.no_grad():
         expected = norm(random) - (0 if bias is None else bias)
         torch.testing.assert_close(draft.norm(random), expected, rtol=1e-4, atol=1e-4)
-    assert 0.015 < float(draft.midlayer.mlp.up_proj.weight.detach().std()) < 0.025
+    assert 0.015 < float(draft.midlayer.self_attn.q_proj.weight.detach()[:, :32].std()) < 0.025
 
 
 def test_it_is_the_same_each_time_and_draws_from_a_generator_of_its_own(tiny_llama):
@@ -416,3 +416,45 @@ def test_targets_that_it_cannot_be_grown_from_are_refused(tiny_llama):
 
     with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
         grow_feature_draft(get_peft_model(tiny_llama(seed=1), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_the_layer_begins_as_the_targets_last():
+    """Attention reads the feature with the target's weights, and what the layer adds is scaled to a stream that is normalised."""
+    target = target_of(CONFIGS["llama"]())
+    draft, last = grow_feature_draft(target), target.model.layers[-1]
+    width = draft.config.hidden_size
+    for name in ("q_proj", "k_proj", "v_proj"):
+        ours, theirs = (getattr(owner.self_attn, name).weight for owner in (draft.midlayer, last))
+        assert torch.equal(ours[:, width:], theirs)
+        assert not torch.equal(ours[:, :width], theirs)
+    scales = [
+        ours.weight / theirs.weight
+        for ours, theirs in (
+            (draft.midlayer.mlp.down_proj, last.mlp.down_proj),
+            (draft.midlayer.self_attn.o_proj, last.self_attn.o_proj),
+        )
+    ]
+    for scale in scales:
+        torch.testing.assert_close(scale, scales[0][0, 0].expand_as(scale))
+    with torch.no_grad():
+        ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(1))
+        states = target(ids, output_hidden_states=True).hidden_states[draft.config.aux_layers[-1]]
+    size = float(states.square().mean(-1).sqrt().median())
+    assert 0.5 < float(scales[0][0, 0]) * size < 2
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_a_target_of_other_layers_begins_at_random(name):
+    draft = grow_feature_draft(target_of(CONFIGS[name]()))
+    assert 0.01 < float(draft.midlayer.mlp.down_proj.weight.std()) < 0.03
+
+
+def test_a_target_that_cannot_run_is_grown_from_all_the_same(monkeypatch):
+    target = target_of(CONFIGS["llama"]())
+
+    def forward(*args, **kwargs):
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(target, "forward", forward)
+    draft = grow_feature_draft(target)
+    assert not torch.equal(draft.midlayer.mlp.up_proj.weight, target.model.layers[-1].mlp.up_proj.weight)

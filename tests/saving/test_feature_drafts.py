@@ -222,7 +222,7 @@ def test_a_head_of_its_own_is_kept_and_frozen_and_lacks_what_it_lacked(target, t
     torch.testing.assert_close(got[..., ids], states @ rows.T, rtol=1e-3, atol=1e-3)
     missing = [i for i in range(64) if i not in ids]
     assert (got[..., missing] == MISSING).all()
-    assert (got.softmax(-1)[..., missing] == 0).all()
+    assert (got.softmax(-1)[..., missing] < 1e-40).all()
     assert not any(p.requires_grad for p in loaded.lm_head.parameters())
     assert loaded.config.draft_vocab_size == len(ids)
     # It goes on as one: through our own layout, alone or with the target, and through an engine's.
