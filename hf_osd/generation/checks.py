@@ -99,7 +99,7 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
 
 def check_target(target: PreTrainedModel, config: PretrainedConfig):
     """Raises a `ValueError` if the draft of this config reads a target's states and `target` is another one than it can have been made for."""
-    if config.model_type != FeatureDraftConfig.model_type:
+    if getattr(config, "model_type", None) != FeatureDraftConfig.model_type:  # there may be no draft
         return
     name, grow = type(target).__name__, "Grow one for this target with hf_osd.grow_feature_draft(target)."
     if target.config.is_encoder_decoder:
@@ -126,9 +126,10 @@ def check_target(target: PreTrainedModel, config: PretrainedConfig):
 
 def doubt_of_target(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
     """Words a warning if a draft that reads states seems made for another target of the same sizes, for its embeddings are not this one's; else `None`."""
-    ends = target.get_input_embeddings(), draft.get_input_embeddings()
-    its, ours = (getattr(end, "weight", None) for end in ends)
-    if not isinstance(draft, FeatureDraft) or type(its) is not nn.Parameter or its.is_meta or its.ndim != 2:
+    if not isinstance(draft, FeatureDraft):
+        return None
+    its, ours = (getattr(model.get_input_embeddings(), "weight", None) for model in (target, draft))
+    if type(its) is not nn.Parameter or its.is_meta or its.ndim != 2:
         return None
     if its.data_ptr() == ours.data_ptr() or not its.is_floating_point() or its.shape[1] != ours.shape[1]:
         return None
