@@ -24,7 +24,7 @@ from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.prompt_states import SeenTexts
 from hf_osd.generation.call import Call
-from hf_osd.generation.checks import check_call, check_draft
+from hf_osd.generation.checks import check_call, check_draft, doubt_of_target
 from hf_osd.generation.logit_widths import LogitWidths
 from hf_osd.generation.open_calls import OpenCalls
 from hf_osd.generation.parts import Parts
@@ -205,6 +205,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         """
         check_call(request, self.serving.active)
         target = request.target
+        if (doubt := doubt_of_target(target, self.serving.active)) is not None:
+            self._warn_once(doubt)
         width = self._widths.width_of(target)
         mapping = self._mapping(width or self._widths.min_width(target), request.tokenizers)
         check_vocabularies(target, mapping)

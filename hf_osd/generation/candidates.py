@@ -152,7 +152,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.model_kwargs_overrides = {"output_hidden_states": wanted}
         length, mask = request.input_ids.shape[1], request.mask
         self._not_padding = (
-            torch.ones(length, dtype=torch.bool, device="cpu") if mask is None else mask[0].bool().cpu()
+            torch.ones(length, dtype=torch.bool, device="cpu")
+            if mask is None or not mask.any()  # a prompt of padding alone is read as it is
+            else mask[0].bool().cpu()
         )
 
     def get_candidates(

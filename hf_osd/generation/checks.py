@@ -8,10 +8,13 @@ from torch import nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_osd.generation.verification import only_looks_stateful
+from hf_osd.models.feature_config import FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
+from hf_osd.models.plain import has_adapter
+from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from hf_osd.generation.request import GenerateRequest
 
@@ -22,6 +25,11 @@ def check_draft(draft):
     if not isinstance(draft, nn.Module) or config is None:
         raise ValueError(
             f"`draft` is a {type(draft).__name__}; give a model, such as AutoModelForCausalLM.from_pretrained(...)."
+        )
+    if reads_states(draft) and has_adapter(draft):
+        raise ValueError(
+            f"`draft` is a {type(draft).__name__}, an adapter on a feature-level draft, whose one layer learns whole. Merge it, with draft.merge_and_unload(), or give "
+            "the draft without it."
         )
     if draft.get_output_embeddings() is None:
         raise ValueError(
@@ -72,7 +80,11 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             "assisted generation leaves rejected tokens. Leave guidance_scale or assistant_model out."
         )
     if isinstance(draft, FeatureDraft):
-        _check_states(request, draft)
+        check_target(request.target, draft.config)
+        if request.tokenizers is not None:
+            raise ValueError(
+                "A feature-level draft reads the target's own tokens and states, so it has the target's vocabulary. Leave `tokenizer` and `assistant_tokenizer` out."
+            )
     if draft.config.is_encoder_decoder:
         if not request.encodes:
             raise ValueError(
@@ -85,26 +97,47 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             )
 
 
-def _check_states(request: GenerateRequest, draft: FeatureDraft):
-    """Whether the target has the states that a feature-level draft reads: a `ValueError` if not."""
-    target, config = request.target, draft.config
-    name = type(target).__name__
-    if request.encodes:
+def check_target(target: PreTrainedModel, config: PretrainedConfig):
+    """Raises a `ValueError` if the draft of this config reads a target's states and `target` is another one than it can have been made for."""
+    if getattr(config, "model_type", None) != FeatureDraftConfig.model_type:  # there may be no draft
+        return
+    name, grow = type(target).__name__, "Grow one for this target with hf_osd.grow_feature_draft(target)."
+    if target.config.is_encoder_decoder:
         raise ValueError(
             f"The target ({name}) is an encoder-decoder, and a feature-level draft reads a decoder's states. Choose a draft loaded with AutoModelForSeq2SeqLM."
         )
     text = target.config.get_text_config(decoder=True)
     if text.hidden_size != config.target_hidden_size:
         raise ValueError(
-            f"The draft reads states of width {config.target_hidden_size} and those of the target ({name}) have {text.hidden_size}. Grow one for this target "
-            "with hf_osd.grow_feature_draft(target)."
+            f"The draft reads states of width {config.target_hidden_size} and those of the target ({name}) have {text.hidden_size}. {grow}"
         )
-    if max(config.aux_layers) > text.num_hidden_layers:
+    depth, made_for = text.num_hidden_layers, config.target_num_hidden_layers
+    if max(config.aux_layers) > depth or made_for not in (None, depth):
         raise ValueError(
-            f"The draft reads the states after layer {max(config.aux_layers)} and the target ({name}) has {text.num_hidden_layers} layers. Grow one for this "
-            "target with hf_osd.grow_feature_draft(target)."
+            f"The draft reads the states after layers {config.aux_layers}{f' of {made_for}' if made_for else ''} and the target ({name}) has {depth} layers. {grow}"
         )
-    if request.tokenizers is not None:
+    head = target.get_output_embeddings()
+    rows = getattr(getattr(head, "weight", None), "shape", [text.vocab_size])[0]
+    if config.vocab_size not in (text.vocab_size, rows):
         raise ValueError(
-            "A feature-level draft reads the target's own tokens and states, so it has the target's vocabulary. Leave `tokenizer` and `assistant_tokenizer` out."
+            f"The draft has {config.vocab_size} tokens and the target ({name}) {text.vocab_size}; a feature-level draft has its target's, and no tokenizers help. {grow}"
         )
+
+
+def doubt_of_target(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
+    """Words a warning if a draft that reads states seems made for another target of the same sizes, for its embeddings are not this one's; else `None`."""
+    if not isinstance(draft, FeatureDraft):
+        return None
+    its, ours = (getattr(model.get_input_embeddings(), "weight", None) for model in (target, draft))
+    if type(its) is not nn.Parameter or its.is_meta or its.ndim != 2:
+        return None
+    if its.data_ptr() == ours.data_ptr() or not its.is_floating_point() or its.shape[1] != ours.shape[1]:
+        return None
+    rows = range(0, min(len(its), len(ours)), max(len(ours) // 8, 1))
+    its, ours = (weight.detach()[list(rows)].float().cpu() for weight in (its, ours))
+    if (ours - its).abs().max() <= 0.02 * its.abs().max():  # but for rounding
+        return None
+    return (
+        f"The draft's embeddings are not those of the target ({type(target).__name__}): it was made for another, or the target was trained since. The output stays the target's "
+        "own; the draft reads these states as the other's until it has learnt. To give it this target's embeddings, save it and load it with hf_osd.load_feature_draft(folder, target)."
+    )

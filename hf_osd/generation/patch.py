@@ -229,11 +229,17 @@ def _wrap_round_end(original: Callable, signature: inspect.Signature) -> Callabl
 
 
 def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callable:
-    """Wraps `_validate_generation_mode`: a target is refused as stateful only if it is so in its configuration, and not for its class alone."""
+    """Wraps `_validate_generation_mode`: a target is refused as stateful only if it is so in its configuration, and not for its class alone; and one that the draft was
+    not made for, in words of its own."""
 
     def validate_generation_mode(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
         assistant = arguments["generation_mode_kwargs"].get("assistant_model")
+        if hasattr(assistant, "open_call"):
+            # Before upstream asks for tokenizers, which could not help a draft that reads another target's states.
+            from hf_osd.generation.checks import check_target
+
+            check_target(self, assistant.config)
         if hasattr(assistant, "open_call") and self._is_stateful:
             from hf_osd.generation.verification import only_looks_stateful
 

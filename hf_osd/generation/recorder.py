@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -223,7 +224,10 @@ class CallRecorder:
         try:
             states, self._states = torch.cat(self._states), []
             return TargetStates.from_states(states[start:], self._state_layers, start)
-        except Exception:  # not finite, or out of memory: the request teaches less, and the user's call goes on
+        except ValueError as error:  # not finite
+            _warn_of_states(str(error))
+            return None
+        except Exception:  # out of memory, say: the request teaches less, and the user's call goes on
             logger.exception(
                 "The target's hidden states could not be kept; a feature-level draft learns nothing from this request."
             )
@@ -244,6 +248,11 @@ class CallRecorder:
             return None
         finally:
             self.stats.capture_seconds += time.perf_counter() - start
+
+
+@functools.cache
+def _warn_of_states(error: str):
+    logger.warning("A feature-level draft learns nothing from some requests, whose states were not kept: %s", error)
 
 
 def _spread(values: list, at: list[int], n: int, fill) -> list:

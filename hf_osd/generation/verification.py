@@ -73,7 +73,7 @@ class Verification:
         Raises:
             CannotVerify: if the target cannot verify a block.
         """
-        why = _obstacle(self._target, self._cache)
+        why = _obstacle(self._target, self._cache) or _no_attentions(self._request)
         if why is None and self._runs_trials and getattr(self._cache, "_is_user_defined", False):
             try:
                 self._cache_copy = copy.deepcopy(self._cache)
@@ -160,6 +160,14 @@ def _obstacle(target: PreTrainedModel, cache) -> str | None:
     if fixed:
         return f"tokens cannot be taken back out of its cache ({', '.join(fixed)})"
     return None
+
+
+def _no_attentions(request: GenerateRequest) -> str | None:
+    """Returns why attentions that a call asks for cannot be had from blocks, if so: where a target gives none, transformers' assisted generation fails on their lack."""
+    asked, kind = request.generation_config, getattr(request.target.config, "_attn_implementation", None)
+    if not (asked.output_attentions and asked.return_dict_in_generate) or kind in (None, "eager") or request.encodes:
+        return None
+    return f"attentions are asked for and its attention ({kind}) gives none; load it with attn_implementation='eager'"
 
 
 def _is_fixed(layer) -> bool:

@@ -27,7 +27,15 @@ _HOOKED = ("_hf_hook", "_old_forward", "_original_forward", "hf_device_map", "to
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile(model)`, DataParallel, DistributedDataParallel and other wrappers of one `module`, nested ones included. Sharded
-    models stay wrapped; they are refused as drafts."""
+    models stay wrapped; they are refused as drafts.
+
+    Raises:
+        ValueError: if it is no model at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"A model is needed and a {type(model).__name__} was given ({str(model)[:80]!r}); load one, with AutoModelForCausalLM.from_pretrained(...)."
+        )
     while not hasattr(type(model), "get_output_embeddings") and not _shards(model):
         if list(model._modules) not in (["_orig_mod"], ["module"]):
             break

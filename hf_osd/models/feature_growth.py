@@ -50,17 +50,12 @@ def grow_feature_draft(
 
     Raises:
         ValueError: if `target` is no decoder-only model with an LM head, has an adapter or quantised weights or some on the meta device, its layers cannot be found, its
-            embeddings or head have another width than its layers, or it lacks one of `aux_layers`.
+            embeddings or head have another width than its layers, it has no attention layers; or if `aux_layers` are not two or more different layers that it has.
     """
     given = unwrapped(target)
     target = text_model(given)
     depth = depth_of(target)
-    layers = default_aux_layers(depth) if aux_layers is None else [int(i) for i in aux_layers]
-    if any(not 0 <= i <= depth for i in layers):
-        raise ValueError(
-            f"`aux_layers` is {layers}; choose from 0 to {depth}, such as {default_aux_layers(depth)}: the target has {depth} layers."
-        )
-    config = _config_of(target, layers)
+    config = _config_of(target, default_aux_layers(depth) if aux_layers is None else _checked(aux_layers, depth))
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
             draft = FeatureDraft(config)
@@ -123,7 +118,7 @@ def copy_last_layer(draft: FeatureDraft, target: PreTrainedModel):
 
 def _size_of_states(target: PreTrainedModel, layer: int) -> float | None:
     """Measure the root mean square of the target's states after a layer, the median over random tokens; `None` if that fails."""
-    random, training = torch.Generator().manual_seed(0), target.training
+    random, training = torch.Generator().manual_seed(0), [m for m in target.modules() if m.training]
     home = execution_device(target.get_input_embeddings())
     ids = torch.randint(target.get_output_embeddings().weight.shape[0], (1, 32), generator=random, device="cpu")
     try:
@@ -134,8 +129,24 @@ def _size_of_states(target: PreTrainedModel, layer: int) -> float | None:
         logger.debug("The size of the target's states could not be measured: %s", error)
         return None
     finally:
-        target.train(training)
+        for module in training:
+            module.training = True
     return size if math.isfinite(size) and size > 0 else None
+
+
+def _checked(aux_layers: Sequence[int], depth: int) -> list[int]:
+    """Return a user's choice of layers as whole numbers; a `ValueError` that recommends one if the target has no such layers, or they are too few or not distinct."""
+    try:
+        layers = [int(i) for i in aux_layers]
+        exact = all(isinstance(i, str) or float(i) == int(i) for i in aux_layers)
+    except (TypeError, ValueError, OverflowError):  # no list, or no numbers in it
+        layers, exact = [], False
+    if not exact or len(set(layers)) < len(layers) or not all(0 <= i <= depth for i in layers) or len(layers) < 2:
+        raise ValueError(
+            f"`aux_layers` is {aux_layers!r}; give a list of two or more different whole numbers from 0 to {depth}, such as {default_aux_layers(depth)}: the target has "
+            f"{depth} layers, and 0 stands for its embeddings."
+        )
+    return layers
 
 
 def default_aux_layers(depth: int) -> list[int]:
@@ -206,7 +217,13 @@ def of_target(target: PreTrainedModel) -> dict:
 def _config_of(target: PreTrainedModel, layers: list[int]) -> FeatureDraftConfig:
     check_ends(target)
     text, head = target.config.get_text_config(decoder=True), target.get_output_embeddings()
-    size, heads = text.hidden_size, text.num_attention_heads
+    if getattr(text, "num_attention_heads", None) is None and getattr(target, "_is_stateful", False):
+        raise ValueError(
+            f"`target` is a {type(target).__name__}, whose state cannot be taken back to before a rejected token, so that nothing can draft for it. Choose a target "
+            "of attention layers."
+        )
+    size = text.hidden_size
+    heads = getattr(text, "num_attention_heads", None) or max(size // 64, 1)
     pairs = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or max(size // heads, 1)
     inner = next((n for name in _INNER_SIZES if isinstance(n := getattr(text, name, None), int) and n > 0), 4 * size)

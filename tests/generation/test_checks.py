@@ -1,11 +1,15 @@
 """What is refused: each error names the thing, its value and the mend, and nothing has run by then."""
 
+import copy
+
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
 
-from hf_osd import OnlineAssistant
+from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
+from hf_osd.generation.recorder import _warn_of_states
 
 from ..served import GREEDY, PROMPTS
 
@@ -106,3 +110,52 @@ def test_a_target_whose_embeddings_are_offloaded_is_refused_before_anything_runs
     ):
         target.generate(PROMPTS[0], assistant_model=assistant, **GREEDY)
     assert not assistant.serving._leases
+
+
+def test_a_draft_made_for_another_target_of_the_same_sizes_is_served_with_a_warning(tiny_llama, caplog):
+    target, other = (tiny_llama(layers=4, seed=seed) for seed in (0, 1))
+    draft = grow_feature_draft(other)
+    assistant = OnlineAssistant(draft)
+    for _ in range(2):
+        assert torch.equal(
+            target.generate(PROMPTS[0], assistant_model=assistant, **GREEDY), target.generate(PROMPTS[0], **GREEDY)
+        )
+    [warning] = [r.message for r in caplog.records if "made for another" in r.message]
+    assert "load_feature_draft" in warning
+    caplog.clear()
+    rounded = copy.deepcopy(draft).bfloat16()  # as a checkpoint of another dtype is
+    for own in (draft, rounded):
+        other.generate(PROMPTS[0], assistant_model=OnlineAssistant(own), **GREEDY)
+    assert not [r for r in caplog.records if "made for another" in r.message]
+
+
+def test_an_adapter_on_a_feature_level_draft_is_refused(tiny_llama):
+    draft = peft.get_peft_model(grow_feature_draft(tiny_llama(layers=4)), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"learns whole.*merge_and_unload"):
+        OnlineAssistant(draft)
+    OnlineAssistant(draft.merge_and_unload().requires_grad_(True))
+
+
+@pytest.mark.parametrize("grow", [grow_draft, grow_feature_draft])
+def test_no_draft_grows_from_what_is_no_model(grow):
+    for bad in (None, "a-name"):
+        with pytest.raises(ValueError, match=r"A model is needed.*AutoModelForCausalLM"):
+            grow(bad)
+
+
+def test_states_that_are_not_finite_are_named_once_and_not_kept(tiny_llama, caplog):
+    target = copy.deepcopy(tiny_llama(layers=4))
+    target.model.layers[1].register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.tensor([0]), torch.inf)
+    )
+    _warn_of_states.cache_clear()
+    for do_sample in (False, True):
+        asked = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": do_sample, "top_k": 0}
+        assistant = OnlineAssistant(grow_feature_draft(target), suffix_cache=False, lookahead="constant")
+        if not do_sample:
+            ours = target.generate(PROMPTS[0], assistant_model=assistant, **asked)
+            assert torch.equal(ours, target.generate(PROMPTS[0], **asked))
+        assistant.update()
+        assert all(request.states is None for request in assistant.buffer.requests())
+    [warning] = [r for r in caplog.records if "not finite" in r.message]
+    assert warning.levelname == "WARNING"

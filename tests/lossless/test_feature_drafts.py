@@ -153,8 +153,11 @@ def test_another_target_is_refused(tiny_model):
     draft = grow_feature_draft(tiny_model("Llama", layers=4))
     with pytest.raises(ValueError, match=r"width 32 and those of the target .* have 48"):
         asked_of(tiny_model("Llama", layers=4, hidden_size=48), draft)
-    with pytest.raises(ValueError, match=r"after layer \d and the target .* has 1 layers"):
-        asked_of(tiny_model("Llama", layers=1), draft)
+    for layers in (1, 6):
+        with pytest.raises(ValueError, match=rf"layers \[1, 2, 3\] of 4 and the target .* has {layers} layers"):
+            asked_of(tiny_model("Llama", layers=layers), draft)
+    with pytest.raises(ValueError, match=r"64 tokens and the target .* 80.*no tokenizers help"):
+        asked_of(tiny_model("Llama", layers=4, vocab_size=80), draft)
     with pytest.raises(ValueError, match="encoder-decoder"):
         asked_of(tiny_model("T5"), draft)
 

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
@@ -389,9 +391,11 @@ def test_layers_are_counted_as_hidden_states_are(tiny_llama):
         torch.testing.assert_close(states, expected)
 
 
-@pytest.mark.parametrize("layers", [(1, 6), (-1, 2), (9,)])
+@pytest.mark.parametrize(
+    "layers", [(1, 6), (-1, 2), (9,), (2,), (), (1, 1), (1.5, 3), (None, 1), "2,3", 3, (1e9, 2), (float("nan"), 2)]
+)
 def test_layers_that_are_not_there_are_refused(layers):
-    with pytest.raises(ValueError, match=r"`aux_layers` is .*choose from 0 to 5.*the target has 5 layers"):
+    with pytest.raises(ValueError, match=r"`aux_layers` is .*from 0 to 5, such as .*the target has 5 layers"):
         grow_feature_draft(target_of(CONFIGS["llama"]()), layers)
 
 
@@ -408,6 +412,9 @@ def test_targets_that_it_cannot_be_grown_from_are_refused(tiny_llama):
     narrow = AutoModelForCausalLM.from_config(OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=16))
     with pytest.raises(ValueError, match=r"OPTForCausalLM has embeddings \(64, 16\).*grow_draft instead"):
         grow_feature_draft(narrow)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ValueError, match=r"MambaForCausalLM, whose state.*attention"):
+        grow_feature_draft(mamba)
     quantised = tiny_llama()
     quantised.hf_quantizer = object()
     with pytest.raises(ValueError, match=r"quantised LlamaForCausalLM"):
