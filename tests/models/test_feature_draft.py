@@ -208,6 +208,15 @@ def test_all_that_trains_has_finite_gradients_padding_or_not(dtype):
     assert ends == {"embed_tokens.weight", "lm_head.weight"}
 
 
+def test_without_a_dict_it_returns_logits_and_states():
+    draft = draft_of()
+    ids, states = inputs(draft)
+    whole = draft(ids, features=states)
+    logits, own = draft(ids, features=states, return_dict=False)
+    assert torch.equal(logits, whole.logits)
+    assert torch.equal(own, whole.states)
+
+
 def test_it_reads_tokens_alone_and_generates():
     draft = draft_of()
     ids, _ = inputs(draft)
