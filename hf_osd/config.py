@@ -110,10 +110,11 @@ class DraftingConfig:
         "'low_rank': at each step those whose logits a low-rank projection finds largest; 'auto': 'traffic' where the head has at least four times "
         "`draft_vocab_size` rows, else 'full'. The output stays exact: a token outside these rows is not drafted.",
     )
-    draft_vocab_size: int = option(
-        8192,
-        whole(1),
-        "How many rows `draft_head` computes, besides the prompt's; 'low_rank' computes an eighth as many.",
+    draft_vocab_size: int | None = option(
+        None,
+        whole(1).or_none(),
+        "How many rows `draft_head` computes, besides the prompt's; 'low_rank' computes an eighth as many. None: 8,192, but 4,096 where 8,192 would be more "
+        "than half as large as the draft's layers.",
     )
 
 

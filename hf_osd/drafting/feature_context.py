@@ -140,8 +140,7 @@ class FeatureContext(DraftContext):
         return probe
 
     def _read(self, tokens: Tensor, features: Tensor, keep: int) -> DraftLogits:
-        outputs = self.model(
-            input_ids=tokens, features=features, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
-        )
-        self._last_own = outputs.states[:, -1:]
-        return self._logits(outputs.logits, keep)
+        read = {"input_ids": tokens, "features": features, "past_key_values": self._cache}
+        logits, states = self.model(**read, use_cache=True, logits_to_keep=keep, return_dict=False)
+        self._last_own = states[:, -1:]
+        return self._logits(logits, keep)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_osd.models.copies import embedding_names
 from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead, RowsHead
 from hf_osd.system.forks import released
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # A prompt's tokens have rows in their own call anyway; they predict the tokens of the next calls less well than answers do.
 _PROMPT_WEIGHT = 0.25
+# Rows computed by default; the fewer where the rows take much of a step. There the time saved is worth more than the acceptance lost, at 2,048 it is not
+# (docs/experiments.md).
+_SIZE, _FEWER = 8192, 4096
 # The low-rank projection chooses this many times fewer rows at each step than are kept for recent traffic.
 _LOW_RANK_SHARE = 8
 _RANK = 64  # of the projection
@@ -54,9 +58,10 @@ class DraftHead:
     def from_config(cls, draft: PreTrainedModel, config: OnlineConfig) -> DraftHead | None:
         """Make the head that `config` asks for; `None` if the draft keeps its full one, as it also does where that is not a plain linear layer, or has no more
         rows than `draft_vocab_size`."""
-        kind, size = config.draft_head, config.draft_vocab_size
+        kind = config.draft_head
         if kind == "full" or not can_select_rows(draft):
             return None
+        size = config.draft_vocab_size or (_SIZE if kind == "low_rank" else default_size(draft))
         rows = draft.get_output_embeddings().weight.shape[0]
         if size >= rows or (kind == "auto" and rows < 4 * size):
             return None
@@ -108,6 +113,13 @@ class DraftHead:
                 with torch.inference_mode(False), torch.no_grad():
                     self._projection = LowRank(full, self._rank, self._moment.clone() / self._states)
                 self._projected_states = self._states
+
+
+def default_size(draft: PreTrainedModel) -> int:
+    """Choose how many rows of its head a draft computes where the config does not say: fewer for a draft whose layers are small beside them."""
+    ends = embedding_names(draft)
+    layers = sum(p.numel() for name, p in draft.named_parameters() if name not in ends)
+    return _FEWER if 2 * _SIZE * draft.get_output_embeddings().weight.shape[1] > layers else _SIZE
 
 
 def with_head(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:

@@ -31,7 +31,7 @@ _INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
 def grow_feature_draft(
-    target: PreTrainedModel, aux_layers: Sequence[int] | None = None, *, seed: int = 0
+    target: PreTrainedModel, aux_layers: Sequence[int] | None = None, *, fc_norm: bool = True, seed: int = 0
 ) -> FeatureDraft:
     """Make a draft of one layer that reads the target's hidden states.
 
@@ -43,6 +43,8 @@ def grow_feature_draft(
         target (`PreTrainedModel`): a decoder-only causal LM, or a model with one in it that also sees, such as Gemma 3's.
         aux_layers (`Sequence[int]`, *optional*): after how many of the target's layers its states are read, 0 being the embeddings. Of L layers 2, L/2 and L-3, as EAGLE-3
             has them, or three others where these are not there.
+        fc_norm (`bool`): normalise each layer's state before `fc`, as EAGLE-3.1 does (arXiv 2605.09992). `False` makes a draft without these norms, which readers of EAGLE-3
+            heads in older vLLM and SGLang need; its residual stream then begins as the target's own.
         seed (`int`): of the random weights. The global random state is left alone.
 
     Returns:
@@ -55,7 +57,7 @@ def grow_feature_draft(
     given = unwrapped(target)
     target = text_model(given)
     depth = depth_of(target)
-    config = _config_of(target, default_aux_layers(depth) if aux_layers is None else _checked(aux_layers, depth))
+    config = _config_of(target, default_aux_layers(depth) if aux_layers is None else _checked(aux_layers, depth), fc_norm)
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
             draft = FeatureDraft(config)
@@ -214,7 +216,7 @@ def of_target(target: PreTrainedModel) -> dict:
     }
 
 
-def _config_of(target: PreTrainedModel, layers: list[int]) -> FeatureDraftConfig:
+def _config_of(target: PreTrainedModel, layers: list[int], fc_norm: bool) -> FeatureDraftConfig:
     check_ends(target)
     text, head = target.config.get_text_config(decoder=True), target.get_output_embeddings()
     if getattr(text, "num_attention_heads", None) is None and getattr(target, "_is_stateful", False):
@@ -232,6 +234,7 @@ def _config_of(target: PreTrainedModel, layers: list[int]) -> FeatureDraftConfig
         vocab_size=head.weight.shape[0],
         hidden_size=size,
         aux_layers=layers,
+        fc_norm=fc_norm,
         intermediate_size=inner,
         num_attention_heads=heads,
         num_key_value_heads=pairs if heads % pairs == 0 else heads,

@@ -21,6 +21,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -214,6 +216,21 @@ def head_of(model, **config):
 )
 def test_a_draft_gets_the_head_that_the_config_asks_for(tiny_llama, config, given):
     assert (head_of(tiny_llama(), **config) is not None) == given
+
+
+@pytest.mark.parametrize(
+    ("inner", "config", "size"),
+    [
+        (16, {}, 4096),
+        (8192, {}, 8192),  # 196,608 numbers a layer beside 65,536 in 8,192 rows
+        (16, {"draft_vocab_size": 5000}, 5000),
+        (16, {"draft_head": "low_rank"}, 8192),
+    ],
+)
+def test_by_default_a_draft_of_few_small_layers_computes_fewer_rows(inner, config, size):
+    shape = {"vocab_size": 32768, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=inner))
+    assert head_of(model, **config).vocabulary.size == size
 
 
 def test_a_draft_whose_rows_cannot_be_chosen_keeps_its_own_head():

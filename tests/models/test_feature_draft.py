@@ -210,6 +210,15 @@ def test_all_that_trains_has_finite_gradients_padding_or_not(dtype):
     assert ends == {"embed_tokens.weight", "lm_head.weight"}
 
 
+def test_without_a_dict_it_returns_logits_and_states():
+    draft = draft_of()
+    ids, states = inputs(draft)
+    whole = draft(ids, features=states)
+    logits, own = draft(ids, features=states, return_dict=False)
+    assert torch.equal(logits, whole.logits)
+    assert torch.equal(own, whole.states)
+
+
 def test_it_reads_tokens_alone_and_generates():
     draft = draft_of()
     ids, _ = inputs(draft)
@@ -305,6 +314,21 @@ def test_it_begins_with_the_targets_last_state_and_final_norm(target):
         expected = norm(random) - (0 if bias is None else bias)
         torch.testing.assert_close(draft.norm(random), expected, rtol=1e-4, atol=1e-4)
     assert 0.015 < float(draft.midlayer.self_attn.q_proj.weight.detach()[:, :32].std()) < 0.025
+
+
+def test_without_norms_before_fc_it_begins_with_the_targets_residual_stream(target):
+    draft, other = grow_feature_draft(target, fc_norm=False), grow_feature_draft(target)
+    names, others = (dict(model.named_parameters()) for model in (draft, other))
+    assert {f"fc_norm.{i}.weight" for i in range(3)} == others.keys() - names.keys()
+    assert all(torch.equal(p, others[name]) for name, p in names.items())
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        hidden = target(ids, output_hidden_states=True).hidden_states
+        states = torch.cat([hidden[i] for i in draft.config.aux_layers], dim=-1)
+        torch.testing.assert_close(
+            draft._feature(states, draft.embed_tokens(ids)), hidden[draft.config.aux_layers[-1]]
+        )
+        assert draft(ids[:, 1:], features=states[:, :-1]).logits.isfinite().all()
 
 
 def test_it_is_the_same_each_time_and_draws_from_a_generator_of_its_own(tiny_llama):

@@ -270,6 +270,17 @@ def test_a_checkpoint_of_several_files_and_without_optional_parts_is_read(tiny_l
     assert torch.equal(logits(loaded), logits(draft))
 
 
+@pytest.mark.parametrize("layout", ["osd", "eagle3", "speculators"])
+def test_one_grown_without_norms_before_fc_is_saved_without_them(target, tmp_path, layout):
+    draft = grow_feature_draft(target, fc_norm=False)
+    folder = save(draft, tmp_path, layout)
+    assert not any("fc_norm" in name for name in load_file(folder / "model.safetensors"))
+    assert config_of(folder)["fc_norm"] is False
+    loaded = load_feature_draft(folder, target)
+    assert not loaded.config.fc_norm
+    assert torch.equal(logits(loaded), logits(draft))
+
+
 def test_layers_are_read_by_either_count(target, tmp_path):
     folder = save(learnt(target), tmp_path, "eagle3")
     for config in (
