@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_osd import OnlineAssistant, grow_draft
+from hf_osd import OnlineAssistant, grow_draft, load_feature_draft
 from hf_osd.learning.background import BackgroundLearner
+from hf_osd.saving.feature_drafts import layout_of
 from recipes import distill
 from recipes.common import run_log
 
@@ -59,6 +60,17 @@ def test_it_writes_metrics_summary_curves_and_a_draft(run):
     assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert AutoModelForCausalLM.from_pretrained(run.out / "draft").config.num_hidden_layers == 2
     assert "| one | 8 |" in (run.out / "draft" / "README.md").read_text()
+
+
+def test_a_draft_is_saved_as_serving_engines_read_it(run, refused, target_dir):
+    feature = ("--draft", "feature:1,2", "--layout")
+    assert run(*feature, "eagle3", "--requests", "3") == 0
+    draft = load_feature_draft(run.out / "draft", AutoModelForCausalLM.from_pretrained(target_dir))
+    assert draft.config.aux_layers == [1, 2]
+    assert "`eagle3`" in (run.out / "draft" / "README.md").read_text()
+    refused(run, "--overwrite", "--layout", "eagle3", says="Leave `layout` out")
+    refused(run, "--overwrite", *feature, "speculators", "--push_to_hub", "me/it", says="push with --layout eagle3")
+    assert layout_of(run.out / "draft") == "eagle3", "refused before anything is written"
 
 
 def test_an_interrupted_run_saves_what_was_learnt_and_goes_on(run, monkeypatch):
