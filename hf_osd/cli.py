@@ -28,12 +28,18 @@ def main(argv: list[str] | None = None) -> int:
         help="layers of the target, comma-separated: those that the draft is made of, default 0,1; with --kind feature those after which it reads the "
         "target's states, default three over the depth",
     )
+    grow.add_argument(
+        "--layout",
+        choices=("osd", "eagle3", "speculators"),
+        default="osd",
+        help="of --kind feature: as hf_osd has it (the default), or as serving engines read it",
+    )
     grow.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
             return check()
-        return grow_to(args.target, args.output, args.layers, args.overwrite, args.kind)
+        return grow_to(args.target, args.output, args.layers, args.overwrite, args.kind, args.layout)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"hf-osd: {error}", file=sys.stderr)
         return 2
@@ -52,17 +58,25 @@ def check() -> int:
     return 0
 
 
-def grow_to(target: str, output: str, layers: str | None, overwrite: bool = False, kind: str = "layers") -> int:
+def grow_to(
+    target: str,
+    output: str,
+    layers: str | None,
+    overwrite: bool = False,
+    kind: str = "layers",
+    layout: str = "osd",
+) -> int:
     """Grow a draft from `target`, and save it with the target's tokenizer into the folder `output`.
 
     Raises:
         OSError: if the target cannot be read or the output not be written.
-        ValueError: if `layers` are no numbers or none of the target's, the output has a checkpoint already, or it would overwrite the target.
+        ValueError: if `layers` are no numbers or none of the target's, the output has a checkpoint already, it would overwrite the target, or the draft cannot be
+            saved in the layout.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_osd.models.feature_growth import grow_feature_draft
-    from hf_osd.saving.drafts import drop_older, files_of_checkpoint, grow_draft
+    from hf_osd.saving.drafts import drop_older, files_of_checkpoint, grow_draft, save_draft
     from hf_osd.system.files import staged
     from hf_osd.system.output_paths import check_apart, check_writable
 
@@ -82,7 +96,7 @@ def grow_to(target: str, output: str, layers: str | None, overwrite: bool = Fals
     draft = grown(model, picked)
     tokenizer = AutoTokenizer.from_pretrained(target)
     with staged(output) as staging:
-        draft.save_pretrained(staging)
+        save_draft(draft, staging, layout=layout, **({"verifier": target} if layout == "speculators" else {}))
         tokenizer.save_pretrained(staging)
         written = {path.name for path in staging.iterdir()}
     drop_older(output, written)

@@ -26,6 +26,7 @@ from hf_osd import Feedback, OnlineAssistant, OnlineConfig, Rehearsal, compare_o
 from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
 from hf_osd.feedback.prompt_states import SeenTexts
 from hf_osd.remote.roles import LearningRank, serve_separately
+from hf_osd.saving.feature_drafts import LAYOUTS, check_layout
 from hf_osd.system.bounds import choice, option, switch, whole
 from hf_osd.system.output_paths import check_apart
 from recipes.common.answers import record_fitting, score_by_domain
@@ -87,6 +88,11 @@ class DistillArguments(ModelArguments):
     output_dir: str = option(
         "runs/distill", string(), "Folder for metrics, summary, curves, checkpoints and the draft."
     )
+    layout: str = option(
+        "osd",
+        choice(*LAYOUTS),
+        "How a draft that reads the target's hidden states is saved and pushed: as hf_osd has it, or as serving engines read it.",
+    )
     push_to_hub: str | None = option(None, optional_string(), "Push the draft to this private repository at the end.")
     resume: bool = option(False, switch(), "Continue the run in output_dir from its checkpoint.")
     overwrite: bool = option(False, switch(), "Start anew in place of the run in output_dir.")
@@ -122,6 +128,10 @@ class DistillArguments(ModelArguments):
         super().__post_init__()
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub, self.target)
+            if self.layout == "speculators" and Path(self.target).exists():
+                raise ValueError(
+                    f"`layout` is 'speculators', which names the target, and {self.target} is a folder of this machine; push with --layout eagle3."
+                )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,6 +187,11 @@ class Job:
         self.target, self.tokenizer = load_target(args.target, args.dtype, processes.accelerator.device, encoders=True)
         self.domains = load_domains(args, self.target, self.tokenizer, self.seed, processes.share)
         draft = load_draft(args.draft, self.target, any_vocabulary=True)
+        self.facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
+        self.layout = {"layout": args.layout}
+        if args.layout == "speculators":
+            self.layout["verifier"] = self.facts["target"]
+        check_layout(draft, **self.layout)
         base = getattr(draft.config, "_name_or_path", "")
         check_apart({"--output_dir": self.folder.path / DRAFT}, {"--draft's base": base})
         # For generate; empty if the draft has the target's own tokens.
@@ -194,7 +209,6 @@ class Job:
             self.rehearsal = Rehearsal(self.assistant, self.target, args.rehearse, batch_size=args.batch_answers)
         report_to = args.report_to if processes.first else "none"
         self.tracking = Tracking(report_to, args.output_dir, self.assistant.serving.active)
-        self.facts = EMBEDDED_FACTS if args.target == EMBEDDED else {"target": args.target}
 
     def _identity(self, draft: PreTrainedModel) -> dict:
         """Collect what must be the same for a run to be resumed."""
@@ -318,7 +332,7 @@ class Job:
             self.log.try_to_save(self.assistant, self.args.save_buffer)
             return
         try:
-            self.assistant.save_pretrained(self.folder.path / DRAFT, self.draft_tokenizer)
+            self.assistant.save_pretrained(self.folder.path / DRAFT, self.draft_tokenizer, **self.layout)
         except OSError as error:
             logger.error("%s. Serving goes on, and the draft is saved again at the next checkpoint.", error)
 
@@ -329,7 +343,7 @@ class Job:
             self.saves.attempt(self.log.save, self.assistant, self.args.save_buffer)
         if self.processes.first:
             path = self.folder.path / DRAFT
-            self.saves.attempt(self.assistant.save_pretrained, path, self.draft_tokenizer, self.facts)
+            self.saves.attempt(self.assistant.save_pretrained, path, self.draft_tokenizer, self.facts, **self.layout)
 
     def _finish(self, interrupt: KeyboardInterrupt | None) -> int:
         """Write the figures, show them, and push the draft if asked to; returns the exit status."""
@@ -353,7 +367,9 @@ class Job:
             attempt_to_show("the statistics", print, assistant.stats)
             saves.check()
             if self.args.push_to_hub is not None:
-                assistant.push_to_hub(self.args.push_to_hub, processing_class=self.draft_tokenizer, card=facts)
+                assistant.push_to_hub(
+                    self.args.push_to_hub, processing_class=self.draft_tokenizer, card=facts, **self.layout
+                )
         finally:
             assistant.close()
         return 0

@@ -5,8 +5,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hf_osd import load_feature_draft
 from hf_osd.cli import main
 from hf_osd.saving.drafts import load_draft
+from hf_osd.saving.feature_drafts import layout_of
 
 
 def test_check_says_that_this_transformers_will_do(capsys):
@@ -33,6 +35,16 @@ def test_grow_makes_a_draft_that_reads_the_targets_states(model_dir, tmp_path, c
     assert "parameters" in capsys.readouterr().out
     assert main(["grow", str(model_dir), str(tmp_path / "other"), "--kind", "feature", "--layers", "0,9"]) == 2
     assert "choose from 0 to 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+def test_grow_writes_what_serving_engines_read(model_dir, tiny_llama, tmp_path, capsys, layout):
+    grow = ["grow", str(model_dir), str(tmp_path / "draft"), "--layers", "1,2", "--layout", layout]
+    assert main(grow) == 2
+    assert "Leave `layout` out" in capsys.readouterr().err
+    assert main([*grow, "--kind", "feature"]) == 0
+    assert layout_of(tmp_path / "draft") == layout
+    assert load_feature_draft(tmp_path / "draft", tiny_llama(layers=3)).config.aux_layers == [1, 2]
 
 
 @pytest.mark.parametrize(("layers", "message"), [("0,x", "0,x"), ("0,9", "layers")])

@@ -246,9 +246,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         if return_dict is False:
             return logits, states[0]
-        return FeatureDraftOutput(
-            logits=logits, past_key_values=past_key_values, states=states[0], head_states=hidden
-        )
+        return FeatureDraftOutput(logits=logits, past_key_values=past_key_values, states=states[0], head_states=hidden)
 
     def _feature(self, features: Tensor | None, embeds: Tensor) -> Tensor:
         """What the layer reads beside the embeddings, `(B, T, H)`."""

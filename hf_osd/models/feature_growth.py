@@ -57,7 +57,9 @@ def grow_feature_draft(
     given = unwrapped(target)
     target = text_model(given)
     depth = depth_of(target)
-    config = _config_of(target, default_aux_layers(depth) if aux_layers is None else _checked(aux_layers, depth), fc_norm)
+    config = _config_of(
+        target, default_aux_layers(depth) if aux_layers is None else _checked(aux_layers, depth), fc_norm
+    )
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
             draft = FeatureDraft(config)

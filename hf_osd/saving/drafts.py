@@ -23,7 +23,7 @@ from hf_osd.saving.adapters import (
     load_with_adapter,
     save_adapter,
 )
-from hf_osd.saving.feature_drafts import refuse_without_target
+from hf_osd.saving.feature_drafts import refuse_without_target, save_feature_draft
 from hf_osd.saving.hub import FROM_WHERE
 
 if TYPE_CHECKING:
@@ -88,21 +88,30 @@ def load_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
 
 def save_draft(
-    draft: nn.Module, directory: str | os.PathLike, repo_id: str | None = None, merge: bool = False
+    draft: nn.Module,
+    directory: str | os.PathLike,
+    repo_id: str | None = None,
+    merge: bool = False,
+    layout: str = "osd",
+    **of_layout,
 ) -> None:
     """Write a checkpoint that `load_draft` reads: a plain one, or, for a draft with an adapter, the adapter, with its base beside it unless the Hub has that.
+    In an engine's layout [`hf_osd.load_feature_draft`] reads it.
 
     Args:
         draft (`PreTrainedModel` or `PeftModel`): the draft.
         directory: the folder to write into.
         repo_id (`str`, *optional*): the repository to which the folder will be pushed.
         merge (`bool`): merge the adapter into the weights, for programs that read only plain checkpoints.
+        layout (`str`), **of_layout: as in [`hf_osd.save_feature_draft`], for a draft that reads the target's hidden states.
 
     Raises:
         OSError: if it cannot be written.
-        ValueError: if several adapters are active, or the weights have no safetensors form.
+        ValueError: if several adapters are active, the weights have no safetensors form, or the layout cannot express the draft.
     """
-    if has_adapter(draft) and merge:
+    if layout != "osd" or of_layout:
+        save_feature_draft(draft, directory, layout, **of_layout)
+    elif has_adapter(draft) and merge:
         merged(draft).save_pretrained(directory)
     elif has_adapter(draft):
         save_adapter(draft, directory, repo_id)

@@ -27,6 +27,7 @@ from hf_osd.saving.feature_layouts import (
     feature_layout,
     read_config,
     speculators_config,
+    verifier_of,
 )
 from hf_osd.saving.hub import find_file, from_hub
 
@@ -65,8 +66,7 @@ def save_feature_draft(
         OSError: if it cannot be written.
         ValueError: if there is no such layout, or it cannot express the draft; the message says what it is.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"`layout` is {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    check_layout(draft, layout, verifier)
     folder = Path(directory)
     if layout == "osd":
         if draft_vocab is not None:
@@ -76,7 +76,6 @@ def save_feature_draft(
         _drop_weights(folder)
         draft.save_pretrained(folder)
         return
-    check_expressible(draft)
     ids = _rows_to_write(draft, draft_vocab)
     if layout == "eagle3":
         config = eagle3_config(draft, len(ids))
@@ -98,6 +97,26 @@ def save_feature_draft(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_layout(draft: nn.Module, layout: str, verifier: str | None = None):
+    """See, before anything is learnt, that [`save_feature_draft`] could write a draft in a layout.
+
+    Raises:
+        ValueError: if there is no such layout, the draft is none that reads the target's states, or the layout cannot express it.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` is {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    if layout == "osd":
+        return
+    if not isinstance(draft, FeatureDraft):
+        raise ValueError(
+            f"`layout` is {layout!r}, which is for drafts that read the target's hidden states, and the draft is a {type(draft).__name__}. Leave `layout` out: engines "
+            "read what is written then as a whole model."
+        )
+    check_expressible(draft)
+    if layout == "speculators":
+        verifier_of(draft, verifier)
 
 
 def load_feature_draft(
@@ -156,7 +175,7 @@ def refuse_without_target(name_or_path: str | os.PathLike, where: Mapping):
     if layout not in (None, "osd"):
         raise ValueError(
             f"{name_or_path} is an EAGLE-3 head in the layout {layout!r}, without embeddings: it has its target's. Load it with "
-            "hf_osd.load_feature_draft(name, target)."
+            "hf_osd.load_feature_draft(name, target), or OnlineAssistant.from_pretrained(name, target=target)."
         )
 
 

@@ -90,13 +90,21 @@ def eagle3_config(draft: FeatureDraft, rows: int) -> dict:
     return made | {"eagle_config": nested | {"norm_before_fc": config.norm_before_fc}}
 
 
+def verifier_of(draft: FeatureDraft, verifier: str | None) -> str:
+    """Return the target's name for the layout `speculators`: the one given, or the one that the draft was grown for.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if name := verifier or draft.config.target_name_or_path:
+        return name
+    raise ValueError(
+        "`verifier` is not given and the draft's config has no name of its target; pass verifier='the name or folder of the target'."
+    )
+
+
 def speculators_config(draft: FeatureDraft, rows: int, verifier: str | None, tokens: int) -> dict:
-    config = draft.config
-    name = verifier or config.target_name_or_path
-    if not name:
-        raise ValueError(
-            "`verifier` is not given and the draft's config has no name of its target; pass verifier='the name or folder of the target'."
-        )
+    config, name = draft.config, verifier_of(draft, verifier)
     if tokens < 1:
         raise ValueError(f"`speculative_tokens` is {tokens}; choose 1 or more.")
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}

@@ -57,6 +57,7 @@ def model_card(
     config: OnlineConfig | None = None,
     machine: dict | None = None,
     adapter: tuple[str | None, bool] | None = None,
+    layout: str | None = None,
     repo_id: str | None = None,
     custom_generate: bool = False,
     **unknown,
@@ -73,6 +74,7 @@ def model_card(
         config ([`OnlineConfig`], *optional*): the options, of which the card lists those that differ from the defaults.
         machine (`dict`, *optional*): facts about the machine, see [`machine_facts`].
         adapter (`tuple[str | None, bool]`, *optional*): for a draft with an adapter, the repository of its base, and whether the base is saved with it.
+        layout (`str`, *optional*): for a draft that reads the target's hidden states, the layout that it is saved in, see [`hf_osd.save_feature_draft`].
         repo_id (`str`, *optional*): the repository of the draft.
         custom_generate (`bool`): whether the repository has a generation strategy.
         **unknown: other facts; left out, with a warning.
@@ -90,6 +92,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["hf_osd", "speculative-decoding", "assistant-model"]
         + (["lora"] if adapter else [])
+        + (["eagle3"] if layout else [])
         + (["custom_generate"] if custom_generate else []),
         base_model=target if whole else base,
         license=license,
@@ -109,7 +112,7 @@ def model_card(
         *_by_domain(domains),
         *_facts("Machine", machine or {}),
         *_facts("Recipe", _recipe(config)),
-        *_use(repo_id, adapter, custom_generate),
+        *_use(repo_id, adapter, custom_generate, layout),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
 
@@ -204,15 +207,18 @@ def _recipe(config: OnlineConfig | None) -> dict:
     return {"OnlineConfig": "its defaults, except for" if changed else "its defaults"} | changed
 
 
-def _use(repo_id: str | None, adapter: tuple[str | None, bool] | None, custom_generate: bool) -> list[str]:
+def _use(
+    repo_id: str | None, adapter: tuple[str | None, bool] | None, custom_generate: bool, layout: str | None
+) -> list[str]:
     where = repo_id or "THIS_REPOSITORY"
+    target = ", target=target" if layout else ""
     lines = [
         "## Use",
         "",
         "```python",
         "from hf_osd import OnlineAssistant",
         "",
-        f'assistant = OnlineAssistant.from_pretrained("{where}")',
+        f'assistant = OnlineAssistant.from_pretrained("{where}"{target})',
         "target.generate(**inputs, assistant_model=assistant)",
         "```",
         "",
@@ -226,6 +232,14 @@ def _use(repo_id: str | None, adapter: tuple[str | None, bool] | None, custom_ge
             "```",
             "",
         ]
+    if layout:
+        engines = {
+            "osd": 'which hf_osd reads; serving engines read what `save_pretrained(folder, layout="eagle3")` writes.',
+            "eagle3": f'which vLLM serves too, with `{{"method": "eagle3", "model": "{where}", "num_speculative_tokens": 4}}` as its `--speculative-config`.',
+            "speculators": f"which vLLM serves too, by `vllm serve {where}`.",
+        }
+        how = f"It is an EAGLE-3 head, which reads the target's hidden states, in the layout `{layout}`, {engines[layout]}"
+        return [*lines, how, ""]
     kind = "a plain transformers checkpoint"
     if adapter:
         base, whole = adapter

@@ -14,10 +14,10 @@ class Saves:
     def __init__(self):
         self.errors: list[Exception] = []
 
-    def attempt(self, save: Callable, *args):
-        """Call `save(*args)`; an exception is logged and kept for the end of the run."""
+    def attempt(self, save: Callable, *args, **kwargs):
+        """Call `save(*args, **kwargs)`; an exception is logged and kept for the end of the run."""
         try:
-            save(*args)
+            save(*args, **kwargs)
         except Exception as error:
             logger.error("%s", error)
             self.errors.append(error)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_osd import OnlineAssistant, grow_draft
+from hf_osd import OnlineAssistant, grow_draft, load_feature_draft
 from hf_osd.learning.background import BackgroundLearner
+from hf_osd.saving.feature_drafts import layout_of
 from recipes import distill
 from recipes.common import run_log
 
@@ -98,6 +99,17 @@ def test_a_draft_that_reads_states_is_scored_by_step_and_taught(run, capsys):
     printed = capsys.readouterr().out
     for head in ("after, by step", "gain of learning", "gain end to end", "accepted from draft, by fifths"):
         assert head in printed
+
+
+def test_a_draft_is_saved_as_serving_engines_read_it(run, refused, target_dir):
+    feature = ("--draft", "feature:1,2", "--layout")
+    assert run(*feature, "eagle3", "--requests", "3") == 0
+    draft = load_feature_draft(run.out / "draft", AutoModelForCausalLM.from_pretrained(target_dir))
+    assert draft.config.aux_layers == [1, 2]
+    assert "`eagle3`" in (run.out / "draft" / "README.md").read_text()
+    refused(run, "--overwrite", "--layout", "eagle3", says="Leave `layout` out")
+    refused(run, "--overwrite", *feature, "speculators", "--push_to_hub", "me/it", says="push with --layout eagle3")
+    assert layout_of(run.out / "draft") == "eagle3", "refused before anything is written"
 
 
 def test_an_interrupted_run_saves_what_was_learnt_and_goes_on(run, monkeypatch):

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, PhiConfig
 from hf_osd import OnlineAssistant, grow_feature_draft, load_feature_draft, save_feature_draft
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.saving.drafts import load_draft, save_draft
-from hf_osd.saving.feature_drafts import MISSING
+from hf_osd.saving.feature_drafts import MISSING, check_layout, layout_of
+
+from ..served import PROMPTS, serve
 
 ENGINES = ("eagle3", "speculators")
 VOCAB = [0, 1, 2, 5, 9, 33, 63]
@@ -105,6 +107,56 @@ def test_an_assistant_saves_and_loads_it(target, tmp_path):
     loaded = OnlineAssistant.from_pretrained(tmp_path).serving.active
     assert isinstance(loaded, FeatureDraft)
     assert torch.equal(logits(loaded), logits(draft))
+
+
+@pytest.mark.parametrize("layout", ENGINES)
+def test_an_assistant_saves_it_for_an_engine_and_goes_on_from_there(target, tmp_path, layout):
+    of_layout = {"layout": layout, "draft_vocab": VOCAB}
+    if layout == "speculators":
+        of_layout |= {"verifier": "somebody/target", "speculative_tokens": 3}
+    OnlineAssistant(learnt(target)).save_pretrained(tmp_path)
+    assistant = OnlineAssistant(learnt(target), update_interval=2, num_assistant_tokens=3)
+    serve(target, assistant, PROMPTS[:4])
+    assistant.save_pretrained(tmp_path, **of_layout)
+    assert layout_of(tmp_path) == layout
+    assert not (tmp_path / "generation_config.json").exists(), "of the older checkpoint"
+    card = (tmp_path / "README.md").read_text()
+    assert f"EAGLE-3 head, which reads the target's hidden states, in the layout `{layout}`" in card
+    assert 'from_pretrained("THIS_REPOSITORY", target=target)' in card
+    again = OnlineAssistant.from_pretrained(tmp_path, target=target)
+    assert again.osd_config == assistant.osd_config
+    assert torch.equal(logits(again.serving.active), logits(assistant.serving.active))
+    serve(target, again, PROMPTS[:4])
+    again.save_pretrained(tmp_path, **of_layout)
+    assert len(load_file(tmp_path / "model.safetensors")["d2t"]) == 7
+    with pytest.raises(ValueError, match=r"Load it with .*from_pretrained\(name, target=target\)"):
+        OnlineAssistant.from_pretrained(tmp_path)
+
+
+def test_a_draft_vocabulary_can_be_kept(target, tmp_path):
+    draft = learnt(target)
+    save_feature_draft(draft, tmp_path / "one", "eagle3", draft_vocab=VOCAB)
+    kept = load_feature_draft(tmp_path / "one", target, keep_head=True)
+    assert kept.config.draft_vocab_size == 7
+    assert torch.equal(logits(kept)[..., VOCAB], logits(draft)[..., VOCAB])
+    assert set(logits(kept).argmax(-1).flatten().tolist()) <= set(VOCAB)
+    save_feature_draft(kept, tmp_path / "two", "eagle3")
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    save_feature_draft(draft, tmp_path / "whole", "eagle3")
+    whole = load_feature_draft(tmp_path / "whole", target, keep_head=True)
+    assert whole.lm_head.weight.data_ptr() == target.lm_head.weight.data_ptr(), "it lacks none"
+
+
+def test_an_engines_layout_of_another_draft_is_refused_before_anything_is_written(tiny_llama, target, tmp_path):
+    with pytest.raises(ValueError, match=r"`layout` is 'eagle3', which is for drafts that read .* LlamaForCausalLM"):
+        OnlineAssistant(tiny_llama(layers=1)).save_pretrained(tmp_path, layout="eagle3")
+    with pytest.raises(ValueError, match=r"`layout` is 'gguf'"):
+        OnlineAssistant(learnt(target)).save_pretrained(tmp_path, layout="gguf")
+    assert not list(tmp_path.iterdir())
+    check_layout(tiny_llama(layers=1), "osd")
+    check_layout(learnt(target), "speculators", "somebody/target")
+    with pytest.raises(ValueError, match=r"`verifier` is not given"):
+        check_layout(learnt(target), "speculators")
 
 
 SWITCHES = [

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from hf_osd import OnlineAssistant
+from hf_osd import OnlineAssistant, OnlineConfig, grow_feature_draft, save_feature_draft
 from recipes.benchmarks import vllm_check
 from recipes.benchmarks.vllm_check import Counts, table, walk
 from recipes.common.models import answer, encode, load_draft, load_target
@@ -29,6 +29,8 @@ class LLM:
         module, name = worker_extension_cls.rsplit(".", 1)
         self.worker = getattr(importlib.import_module(module), name)
         assert not kwargs["disable_log_stats"]
+        reads_states = "Eagle3" in pathlib.Path(speculative_config["model"], "config.json").read_text()
+        assert speculative_config["method"] == ("eagle3" if reads_states else "draft_model")
         self.answers = dict(json.loads(pathlib.Path(__file__).with_name("answers.json").read_text()))
         self.gamma, self.window, self.rounds, self.refreshed = speculative_config["num_speculative_tokens"], max_model_len, 7, []
 
@@ -154,6 +156,44 @@ def test_a_walk_is_what_assisted_generation_does_on_the_same_answers(tiny_llama,
     assert all(
         0 <= ours - theirs <= len(prompts) for ours, theirs in zip(walked.accepted_by_position, served, strict=True)
     )
+
+
+def reader_of(target):
+    """A draft that reads the target's states, and whose attention matters. It is right now and then."""
+    draft = grow_feature_draft(target, [1, 2])
+    with torch.no_grad():
+        draft.midlayer.self_attn.o_proj.weight.mul_(20)
+    return draft
+
+
+@pytest.mark.parametrize("vocab", [None, range(50)])
+def test_a_walk_of_a_draft_that_reads_states_is_what_assisted_generation_does(tiny_llama, tmp_path, vocab):
+    target = tiny_llama(layers=3)
+    save_feature_draft(reader_of(target), tmp_path, "eagle3", draft_vocab=vocab)
+    prompts = list(torch.randint(2, 64, (8, 5), generator=torch.Generator().manual_seed(0)))
+    args = vllm_check.VllmArguments(drafts=str(tmp_path), gamma=3, max_new_tokens=30)
+    ours, outputs = vllm_check.serve(args, OnlineConfig(), target, str(tmp_path), prompts)
+    answers = [output[5:].tolist() for output in outputs]
+    walked = walk(args, target, str(tmp_path), prompts, answers)
+    assert 0 < walked.accepted_by_position[1] < walked.accepted < walked.drafted
+    # In serving as well nothing is drafted for an answer's first token; its last one is put to no draft there, and is here.
+    both = zip(walked.accepted_by_position, ours.accepted_by_position, strict=True)
+    assert all(0 <= one - other <= len(prompts) for one, other in both)
+    draft = vllm_check.load_as_vllm(str(tmp_path), target)
+    for steps in vllm_check.predictions(draft, target, outputs[0][None], 30, 3):
+        assert steps[0] == -1, "the first token comes with the prompt"
+        assert vocab is None or set(steps[1:]) <= set(vocab)
+    assert vllm_check.predictions(draft, target, outputs[0][None, :6], 1, 3) == [[-1]] * 3
+
+
+def test_a_draft_that_reads_states_is_counted_by_both_in_an_engines_layout(run, refused, target_dir):
+    target, _ = load_target(str(target_dir), "auto")
+    save_feature_draft(reader_of(target), run.folder / "reader", "speculators", verifier="somebody/target")
+    assert run("--drafts", run.folder / "reader", "--prompts", "3") == 0
+    rows = json.loads((run.folder / "counts.json").read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["hf_osd", "vllm", "hf_osd on vllm's answers"]
+    save_feature_draft(reader_of(target), run.folder / "ours")
+    refused(run, "--drafts", run.folder / "ours", "--overwrite", "true", says="layout='eagle3'")
 
 
 @pytest.mark.parametrize(
