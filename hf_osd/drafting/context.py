@@ -103,11 +103,6 @@ class DraftContext:
         return True
 
     @property
-    def is_behind(self) -> bool:
-        """Whether its next forward reads more than those after it will: its time is then no measure of theirs."""
-        return self.unread > 2
-
-    @property
     def askable(self) -> float:
         """Verified tokens, the last ones, of which the draft can be asked what it would have predicted."""
         return math.inf

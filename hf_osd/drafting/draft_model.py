@@ -6,6 +6,7 @@ Symbols: n tokens are drafted in a round; V is the size of the target's vocabula
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Block:
     match: int = 0  # of the suffix cache's proposal, see `Continuation`
     agreement: list[float] = field(default_factory=list)  # likewise
     steps: int = 0  # forwards of the draft
-    caught_up: bool = False  # its first forward read more than one round's tokens
+    unread: int = 1  # tokens that the first of them read
+    read_seconds: float | None = None  # the time of the first; `None` where nobody waited for it
     tokens: list[int] = field(default_factory=list)  # all n on the host, once verified
     # At the last `unscored` verified positions, once the draft has caught up: its expected acceptance `(unscored,)` and its logits.
     late_acceptance: Tensor | None = None
@@ -136,11 +138,12 @@ class DraftModelProposer:
     def draft(self, input_ids: Tensor, plan: Plan, text: CallSuffixes | None) -> Block:
         """Drafts up to `plan.length` tokens after `input_ids` `(1, L)`. A selective plan may end the block with a proposal of `text`, if given."""
         # 1. Catch up: read all verified text, and score the draft where it had made no prediction.
+        start = time.perf_counter()
         if self._make_head is not None:
             self.context.head, self.context.model = self._make_head(self.context.ids[0])
             self.head_usage.head = self.context.head
             self._make_head = None
-        block = Block(steps=1, caught_up=self.context.is_behind)
+        block = Block(steps=1, unread=self.context.unread)
         logits = self.context.catch_up(self._unscored)
         if self._unscored:
             block.late_logits = logits[: self._unscored]
@@ -165,11 +168,14 @@ class DraftModelProposer:
                     break  # the draft has none of the tokens that the processors allow here
             if self._looks:
                 block.confidence.append(float((logits if scores is None else DraftLogits(scores)).confidence()))
+                if block.read_seconds is None:
+                    block.read_seconds = time.perf_counter() - start
             # 3. Keep it if that pays. This is decided by the distribution and not by the sampled token, so q stays what it is sampled from.
             if selective:
                 confidence = self._lookahead.confidence
                 prefix_acceptance *= confidence.acceptance(confidence.bin(block.confidence[-1]))
-                if not self._lookahead.should_keep(len(block.draft_tokens), prefix_acceptance):
+                instead = 0.0 if block.draft_tokens else plan.cached_gain
+                if not self._lookahead.should_keep(len(block.draft_tokens), prefix_acceptance, instead):
                     break
             # 4. Choose it, unless the text must end before it.
             token = self._choose(logits, scores)  # (1, 1)

@@ -83,10 +83,6 @@ class FeatureContext(DraftContext):
         return self.length - 1 - self._cache.get_seq_length()
 
     @property
-    def is_behind(self) -> bool:
-        return self._true_columns == 0
-
-    @property
     def askable(self) -> int:
         return max(self.length - 2, 0)  # the token after t_0 has no column before it
 

@@ -1,6 +1,7 @@
 """`Costs` holds the times of a draft step and of a verification, measured while serving or fixed by the config. Acceptance does not enter here.
 
-Symbols: c is the time of a draft step and v(n) the time of verifying n tokens, both in one-token target steps.
+Symbols: c is the time of a draft step and v(n) the time of verifying n tokens, both in one-token target steps. A round's first draft forward is no such step: it reads
+all verified text that the draft has not read yet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from statistics import median
 _TIMES_KEPT = 32
 # A length counts as measured from this many rounds on: one slow round is then not the median.
 _ROUNDS_NEEDED = 3
+# Up to so many unread tokens a forward takes as long as with one, and beyond them longer with each.
+_NEAR = 8
+# How much longer, as a share of a step, as long as that was not measured.
+_FAR_SLOPE = 0.02
 
 
 class Costs:
@@ -24,6 +29,10 @@ class Costs:
     def __init__(self, draft_cost: float | None = None, verify_cost: float = 0.0):
         self._fixed, self._slope = draft_cost, verify_cost
         self._steps: deque[float] = deque(maxlen=_TIMES_KEPT)  # seconds of a draft step
+        self._reads: deque[float] = deque(
+            maxlen=_TIMES_KEPT
+        )  # seconds of a round's first forward, of few unread tokens
+        self._far: deque[tuple[int, float]] = deque(maxlen=_TIMES_KEPT)  # unread tokens and seconds of one of many
         self._verify: dict[int, deque[float]] = {}  # tokens verified -> seconds
 
     @property
@@ -40,8 +49,24 @@ class Costs:
         """Returns the time of a draft step in one-token target steps; `None` until both were measured."""
         if self._fixed is not None:
             return self._fixed
-        one = self._seconds(1)
-        return median(self._steps) / one if self._steps and one else None
+        one, times = self._seconds(1), self._steps or self._reads
+        return median(times) / one if times and one else None
+
+    @property
+    def is_sure_of_draft(self) -> bool:
+        """Tells whether a draft's forwards were timed often enough: the first ones of a process are slow."""
+        return self.are_fixed or (self.c is not None and len(self._reads) >= _ROUNDS_NEEDED)
+
+    def read(self, unread: int) -> float:
+        """Estimates the time of a round's first draft forward, which reads so many tokens, in one-token target steps."""
+        c = self.c or 0.0
+        if self.are_fixed or not (one := self._seconds(1)):
+            return c
+        near = median(self._reads) / one if self._reads else c
+        if unread <= _NEAR:
+            return near
+        slopes = [(seconds / one - near) / n for n, seconds in self._far]
+        return near + unread * (max(median(slopes), 0.0) if slopes else _FAR_SLOPE * near)
 
     @property
     def longest_measured(self) -> int:
@@ -71,9 +96,26 @@ class Costs:
             values.append(max(heights[i] + slope * (n - lengths[i]), 1.0))
         return values
 
-    def observe_draft(self, steps: int, seconds: float):
-        """Records a round's draft steps and the seconds that they took together."""
-        self._steps.append(seconds / steps)
+    def observe_draft(self, steps: int, seconds: float, unread: int = 1, read_seconds: float | None = None):
+        """Records a round's draft forwards.
+
+        Args:
+            steps: how many they were.
+            seconds: the time of all of them.
+            unread: tokens that the first of them read.
+            read_seconds: the time of the first; `None` where it was not measured apart, for nobody waited for the device.
+        """
+        if read_seconds is None:
+            if unread <= _NEAR:
+                self._steps.append(seconds / steps)
+                self._reads.append(seconds / steps)
+            return
+        if unread <= _NEAR:
+            self._reads.append(read_seconds)
+        else:
+            self._far.append((unread, read_seconds))
+        if steps > 1:
+            self._steps.append((seconds - read_seconds) / (steps - 1))
 
     def observe_target(self, n: int, seconds: float):
         """Records a verification of n tokens."""

@@ -8,6 +8,7 @@ long-run rate (renewal-reward; if all rounds were of one kind, it would be the r
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ PROBE_EVERY = 1024
 PLAIN_EVERY = 128
 # Observations of confidence (decayed) that are needed before it may end a draft early.
 _CONFIDENT_AFTER = 24.0
+# What the draft has not read of a text is read once: of that time a round is charged one part of so many.
+_READ_ROUNDS = 16
+# Decay, per round, of the mean gain of what the suffix cache proposes.
+_TAIL_DECAY = 0.98
 # Rounds between two computations of the estimates, once the first rounds are over.
 _REFRESH_EVERY = 16
 # Intervals of the grid over prefix acceptance, from 0 to 1, on which gains are tabulated.
@@ -106,10 +111,20 @@ class StoppingRule:
         bins (`Sequence[tuple[float, float]]`): for each confidence bin its frequency and its acceptance.
         c, v, rate: as in [`best_gain`].
         max_gamma (`int`): the largest γ.
+        tail (`float`): what tokens of the suffix cache after the drafted ones gain on average, if all of these are accepted.
     """
 
-    def __init__(self, bins: Sequence[tuple[float, float]], c: float, v: Sequence[float], rate: float, max_gamma: int):
+    def __init__(
+        self,
+        bins: Sequence[tuple[float, float]],
+        c: float,
+        v: Sequence[float],
+        rate: float,
+        max_gamma: int,
+        tail: float = 0.0,
+    ):
         max_gamma = min(max_gamma, len(v) - 1)
+        self._bins, self._tail, self._step_cost = bins, tail, rate * c
         # The cost of token j in the verification.
         self.step_costs = [rate * (v[j + 1] - v[j]) for j in range(max_gamma)]
         # gains[j][r]: gain of drafting from the j-th token on, when all before it are accepted with probability r / _GRID.
@@ -117,7 +132,7 @@ class StoppingRule:
         for j in reversed(range(max_gamma)):
             for r in range(_GRID + 1):
                 kept = sum(share * max(self.token_gain(j, r / _GRID * a), 0.0) for share, a in bins)
-                self._gains[j][r] = kept - rate * c
+                self._gains[j][r] = kept - self._step_cost
 
     def step_gain(self, j: int, prefix_acceptance: float) -> float:
         """Gives the gain of drafting the j-th token, counted from 0, when all before it are accepted with probability `prefix_acceptance`."""
@@ -130,18 +145,27 @@ class StoppingRule:
         return (
             prefix_acceptance
             - self.step_costs[min(j, len(self.step_costs) - 1)]
-            + max(self.step_gain(j + 1, prefix_acceptance), 0.0)
+            + max(self.step_gain(j + 1, prefix_acceptance), prefix_acceptance * self._tail, 0.0)
         )
+
+    def first_gain(self, cached: float) -> float:
+        """Gives the gain of a first draft step before the choice between its token and tokens of the suffix cache in its place, whose gain is `cached`."""
+        if len(self._gains) < 2:
+            return -self._step_cost
+        return sum(share * max(self.token_gain(0, a), cached) for share, a in self._bins) - self._step_cost
 
 
 @dataclass(frozen=True)
 class Plan:
     """Plans a round: it drafts up to `length` tokens from the draft model (`"draft"`) or the suffix cache (`"cache"`), none if `length` is 0. If it is
-    `selective`, the draft asks `should_keep` and `should_step` after each step."""
+    `selective`, the draft asks `should_keep` and `should_step` after each step. Where not even its first token is kept, `cached` tokens of the suffix cache take its
+    place, whose gain is `cached_gain`."""
 
     source: str = "draft"
     length: int = 0
     selective: bool = False
+    cached: int = 0
+    cached_gain: float = 0.0
 
 
 class DraftPolicy:
@@ -177,6 +201,7 @@ class DraftPolicy:
             0  # rounds since the draft's last step; since the last plain round; in all
         )
         self._tokens = self._time = 0.0  # decayed sums, whose ratio is λ
+        self._tail = 0.0  # decayed mean of the gain of the suffix cache's proposals
         self._estimates: _Estimates | None = None
         self._lock = released(threading.RLock())
 
@@ -194,35 +219,46 @@ class DraftPolicy:
         """Is `True` if this policy can use proposals of the suffix cache."""
         return self.max_cached > 0 and (self.policy == "cost" or not self.has_draft)
 
-    def plan(self, match: int = 0, agreement: Sequence[float] = ()) -> Plan:
+    def plan(
+        self, match: int = 0, agreement: Sequence[float] = (), *, can_draft: bool = True, unread: int = 1
+    ) -> Plan:
         """Plans the next round.
 
         Args:
             match: how many tokens of the text the suffix cache matched, 0 for no proposal.
             agreement: for each token proposed by the cache, see [`hf_osd.drafting.suffix_cache.Continuation`].
+            can_draft: `False` if the draft model cannot draft in this round: the suffix cache may.
+            unread: tokens that its first forward would read.
         """
         with self._lock:
             if self.policy != "cost":
                 length = self.max_gamma if self.policy == "constant" else self._gamma
-                return Plan("draft", length) if self.has_draft else Plan("cache", min(length, len(agreement)))
+                if self.has_draft:
+                    return Plan("draft", length if can_draft else 0)
+                return Plan("cache", min(length, len(agreement)))
             if not self.costs.are_fixed and (self.costs.step_seconds is None or self._busy >= PLAIN_EVERY):
                 return Plan()  # a plain round, to measure the unit of all costs
             estimates = self._current()
             cached, gain = best_gain(self.matches.along(match, agreement), 0.0, estimates.v, estimates.rate)
-            if not self.has_draft:
+            self._tail = _TAIL_DECAY * self._tail + (1 - _TAIL_DECAY) * gain
+            if not (self.has_draft and can_draft):
                 return Plan("cache", cached)
-            if self.costs.c is None:  # the draft has made no step yet
-                return Plan("draft", 1)
-            if estimates.gain > gain:
-                return Plan("draft", estimates.gamma, estimates.selective)
+            if not self.costs.is_sure_of_draft:
+                return Plan("draft", 2)  # a step after the first forward too, which costs something else
+            drafting = estimates.rule.first_gain(gain) if estimates.selective else -math.inf
+            near, c = self.costs.read(1), self.costs.c
+            reading = near - c + (self.costs.read(unread) - near) / _READ_ROUNDS
+            if max(drafting, estimates.gain) - estimates.rate * reading > gain:
+                return Plan("draft", estimates.gamma, estimates.selective, cached, gain)
             if not cached and self._idle >= PROBE_EVERY:
                 return Plan("draft", 1)
             return Plan("cache", cached)
 
-    def should_keep(self, j: int, prefix_acceptance: float) -> bool:
-        """Decides if the j-th token, counted from 0, goes into the block, when it and all before it are accepted with probability `prefix_acceptance`."""
+    def should_keep(self, j: int, prefix_acceptance: float, instead: float = 0.0) -> bool:
+        """Decides if the j-th token, counted from 0, goes into the block, when it and all before it are accepted with probability `prefix_acceptance`, and what would be
+        proposed in its place gains `instead`."""
         estimates = self._estimates
-        return estimates is None or estimates.rule.token_gain(j, prefix_acceptance) > 0
+        return estimates is None or estimates.rule.token_gain(j, prefix_acceptance) > instead
 
     def cache_suffix_length(self, j: int, prefix_acceptance: float, match: int, agreement: Sequence[float]) -> int:
         """Decides how many cached tokens end the block after j drafts (all accepted with probability `prefix_acceptance`) instead of further drafts; 0 to
@@ -249,6 +285,8 @@ class DraftPolicy:
         target_seconds: float | None = None,
         *,
         steps: int | None = None,
+        unread: int = 1,
+        read_seconds: float | None = None,
         cached: int = 0,
         confidence: Sequence[float] = (),
         match: int = 0,
@@ -260,6 +298,7 @@ class DraftPolicy:
             drafted, tested, accepted: numbers of tokens, of both sources together.
             draft_seconds, target_seconds: their times; `None` if they included a prefill, by which c and v cannot be measured.
             steps: the draft's forwards; by default one for each token that it drafted.
+            unread, read_seconds: of the first of them, see [`Costs.observe_draft`].
             cached: how many of the drafted tokens came from the suffix cache; they are the last ones.
             confidence: the draft's confidence at each token that it drafted, where known.
             match, agreement: of the suffix cache's proposal, see [`hf_osd.drafting.suffix_cache.Continuation`].
@@ -280,11 +319,12 @@ class DraftPolicy:
             if target_seconds is not None:
                 self.costs.observe_target(drafted + 1, target_seconds)
                 if steps and draft_seconds is not None:
-                    self.costs.observe_draft(steps, draft_seconds)
+                    self.costs.observe_draft(steps, draft_seconds, unread, read_seconds)
             estimates = self._estimates
             if estimates is not None and drafted < len(estimates.v):
                 self._tokens = _RATE_DECAY * self._tokens + accepted + 1
-                self._time = _RATE_DECAY * self._time + steps * (self.costs.c or 0.0) + estimates.v[drafted]
+                drafting = self.costs.read(unread) + (steps - 1) * (self.costs.c or 0.0) if steps else 0.0
+                self._time = _RATE_DECAY * self._time + drafting + estimates.v[drafted]
             self._invalidate()
 
     def observe_untested(self, acceptance: Sequence[float], confidence: Sequence[float] = ()):
@@ -330,7 +370,7 @@ class _Estimates:
     def from_policy(cls, policy: DraftPolicy, longest: int) -> _Estimates:
         v, rate, c = policy.costs.v_upto(longest), policy.rate, policy.costs.c or 0.0
         bins = policy.confidence.bins()
-        rule = StoppingRule(bins, c, v, rate, policy.max_gamma if policy.has_draft else 0)
+        rule = StoppingRule(bins, c, v, rate, policy.max_gamma if policy.has_draft else 0, policy._tail)
         # Confidence may lag behind a draft that learns while it drafts nothing. a_1 does not (`observe_untested`), so its gain counts too.
         first = policy.acceptance()[0] if policy.max_gamma else 0.0
         gamma, gain = best_gain([first] * policy.max_gamma, c, v, rate)

@@ -1,5 +1,7 @@
 """γ: the formulas against closed forms and brute force, and what `DraftPolicy` chooses after what it saw."""
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,13 +97,13 @@ def test_heuristic_policy_follows_its_rounds():
     assert lengths == [4, 3, 5]
 
 
-def test_cost_policy_measures_plain_rounds_then_one_draft_then_drafts_as_many_as_pay():
+def test_cost_policy_measures_plain_rounds_then_a_draft_then_drafts_as_many_as_pay():
     lookahead, chosen = DraftPolicy("cost", 5), []
     for _ in range(40):
         gamma = lookahead.plan().length
         chosen.append(gamma)
         lookahead.observe_round(gamma, gamma, gamma, 0.1 * gamma, 1.0)
-    assert chosen[:4] == [0, 0, 0, 1]
+    assert chosen[:6] == [0, 0, 0, 2, 2, 2]
     assert chosen[-1] == 5
     assert lookahead.costs.c == pytest.approx(0.1)
 
@@ -407,3 +409,77 @@ def test_a_plain_round_is_measured_now_and_then():
         lengths.append(lookahead.plan().length)
         lookahead.observe_round(lengths[-1], lengths[-1], lengths[-1], 0.05 * lengths[-1], 1.0)
     assert 1 <= lengths[PLAIN_EVERY // 2 :].count(0) <= 3
+
+
+@pytest.mark.parametrize("policy", ["cost", "heuristic", "constant"])
+def test_where_the_draft_cannot_draft_the_cache_may(policy):
+    lookahead = DraftPolicy(policy, 4, draft_cost=0.05, max_cached=8)
+    lookahead.observe_untested([1.0] * 1000)
+    assert lookahead.plan(3, [1.0, 1.0]).source == "draft"
+    cached = lookahead.plan(3, [1.0, 1.0], can_draft=False)
+    assert cached == (Plan("cache", 2) if policy == "cost" else Plan("draft", 0))
+
+
+def served(lookahead, rounds=200, *, right=0.6, cached=0.3, near=0.06, far=0.006, c=0.04, unread=1):
+    """Serve rounds whose first draft forward takes longer the more it reads; the cache proposes one token each time. Returns how many tokens each source drafted in the
+    last half."""
+    random, drafted, behind = Random(0), {"draft": 0, "cache": 0}, unread
+    for i in range(rounds):
+        plan = lookahead.plan(1, [cached], unread=behind)
+        steps = plan.length if plan.source == "draft" else 0
+        read = near + far * max(behind - 8, 0)
+        seconds = read + (steps - 1) * c if steps else 0.0
+        accepted = 0
+        while accepted < plan.length and random.random() < (right if steps else cached):
+            accepted += 1
+        tested = min(accepted + 1, plan.length)
+        lookahead.observe_round(
+            plan.length,
+            tested,
+            accepted,
+            seconds,
+            1 + 0.02 * plan.length,
+            steps=steps,
+            unread=behind,
+            read_seconds=read if steps else None,
+            cached=0 if steps else plan.length,
+            match=1,
+            agreement=[cached] * (0 if steps else plan.length),
+        )
+        behind = accepted + 1 if steps else behind + accepted + 1
+        lookahead.observe_untested([right] * (not steps))
+        if i >= rounds // 2:
+            drafted[plan.source] += plan.length
+    return drafted
+
+
+def test_reading_what_the_draft_left_out_is_not_taken_for_the_cost_of_a_step():
+    """A draft that was not asked for long reads much at once, and then little: it is asked again where it pays."""
+    lookahead = DraftPolicy("cost", 5, max_cached=8)
+    assert served(lookahead, unread=400)["draft"] > 50
+    assert lookahead.costs.c == pytest.approx(0.04)
+    assert lookahead.costs.read(1) == pytest.approx(0.06)
+    assert lookahead.costs.read(100) > 0.5
+    assert served(DraftPolicy("cost", 5, max_cached=8), right=0.02)["draft"] < 20
+
+
+def test_a_first_forward_that_is_slow_once_does_not_decide():
+    lookahead = DraftPolicy("cost", 5, max_cached=8)
+    lookahead.costs.observe_draft(1, 5.0, 1, 5.0)
+    assert not lookahead.costs.is_sure_of_draft
+    assert served(lookahead)["draft"] > 50
+
+
+def test_tokens_of_the_cache_take_the_place_of_a_token_that_the_draft_is_not_sure_of():
+    lookahead = DraftPolicy("cost", 5, draft_cost=0.02, verify_cost=0.02, max_cached=8)
+    for i in range(200):  # sure and right, or unsure and wrong
+        lookahead.observe_round(1, 1, i % 2, confidence=[0.99 if i % 2 else 0.15])
+    for _ in range(300):
+        lookahead.observe_round(1, 1, 1, steps=0, cached=1, match=2, agreement=[0.8])
+        lookahead.observe_round(1, 1, 0, steps=0, cached=1, match=2, agreement=[0.8])
+    plan = lookahead.plan(2, [0.8])
+    assert (plan.source, plan.cached) == ("draft", 1)
+    assert plan.cached_gain > 0
+    sure, unsure = (lookahead.confidence.acceptance(lookahead.confidence.bin(x)) for x in (0.99, 0.15))
+    assert lookahead.should_keep(0, sure, plan.cached_gain)
+    assert not lookahead.should_keep(0, unsure, plan.cached_gain)

@@ -162,7 +162,7 @@ def reader_of(target):
     """A draft that reads the target's states, and whose attention matters. It is right now and then."""
     draft = grow_feature_draft(target, [1, 2])
     with torch.no_grad():
-        draft.midlayer.self_attn.o_proj.weight.mul_(20)
+        draft.midlayer.self_attn.o_proj.weight.mul_(10)
     return draft
 
 
