@@ -273,23 +273,29 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
     def _fill(self, input_ids: Tensor, room: int):
         """Fills the round's block with at most `room` tokens, from the source that the policy chooses."""
         continuation = self._look_up(min(room, self.lookahead.max_cached))
-        plan = self.lookahead.plan(*((continuation.match, continuation.agreement) if continuation else ()))
+        reach = self._draft_reach(room)
+        proposal = (continuation.match, continuation.agreement) if continuation else ()
+        plan = self.lookahead.plan(*proposal, can_draft=reach > 0)
         if plan.length and room > 0 and self._verification is not None and not self._can_verify():
             return
         if plan.source == "cache":
             if continuation:
                 self._block.append_cached(continuation, plan.length)
-        elif plan.length and self._proposer is not None and self._proposer.context.is_ready:
-            context = self._proposer.context
-            length = int(min(plan.length, room, self._reach.window - context.length))
+        elif plan.length and reach:
+            context, length = self._proposer.context, min(plan.length, reach)
             text = self._text if self.lookahead.wants_cache else None
             try:
-                if length > 0:
-                    self._block = self._proposer.draft(input_ids, replace(plan, length=length), text)
+                self._block = self._proposer.draft(input_ids, replace(plan, length=length), text)
             except Exception as error:  # the target can go on without the draft
                 self._proposer = None
                 self._reach.failed(error, context, length)
         self._cut(input_ids, room)
+
+    def _draft_reach(self, room: int) -> int:
+        """Counts the tokens that the draft model can draft in this round, at most `room`: none if it has failed, or lacks states of the target."""
+        if self._proposer is None or not self._proposer.context.is_ready:
+            return 0
+        return int(max(min(room, self._reach.window - self._proposer.context.length), 0))
 
     def _can_verify(self) -> bool:
         """Decides, before the call's first block, if the target can verify one."""

@@ -194,22 +194,25 @@ class DraftPolicy:
         """Is `True` if this policy can use proposals of the suffix cache."""
         return self.max_cached > 0 and (self.policy == "cost" or not self.has_draft)
 
-    def plan(self, match: int = 0, agreement: Sequence[float] = ()) -> Plan:
+    def plan(self, match: int = 0, agreement: Sequence[float] = (), *, can_draft: bool = True) -> Plan:
         """Plans the next round.
 
         Args:
             match: how many tokens of the text the suffix cache matched, 0 for no proposal.
             agreement: for each token proposed by the cache, see [`hf_osd.drafting.suffix_cache.Continuation`].
+            can_draft: `False` if the draft model cannot draft in this round: the suffix cache may.
         """
         with self._lock:
             if self.policy != "cost":
                 length = self.max_gamma if self.policy == "constant" else self._gamma
-                return Plan("draft", length) if self.has_draft else Plan("cache", min(length, len(agreement)))
+                if self.has_draft:
+                    return Plan("draft", length if can_draft else 0)
+                return Plan("cache", min(length, len(agreement)))
             if not self.costs.are_fixed and (self.costs.step_seconds is None or self._busy >= PLAIN_EVERY):
                 return Plan()  # a plain round, to measure the unit of all costs
             estimates = self._current()
             cached, gain = best_gain(self.matches.along(match, agreement), 0.0, estimates.v, estimates.rate)
-            if not self.has_draft:
+            if not (self.has_draft and can_draft):
                 return Plan("cache", cached)
             if self.costs.c is None:  # the draft has made no step yet
                 return Plan("draft", 1)

@@ -175,7 +175,7 @@ def test_no_more_of_a_text_is_read_to_learn_it(target, make_feedback, window):
 
 def test_a_call_that_drafted_nothing_is_judged_by_a_window(target, monkeypatch):
     assistant = OnlineAssistant(grow_draft(target), learning_window=64, update_interval=10**6)
-    monkeypatch.setattr(assistant.lookahead, "plan", lambda *args: Plan())
+    monkeypatch.setattr(assistant.lookahead, "plan", lambda *args, **kwargs: Plan())
     widths = [Widths(copy) for copy in assistant.serving._copies]
     prompt = torch.randint(2, 60, (1, 300))
     target.generate(prompt, assistant_model=assistant, max_new_tokens=8, do_sample=False, pad_token_id=0)

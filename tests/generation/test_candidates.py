@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 from transformers.generation.streamers import BaseStreamer
 
-from hf_osd import OnlineAssistant, OnlineCandidateGenerator
+from hf_osd import OnlineAssistant, OnlineCandidateGenerator, grow_feature_draft
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED
 from hf_osd.policy.lookahead import Plan
 
@@ -235,7 +235,7 @@ def test_rounds_without_a_draft_still_teach_and_the_draft_catches_up(target, noi
     settings = {"suffix_cache": False, "update_interval": 10**6, "top_k": 64, "feedback_dtype": "float32"}
     assistant = OnlineAssistant(draft, **settings)
     lengths = iter([0, 0, 0, 3, 0, 3, 3, 0, 0, 3] * 5)
-    assistant.lookahead.plan = lambda *proposal: Plan("draft", next(lengths))
+    assistant.lookahead.plan = lambda *proposal, **can: Plan("draft", next(lengths))
     plain = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
     output = target.generate(PROMPT, max_new_tokens=24, do_sample=False, assistant_model=assistant)
     assert torch.equal(plain, output)
@@ -281,3 +281,26 @@ def test_usual_ways_of_calling_generate(target, noised_copy, how):
         assert torch.equal(plain, output)
     assert assistant.stats.updates == 2
     assert assistant.stats.failed_updates == 0
+
+
+def test_before_the_targets_states_are_there_the_cache_drafts(tiny_llama):
+    target = tiny_llama(layers=4)
+    assistant = OnlineAssistant(grow_feature_draft(target, seed=0), learn=False, draft_cost=0.05)
+    policy, rounds = assistant.lookahead, []
+    observe = policy.observe_round
+
+    def observe_round(drafted, *args, **kwargs):
+        rounds.append((kwargs["steps"], kwargs["cached"]))
+        observe(drafted, *args, **kwargs)
+
+    policy.observe_round = observe_round
+    for _ in range(2):
+        policy.observe_untested([1.0] * 1000)  # as if this draft were always right
+        assert policy.plan().source == "draft"
+        first = len(rounds)
+        target.generate(torch.tensor([[5, 9, 3]]), assistant_model=assistant, max_new_tokens=40, do_sample=False)
+    assert rounds[0] == (0, 0), "nothing to look up yet"
+    assert rounds[1][0] > 0
+    steps, cached = rounds[first]
+    assert steps == 0
+    assert cached > 0

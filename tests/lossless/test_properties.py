@@ -91,7 +91,7 @@ def test_rounds_without_a_draft(target, noised_copy, wished, draft, prompt):
     draft, prompt = noised_copy(target, *draft), prompt_of(prompt)
     assistant = assistant_of(draft)
     wished = iter(wished * 3)
-    assistant.lookahead.plan = lambda *proposal: Plan("draft", next(wished))
+    assistant.lookahead.plan = lambda *proposal, **can: Plan("draft", next(wished))
     check_greedy(target, draft, prompt, 16, assistant=assistant)
 
 

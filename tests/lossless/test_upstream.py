@@ -151,8 +151,8 @@ def test_our_heuristic_schedule_follows_upstreams_rule(tiny_model):
     assistant = assist(draft, lookahead="heuristic", num_assistant_tokens=4)
     lengths, choose = [], assistant.lookahead.plan
 
-    def plan(*proposal):
-        lengths.append((chosen := choose(*proposal)).length)
+    def plan(*proposal, **can):
+        lengths.append((chosen := choose(*proposal, **can)).length)
         return chosen
 
     assistant.lookahead.plan = plan

@@ -190,9 +190,9 @@ def late(assistant, rounds=4):
     """`assistant`, but that it drafts nothing in the first rounds it is asked in."""
     plan, asked = assistant.lookahead.plan, []
 
-    def wait(*args):
+    def wait(*args, **kwargs):
         asked.append(1)
-        return Plan() if len(asked) <= rounds else plan(*args)
+        return Plan() if len(asked) <= rounds else plan(*args, **kwargs)
 
     assistant.lookahead.plan = wait
     return assistant

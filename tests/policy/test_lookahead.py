@@ -407,3 +407,12 @@ def test_a_plain_round_is_measured_now_and_then():
         lengths.append(lookahead.plan().length)
         lookahead.observe_round(lengths[-1], lengths[-1], lengths[-1], 0.05 * lengths[-1], 1.0)
     assert 1 <= lengths[PLAIN_EVERY // 2 :].count(0) <= 3
+
+
+@pytest.mark.parametrize("policy", ["cost", "heuristic", "constant"])
+def test_where_the_draft_cannot_draft_the_cache_may(policy):
+    lookahead = DraftPolicy(policy, 4, draft_cost=0.05, max_cached=8)
+    lookahead.observe_untested([1.0] * 1000)
+    assert lookahead.plan(3, [1.0, 1.0]).source == "draft"
+    cached = lookahead.plan(3, [1.0, 1.0], can_draft=False)
+    assert cached == (Plan("cache", 2) if policy == "cost" else Plan("draft", 0))
