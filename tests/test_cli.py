@@ -34,7 +34,7 @@ def test_grow_makes_a_draft_that_reads_the_targets_states(model_dir, tmp_path, c
     assert (tmp_path / "draft" / "tokenizer.json").exists()
     assert "parameters" in capsys.readouterr().out
     assert main(["grow", str(model_dir), str(tmp_path / "other"), "--kind", "feature", "--layers", "0,9"]) == 2
-    assert "choose from 0 to 3" in capsys.readouterr().err
+    assert "different whole numbers from 0 to 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["eagle3", "speculators"])

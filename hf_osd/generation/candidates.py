@@ -35,6 +35,7 @@ from hf_osd.drafting.processors import VerifiedProcessors
 from hf_osd.drafting.stopping import DraftStops
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.hot_swap import NullDraft
+from hf_osd.policy.lookahead import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,7 +141,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 make_head=None if parts.head is None else functools.partial(parts.head.view, assistant_model),
             )
             self.head_usage = self._proposer.head_usage if parts.head is not None else None
-        self._block = Block()
+        self._block, self._plan, self._continuation = Block(), Plan(), None
         self._first_round = True  # the target's next forward reads the prompt too
         self._verification = verification  # None once it has answered
         self._draft_seconds = self._lookup_seconds = self._proposed_at = self._verification_seconds = 0.0
@@ -238,6 +239,18 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         if self._text is not None:
             self._text.extend(tokens)
 
+        proposed = self._continuation
+        self.lookahead.observe_earnings(
+            self._plan,
+            tokens,
+            proposed.tokens if proposed else [],
+            proposed.match if proposed else 0,
+            proposed.agreement if proposed else [],
+            drafted=n,
+            recorded=0 if block.draft_tokens else tested,
+            steps=block.steps,
+            draft_seconds=self._draft_seconds,
+        )
         self.lookahead.observe_round(
             n,
             tested,
@@ -297,6 +310,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         proposal = (continuation.match, continuation.agreement) if continuation else ()
         unread = self._proposer.context.unread if reach else 1
         plan = self.lookahead.plan(*proposal, can_draft=reach > 0, unread=unread)
+        self._plan, self._continuation = plan, continuation
         if plan.length and room > 0 and self._verification is not None and not self._can_verify():
             return
         if plan.source == "cache":

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_osd.policy.acceptance import ConfidenceAcceptance, MatchAcceptance, PositionAcceptance
 from hf_osd.policy.costs import Costs
+from hf_osd.policy.earnings import Earnings
 from hf_osd.system.forks import released
 
 # After so many rounds without drafts one token is drafted anyway, so that costs stay measured. This is rare, for the draft must then
@@ -158,14 +159,14 @@ class StoppingRule:
 @dataclass(frozen=True)
 class Plan:
     """Plans a round: it drafts up to `length` tokens from the draft model (`"draft"`) or the suffix cache (`"cache"`), none if `length` is 0. If it is
-    `selective`, the draft asks `should_keep` and `should_step` after each step. Where not even its first token is kept, `cached` tokens of the suffix cache take its
-    place, whose gain is `cached_gain`."""
+    `selective`, the draft asks `should_keep` and `should_step` after each step. Without a draft model the round would have `cached` tokens, whose gain is
+    `cached_gain`: they take the place of a first token that is not kept."""
 
     source: str = "draft"
     length: int = 0
     selective: bool = False
-    cached: int = 0
-    cached_gain: float = 0.0
+    cached: int = field(default=0, compare=False)
+    cached_gain: float = field(default=0.0, compare=False)
 
 
 class DraftPolicy:
@@ -196,6 +197,7 @@ class DraftPolicy:
             ConfidenceAcceptance(),
             MatchAcceptance(),
         )
+        self.earnings = Earnings()  # of the draft, beside the cache
         self._gamma = max_gamma  # of the heuristic policy, for the next round
         self._idle = self._busy = self._rounds = (
             0  # rounds since the draft's last step; since the last plain round; in all
@@ -241,10 +243,13 @@ class DraftPolicy:
             estimates = self._current()
             cached, gain = best_gain(self.matches.along(match, agreement), 0.0, estimates.v, estimates.rate)
             self._tail = _TAIL_DECAY * self._tail + (1 - _TAIL_DECAY) * gain
-            if not (self.has_draft and can_draft):
-                return Plan("cache", cached)
+            without = Plan("cache", cached, cached=cached)
+            if not (self.has_draft and can_draft and self.earnings.in_credit):
+                return without
             if not self.costs.is_sure_of_draft:
-                return Plan("draft", 2)  # a step after the first forward too, which costs something else
+                return Plan(
+                    "draft", 2, cached=cached
+                )  # a step after the first forward too, which costs something else
             drafting = estimates.rule.first_gain(gain) if estimates.selective else -math.inf
             near, c = self.costs.read(1), self.costs.c
             reading = near - c + (self.costs.read(unread) - near) / _READ_ROUNDS
@@ -252,7 +257,7 @@ class DraftPolicy:
                 return Plan("draft", estimates.gamma, estimates.selective, cached, gain)
             if not cached and self._idle >= PROBE_EVERY:
                 return Plan("draft", 1)
-            return Plan("cache", cached)
+            return without
 
     def should_keep(self, j: int, prefix_acceptance: float, instead: float = 0.0) -> bool:
         """Decides if the j-th token, counted from 0, goes into the block, when it and all before it are accepted with probability `prefix_acceptance`, and what would be
@@ -326,6 +331,51 @@ class DraftPolicy:
                 drafting = self.costs.read(unread) + (steps - 1) * (self.costs.c or 0.0) if steps else 0.0
                 self._time = _RATE_DECAY * self._time + drafting + estimates.v[drafted]
             self._invalidate()
+
+    def observe_earnings(
+        self,
+        plan: Plan,
+        verified: Sequence[int],
+        proposed: Sequence[int],
+        match: int,
+        agreement: Sequence[float],
+        *,
+        drafted: int,
+        recorded: int,
+        steps: int,
+        draft_seconds: float,
+    ):
+        """Records what a round earned beside the one that the suffix cache alone would have made in its place, see [`Earnings`]. The verified tokens show how many of the
+        cache's proposal would have been accepted, and that is evidence for its acceptance too. Call it before `observe_round`.
+
+        Args:
+            plan: the round's plan.
+            verified: the m+1 verified tokens.
+            proposed, match, agreement: the suffix cache's proposal after the round's text, see [`hf_osd.drafting.suffix_cache.Continuation`].
+            drafted: how many tokens were drafted, of both sources.
+            recorded: how many of `proposed` were tested in the round's block: `observe_round` records these.
+            steps, draft_seconds: the draft's forwards, and all the time that they took, with what it had to catch up on.
+        """
+        with self._lock:
+            step = 1.0 if self.costs.are_fixed else self.costs.step_seconds
+            if self.policy != "cost" or not self.has_draft or step is None:
+                return
+            known = min(len(proposed), len(verified))
+            right = next((i for i in range(known) if proposed[i] != verified[i]), known)
+            for i in range(recorded, min(right + 1, known)):
+                self.matches.observe(self.matches.bin(match + i, agreement[i]), float(i < right))
+            v = self._current().v
+            time = v[min(drafted, len(v) - 1)]
+            if not steps:
+                self.earnings.observe(len(verified), time, len(verified), time)
+                return
+            without = 1.0 + min(right, plan.cached)
+            if right == len(verified) < plan.cached:  # how it would have gone on is not known
+                expected = self.matches.along(match, agreement)
+                without += expected_tokens(expected[right:], plan.cached - right) - 1
+            time_without = v[min(plan.cached, len(v) - 1)]
+            time += steps * (self.costs.c or 0.0) if self.costs.are_fixed else draft_seconds / step
+            self.earnings.observe(len(verified), time, without, time_without)
 
     def observe_untested(self, acceptance: Sequence[float], confidence: Sequence[float] = ()):
         """Records expected acceptance at verified positions where no token of the draft was tested, and the draft's confidence there where known. It

@@ -206,11 +206,11 @@ def test_of_a_device_that_nobody_knows_anything_fits():
     assert available("no such device") == math.inf
 
 
-@pytest.mark.parametrize(("free", "states"), [(math.inf, 2**17), (8 * (2**26 + 102_000), 1000), (2**20, 0)])
+@pytest.mark.parametrize(("free", "states"), [(math.inf, 2**17), (8 * (2**26 + 136_000), 1000), (2**20, 0)])
 def test_the_buffer_has_room_for_the_states_that_a_draft_reads(tiny_llama, monkeypatch, free, states):
-    """A state is 3 · 32 bytes, and two more a layer."""
+    """A state is 4 · 32 bytes, the last layer's with it, and two more a layer."""
     monkeypatch.setattr(memory, "available", lambda device: free)
     reader, other = grow_feature_draft(tiny_llama(layers=4)), tiny_llama(layers=1)
-    assert buffer_bytes(reader, OnlineConfig()) // 102 == (2**26 + 102 * states) // 102
+    assert buffer_bytes(reader, OnlineConfig()) // 136 == (2**26 + 136 * states) // 136
     assert buffer_bytes(other, OnlineConfig()) == buffer_bytes(None, OnlineConfig()) == 2**26
     assert buffer_bytes(reader, OnlineConfig(buffer_bytes=1000)) == 1000

@@ -65,7 +65,7 @@ def mixed(assistant: OnlineAssistant, own: int = 1) -> Iterator[None]:
     forced = {
         "plan": plan,
         "cache_suffix_length": lambda j, prefix_acceptance, match, agreement: len(agreement) if j >= own else 0,
-        "should_keep": lambda j, prefix_acceptance: True,
+        "should_keep": lambda j, prefix_acceptance, instead=0.0: True,
         "should_step": lambda j, prefix_acceptance: True,
     }
     vars(lookahead).update(forced)

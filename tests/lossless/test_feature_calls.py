@@ -31,7 +31,7 @@ def draft(target):
 
 def check_states(target, feedback, **kwargs):
     """All that the target has read is kept, from the first position that is."""
-    fresh = states_of(target, feedback.tokens[None].long(), kwargs.pop("layers", [1, 2, 3]))[0]
+    fresh = states_of(target, feedback.tokens[None].long(), kwargs.pop("layers", [1, 2, 3, 4]))[0]
     kept = feedback.states
     assert kept.stop == len(feedback.tokens) - 1
     torch.testing.assert_close(kept.dense(), fresh[kept.start : -1], atol=float(fresh.abs().amax()) / 100, rtol=0)
@@ -123,7 +123,7 @@ def test_a_target_that_sees(tiny_model, serve_as_plain):
     with torch.no_grad():
         text = feedback.tokens[None].long()
         hidden = target(text, pixel_values=pixels, output_hidden_states=True, use_cache=False).hidden_states
-    fresh = torch.cat([hidden[i] for i in [1, 2, 3]], dim=-1)[0, :-1]
+    fresh = torch.cat([hidden[i] for i in [1, 2, 3, 4]], dim=-1)[0, :-1]
     assert served.stats.total.tested > 0
     torch.testing.assert_close(feedback.states.dense(), fresh, atol=float(fresh.abs().amax()) / 100, rtol=0)
 

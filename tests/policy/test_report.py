@@ -124,7 +124,8 @@ def test_of_an_assistant_that_served(tiny_llama, noised_copy, draft):
     text = assistant.report()
     assert ("A draft step" in text) == draft
     assert "The suffix cache drafted" in text
-    assert text.count("\n") < 9, "a few lines"
+    assert text.count("\n") < 11, "a few lines"
+    assert ("Beside the suffix cache alone" in text) == draft
 
 
 def test_the_longest_wait_is_that_of_a_call_at_its_beginning(target, monkeypatch):

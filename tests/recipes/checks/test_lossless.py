@@ -64,7 +64,7 @@ def test_rows_and_summary_add_up(run, monkeypatch, capsys):
     monkeypatch.setattr(lossless, "answer", answering)
     assert run() == 0
     rows, summary = read(run.out)
-    names = "request id domain new_tokens verdict rounds drafted tested accepted alpha alpha_live updates"
+    names = "request id domain new_tokens verdict rounds drafted tested accepted accepted_from_draft alpha alpha_live updates"
     assert set(rows[0]) == set(names.split())
     assert [row["request"] for row in rows] == list(range(9))
     assert [row["domain"] for row in rows] == ["one", "two"] * 3 + ["one"] * 3
