@@ -64,7 +64,8 @@ class FeatureContext(DraftContext):
 
     def __init__(self, model: FeatureDraft, prompt: Tensor):
         super().__init__(model, prompt)
-        self._states: Tensor | None = None  # (1, S, F): of the tokens from `_first_state` on; S grows with the text
+        # (1, S, F) in parts: of the tokens from `_first_state` on. They are joined when the draft reads them, for it may not be asked for long.
+        self._states: list[Tensor] = []
         self._first_state = 0
         self._true_columns = 0  # of the cache: those that read the target's states
         self._last_own: Tensor | None = None  # (1, 1, H): the draft's own state at the last column it read
@@ -72,7 +73,7 @@ class FeatureContext(DraftContext):
     @property
     def known(self) -> int:
         """Counts the tokens, from the first on, whose states are known."""
-        return self._first_state + (0 if self._states is None else self._states.shape[1])
+        return self._first_state + sum(part.shape[1] for part in self._states)
 
     @property
     def is_ready(self) -> bool:
@@ -104,8 +105,7 @@ class FeatureContext(DraftContext):
             kept = torch.ones(states.shape[1], dtype=torch.bool, device=home)
             kept[: len(mask)] = mask.to(home)[: len(kept)]
             states = states[:, kept]
-        read = states[..., : self.model.config.states_size]
-        self._states = read if self._states is None else torch.cat([self._states, read], dim=1)
+        self._states.append(states[..., : self.model.config.states_size])
         return states[0]
 
     def catch_up(self, lag: int) -> DraftLogits:
@@ -113,10 +113,11 @@ class FeatureContext(DraftContext):
         rows = [start - 1 for start in self._starts[len(self._starts) - lag :]] + [self.length - 1]
         begin = self._cache.get_seq_length() + 1
         at = begin - 1 - self._first_state
-        logits = self._read(self.ids[:, begin:], self._states[:, at : at + self.length - begin], self.length - rows[0])
+        states = torch.cat(self._states, dim=1)[:, at : at + self.length - begin]
+        logits = self._read(self.ids[:, begin:], states, self.length - rows[0])
         self._true_columns = self._cache.get_seq_length()
         # They are in the cache now, and nothing asks for them again.
-        self._first_state, self._states = self.length - 1, None
+        self._first_state, self._states = self.length - 1, []
         return logits if len(logits) == len(rows) else logits[[row - rows[0] for row in rows]]
 
     def step(self, token: Tensor) -> DraftLogits:
@@ -132,7 +133,7 @@ class FeatureContext(DraftContext):
     def _probe(self, n: int) -> FeatureContext:
         probe = super()._probe(n + 1)  # the first token has no column
         probe._true_columns, probe._first_state = 0, 0
-        probe._states = self.ids.new_zeros(1, n, self.model.config.states_size, dtype=self.model.dtype)
+        probe._states = [self.ids.new_zeros(1, n, self.model.config.states_size, dtype=self.model.dtype)]
         return probe
 
     def _read(self, tokens: Tensor, features: Tensor, keep: int) -> DraftLogits:
