@@ -67,6 +67,24 @@ with ended_by_signals():
     assert said(script) == ["saved", "insisted", "130"]
 
 
+def test_a_second_one_does_not_get_past_whoever_saves():
+    """It may come while the first one's exception is on its way, in a clean-up or in the line before `hold_signals`."""
+    script = """
+with ended_by_signals():
+    try:
+        try:
+            send("SIGTERM")
+        finally:
+            send("SIGTERM")
+    except Ended:
+        send("SIGHUP")
+        hold_signals()
+        print("saved")
+    print("done")
+"""
+    assert said(script) == ["saved", "done"]
+
+
 def test_what_was_ignored_is_so_still():
     """As nohup has it."""
     script = """
