@@ -21,9 +21,10 @@ settings.register_profile("hf_osd", deadline=None, derandomize=True, max_example
 settings.load_profile("hf_osd")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny tensors gain nothing from threads, and the threads take the cores of others."""
+    """Tiny tensors gain nothing from threads, and the threads take the cores of others. Each test begins so, for a recipe may have set another number; and a forked
+    child that computes with more than one hangs."""
     torch.set_num_threads(1)
 
 
