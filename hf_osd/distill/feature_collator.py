@@ -50,10 +50,8 @@ class FeatureCollator:
         for b, (feedback, count) in enumerate(zip(batch, counts, strict=True)):
             states = None if feedback.states is None else feedback.states.dense()  # (S, F) or wider
             if count:
-                first, left = (
-                    feedback.states.start + 1,
-                    width - count,
-                )  # the first token with a column, and that column
+                # The first token with a column, and that column.
+                first, left = feedback.states.start + 1, width - count
                 ids[b, left:], mask[b, left:] = feedback.tokens[first : first + count].long(), 1
                 features[b, left:] = states[:count, : self.width]
                 at = torch.arange(first, first + count, device="cpu")
@@ -67,7 +65,8 @@ class FeatureCollator:
             labels[b, column + 1] = feedback.tokens[tokens].long()
             columns.append(column)
             depths.append(depth)
-            last.append(self._last_states(feedback, states, tokens))
+            if self.last_state is not None:
+                last.append(self._last_states(feedback, states, tokens))
             targets += [(part.top_ids.long(), part.top_logps.float(), part.tail_logp.float()) for part in parts]
         keep = max([1, *(width - int(column.min()) for column in columns if len(column))])
         rows = [b * keep + column - (width - keep) for b, column in enumerate(columns)]
@@ -85,7 +84,7 @@ class FeatureCollator:
             "top_logps": top_logps,
             "tail_logp": tail_logp,
         }
-        if self.last_state is not None:
+        if last:
             made["last_states"], made["has_last_state"] = map(torch.cat, zip(*last, strict=True))
         return made
 
@@ -93,7 +92,7 @@ class FeatureCollator:
         self, feedback: Feedback, states: torch.Tensor | None, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's last states where `tokens` `(r,)` of a request are predicted, `(r, H_t)`, zeros where they are not known, bool `(r,)`."""
-        part = self.last_state or slice(0, 0)
+        part = self.last_state
         found = torch.zeros(len(tokens), part.stop - part.start, dtype=torch.float32, device="cpu")
         known = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
         if states is not None and states.shape[1] >= part.stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -192,10 +193,17 @@ def _collator(model: PreTrainedModel) -> FeedbackCollator | FeatureCollator:
 
 def judge_served(serving: HotSwapDraft, feedback: Sequence[Feedback]) -> list[Judged]:
     """[`judge`] the draft that serves, which is leased meanwhile; not under the caller's autocast."""
+    with served(serving) as model:
+        return judge(model, feedback)
+
+
+@contextmanager
+def served(serving: HotSwapDraft) -> Iterator[PreTrainedModel]:
+    """Lease the draft that serves, to score it; not under the caller's autocast."""
     model = serving.lease()
     try:
         with learners_autocast(model.device.type, None):
-            return judge(model, feedback)
+            yield model
     finally:
         serving.release(model)
 

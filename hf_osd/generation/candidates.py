@@ -296,9 +296,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
                 )
             states = context.add_states(outputs.hidden_states, count, first)
             self.record.add_states(states, len(context.model.config.recorded_layers))
-        except (
-            Exception
-        ) as error:  # a target may return no states, and memory may be short: it can go on without the draft
+        except Exception as error:  # no states, or no memory: the target can go on without the draft
             self._proposer = None
             self._reach.failed(error, context, 0)
         self.record.stats.capture_seconds += time.perf_counter() - start

@@ -78,19 +78,22 @@ class FeatureDraftConfig(PreTrainedConfig):
     def recorded_layers(self) -> list[int]:
         """The layers of the target whose states are recorded for learning: those that the draft reads, and the last, which its own are compared with where the LM
         head is the target's. Counted as `aux_layers` are."""
-        last = self.target_num_hidden_layers
-        shares_head = self.draft_vocab_size is None and self.hidden_size == self.target_hidden_size
-        return (
-            [*self.aux_layers, last] if shares_head and last not in (None, *self.aux_layers) else list(self.aux_layers)
-        )
+        last = self._last_layer
+        return list(self.aux_layers) if last in (None, *self.aux_layers) else [*self.aux_layers, last]
 
     @property
     def last_state(self) -> slice | None:
         """Where the state after the target's last layer lies among the recorded ones, joined; `None` if the draft does not learn from it."""
-        layers, last, size = self.recorded_layers, self.target_num_hidden_layers, self.target_hidden_size
-        if self.draft_vocab_size is not None or self.hidden_size != size or last not in layers:
+        if self._last_layer is None:
             return None
-        return slice(layers.index(last) * size, (layers.index(last) + 1) * size)
+        at, size = self.recorded_layers.index(self._last_layer), self.target_hidden_size
+        return slice(at * size, (at + 1) * size)
+
+    @property
+    def _last_layer(self) -> int | None:
+        """The target's last layer, if it is known and the LM head, which reads its state, is the target's."""
+        shares_head = self.draft_vocab_size is None and self.hidden_size == self.target_hidden_size
+        return self.target_num_hidden_layers if shares_head else None
 
     def _check(self):
         if self.num_hidden_layers != 1:

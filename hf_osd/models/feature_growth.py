@@ -90,34 +90,33 @@ def copy_last_layer(draft: FeatureDraft, target: PreTrainedModel):
         or hasattr(layer, "pre_feedforward_layernorm")
     ):
         return
-    scale = 1.0
-    if draft.config.fc_norm or draft.config.norm_before_fc:
-        size = _size_of_states(target, draft.config.aux_layers[-1])
-        if size is None:
-            return
-        scale = 1.0 / size
     ours, attention, mlp = draft.midlayer, getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     width = draft.config.hidden_size
+    heads = {name: getattr(ours.self_attn, name).weight[:, width:] for name in ("q_proj", "k_proj", "v_proj")}
+    heads["o_proj"] = ours.self_attn.o_proj.weight
+    gated = {name: getattr(ours.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
+    # Where weights come from; those that take them, the last of which adds to the stream; and the norms before them, the draft's and the target's.
+    parts = [(mlp, gated, ours.post_attention_layernorm, layer.post_attention_layernorm)]
+    if not hasattr(attention, "q_norm"):  # which the draft has not
+        parts.append((attention, heads, ours.hidden_norm, layer.input_layernorm))
+    parts = [part for part in parts if _has_all(part[0], part[1])]
+    scale = 1.0
+    if parts and (draft.config.fc_norm or draft.config.norm_before_fc):
+        scale = _size_of_states(target, draft.config.aux_layers[-1])
+    for owner, aims, norm, its_norm in parts if scale else ():
+        for name, aim in aims.items():
+            aim.copy_(_of_target(target, getattr(owner, name).weight, aim.device).to(aim.dtype))
+        aim.mul_(1 / scale)
+        norm.weight.copy_(_scale_of(target, its_norm, width))
 
-    def read(owner, name: str, like: Tensor) -> Tensor | None:
-        weight = getattr(getattr(owner, name, None), "weight", None)
-        known = weight is not None and weight.shape == like.shape and weight.is_floating_point()
-        return _of_target(target, weight, like.device).to(like.dtype) if known else None
 
-    projections = [(name, getattr(ours.self_attn, name).weight[:, width:]) for name in ("q_proj", "k_proj", "v_proj")]
-    projections.append(("o_proj", ours.self_attn.o_proj.weight))
-    found = [(aim, read(attention, name, aim)) for name, aim in projections]
-    if not hasattr(attention, "q_norm") and all(value is not None for _, value in found):
-        for aim, value in found:
-            aim.copy_(value)
-        ours.self_attn.o_proj.weight.mul_(scale)
-        ours.hidden_norm.weight.copy_(_scale_of(target, layer.input_layernorm, width))
-    found = [(m.weight, read(mlp, name, m.weight)) for name, m in ours.mlp.named_children() if hasattr(m, "weight")]
-    if all(value is not None for _, value in found) and ours.mlp.down_proj.weight.shape[0] == width:
-        for aim, value in found:
-            aim.copy_(value)
-        ours.mlp.down_proj.weight.mul_(scale)
-        ours.post_attention_layernorm.weight.copy_(_scale_of(target, layer.post_attention_layernorm, width))
+def _has_all(owner: nn.Module | None, aims: dict[str, Tensor]) -> bool:
+    """Tell whether a module has linear layers of these names and shapes, in floating point."""
+    weights = [getattr(getattr(owner, name, None), "weight", None) for name in aims]
+    return all(
+        weight is not None and weight.shape == aim.shape and weight.is_floating_point()
+        for weight, aim in zip(weights, aims.values(), strict=True)
+    )
 
 
 def _size_of_states(target: PreTrainedModel, layer: int) -> float | None:

@@ -29,9 +29,8 @@ class Costs:
     def __init__(self, draft_cost: float | None = None, verify_cost: float = 0.0):
         self._fixed, self._slope = draft_cost, verify_cost
         self._steps: deque[float] = deque(maxlen=_TIMES_KEPT)  # seconds of a draft step
-        self._reads: deque[float] = deque(
-            maxlen=_TIMES_KEPT
-        )  # seconds of a round's first forward, of few unread tokens
+        # Seconds of a round's first forward, of few unread tokens.
+        self._reads: deque[float] = deque(maxlen=_TIMES_KEPT)
         self._far: deque[tuple[int, float]] = deque(maxlen=_TIMES_KEPT)  # unread tokens and seconds of one of many
         self._verify: dict[int, deque[float]] = {}  # tokens verified -> seconds
 

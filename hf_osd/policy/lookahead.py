@@ -247,9 +247,8 @@ class DraftPolicy:
             if not (self.has_draft and can_draft and self.earnings.in_credit):
                 return without
             if not self.costs.is_sure_of_draft:
-                return Plan(
-                    "draft", 2, cached=cached
-                )  # a step after the first forward too, which costs something else
+                # A step after the first forward too, which costs something else.
+                return Plan("draft", 2, cached=cached)
             drafting = estimates.rule.first_gain(gain) if estimates.selective else -math.inf
             near, c = self.costs.read(1), self.costs.c
             reading = near - c + (self.costs.read(unread) - near) / _READ_ROUNDS

@@ -157,9 +157,8 @@ def read_config(raw: dict, layout: str, target: PreTrainedModel) -> FeatureDraft
     return FeatureDraftConfig(
         **{"num_hidden_layers": 1, "rms_norm_eps": 1e-6} | shape,
         target_hidden_size=raw.get("target_hidden_size") or layer["hidden_size"],
-        aux_layers=sorted(aux)
-        if aux
-        else [2, depth // 2, depth - 3],  # engines join the states in the order of layers, whatever the config's
+        # Engines join the states in the order of layers, whatever the config's.
+        aux_layers=sorted(aux) if aux else [2, depth // 2, depth - 3],
         rope_parameters=rope,
         draft_vocab_size=raw.get("draft_vocab_size"),
         **switches,

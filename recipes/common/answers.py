@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_osd import Feedback, OnlineAssistant, record_answers
-from hf_osd.distill.scoring import learners_autocast, score_by_step
+from hf_osd.distill.scoring import score_by_step, served
 from hf_osd.models.properties import reads_states
 from recipes.common.figures import or_none
 
@@ -85,10 +85,6 @@ def score_by_domain(
 
 def alpha_by_step(assistant: OnlineAssistant, feedback: list[Feedback], steps: int = STEPS) -> list[float]:
     """Compute α of each of the first `steps` tokens of a block, those before it being right; the first is α itself. NaN where there is no such block."""
-    model = assistant.serving.lease()
-    try:
-        with learners_autocast(model.device.type, None):
-            scores = torch.cat(score_by_step(model, feedback, steps), dim=-1)  # (steps, positions)
-    finally:
-        assistant.serving.release(model)
+    with served(assistant.serving) as model:
+        scores = torch.cat(score_by_step(model, feedback, steps), dim=-1)  # (steps, positions)
     return scores.nanmean(dim=-1).tolist()
