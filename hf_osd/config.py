@@ -347,6 +347,8 @@ class OnlineConfig(RunningConfig, LearningConfig, FeedbackConfig, DraftingConfig
             "prompt_positions": 0,
             "divergence": "forward_kl",
             "total_variation_weight": 0.0,
+            "state_loss_weight": 0.0,
+            "unrolled_steps": 1,
             "replay_ratio": 0.0,
             "batch_size": None,
             "learning_rate": 1e-4,

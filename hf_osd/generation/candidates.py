@@ -83,6 +83,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         # With the schedule "heuristic" generate writes this back into the draft's generation config, which must not change.
         tokens = assistant_model.generation_config.num_assistant_tokens
         drafts = parts.lookahead.has_draft
+        if isinstance(assistant_model, FeatureDraft):
+            # States are handed over in each round of a call or in none: in none while neither the draft nor a learner would read them.
+            drafts = drafts and (record.captures or parts.lookahead.may_ask_draft)
         source = encoder_source(assistant_model, inputs_tensor, model_kwargs.get("attention_mask")) if drafts else None
         if source is not None and len(source) > parts.reach.source:
             drafts = False

@@ -76,6 +76,11 @@ class CallRecorder:
         self._state_layers, self._prompt_positions = 0, prompt_positions
         self._stream: torch.cuda.Stream | None = None
 
+    @property
+    def captures(self) -> bool:
+        """Is `True` if the target's distributions and states are kept."""
+        return self._capture
+
     def add_round(
         self,
         pieces: list[list[int]],

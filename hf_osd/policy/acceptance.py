@@ -15,6 +15,8 @@ _BIN_DECAY = 0.998
 _POSITION_PRIOR = 8.0
 # A bin's acceptance is the mean of its observations and, with the weight of so many, its prior.
 _BIN_PRIOR = 4.0
+# Accepted tokens' worth of trust in a draft's confidence, before it has been tested.
+_TRUST = 2.0
 # Upper edges of the confidence bins.
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 # Upper edges of the bins of matched tokens, and of agreement.
@@ -67,9 +69,12 @@ class BinnedAcceptance:
         self._tested[bin] += 1
         self._accepted[bin] += accepted
 
+    def prior(self, bin: int) -> float:
+        """Returns the acceptance that is expected of a bin without observations."""
+        return self._expected[bin]
+
     def acceptance(self, bin: int) -> float:
-        prior = _BIN_PRIOR * self._expected[bin]
-        return (self._accepted[bin] + prior) / (self._tested[bin] + _BIN_PRIOR)
+        return (self._accepted[bin] + _BIN_PRIOR * self.prior(bin)) / (self._tested[bin] + _BIN_PRIOR)
 
     def bins(self) -> list[tuple[float, float]]:
         """Returns for each bin the share of positions that fall into it, and its acceptance. Without observations the shares are equal."""
@@ -78,11 +83,16 @@ class BinnedAcceptance:
 
 
 class ConfidenceAcceptance(BinnedAcceptance):
-    """Estimates acceptance by the draft's confidence, which is the probability of its likeliest token and also the prior."""
+    """Estimates acceptance by the draft's confidence, which is the probability of its likeliest token. That is the prior as well, times what it has come to so far
+    if that is less than it promised: a draft whose tokens are never accepted is not believed where it has not been tested."""
 
     def __init__(self):
         edges = [0.0, *_CONFIDENCE, 1.0]
         super().__init__([(low + high) / 2 for low, high in pairwise(edges)])
+
+    def prior(self, bin: int) -> float:
+        promised = sum(t * e for t, e in zip(self._tested, self._expected, strict=True))
+        return self._expected[bin] * min((sum(self._accepted) + _TRUST) / (promised + _TRUST), 1.0)
 
     @staticmethod
     def bin(confidence: float) -> int:

@@ -8,10 +8,10 @@ would have been needed for its tokens, less its own. Summed over rounds that is 
 from __future__ import annotations
 
 # Steps that a draft may lose before it has earned any, and the most of its earnings that it may lose again.
-ALLOWANCE = 32.0
-MAX_CREDIT = 64.0
+ALLOWANCE = 24.0
+MAX_CREDIT = 32.0
 # Share of all time that it may lose beyond them: with it, a draft that does not pay is tried again now and then.
-SHARE = 0.01
+SHARE = 0.005
 # Most steps that one round may lose of the credit: a machine's stall says nothing about the draft.
 _MAX_LOSS = 16.0
 # Decay of the sums behind λ₀, per round.

@@ -221,6 +221,20 @@ class DraftPolicy:
         """Is `True` if this policy can use proposals of the suffix cache."""
         return self.max_cached > 0 and (self.policy == "cost" or not self.has_draft)
 
+    @property
+    def may_ask_draft(self) -> bool:
+        """Is `False` if, as things stand, no round is worth a step of the draft model, and none is due to measure it."""
+        with self._lock:
+            if self.policy != "cost" or not self.has_draft:
+                return self.has_draft
+            if not self.earnings.in_credit:
+                return False
+            return not self.costs.is_sure_of_draft or self._is_probe_due or self._current().gain > 0
+
+    @property
+    def _is_probe_due(self) -> bool:
+        return self._idle >= PROBE_EVERY
+
     def plan(
         self, match: int = 0, agreement: Sequence[float] = (), *, can_draft: bool = True, unread: int = 1
     ) -> Plan:
@@ -254,7 +268,7 @@ class DraftPolicy:
             reading = near - c + (self.costs.read(unread) - near) / _READ_ROUNDS
             if max(drafting, estimates.gain) - estimates.rate * reading > gain:
                 return Plan("draft", estimates.gamma, estimates.selective, cached, gain)
-            if not cached and self._idle >= PROBE_EVERY:
+            if not cached and self._is_probe_due:
                 return Plan("draft", 1)
             return without
 

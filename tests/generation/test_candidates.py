@@ -303,3 +303,20 @@ def test_before_the_targets_states_are_there_the_cache_drafts(tiny_llama):
     assert steps == 0
     assert cached > 0
     assert any(steps for steps, _ in rounds[1:first]), "once they are there it drafts"
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_states_that_neither_draft_nor_learner_reads_are_not_asked_for(tiny_llama, learn):
+    target = tiny_llama(layers=4)
+    settings = {"update_interval": 100} if learn else {"learn": False}
+    assistant = OnlineAssistant(grow_feature_draft(target, seed=0), draft_cost=0.05, seed=0, **settings)
+    assistant.lookahead.observe_untested([0.0] * 1000)  # as if this draft were never right
+    asked = []
+    hook = target.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(bool(kwargs.get("output_hidden_states"))), with_kwargs=True
+    )
+    prompt = torch.tensor([[5, 9, 3]])
+    output = target.generate(prompt, assistant_model=assistant, max_new_tokens=12, do_sample=False)
+    hook.remove()
+    assert any(asked) == learn
+    assert torch.equal(output, target.generate(prompt, max_new_tokens=12, do_sample=False))

@@ -50,6 +50,16 @@ def test_confidence_is_its_own_prior(confidence):
     assert by_confidence.acceptance(by_confidence.bin(confidence)) == pytest.approx(confidence, abs=0.051)
 
 
+def test_a_draft_that_was_never_right_is_not_believed_where_it_was_not_tested():
+    by_confidence = ConfidenceAcceptance()
+    for _ in range(100):
+        by_confidence.observe(by_confidence.bin(0.35), 0.0)
+    assert by_confidence.acceptance(by_confidence.bin(0.95)) < 0.1
+    for _ in range(400):
+        by_confidence.observe(by_confidence.bin(0.35), 1.0)
+    assert by_confidence.acceptance(by_confidence.bin(0.95)) > 0.9, "nor is it held against one that became better"
+
+
 @given(st.integers(1, 32), st.floats(0.01, 1), st.integers(1, 10), st.floats(0, 0.9))
 def test_before_anything_was_seen_longer_matches_and_larger_shares_are_worth_more(match, share, longer, less):
     matches = MatchAcceptance()

@@ -23,8 +23,8 @@ def test_a_draft_that_loses_is_stopped_and_tried_again_now_and_then():
             lost -= account.observe(1.0, 1.3, 1.0, 1.0)
         else:
             account.observe(1.0, 1.0, 1.0, 1.0)
-    assert lost < ALLOWANCE + 0.011 * 10_000
-    assert lost > ALLOWANCE + 0.005 * 10_000, "it is tried again"
+    assert lost < ALLOWANCE + 0.006 * 10_000
+    assert lost > ALLOWANCE + 0.003 * 10_000, "it is tried again"
 
 
 def test_what_was_earned_is_not_kept_for_ever():
@@ -100,11 +100,22 @@ def serve(policy, cached, first, second, rounds=4000, *, told=None):
     return tokens / time
 
 
-@pytest.mark.parametrize("told", [None, 0.98])
+@pytest.mark.parametrize("told", [None, 0.3, 0.98])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_with_a_draft_it_is_never_slower_than_the_cache_alone(stream, told):
     alone = serve(DraftPolicy("cost", 5, max_cached=8, has_draft=False), *STREAMS[stream])
     both = serve(DraftPolicy("cost", 5, max_cached=8), *STREAMS[stream], told=told)
-    assert both > 0.97 * alone
+    assert both > 0.985 * alone
     if "good" in stream and "nobody" not in stream:
         assert both > 1.1 * alone
+
+
+def test_a_draft_without_credit_is_not_to_be_asked():
+    policy = DraftPolicy("cost", 5, draft_cost=0.1)
+    policy.observe_untested([1.0] * 100)
+    assert policy.may_ask_draft
+    policy.earnings.observe(1.0, 10.0 * ALLOWANCE, 1.0, 1.0)
+    policy.earnings.observe(1.0, 10.0 * ALLOWANCE, 1.0, 1.0)
+    assert not policy.may_ask_draft
+    assert DraftPolicy("constant", 5).may_ask_draft
+    assert not DraftPolicy("constant", 5, has_draft=False).may_ask_draft
