@@ -146,6 +146,7 @@ def test_the_paper_preset_is_algorithm_1():
 def test_the_paper_preset_has_nothing_that_came_later():
     config = OnlineConfig.paper()
     assert (config.replay_ratio, config.ema_decay, config.optimism, config.gate) == (0, 0, 0, False)
+    assert (config.state_loss_weight, config.unrolled_steps) == (0, 1)
     assert config.learning_rate == 1e-4
     assert (config.ensemble, config.decay_steps, config.sampled_columns) == (None, None, None)
 
