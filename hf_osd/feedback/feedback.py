@@ -191,23 +191,27 @@ class SparseLogits:
     def from_logits(
         cls, logits: Tensor, k: int, dtype: torch.dtype = torch.float16, among: Tensor | None = None
     ) -> SparseLogits:
-        """Take top k and tail of logits, float32 `(n, V)`, on their device. Costs one top-k and two log-sum-exps a row.
+        """Take top k and tail of logits, float32 `(n, V)`, on their device. Costs one top-k and one log-sum-exp a row.
 
         Args:
             k (`int`): how many tokens to keep; fewer if there are fewer columns.
             dtype (`torch.dtype`): dtype of the log-probs.
             among (`Tensor` int64 `(S,)`, *optional*): the columns that may be kept; all others are tail.
         """
-        total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
         kept = logits if among is None else logits.index_select(-1, among)
         top, ids = kept.topk(min(k, kept.shape[-1]), dim=-1)  # (n, k)
         ids = ids if among is None else among[ids]
+        # As torch.logsumexp, whose summands the tail needs too.
+        peak = logits.amax(-1, keepdim=True)  # (n, 1)
+        peak = peak.masked_fill(peak.abs() == torch.inf, 0.0)
+        parts = (logits - peak).exp_()
+        total = parts.sum(-1, keepdim=True).log() + peak
         # The rest is summed directly: 1 - Σ top would cancel when the tail is small.
-        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (n,)
+        rest = parts.scatter_(-1, ids, 0.0).sum(-1, keepdim=True).log() + peak
         return cls(
             top_ids=ids.to(torch.int32),
             top_logps=(top - total).to(dtype),
-            tail_logp=(rest - total.squeeze(-1)).clamp_min(TAIL_FLOOR).to(dtype),
+            tail_logp=(rest - total).squeeze(-1).clamp_min(TAIL_FLOOR).to(dtype),
         )
 
     def __len__(self) -> int:

@@ -30,6 +30,21 @@ def test_top_k_and_tail_are_the_dense_distribution(vocab, k, scale, seed):
     torch.testing.assert_close(mass, torch.ones(3), atol=1e-5, rtol=0)
 
 
+@given(k=st.integers(1, 80), scale=st.floats(0.0, 30.0), seed=st.integers(0, 10**6), among=st.booleans())
+def test_one_pass_over_the_exponentials_gives_what_two_log_sum_exps_would(k, scale, seed, among):
+    """To the last bit but for the tail, which is rounded otherwise; with processors' -inf among the logits, and columns that may not be kept."""
+    logits = logits_of(3, 80, scale, seed)
+    logits[0, ::3], logits[1, :79] = -torch.inf, -torch.inf
+    columns = torch.arange(10, 60) if among else None
+    rows = SparseLogits.from_logits(logits, k, torch.float32, columns)
+    total = logits.logsumexp(-1, keepdim=True)
+    ids = rows.top_ids.long()
+    assert torch.equal(rows.top_logps, logits.gather(-1, ids) - total)
+    tail = (logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - total[:, 0]).clamp_min(TAIL_FLOOR)
+    # Each is a sum of 80 exponentials in float32, less a total of up to about 100.
+    torch.testing.assert_close(rows.tail_logp, tail, atol=3e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mass_still_sums_to_one_in_half_precision(dtype):
     rows = SparseLogits.from_logits(logits_of(50, 1000, 3.0, 0), 64, dtype)
