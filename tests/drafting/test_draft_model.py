@@ -143,3 +143,30 @@ def test_logits_processors_are_asked_only_where_there_are_some(target, noised_co
     processors = LogitsProcessorList()
     target.generate(PROMPT, assistant_model=assistant, logits_processor=processors, **GREEDY)
     assert len(processors) == 0
+
+
+def test_log_probs_under_a_part_of_the_head_are_those_over_all_tokens(target, noised_copy):
+    """The rest of the vocabulary has probability 0 there: with and without it, q sums to 1."""
+    assistant = OnlineAssistant(
+        noised_copy(target, 0.2),
+        lookahead="constant",
+        num_assistant_tokens=3,
+        draft_head="traffic",
+        draft_vocab_size=8,
+    )
+    seen, original = [], DraftModelProposer.log_q
+
+    def log_q(self, block, n, ids):
+        found, dense = original(self, block, n, ids), self.dense(block, n)
+        seen.append((found, dense.log_softmax(-1).gather(-1, ids), bool(dense.isinf().any())))
+        return found
+
+    DraftModelProposer.log_q = log_q
+    try:
+        target.generate(PROMPT, assistant_model=assistant, **GREEDY)
+    finally:
+        DraftModelProposer.log_q = original
+    assert seen
+    assert all(partial for *_, partial in seen)
+    for found, expected, _ in seen:
+        torch.testing.assert_close(found, expected)
