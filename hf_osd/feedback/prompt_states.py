@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-# Positions that pass through the LM head at once: all logits of a long prompt would take gigabytes.
-_ROWS_AT_ONCE = 64
+# Positions that pass through the LM head at once: all logits of a long prompt would take gigabytes. Each pass reads the whole head.
+_ROWS_AT_ONCE = 128
+# Of these on a CPU so many are reduced to their top k at once, which stay in its cache meanwhile.
+_ROWS_REDUCED = 16
 # Largest difference, as a share of the largest logit, between the head's output for the captured states and the logits that generate had: matrix products
 # of other shapes round differently. Where a model scales or caps its logits after the head, they differ by more.
 _ROUNDING = 0.03
 _REMEMBERED = 32  # texts
+# Heads whose output was the target's logits when last compared. It is compared in every call, but for these along with other rows: one row alone takes as long as
+# thirty more.
+_matching: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 class PromptStates:
@@ -132,31 +138,39 @@ class PromptStates:
         count = min(count, len(states) - 1, self._max_positions)
         if count < 1:
             return None
-        if self._last_logits is not None:
-            self._check_head()
+        if self._last_logits is not None and self._head not in _matching:
+            self._check_head(self._logits(self._states[:1, -1 - self._num_drafted])[0])
         if self.head_mismatch:
             return None
-        states = states[-1 - count : -1]
-        parts = []
+        states, parts = states[-1 - count : -1], []
+        if self._last_logits is not None:
+            states = torch.cat([self._states[:1, -1 - self._num_drafted], states])
         for part in states.split(_ROWS_AT_ONCE):
             logits = self._logits(part)
+            if self._last_logits is not None:
+                self._check_head(logits[0])
+                logits = logits[1:]
+                if self.head_mismatch:
+                    return None
             among = None if columns is None else columns(logits.device)
-            parts.append(SparseLogits.from_logits(logits, top_k, dtype, among).cpu())
+            for rows in logits.split(_ROWS_REDUCED if logits.device.type == "cpu" else _ROWS_AT_ONCE):
+                parts.append(SparseLogits.from_logits(rows.float(), top_k, dtype, among).cpu())
         return SparseLogits.cat(parts)
 
-    def _check_head(self):
-        """Check once, at the prompt's last position in the first row, that the head's output equals the target's logits."""
+    def _check_head(self, ours: Tensor):
+        """Check once, at the prompt's last position in the first row, that the head's output `(V',)` equals the target's logits."""
         logits, self._last_logits = self._last_logits.float(), None
-        ours = self._logits(self._states[:1, -1 - self._num_drafted])[0].to(logits.device)
+        ours = ours.float().to(logits.device)
         same = ours.shape == logits.shape and bool((ours - logits).abs().max() <= _ROUNDING * logits.abs().max())
         self.head_mismatch = not same
+        (_matching.add if same else _matching.discard)(self._head)
 
     def _logits(self, states: Tensor) -> Tensor:
-        """Apply the LM head: `(n, d)` to float32 `(n, V)`."""
+        """Apply the LM head: `(n, d)` to `(n, V)`, in its dtype."""
         weight = getattr(self._head, "weight", None)
         if weight is not None and weight.is_floating_point():  # a user's autocast may have given them another dtype
             states = states.to(weight.dtype)
-        return self._head(states).float()
+        return self._head(states)
 
 
 class SeenTexts:

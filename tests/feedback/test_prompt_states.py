@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_osd import OnlineAssistant, grow_draft, record_answers
+from hf_osd.feedback import prompt_states
 from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.feedback.prompt_states import PromptStates, SeenTexts
 
@@ -246,6 +247,42 @@ def test_a_head_that_fails_costs_the_prompt_alone(target, monkeypatch, caplog):
     assert feedback.prompt_rows is None
     assert len(feedback) == 8
     assert "teaches by its answer alone" in caplog.text
+
+
+def test_once_a_head_was_found_to_match_no_pass_is_made_for_that_alone(tiny_llama):
+    """The first call compares one position alone, later ones along with the others; and a target that begins to scale its logits is noticed."""
+    model = tiny_llama(layers=3)
+    assistant, passed, original = assistant_of(model), [], PromptStates._logits
+
+    def logits(self, states):
+        passed.append(len(states))
+        return original(self, states)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptStates, "_logits", logits)
+        for prompt in (PROMPT, OTHER):
+            serve(model, assistant, prompt)
+            [*_, feedback] = taught(assistant)
+            check_rows(model, feedback, len(prompt) - 1)
+        assert passed == [1, len(PROMPT) - 1, len(OTHER)]
+        handle = model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits / 2))
+        try:
+            for prompt in (PROMPT.flip(0), OTHER.flip(0)):
+                serve(model, assistant, prompt)
+                assert taught(assistant)[-1].prompt_rows is None
+        finally:
+            handle.remove()
+        assert passed[3:] == [len(PROMPT), 1]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 64])
+def test_a_prompt_teaches_the_same_in_parts(target, monkeypatch, rows):
+    monkeypatch.setattr(prompt_states, "_ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(prompt_states, "_ROWS_REDUCED", max(rows // 2, 1))
+    assistant = assistant_of(target)
+    serve(target, assistant, PROMPT)
+    [feedback] = taught(assistant)
+    check_rows(target, feedback, len(PROMPT) - 1)
 
 
 @pytest.mark.parametrize(
