@@ -1,11 +1,14 @@
 """The console entry: what it prints, what it writes, and one line for what is wrong."""
 
+import json
+
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_osd import load_feature_draft
+from hf_osd import OnlineAssistant, load_feature_draft
 from hf_osd.cli import main
 from hf_osd.saving.drafts import load_draft
 from hf_osd.saving.feature_drafts import layout_of
@@ -114,3 +117,51 @@ def test_an_output_that_is_a_file_is_named_before_the_target_is_loaded(tmp_path,
     assert main(["grow", "no/such/target", str(tmp_path / "file")]) == 2
     assert "is a file; give the path of a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def choose(folder, output, *flags):
+    return main(["grow", str(folder), str(output), "--choose", "--max_new_tokens", "24", "--minutes", "0.01", *flags])
+
+
+def test_grow_chooses_a_shape_and_writes_it_distilled(model_dir, tiny_llama, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("a", "a a", "a a a")))
+    assert choose(model_dir, tmp_path / "draft", "--json", str(tmp_path / "table.json")) == 0
+    assert "texts of the target" in (shown := capsys.readouterr().out)
+    assert "| shape |" in shown
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert {row["kind"] for row in table["rows"]} == {"layers", "feature"}
+    assert all(row["learnt"] for row in table["rows"])
+    target = tiny_llama(layers=3)
+    assistant = OnlineAssistant.from_pretrained(tmp_path / "draft", target=target)
+    assert assistant.osd_config.seed == 0
+    text = torch.tensor([[2, 3, 4]])
+    kwargs = {"input_ids": text, "attention_mask": torch.ones_like(text), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(target.generate(**kwargs, assistant_model=assistant), target.generate(**kwargs))
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "grow --choose" in card
+    assert table["rows"][0]["shape"] in card
+    assert str(tmp_path) not in card
+    assert (tmp_path / "draft" / "tokenizer.json").exists()
+    assert choose(model_dir, tmp_path / "draft", "--prompts", str(prompts)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert choose(model_dir, tmp_path / "draft", "--prompts", str(prompts), "--overwrite") == 0
+    assert "answers of the target" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kind", "feature"], "leave out --kind"),
+        (["--layers", "0", "--layout", "eagle3"], "leave out --layers, --layout"),
+        (["--minutes", "0"], "--minutes"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--json", "target/config.json"], "choose another place"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused_at_once(model_dir, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(model_dir.parent)
+    before = bytes_of(model_dir.parent)
+    assert choose("target", "draft", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert bytes_of(model_dir.parent) == before

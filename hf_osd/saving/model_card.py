@@ -60,6 +60,7 @@ def model_card(
     layout: str | None = None,
     repo_id: str | None = None,
     custom_generate: bool = False,
+    grown: list[str] | None = None,
     **unknown,
 ) -> str:
     """Write a README.md for the Hub, with the `model-index` that the Hub reads. A figure that was not measured is left out, or a dash.
@@ -77,6 +78,7 @@ def model_card(
         layout (`str`, *optional*): for a draft that reads the target's hidden states, the layout that it is saved in, see [`hf_osd.save_feature_draft`].
         repo_id (`str`, *optional*): the repository of the draft.
         custom_generate (`bool`): whether the repository has a generation strategy.
+        grown (`list[str]`, *optional*): for a draft that was distilled and has served nothing yet, lines about that, in place of the figures of serving.
         **unknown: other facts; left out, with a warning.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -101,14 +103,10 @@ def model_card(
         eval_results=results or None,
         model_name=_name(repo_id) if results else None,
     )
-    total = stats.total
     lines = [
         f"# {_name(repo_id)}",
         "",
-        f"A draft model for speculative decoding{_of(target)}, adapted by hf_osd while it served: {total.requests} requests, {stats.updates} updates on "
-        f"{stats.learned_tokens} token positions. It drafts; the target decides. Its weights can have memorised some of its traffic.",
-        "",
-        *_figures(stats, lookahead),
+        *(_served(stats, lookahead, _of(target)) if grown is None else [*grown, ""]),
         *_by_domain(domains),
         *_facts("Machine", machine or {}),
         *_facts("Recipe", _recipe(config)),
@@ -137,6 +135,16 @@ def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
         "transformers": transformers.__version__,
         "hf_osd": __version__,
     }
+
+
+def _served(stats: Stats, lookahead: DraftPolicy | None, of_target: str) -> list[str]:
+    total = stats.total
+    return [
+        f"A draft model for speculative decoding{of_target}, adapted by hf_osd while it served: {total.requests} requests, {stats.updates} updates on "
+        f"{stats.learned_tokens} token positions. It drafts; the target decides. Its weights can have memorised some of its traffic.",
+        "",
+        *_figures(stats, lookahead),
+    ]
 
 
 def _figures(stats: Stats, lookahead: DraftPolicy | None) -> list[str]:
