@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Requests that all shapes learn in turn before the clock is asked again.
-_CHUNK = 16
+_CHUNK = 8
 # Of the answers one in so many is held back to score drafts on.
 _HELD_BACK = 5
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Rows of the LM head that are tried beside all of them. A size over half of the vocabulary saves too little to be told apart.
-SIZES = (2048, 4096, 8192)
+SIZES = (4096, 8192)
 
 
 @dataclass(frozen=True)

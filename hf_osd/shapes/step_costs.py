@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from hf_osd.feedback.feedback import Feedback
     from hf_osd.models.draft_head import DraftHead
 
-# A round drafts so many tokens, so that the steps after the first forward are timed too, and so many are then verified.
-_STEPS, _VERIFIED = 3, 2
+# A round drafts one token, or so many, in turn: what the longer ones take more is the steps after the first forward. Then so many tokens are verified.
+_LONG, _VERIFIED = 4, 2
 # Rounds on one text: then the next, or all costs would be of one length.
-_ROUNDS_A_TEXT = 8
+_ROUNDS_A_TEXT = 9
 # The first rounds of a process are slow.
 _WARM_UP = 2
 
@@ -47,10 +48,10 @@ def measure_costs(
     texts: Sequence[Feedback],
     max_gamma: int,
     rounds: int = 32,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> list[Costs]:
     """Measure c of each variant and v(n) of the target along its own answers: in each round the target reads one token, and a block of several, and each variant drafts
-    three, in an order that changes. All are medians against the same target's steps, so that what slows the machine slows all of them.
+    one or several, in an order that changes. All are medians against the same target's steps, so that what slows the machine slows all of them.
 
     Args:
         target (`PreTrainedModel`): a decoder-only model.
@@ -58,34 +59,48 @@ def measure_costs(
         texts (`Sequence[Feedback]`): the target's answers.
         max_gamma (`int`): the largest number of drafted tokens that is reckoned with.
         rounds (`int`): in all, along one text after the other.
-        clock (`Callable[[], float]`): gives seconds.
+        clock (`Callable[[], float]`, *optional*): gives seconds; [`default_clock`] if left out.
 
     Raises:
         ValueError: if no text is long enough.
     """
+    clock = clock or default_clock(target.device)
     lengths = sorted({n for n in (2, 3, 5, max_gamma + 1) if n <= max_gamma + 1})
-    long = [text for text in texts if len(text.tokens) >= max(text.prompt_length, 2) + lengths[-1]]
+    needed = _VERIFIED + lengths[-1]  # of two rounds, for in the first the prompt is read
+    long = [text for text in texts if len(text.tokens) >= max(text.prompt_length, 2) + needed]
     if not long:
         raise ValueError(
-            f"None of the target's {len(texts)} answers has {lengths[-1]} tokens to measure costs by; give other prompts, or let the answers be longer."
+            f"None of the target's {len(texts)} answers has {needed} tokens to measure costs by; give other prompts, or let the answers be longer."
         )
     costs = [Costs() for _ in variants]
+    blocks: list[dict[int, list[float]]] = [{1: [], _LONG: []} for _ in variants]  # seconds by length
     moments = itertools.chain.from_iterable(
         _rounds(target, variants, text, lengths[-1]) for text in itertools.cycle(long)
     )
     with torch.no_grad():
         for done, moment in enumerate(itertools.islice(moments, rounds + _WARM_UP)):
-            n, turn = lengths[done % len(lengths)], done % max(len(variants), 1)
-            kept = done >= _WARM_UP
+            n, turn, kept = lengths[done % len(lengths)], done % max(len(variants), 1), done >= _WARM_UP
             for size in (1, n) if done % 2 else (n, 1):
                 seconds = moment.verify(size, clock)
                 for one in costs if kept else ():
                     one.observe_target(size, seconds)
             for i in [*range(turn, len(variants)), *range(turn)]:
-                observed = moment.draft(i, clock)
-                if kept:
-                    costs[i].observe_draft(*observed)
+                length = _LONG if (done // 2 + i) % 2 else 1
+                seconds = moment.draft(i, length, clock)
+                if kept and not moment.is_first:  # where the prompt is read
+                    blocks[i][length].append(seconds)
+    for one, seconds in zip(costs, blocks, strict=True):
+        read = median(seconds[1])
+        for each in seconds[1]:
+            one.observe_draft(1, each, 1, each)
+        for each in seconds[_LONG]:
+            one.observe_draft(_LONG, each, _VERIFIED, min(read, each))
     return costs
+
+
+def default_clock(device: torch.device) -> Callable[[], float]:
+    """Choose the time to measure by: that of the processor where a CPU computes in one thread, which the machine's other work does not disturb; else the clock on the wall."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _rounds(target: PreTrainedModel, variants: Sequence[Variant], text: Feedback, longest: int) -> Iterator[_Round]:
@@ -95,11 +110,11 @@ def _rounds(target: PreTrainedModel, variants: Sequence[Variant], text: Feedback
     reading = _Target(target, sorted({layer for one in variants for layer in _layers(one.draft)}))
     proposers = [_proposer(one, tokens[0, :start], target.device) for one in variants]
     verified = reading.read(tokens[:, : start - 1])
-    for _ in range(_ROUNDS_A_TEXT):
+    for count in range(_ROUNDS_A_TEXT):
         for one in proposers:
             if isinstance(one.context, FeatureContext):
                 one.context.add_states(verified, start - 1 - one.context.known)
-        yield _Round(reading, proposers, tokens, start)
+        yield _Round(reading, proposers, tokens, start, is_first=not count)
         if start + _VERIFIED + longest > tokens.shape[1]:
             return
         verified = reading.read(tokens[:, start - 1 : start - 1 + _VERIFIED])
@@ -134,8 +149,11 @@ class _Target:
 class _Round:
     """One moment of a text: the target and each variant can be timed there."""
 
-    def __init__(self, reading: _Target, proposers: Sequence[DraftModelProposer], tokens: Tensor, start: int):
+    def __init__(
+        self, reading: _Target, proposers: Sequence[DraftModelProposer], tokens: Tensor, start: int, is_first: bool
+    ):
         self._reading, self._proposers, self._tokens, self._start = reading, proposers, tokens, start
+        self.is_first = is_first  # of its text
         reading.blocks = [None] * len(proposers)
 
     def verify(self, n: int, clock: Callable[[], float]) -> float:
@@ -146,13 +164,13 @@ class _Round:
         self._reading.forget(n)
         return seconds
 
-    def draft(self, i: int, clock: Callable[[], float]) -> tuple[int, float, int, float | None]:
-        """Time a block of variant `i`; what [`Costs.observe_draft`] takes."""
+    def draft(self, i: int, length: int, clock: Callable[[], float]) -> float:
+        """Time a block of so many tokens of variant `i`, in seconds; it is kept until the tokens are verified."""
         began = clock()
-        block = self._proposers[i].draft(self._tokens[:, : self._start], Plan("draft", _STEPS), None)
+        block = self._proposers[i].draft(self._tokens[:, : self._start], Plan("draft", length), None)
         int(block.draft_tokens[-1])  # waits for the device
-        seconds, self._reading.blocks[i] = clock() - began, block
-        return block.steps, seconds, block.unread, block.read_seconds
+        self._reading.blocks[i] = block
+        return clock() - began
 
 
 def _layers(draft: PreTrainedModel) -> list[int]:
@@ -165,7 +183,7 @@ def _proposer(variant: Variant, prompt: Tensor, device: torch.device) -> DraftMo
     return DraftModelProposer(
         (FeatureContext if reads_states(draft) else DraftContext)(draft, prompt),
         VocabMapping.from_sizes(width, width),
-        DraftPolicy("constant", _STEPS),
+        DraftPolicy("constant", _LONG),
         verified=None,
         stops=DraftStops([], sampled=False, eos=set(), max_length=2**31),
         eos=set(),

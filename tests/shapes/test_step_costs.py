@@ -1,13 +1,13 @@
 """Timing drafts against their target: what is observed, not how long it took."""
 
-import itertools
+import time
 
 import pytest
 import torch
 
 from hf_osd import grow_draft, grow_feature_draft, record_answers
 from hf_osd.models.draft_head import DraftHead
-from hf_osd.shapes.step_costs import Variant, measure_costs
+from hf_osd.shapes.step_costs import Variant, default_clock, measure_costs
 
 
 @pytest.fixture(scope="module")
@@ -18,32 +18,42 @@ def texts(target):
 
 
 def test_every_variant_and_every_block_is_timed(target, texts):
+    """By a clock that each forward of the target moves by ten, and each of a draft by one."""
+    now = [0.0]
+
+    def moves(model, by):
+        return model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + by))
+
     draft, reader = grow_draft(target), grow_feature_draft(target)
-    variants = [
-        Variant(draft, None),
-        Variant(draft, DraftHead(64, 16)),
-        Variant(reader, None),
-        Variant(reader, DraftHead(64, 16)),
-    ]
-    costs = measure_costs(target, variants, texts, max_gamma=5, rounds=16)
+    variants = [Variant(one, head) for one in (draft, reader) for head in (None, DraftHead(64, 16))]
+    hooks = [moves(target, 10.0), moves(draft, 1.0), moves(reader, 1.0)]
+    try:
+        costs = measure_costs(target, variants, texts, max_gamma=5, rounds=20, clock=lambda: now[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
     for one in costs:
-        assert one.c > 0
-        assert one.read(1) > 0
+        assert one.step_seconds == 10.0
+        assert one.c == pytest.approx(0.1)
+        assert one.read(1) == pytest.approx(0.1)
         assert one.is_sure_of_draft
-        v = one.v_upto(6)
-        assert v == sorted(v)
+        assert one.v_upto(6) == [1.0] * 6
         assert one.longest_measured == 6
-    assert len({one.step_seconds for one in costs}) == 1, "all are measured against the same steps"
 
 
-def test_the_target_is_timed_by_the_clock_given(target, texts):
-    """One second a reading: each forward of the target takes one."""
-    ticks = itertools.count()
-    [costs] = measure_costs(
-        target, [Variant(grow_draft(target), None)], texts, 3, 12, clock=lambda: float(next(ticks))
-    )
-    assert costs.step_seconds == 1.0
-    assert costs.v_upto(4) == [1.0] * 4
+def test_by_default_on_a_real_clock(target, texts):
+    [costs] = measure_costs(target, [Variant(grow_draft(target), None)], texts, 3, 12)
+    assert costs.step_seconds > 0
+    assert costs.read(1) > 0
+    assert costs.v_upto(4) == sorted(costs.v_upto(4))
+
+
+def test_threads_and_devices_choose_the_clock():
+    cpu = torch.device("cpu")
+    assert default_clock(cpu) is time.thread_time
+    assert default_clock(torch.device("cuda")) is time.perf_counter
+    torch.set_num_threads(2)
+    assert default_clock(cpu) is time.perf_counter
 
 
 def test_drafts_are_as_they_were(target, texts):
