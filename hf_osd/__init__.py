@@ -14,6 +14,7 @@ _PUBLIC = {
     "FeedbackBuffer": "feedback.buffer",
     "OnlineGKDTrainer": "distill.trainer",
     "RefreshAssistantCallback": "distill.callbacks",
+    "choose_shape": "shapes.choice",
     "grow_draft": "saving.drafts",
     "grow_feature_draft": "models.feature_growth",
     "save_feature_draft": "saving.feature_drafts",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from hf_osd.saving.drafts import grow_draft as grow_draft
     from hf_osd.saving.feature_drafts import load_feature_draft as load_feature_draft
     from hf_osd.saving.feature_drafts import save_feature_draft as save_feature_draft
+    from hf_osd.shapes.choice import choose_shape as choose_shape
 
 
 def __getattr__(name: str):

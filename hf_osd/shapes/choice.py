@@ -260,12 +260,12 @@ def _halve(
     Returns:
         the trials with their rows, best first, those that were in for longest before the others.
     """
-    alive, out = list(trials), []
+    alive, ranked, out = list(trials), [], []
     rungs = max(1, math.ceil(math.log2(len(alive))))
     most = round(config.passes * len(learnt))
     requests, done = _chunks(learnt, config.seed or 0), 0
     for left in range(rungs, 0, -1):
-        now = clock()
+        now, before = clock(), done
         until = math.inf if deadline is None else now + max(deadline - now, 0.0) / left
         goal = most if deadline is not None else math.ceil(most / 2 ** (left - 1))
         while done < goal and (clock() < until or not done):
@@ -273,17 +273,18 @@ def _halve(
             for trial in alive:
                 trial.learn(chunk)
             alive, done = [one for one in alive if not one.failure], done + len(chunk)
-        ranked = sorted(((one, _sorted(rows_of(one))) for one in alive), key=lambda pair: -pair[1][0].value)
+        if done > before:
+            ranked = sorted(((one, _sorted(rows_of(one))) for one in alive), key=lambda pair: -pair[1][0].value)
+            for one, rows in ranked:
+                logger.info("%s: expected speed-up %.3f after %d requests.", one.shape, rows[0].value, one.learnt)
         kept = math.ceil(len(ranked) / 2) if left > 1 else len(ranked)
-        for one, rows in ranked:
-            logger.info("%s: expected speed-up %.3f after %d requests.", one.shape, rows[0].value, one.learnt)
-        out = [*ranked[kept:], *out]
-        for one, _ in ranked[kept:]:
+        ranked, out = ranked[:kept], [*ranked[kept:], *out]
+        for one, _ in out:
             one.end()
-        alive = [one for one, _ in ranked[:kept]]
+        alive = [one for one, _ in ranked]
     for one in alive:
         one.end()
-    return [*ranked[:kept], *out]
+    return [*ranked, *out]
 
 
 def _sorted(rows: list[Row]) -> list[Row]:
