@@ -255,7 +255,7 @@ def _halve(
     deadline: float | None,
     clock: Callable[[], float],
 ) -> list[tuple[Trial, list[Row]]]:
-    """Distil all trials for a part of the time, the better half of them for another, and so on; all that are in learn the same requests.
+    """Distil all trials for a part of the time, the better half of them for another (and the best of each kind), and so on; all that are in learn the same requests.
 
     Returns:
         the trials with their rows, best first, those that were in for longest before the others.
@@ -277,14 +277,26 @@ def _halve(
             ranked = sorted(((one, _sorted(rows_of(one))) for one in alive), key=lambda pair: -pair[1][0].value)
             for one, rows in ranked:
                 logger.info("%s: expected speed-up %.3f after %d requests.", one.shape, rows[0].value, one.learnt)
-        kept = math.ceil(len(ranked) / 2) if left > 1 else len(ranked)
-        ranked, out = ranked[:kept], [*ranked[kept:], *out]
+        if left > 1:
+            stays = _stay(ranked)
+            out = [*(pair for pair in ranked if pair not in stays), *out]
+            ranked = stays
         for one, _ in out:
             one.end()
         alive = [one for one, _ in ranked]
     for one in alive:
         one.end()
     return [*ranked, *out]
+
+
+def _stay(ranked: list[tuple[Trial, list[Row]]]) -> list[tuple[Trial, list[Row]]]:
+    """Choose the better half of the trials, and the best of each kind: a new layer begins slower than layers of the target, and overtakes them."""
+    half, kinds = ranked[: math.ceil(len(ranked) / 2)], set()
+    for pair in ranked:
+        if pair[0].shape.kind not in kinds and pair not in half:
+            half.append(pair)
+        kinds.add(pair[0].shape.kind)
+    return half
 
 
 def _sorted(rows: list[Row]) -> list[Row]:

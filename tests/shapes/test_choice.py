@@ -79,6 +79,18 @@ def test_the_better_half_learns_for_longer_and_all_of_a_round_the_same(target, a
     assert learnt["layers 0,1"] == 2 * 12  # of each answer that is learnt, one pass more than there is replay
 
 
+def test_the_best_of_each_kind_stays_in(target, answers):
+    """A draft of a new layer begins slower; here it costs so much that it is last."""
+
+    def dear_to_feature(target, variants, texts, max_gamma):
+        return [Costs(9.0 if one.draft.config.model_type == "osd_feature_draft" else 0.1) for one in variants]
+
+    shapes = [ONE, Shape("layers", (0, 1)), Shape("layers", (0, 3)), FEATURE]
+    rows = choose(target, answers, shapes, measure=dear_to_feature).rows
+    learnt = {row.shape: row.learnt for row in rows}
+    assert learnt[str(FEATURE)] == rows[0].learnt > min(learnt.values())
+
+
 def test_time_ends_it(target, answers):
     """Each shape learns one part at least; what is over by then is over."""
     ticks = iter(range(10**6))
