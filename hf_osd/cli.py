@@ -153,19 +153,25 @@ def choose_to(
 
     if not 0 < minutes < float("inf") or max_new_tokens < 16 or seed < 0:
         raise ValueError("--minutes is to be above 0, --max_new_tokens 16 or more, --seed 0 or more.")
-    texts = None if prompts is None else read_prompts(prompts)
+    texts = None if prompts is None else read_prompts(prompts, seed)
     if json is not None:
         check_apart({"--json": json}, {"the target": target, **({"--prompts": prompts} if prompts else {})})
         check_writable("--json", json)
     model, tokenizer = _loaded(target, output, overwrite), AutoTokenizer.from_pretrained(target)
     config, began = OnlineConfig(seed=seed), time.perf_counter()
-    ids = free_prompts(model, tokenizer) if texts is None else encoded(texts, tokenizer, model, max_new_tokens, seed)
+    ids, held = (
+        (free_prompts(model, tokenizer), None) if texts is None else encoded(texts, tokenizer, model, max_new_tokens)
+    )
     answers = answers_within(
         model, ids, max_new_tokens, config, 20.0 * minutes, states_to_record(model), sampled=texts is None
     )
+    count = None
+    if held is not None:  # the last ones are held back
+        count = sum(held[: len(answers)])
+        answers = [one for _, one in sorted(zip(held, answers, strict=False), key=lambda pair: pair[0])]
     spent = time.perf_counter() - began
     print(f"{len(answers)} {'texts' if texts is None else 'answers'} of the target in {spent:.0f} s.", flush=True)
-    choice = choose_shape(model, answers, config=config, seconds=max(60.0 * minutes - spent, 1.0))
+    choice = choose_shape(model, answers, config=config, seconds=max(60.0 * minutes - spent, 1.0), held_back=count)
     choice.facts.update(
         prompts="free" if texts is None else "given", minutes=minutes, seed=seed, recording_seconds=spent
     )

@@ -6,8 +6,10 @@ import itertools
 import json
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,67 +27,93 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# One answer in so many is held back to score drafts on.
+HELD_BACK = 5
 _BATCH = 8
 # More do not change the choice, and take their time to be learnt.
 _MOST = 512
 
 
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """Read the field `prompt` of each line of a JSONL file; prompts that repeat are left out.
+@dataclass(frozen=True)
+class Prompt:
+    """Holds a prompt: its text, the group of alike prompts that it is of, if any, and whether its answer is held back to score drafts on."""
+
+    text: str
+    group: str | None = None
+    is_held_back: bool = False
+
+
+def read_prompts(path: str | os.PathLike, seed: int = 0) -> list[Prompt]:
+    """Read the field `prompt`, and `group` where there is one, of each line of a JSONL file, in a random order; prompts that repeat are left out.
+
+    One in five is held back, evenly spread, and where there are groups of prompts (about one database, say) none is on both sides: what a draft has learnt by heart would be no measure.
 
     Raises:
-        ValueError: if a line is no JSON object with such a text, or there is none; the message names the line.
+        ValueError: if a line is no JSON object with such a text, or there are fewer than two groups; the message names the line.
         OSError: if the file cannot be read.
     """
-    prompts = []
+    groups: dict[object, dict[str, Prompt]] = {}
     with Path(path).open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                prompt = json.loads(line)["prompt"]
-            except (ValueError, TypeError, KeyError):
-                prompt = None
-            if not isinstance(prompt, str) or not prompt.strip():
+                row = json.loads(line)
+                text, group = row["prompt"], row.get("group")
+            except (ValueError, TypeError, KeyError, AttributeError):
+                text, group = None, None
+            if not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f'{path}, line {number}: no prompt; write an object with one, such as {{"prompt": "…"}}.'
                 )
-            prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f'{path} has no prompts; write an object such as {{"prompt": "…"}} a line.')
-    return list(dict.fromkeys(prompts))
+            group = None if group is None else str(group)
+            groups.setdefault(("prompt", text) if group is None else group, {})[text] = Prompt(text, group)
+    if len(groups) < 2:
+        raise ValueError(
+            f'{path} has {"prompts of one group" if groups else "no prompts"}, and some are learnt, others held back; write an object such as {{"prompt": "…"}} a line.'
+        )
+    draws = random.Random(seed)
+    order = list(groups.values())
+    draws.shuffle(order)
+    aside = max(1, len(order) // HELD_BACK)
+    held, learnt = ([one for group in part for one in group.values()] for part in (order[:aside], order[aside:]))
+    for part in (held, learnt):
+        draws.shuffle(part)
+    mixed, rest = [], iter(held)
+    for i, one in enumerate(learnt):
+        if i % (HELD_BACK - 1) == 0 and (other := next(rest, None)) is not None:
+            mixed.append(replace(other, is_held_back=True))
+        mixed.append(one)
+    return mixed
 
 
 def encoded(
-    prompts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    target: PreTrainedModel,
-    max_new_tokens: int,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Encode prompts through the chat template, if there is one, in a random order; those that leave no room for an answer are dropped. int64 `(L,)` each.
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel, max_new_tokens: int
+) -> tuple[list[Tensor], list[bool]]:
+    """Encode prompts through the chat template, if there is one; those that leave no room for an answer are dropped. int64 `(L,)` each, and which are held back.
 
     Raises:
-        ValueError: if none is left.
+        ValueError: if none is left to learn, or none to hold back.
     """
-    found = []
+    window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    found, held = [], []
     for prompt in prompts:
         if tokenizer.chat_template is None:
-            ids = tokenizer(prompt)["input_ids"]
+            ids = tokenizer(prompt.text)["input_ids"]
         else:
-            chat = [{"role": "user", "content": prompt}]
+            chat = [{"role": "user", "content": prompt.text}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        found.append(torch.tensor(ids, dtype=torch.long, device="cpu"))
-    window = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    fitting = [ids for ids in found if len(ids) and (window is None or len(ids) + max_new_tokens <= window)]
-    if not fitting:
+        if len(ids) and (window is None or len(ids) + max_new_tokens <= window):
+            found.append(torch.tensor(ids, dtype=torch.long, device="cpu"))
+            held.append(prompt.is_held_back)
+    if len(set(held)) < 2:
         raise ValueError(
-            f"None of the {len(found)} prompts leaves room for {max_new_tokens} tokens in the window of {window}; give shorter ones."
+            f"{len(found)} of {len(prompts)} prompts leave room for {max_new_tokens} tokens in the window of {window}, too few to learn some and hold others back; give "
+            "shorter ones, or more."
         )
-    if len(fitting) < len(found):
-        logger.warning("Left out %d prompts that leave no room for an answer.", len(found) - len(fitting))
-    order = torch.randperm(len(fitting), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
-    return [fitting[i] for i in order]
+    if len(found) < len(prompts):
+        logger.warning("Left out %d prompts that leave no room for an answer.", len(prompts) - len(found))
+    return found, held
 
 
 def free_prompts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:

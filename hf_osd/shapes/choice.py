@@ -21,6 +21,7 @@ from hf_osd.learning.memory import BUDGET_SHARE, available, size
 from hf_osd.models.draft_head import DraftHead, default_size
 from hf_osd.models.properties import reads_states
 from hf_osd.policy.lookahead import best_length, ideal_speedup
+from hf_osd.shapes.answers import HELD_BACK
 from hf_osd.shapes.shape import SIZES, Shape, default_shapes, sizes_of
 from hf_osd.shapes.step_costs import Variant, measure_costs
 from hf_osd.shapes.trial import Trial
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Requests that all shapes learn in turn before the clock is asked again.
 _CHUNK = 8
-# Of the answers one in so many is held back to score drafts on.
-_HELD_BACK = 5
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def choose_shape(
         ValueError: if there are fewer than two answers, or no shape can be grown, learns within the memory there is, or has a finite loss.
     """
     began, config = clock(), config or OnlineConfig()
-    count = max(1, len(feedback) // _HELD_BACK) if held_back is None else held_back
+    count = max(1, len(feedback) // HELD_BACK) if held_back is None else held_back
     learnt, held = list(feedback[: len(feedback) - count]), list(feedback[len(feedback) - count :])
     if not learnt or not held:
         raise ValueError(

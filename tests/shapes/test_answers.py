@@ -1,6 +1,7 @@
 """Prompts and answers for a draft that is to be chosen."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from hf_osd import OnlineConfig
-from hf_osd.shapes.answers import answers_within, encoded, free_prompts, read_prompts
+from hf_osd.shapes.answers import Prompt, answers_within, encoded, free_prompts, read_prompts
 
 CONFIG = OnlineConfig(seed=0, prompt_positions=0)
 
@@ -25,27 +26,46 @@ def tokenizer():
 def test_prompts_are_read_and_a_line_without_one_is_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "domain": "x"}\n{"prompt": "a"}\n')
-    assert read_prompts(path) == ["a", "b"]
-    for line in ('{"text": "a"}', "a", "3", '{"prompt": " "}'):
+    assert sorted(one.text for one in read_prompts(path)) == ["a", "b"]
+    assert sum(one.is_held_back for one in read_prompts(path)) == 1
+    for line in ('{"text": "a"}', "a", "3", '["prompt"]', '{"prompt": " "}'):
         path.write_text('{"prompt": "a"}\n' + line)
         with pytest.raises(ValueError, match="line 2"):
             read_prompts(path)
     path.write_text("")
     with pytest.raises(ValueError, match="no prompts"):
         read_prompts(path)
+    path.write_text('{"prompt": "a", "group": "g"}\n{"prompt": "b", "group": "g"}\n')
+    with pytest.raises(ValueError, match="one group"):
+        read_prompts(path)
+
+
+def test_a_group_is_on_one_side_and_what_is_held_back_is_spread(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{group} {i}", "group": group} for group in "abcdefghij" for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts(path)
+    held = {one.group for one in prompts if one.is_held_back}
+    assert len(held) == 2
+    assert not held & {one.group for one in prompts if not one.is_held_back}
+    assert len(prompts) == 60
+    assert all(any(one.is_held_back for one in prompts[i : i + 5]) for i in range(0, 55, 5))
+    assert read_prompts(path) == prompts != read_prompts(path, seed=1)
 
 
 def test_prompts_without_room_for_an_answer_are_left_out(target, tokenizer):
-    long = " ".join(["w5"] * 505)
-    assert [ids.tolist() for ids in encoded(["w5 w6", long], tokenizer, target, 16)] == [[5, 6]]
+    long, held = Prompt(" ".join(["w5"] * 505)), Prompt("w7", is_held_back=True)
+    found, aside = encoded([Prompt("w5 w6"), long, held], tokenizer, target, 16)
+    assert ([ids.tolist() for ids in found], aside) == ([[5, 6], [7]], [False, True])
     with pytest.raises(ValueError, match="shorter ones"):
-        encoded([long], tokenizer, target, 16)
+        encoded([long, held], tokenizer, target, 16)
 
 
 def test_a_chat_template_is_applied(target, tokenizer):
     tokenizer.chat_template = "w7 {{ messages[0]['content'] }} w8"
     try:
-        assert encoded(["w5"], tokenizer, target, 16)[0].tolist() == [7, 5, 8]
+        found, _ = encoded([Prompt("w5"), Prompt("w6", is_held_back=True)], tokenizer, target, 16)
+        assert [ids.tolist() for ids in found] == [[7, 5, 8], [7, 6, 8]]
     finally:
         tokenizer.chat_template = None
 
