@@ -365,9 +365,9 @@ def _fitting(trials: list[Trial], left_out: dict) -> list[Trial]:
     kept, taken, step = [], 0, 0
     for one in sorted(trials, key=lambda trial: trial.parameters):
         stays, passing = one.memory()
-        if taken + stays + max(step, passing) > room:
+        if (needed := taken + stays + max(step, passing)) > room:
             left_out[str(one.shape)] = (
-                f"beside the smaller ones there is no memory to distil it: {size(taken + stays + passing)} of {size(room)}"
+                f"beside the smaller ones there is no memory to distil it: {size(needed)} of {size(room)}"
             )
             continue
         kept.append(one)

@@ -143,6 +143,19 @@ def test_what_cannot_be_grown_or_learn_is_left_out(target, answers):
         choose(target, answers[:1])
 
 
+def test_the_largest_are_left_out_where_memory_is_short(target, answers, monkeypatch):
+    monkeypatch.setattr("hf_osd.shapes.choice.available", lambda device: 30 * 2**20)
+    monkeypatch.setattr(
+        "hf_osd.shapes.trial.Trial.memory", lambda trial: (2**20 * len(trial.shape.layers) ** 2, 2**22)
+    )
+    choice = choose(target, answers)
+    assert {row.shape for row in choice.rows} == {"layers 0", "layers 0,1,3"}
+    monkeypatch.setattr("hf_osd.shapes.choice.available", lambda device: 20 * 2**20)
+    choice = choose(target, answers)
+    assert {row.shape for row in choice.rows} == {"layers 0"}
+    assert "memory" in choice.left_out["layers 0,1,3"]
+
+
 def test_nothing_pays_is_said(target, answers):
     choice = choose(target, answers, [ONE], measure=costing(of_1=9.0))
     assert (choice.row.gamma, choice.row.speedup) == (0, 1.0)
