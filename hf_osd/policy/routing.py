@@ -52,7 +52,7 @@ def prompt_features(embeddings: Tensor, token_ids: Tensor) -> Tensor:
     ids = token_ids.reshape(-1)
     ids = ids[:: max(-(-len(ids) // _MAX_READ), 1)].to(embeddings.device)
     with torch.no_grad():
-        mean = embeddings[ids].sum(0, dtype=torch.float32)
+        mean = embeddings.index_select(0, ids).sum(0, dtype=torch.float32)
         return (mean / mean.norm().clamp_min(1e-12)).cpu()
 
 

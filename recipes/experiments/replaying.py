@@ -57,19 +57,17 @@ def replay(
     while at < len(requests):
         # As many as are served before the next update.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
-        chunk = [_kept(assistant, request) for request in requests[at : at + ahead]]
+        chunk = [kept(assistant, request) for request in requests[at : at + ahead]]
         if any(request.sampled for request in chunk):
             raise ValueError(
                 "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
             )
         version = assistant.serving.version
         for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
-            served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
-            served = known.only_new(served, config.prompt_positions)
-            assistant.learner.add(served)
+            served = serve(assistant, request, overlap, known, max_new_tokens)
             if again is not None:
                 for other in again[at]:
-                    assistant.learner.rehearse(_kept(assistant, other))
+                    assistant.learner.rehearse(kept(assistant, other))
             assistant.update()
             at += 1
             yield served
@@ -77,8 +75,25 @@ def replay(
                 break  # the new weights predict the others
 
 
-def _kept(assistant: LearningAssistant, request: Feedback) -> Feedback:
-    """What serving with this assistant would have kept of a request: its `top_k`, and the target's states if its draft reads them."""
+def serve(
+    assistant: LearningAssistant, request: Feedback, overlap: Tensor, known: SeenTexts, max_new_tokens: int | None
+) -> Feedback:
+    """Add one request to an assistant's learner, as serving would have recorded it, and return it so; the caller has the assistant update.
+
+    Args:
+        request (`Feedback`): cut by `kept`.
+        overlap (`Tensor` float `(N,)`): as of `as_drafted`.
+        known (`SeenTexts`): the prompts that this assistant has learnt.
+    """
+    config = assistant.osd_config
+    served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
+    served = known.only_new(served, config.prompt_positions)
+    assistant.learner.add(served)
+    return served
+
+
+def kept(assistant: LearningAssistant, request: Feedback) -> Feedback:
+    """Cut a request to what serving with this assistant would have kept of it: its `top_k`, and the target's states if its draft reads them."""
     request = request.truncate(assistant.osd_config.top_k)
     return request if reads_states(assistant) or request.states is None else replace(request, states=None)
 

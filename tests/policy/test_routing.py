@@ -54,7 +54,7 @@ def test_one_topic_stays_one(seed, n, scale):
 
 
 def test_topics_are_followed_as_their_means_drift():
-    x, true = mixture(3, 1500, drift=30.0)
+    x, true = mixture(3, 1500, drift=6.0)
     router = TopicRouter(8)
     found = [router.route(one).topic for one in x]
     assert purity(found[-300:], true[-300:]) > 0.95

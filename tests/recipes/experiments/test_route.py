@@ -1,0 +1,72 @@
+"""`recipes/experiments/route.py`: one draft, one a trace and routed ones learn from the same requests."""
+
+import json
+
+import pytest
+import torch
+
+from hf_osd import record_answers
+from hf_osd.feedback.trace import write_trace
+
+TOKENS, REQUESTS = 8, 24
+
+
+@pytest.fixture(scope="module")
+def traces(target_dir, tmp_path_factory):
+    """Two domains, whose prompts are of other words."""
+    from transformers import AutoModelForCausalLM
+
+    target, folders = AutoModelForCausalLM.from_pretrained(target_dir), []
+    for name, words in (("low", range(2, 20)), ("high", range(40, 60))):
+        folder = tmp_path_factory.mktemp("traces") / name
+        folder.mkdir()
+        random = torch.Generator().manual_seed(words[0])
+        prompts = [torch.randint(words[0], words[-1], (6,), generator=random) for _ in range(REQUESTS + 4)]
+        answers = record_answers(target, prompts, TOKENS, batch_size=REQUESTS + 4, top_k=16)
+        facts = {"target": "tiny", "max_new_tokens": str(TOKENS), "dtype": "float32"}
+        write_trace(folder / "stream-00000.safetensors", answers[:REQUESTS], facts)
+        write_trace(folder / "held_back-00000.safetensors", answers[REQUESTS:], facts)
+        folders.append(str(folder))
+    return ",".join(folders)
+
+
+def flags(target_dir, traces, *more) -> list[str]:
+    given = f"--target {target_dir} --draft grow:0,1 --trace {traces} --requests {REQUESTS} --held_back 4 --learning_rate 1e-3 --threads 1"
+    return [*given.split(), *more]
+
+
+def test_all_arms_learn_the_same_requests_in_the_same_order(target_dir, traces, tmp_path, capsys):
+    from recipes.experiments import route
+
+    log = tmp_path / "rows.jsonl"
+    assert route.main(flags(target_dir, traces, "--log", str(log))) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {arm} |" in table for arm in route.ARMS)
+    rows = {row["arm"]: row for row in map(json.loads, log.read_text().splitlines())}
+    assert rows.keys() == set(route.ARMS)
+    for row in rows.values():
+        assert [domain for domain, *_ in row["choices"]] == [domain for domain, *_ in rows["shared"]["choices"]]
+        assert len(row["prequential"]) == 2 * REQUESTS
+        assert {name: len(pairs) for name, pairs in row["scores"].items()} == {"low": 4, "high": 4}
+    assert rows["fixed"]["drafts"] == 2
+    assert rows["fixed"]["updates"] == rows["shared"]["updates"] == 2 * REQUESTS // 8
+    assert all(name == domain for domain, _, name in rows["fixed"]["choices"])
+    assert rows["routed"]["drafts"] >= 1
+    before = log.read_text()
+    assert route.main(flags(target_dir, traces, "--log", str(log))) == 0  # all runs are there
+    assert log.read_text() == before
+
+
+def test_purity_is_the_share_of_each_topics_commonest_domain():
+    from recipes.experiments.route import purity
+
+    assert purity([("a", 0, "r"), ("a", 0, "r"), ("b", 0, "r"), ("b", 1, "s")]) == 0.75
+    assert purity([("a", None, "shared")]) is None
+
+
+def test_what_cannot_be_compared_is_refused(target_dir, traces, refused):
+    from recipes.experiments import route
+
+    refused(route.main, flags(target_dir, traces, "--arms", "shared,best"), says="choose from shared")
+    refused(route.main, flags(target_dir, traces, "--requests", "99"), says="record more")
+    refused(route.main, ["--target", str(target_dir)], says="`trace` is empty")
