@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_osd.policy.topics import Topics
 
 # Prompts of which a topic has its own route, unless it is the first.
-_OWN_FROM = 4
+_OWN_FROM = 8
 # Scores are sums over tokens that fade by 1/e over so many, 64 answers of 64 tokens.
 _FADE = 4096.0
 # A topic's differences between routes are drawn towards those over all topics with the weight of so many tokens.
@@ -162,9 +162,12 @@ class TopicRouter:
         Raises:
             ValueError: if they are no vector of finite numbers, or of another length than those before.
         """
-        topic, opened = self._topics.assign(features)
-        for number, near in opened:
+        assigned = self._topics.assign(features)
+        topic = assigned.topic
+        for number, near in assigned.opened:
             self._homes[number] = _Home(near=near)
+        for gone, into in assigned.joined:
+            self._join(self._homes.pop(gone), into)
         for number in self._homes.keys() - self._topics.found.keys():
             del self._homes[number]
         home = self._homes[topic]
@@ -292,6 +295,14 @@ class TopicRouter:
         self._routes[name] = _Route(parent=parent)
         _move(home, name)
         home.scores = {}
+
+    def _join(self, gone: _Home, into: int):
+        """Let a topic have the home of one that joined it, if the draft there has learnt more."""
+        home = self._homes[into]
+        taught = [-1 if name is None else self._routes[name].taught for name in (home.route, gone.route)]
+        if taught[1] > taught[0]:
+            gone.met, gone.near = home.met, home.near if home.near != into else -1
+            self._homes[into] = gone
 
     def _would_try(self, topic: int, home: _Home) -> bool:
         """Tell whether a topic that shares its route is to try one of its own."""

@@ -4,14 +4,14 @@ Symbols: x is a prompt's features, H numbers; m and s are their running mean and
 c and a variance v. Distances are means over the H features of ((x - c) / s)², so that a few large features do not decide alone.
 
 A topic opens in two ways. A prompt that is far from every mean, measured by how far a topic's own prompts lie from it, opens one at once. And now and then a topic's latest prompts
-are looked at together: if they fall into two groups, more clearly than one group by chance would, the smaller one becomes a topic (as in G-means, Hamerly and Elkan 2003). The first finds what is new, the second what was
+are looked at together: if they fall into two groups, more clearly than one group by chance would, the smaller one becomes a topic (as in G-means, Hamerly and Elkan 2003). Topics that do not fall into two groups any more join. The first finds what is new, the second what was
 mixed from the start, when nothing was known yet.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +37,8 @@ _ROUNDS = 6
 # Share of the variance between two groups that they leave unexplained, at most. One Gaussian cut at its mean leaves 1 - 2/π = .36; the best of
 # three cuts of n prompts leaves less than .36 - 1/√n about once in a hundred looks (by simulation, n from 16 to 64).
 _UNEXPLAINED, _CHANCE = 0.2, 1.0
+# Two topics whose groups leave more than this unexplained are one.
+_REJOINED = 0.22
 # s of a feature is at least this share of the root mean square of all, and that share of the mean's: below it is rounding.
 _FLOOR, _ROUNDING = 0.03, 1e-4
 # A topic's prompts lie at least so far from its mean.
@@ -71,6 +73,21 @@ class Topic:
         self.variance.add_(off.square() * (1 - rate) - self.variance, alpha=rate)
 
 
+@dataclass
+class Assigned:
+    """What became of the topics with one prompt.
+
+    Attributes:
+        topic (`int`): the prompt's.
+        opened (`list[tuple[int, int]]`): topics that opened, each with the topic that it was nearest to, or -1 for the first one.
+        joined (`list[tuple[int, int]]`): topics that are no more, each with the topic that its prompts have gone to.
+    """
+
+    topic: int
+    opened: list[tuple[int, int]] = field(default_factory=list)
+    joined: list[tuple[int, int]] = field(default_factory=list)
+
+
 class Topics:
     """Clusters prompts by their features, online and deterministically. Memory is bounded: `MAX_TOPICS` topics and the features of `_KEPT` prompts.
 
@@ -89,23 +106,20 @@ class Topics:
         self._length: int | None = None  # of features as they come
         self._labels: list[int] = []  # topics of what is kept
 
-    def assign(self, x: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    def assign(self, x: Tensor) -> Assigned:
         """Find the topic of a prompt, and learn from it.
 
         Args:
             x (`Tensor` float `(H,)`): its features.
-
-        Returns:
-            `tuple[int, list]`: its topic, and the topics that opened: each with the topic that it was nearest to, or -1 for the first one.
 
         Raises:
             ValueError: if they are no vector of finite numbers, or of another length than those before.
         """
         x = self._reduced(x)
         self._observe(x)
-        opened = []
+        done = Assigned(-1)
         if not self.found:
-            topic = self._open(-1, opened)
+            topic = self._open(-1, done)
         else:
             numbers = list(self.found)
             far = self.distances(x)
@@ -113,7 +127,7 @@ class Topics:
             topic = numbers[i]
             near = self.found[topic]
             if near.count >= _KNOWN and float(far[i]) > _FAR * self._spread(near) and self._has_room():
-                topic = self._open(topic, opened)
+                topic = self._open(topic, done)
         row = (self.steps - 1) % _KEPT
         self._kept[row] = x
         if row == len(self._labels):
@@ -123,9 +137,12 @@ class Topics:
         mine = self.found[topic]
         mine.add(x)
         mine.seen = self.steps
-        if mine.count - mine.looked >= _LOOK_EVERY and mine.count >= 2 * _LEAST and self._has_room():
-            self._split(topic, opened)
-        return self._labels[row], opened
+        if mine.count - mine.looked >= _LOOK_EVERY and mine.count >= 2 * _LEAST:
+            mine.looked = mine.count
+            if not (self._has_room() and self._split(topic, done)) and len(self.found) > 1:
+                self._join(topic, done)
+        done.topic = self._labels[row]
+        return done
 
     def state(self) -> dict:
         """Return all that it has learnt: numbers, lists, dicts and tensors."""
@@ -231,35 +248,59 @@ class Topics:
         self.drop(oldest)
         return True
 
-    def _open(self, near: int, opened: list[tuple[int, int]]) -> int:
+    def _open(self, near: int, done: Assigned) -> int:
         number, self._next = self._next, self._next + 1
         self.found[number] = Topic(torch.zeros_like(self._mean), torch.zeros_like(self._mean))
-        opened.append((number, near))
+        done.opened.append((number, near))
         return number
 
-    def _split(self, topic: int, opened: list[tuple[int, int]]):
-        """Make a topic of a group of a topic's latest prompts, if they fall into two; and so on with both."""
-        self.found[topic].looked = self.found[topic].count
+    def _latest(self, topic: int, count: int) -> list[int]:
+        """Find where a topic's latest prompts are kept, the earliest first."""
         order = [(self.steps - 1 - back) % _KEPT for back in range(len(self._labels))]
-        rows = [row for row in order if self._labels[row] == topic][:_LOOK_AT][::-1]
-        if (side := two_groups(self._kept[rows] / self._scale())) is None:
-            return
-        other = self._open(topic, opened)
-        groups = {topic: [], other: []}
-        for row, apart in zip(rows, side, strict=True):
-            groups[other if apart else topic].append(row)
-        for number, members in groups.items():
-            old = self.found[number]
-            new = self.found[number] = Topic(torch.zeros_like(old.mean), torch.zeros_like(old.mean), seen=self.steps)
-            for row in members:
-                self._labels[row] = number
-                new.add(self._kept[row])
-        for number in groups:
+        return [row for row in order if self._labels[row] == topic][:count][::-1]
+
+    def _split(self, topic: int, done: Assigned) -> bool:
+        """Make a topic of a group of a topic's latest prompts, if they fall into two, and so on with both. Returns whether they do."""
+        rows = self._latest(topic, _LOOK_AT)
+        side = two_groups(self._kept[rows] / self._scale(), _UNEXPLAINED)
+        if side is None:
+            return False
+        other = self._open(topic, done)
+        for number, group in ((topic, False), (other, True)):
+            self._found_of(number, [row for row, apart in zip(rows, side, strict=True) if apart == group])
+        for number in (topic, other):
             if self._has_room():
-                self._split(number, opened)
+                self._split(number, done)
+        return True
+
+    def _join(self, topic: int, done: Assigned):
+        """Join a topic with the nearest one if their latest prompts do not fall into two groups any more; the one with fewer prompts is given up."""
+        other = self.nearest(topic, [number for number in self.found if number != topic])
+        parts = [self._latest(number, _LOOK_AT // 2) for number in (topic, other)]
+        if min(map(len, parts)) < _LOOK_EVERY:
+            return
+        rows = parts[0] + parts[1]
+        if two_groups(self._kept[rows] / self._scale(), _REJOINED) is not None:
+            return
+        gone, into = sorted((topic, other), key=lambda number: (self.found[number].count, -number))
+        count = self.found[topic].count + self.found[other].count
+        self._labels = [into if label == gone else label for label in self._labels]
+        del self.found[gone]
+        self._found_of(into, sorted(rows, key=lambda row: (row - self.steps) % _KEPT))
+        self.found[into].count = self.found[into].looked = count
+        done.joined.append((gone, into))
+
+    def _found_of(self, number: int, rows: list[int]):
+        """Compute a topic anew from some of the prompts that are kept."""
+        zeros = torch.zeros_like(self._mean)
+        topic = self.found[number] = Topic(zeros, zeros.clone(), seen=self.steps)
+        for row in rows:
+            self._labels[row] = number
+            topic.add(self._kept[row])
+        topic.looked = topic.count
 
 
-def two_groups(z: Tensor) -> list[bool] | None:
+def two_groups(z: Tensor, limit: float) -> list[bool] | None:
     """Part prompts into two groups: 2-means on the sphere around their mean, from cuts along principal directions.
 
     Prompts are placed on the line through the two groups' means, each by means that leave it out: of many features, some would part any prompts. Two groups are believed if they
@@ -267,12 +308,13 @@ def two_groups(z: Tensor) -> list[bool] | None:
 
     Args:
         z (`Tensor` float `(n, H)`): the prompts' features.
+        limit (`float`): the share that they may leave unexplained; less for few prompts.
 
     Returns:
         `list[bool]` or `None`: which prompts are in the smaller group; `None` if they are one group, as far as can be told.
     """
     n = len(z)
-    best = min(_UNEXPLAINED, 1 - 2 / math.pi - _CHANCE / math.sqrt(max(n, 1)))
+    best = min(limit, 1 - 2 / math.pi - _CHANCE / math.sqrt(max(n, 1)))
     if n < 2 * _LEAST or best <= 0:
         return None
     z = z - z.mean(0)
