@@ -17,7 +17,6 @@ import logging
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from recipes.common.row_log import RowLog
 from recipes.experiments.arms import intervals, read_arm
 from recipes.experiments.replay import alpha_of, hits_of, load_trace
 from recipes.experiments.replaying import kept, serve
+from recipes.experiments.topics import purity
 
 logger = logging.getLogger("hf_osd.recipes.route")
 
@@ -194,7 +194,7 @@ class Experiment:
             "scores": scores,
             "updates": drafts.updates,
             "drafts": len(drafts.assistants),
-            "purity": purity(choices[-len(choices) // 4 :]),
+            "purity": None if router is None else purity(*_late(choices)),
             "routing_ms": round(1000 * routing / len(rows), 3),
             "learning_seconds": round(learning, 1),
             "seconds": round(time.perf_counter() - began, 1),
@@ -217,15 +217,10 @@ class Experiment:
         return counts
 
 
-def purity(choices: list[tuple]) -> float | None:
-    """Compute the share of requests whose domain is the commonest of their topic; `None` where nothing was routed."""
-    if any(topic is None for _, topic, _ in choices):
-        return None
-    counts = Counter((topic, domain) for domain, topic, _ in choices)
-    most = Counter()
-    for (topic, _), n in counts.items():
-        most[topic] = max(most[topic], n)
-    return round(most.total() / len(choices), 4)
+def _late(choices: list[tuple]) -> tuple[list, list]:
+    """Return topics and domains of the last quarter of the requests."""
+    late = choices[-len(choices) // 4 :]
+    return [topic for _, topic, _ in late], [domain for domain, _, _ in late]
 
 
 def table(results: list[list[dict]]) -> str:

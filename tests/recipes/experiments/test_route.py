@@ -58,10 +58,29 @@ def test_all_arms_learn_the_same_requests_in_the_same_order(target_dir, traces, 
 
 
 def test_purity_is_the_share_of_each_topics_commonest_domain():
-    from recipes.experiments.route import purity
+    from recipes.experiments.topics import purity
 
-    assert purity([("a", 0, "r"), ("a", 0, "r"), ("b", 0, "r"), ("b", 1, "s")]) == 0.75
-    assert purity([("a", None, "shared")]) is None
+    assert purity([0, 0, 0, 1], ["a", "a", "b", "b"]) == 0.75
+
+
+def test_prompts_are_routed_without_a_draft(target_dir, write_words, capsys, refused):
+    from recipes.experiments import topics
+
+    given = ["--target", str(target_dir), "--stream", write_words, "--requests", "100", "--seeds", "0,1"]
+    assert topics.main(given) == 0
+    assert topics.main([*given, "--in_turn", "true"]) == 0
+    assert capsys.readouterr().out.count("| mean |") == 2
+    refused(topics.main, [*given, "--requests", "900"], says="lower it")
+
+
+@pytest.fixture
+def write_words(tmp_path):
+    """Two streams of prompts of other words."""
+    for name, start in (("low", 0), ("high", 40)):
+        rows = [{"prompt": " ".join(f"w{start + i * j % 20}" for j in range(1, 8))} for i in range(1, 400)]
+        rows = [{"prompt": f"{row['prompt']} w{start + i % 20} w{i // 20 % 20}"} for i, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"{tmp_path}/low.jsonl,{tmp_path}/high.jsonl"
 
 
 def test_what_cannot_be_compared_is_refused(target_dir, traces, refused):
