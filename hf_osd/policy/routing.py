@@ -1,7 +1,7 @@
 """`TopicRouter` chooses which draft serves a prompt, of several that each learn their own traffic: by the prompt's topic, and by what was measured.
 
 A *route* is a draft of the pool, a *topic* a cluster of prompts ([`hf_osd.policy.topics.Topics`]); a topic is served by one route, its home, and several topics may share
-one. A topic gets a route of its own while the pool has room. Whether that pays is measured: every draft is scored on the same request before it has learnt it (full
+one. Topics get routes of their own one after another, while the pool has room. Whether that pays is measured: every draft is scored on the same request before it has learnt it (full
 information, as in HedgeSpec, arXiv 2510.20064, so that nothing need be explored), and the topic follows the leader.
 """
 
@@ -288,7 +288,7 @@ class TopicRouter:
 
     def _settle(self, topic: int, home: _Home):
         """Give a topic a route of its own, if it is the first or has had enough prompts and there is room."""
-        if self._routes and (self._topics.found[topic].count < _OWN_FROM or len(self._routes) >= self.max_routes):
+        if self._routes and (self._topics.found[topic].count < _OWN_FROM or not self._may_try()):
             return
         parent = self._serving(topic) if any(its.route is not None for its in self._homes.values()) else None
         name, self._made = f"route-{self._made}", self._made + 1
@@ -304,9 +304,14 @@ class TopicRouter:
             gone.met, gone.near = home.met, home.near if home.near != into else -1
             self._homes[into] = gone
 
+    def _may_try(self) -> bool:
+        """Tell whether there is room for a route, and no other is being tried: a draft is judged beside one that goes on learning from all other topics, and if all
+        topics tried at once there would be none."""
+        return len(self._routes) < self.max_routes and all(route.taught >= _TAUGHT for route in self._routes.values())
+
     def _would_try(self, topic: int, home: _Home) -> bool:
         """Tell whether a topic that shares its route is to try one of its own."""
-        if home.waited < _TRY_EVERY * 2**home.tries or len(self._routes) >= self.max_routes:
+        if home.waited < _TRY_EVERY * 2**home.tries or not self._may_try():
             return False
         return any(its.route == home.route for other, its in self._homes.items() if other != topic)
 
