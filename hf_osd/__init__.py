@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "OnlineAssistant": "assistant",
     "OnlineConfig": "config",
+    "RoutedAssistant": "routed",
     "OnlineCandidateGenerator": "generation.candidates",
     "Feedback": "feedback.feedback",
     "FeedbackBuffer": "feedback.buffer",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hf_osd.learning.rehearsal import Rehearsal as Rehearsal
     from hf_osd.metrics.parity import compare_outputs as compare_outputs
     from hf_osd.models.feature_growth import grow_feature_draft as grow_feature_draft
+    from hf_osd.routed import RoutedAssistant as RoutedAssistant
     from hf_osd.saving.drafts import grow_draft as grow_draft
     from hf_osd.saving.feature_drafts import load_feature_draft as load_feature_draft
     from hf_osd.saving.feature_drafts import save_feature_draft as save_feature_draft

@@ -8,7 +8,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,28 +17,22 @@ from torch import Tensor
 
 from hf_osd.config import OnlineConfig
 from hf_osd.distill.scoring import judge_served
-from hf_osd.drafting.draft_trial import try_draft
-from hf_osd.drafting.reach import Reach
-from hf_osd.drafting.suffix_cache import SuffixCaches
 from hf_osd.drafting.vocab_mapping import VocabMapping, check_vocabularies
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.prompt_states import SeenTexts
 from hf_osd.generation.call import Call
-from hf_osd.generation.checks import check_call, check_draft, doubt_of_target
-from hf_osd.generation.logit_widths import LogitWidths
+from hf_osd.generation.checks import check_call, doubt_of_target
 from hf_osd.generation.open_calls import OpenCalls
 from hf_osd.generation.parts import Parts
-from hf_osd.generation.patch import enable
+from hf_osd.generation.shared_parts import SharedParts
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import AssistantView
 from hf_osd.learning.memory import buffer_bytes
 from hf_osd.learning.trouble import WAITS
 from hf_osd.learning.undrafted import score_undrafted
 from hf_osd.metrics.stats import Stats
-from hf_osd.models.clean_copy import clean_copy, unwrapped
 from hf_osd.models.copies import embedding_names
-from hf_osd.models.draft_head import DraftHead
 from hf_osd.models.hot_swap import NullHotSwap
 from hf_osd.models.lora import Adapter
 from hf_osd.policy.lookahead import DraftPolicy
@@ -45,7 +40,6 @@ from hf_osd.policy.report import report
 from hf_osd.remote.teachable import TeachableAssistant
 from hf_osd.saving.pretrained import SavableAssistant
 from hf_osd.system.forks import on_fork, released
-from hf_osd.system.warn_once import WarnOnce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,41 +86,38 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         if overrides:
             config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
         self.osd_config = config = config or OnlineConfig()
-        if draft is not None:
-            draft = unwrapped(draft) if isinstance(draft, torch.nn.Module) else draft
-            check_draft(draft)
-        elif not config.suffix_cache:
-            raise ValueError(
-                "There is no draft and `suffix_cache` is False, so nothing could draft. Pass a draft, such as "
-                "hf_osd.grow_draft(target), or leave suffix_cache on."
-            )
-        enable()
+        self._begin(SharedParts.of(draft, config))
 
+    @classmethod
+    def of_parts(cls, config: OnlineConfig, shared: SharedParts) -> OnlineAssistant:
+        """Makes an assistant that shares parts with others of the same draft, and learns for itself."""
+        assistant = object.__new__(cls)
+        assistant.osd_config = config
+        assistant._begin(shared)
+        return assistant
+
+    def _begin(self, shared: SharedParts):
+        """Makes the parts that are this assistant's own, beside those that it shares."""
+        config, draft = self.osd_config, shared.draft
+        self.shared = replace(shared, draft=None)  # else the weights that it came with would stay in memory
         self.buffer = FeedbackBuffer(buffer_bytes(draft, config), config.buffer_age)
-        self.serving, self.learner, self.head = NullHotSwap(), None, None
-        self.reach: Reach | None = None  # the draft's limits
-        self._widths = LogitWidths()
+        self.serving, self.learner, self.head = NullHotSwap(), None, shared.head
+        self.reach, self._widths, self.texts = shared.reach, shared.widths, shared.texts
         self.adapter: Adapter | None = None  # the one that hf_osd puts on the draft, if any
         self.learning_choice = "Nothing learns: there is no draft."  # which weights learn, and why
         self._calls = OpenCalls()
+        # Called with feedback that is about to teach, and the label of its call.
+        self.on_feedback: Callable[[Feedback, object], None] | None = None
         if draft is not None:
-            # A copy in storage of its own, made before any trainer exists: a user's training of `draft` then reaches the serving draft by
-            # `refresh` only. The copies that serve and learn share this storage until they write.
-            copied = clean_copy(draft)
-            trial = try_draft(copied, draft)
-            self.reach = Reach(copied, trial)
-            self._widths = LogitWidths(copied.config.get_text_config(decoder=True), trial.width)
-            fixed = embedding_names(copied) if config.freeze_embeddings else set()
-            trainable = {name for name, p in copied.named_parameters() if p.requires_grad and name not in fixed}
+            fixed = embedding_names(draft) if config.freeze_embeddings else set()
+            trainable = {name for name, p in draft.named_parameters() if p.requires_grad and name not in fixed}
             if config.learns and not trainable and config.adapter != "lora":
                 raise ValueError(
                     f"No parameter of the draft ({type(draft).__name__}) requires gradients, so there is nothing to learn with. Call "
                     "draft.requires_grad_(True), or pass learn=False; or adapter='lora', which learns in weights of its own; or freeze_embeddings=False, if what "
                     "does lies on embeddings or LM head."
                 )
-            self._serve(copied, trainable)
-            self.head = DraftHead.from_config(copied, config)
-        self.texts = SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None
+            self._serve(draft, trainable)
         self.lookahead = DraftPolicy(
             config.lookahead,
             config.num_assistant_tokens,
@@ -134,11 +125,11 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             config.verify_cost,
             max_cached=_MAX_CACHED if config.suffix_cache else 0,
             has_draft=draft is not None,
+            beside=shared.lookahead,
         )
-
         self._stats = Stats()
         self._lock = released(threading.RLock())
-        self._warn_once = WarnOnce(logger)
+        self._warn_once = shared.warn_once
         # Feedback whose prompt is plain token ids of a shared vocabulary: it alone can be rehearsed.
         self.rehearsable: weakref.WeakSet[Feedback] = weakref.WeakSet()
         self.seen_texts = SeenTexts()
@@ -196,9 +187,10 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return AssistantView(self, private=True)
 
     def open_call(
-        self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False
+        self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False, label: object = None
     ) -> OnlineCandidateGenerator:
-        """Opens one generate call and returns its candidate generator. The seam calls it; if an update is due, it is made first.
+        """Opens one generate call and returns its candidate generator. The seam calls it; if an update is due, it is made first. `label` comes back with the call's
+        feedback.
 
         Raises:
             ValueError: if assisted generation or hf_osd cannot serve the call; nothing has run by then.
@@ -227,6 +219,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             note_width=None if width else functools.partial(self._widths.note, target),
         )
         call, generator = Call.open(request, parts, tenant, private)
+        call.label = label
         self._calls.add(call, generator)
         return generator
 
@@ -354,6 +347,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             if self.learner is not None:
                 self.learner.note_served(record.stats.seconds)
             if feedback is not None and self.learner is not None:
+                if self.on_feedback is not None:
+                    self.on_feedback(feedback, call.label)
                 if call.rehearsable:
                     self.rehearsable.add(feedback)
                 self.learner.add(feedback)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hf_osd"
 SERVES, LEARNS = {"generation", "drafting", "policy"}, {"distill", "learning", "remote"}
-ROOF = {"hf_osd.assistant", "hf_osd.cli", "hf_osd.engines.vllm"}
+ROOF = {"hf_osd.assistant", "hf_osd.routed", "hf_osd.cli", "hf_osd.engines.vllm"}
 
 
 def name_of(path: Path) -> str:

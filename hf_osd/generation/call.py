@@ -40,6 +40,7 @@ class Call:
         rehearsable (`bool`): `True` if the call teaches and its prompt is plain token ids of a shared vocabulary: only such feedback can be rehearsed.
         running (`RunningCall`, *optional*): the run of generate's own loop; `None` if another loop runs the call.
         thread (`int`): identifier of the thread that runs it.
+        label (`object`): whatever the assistant wants to know again when the call has ended.
     """
 
     record: CallRecorder
@@ -47,6 +48,7 @@ class Call:
     def __init__(self, parts: Parts, running: RunningCall | None, private: bool):
         self.running, self.private, self.thread = running, private, threading.get_ident()
         self.model: PreTrainedModel | None = None
+        self.label: object = None
         self.rehearsable = False
         # Parts are kept one by one, for some refer to the target, which a call must not keep alive.
         self._serving, self._seen_texts = parts.serving, parts.seen_texts

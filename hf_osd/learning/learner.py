@@ -64,6 +64,7 @@ class Learner:
         alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it can restore the process's random
             state. In the background that would repeat numbers that others have drawn; nothing there draws from it but dropout. Alone, learning holds up
             serving, and keeps to its share of the time itself.
+        lock (`threading.Lock`, *optional*): held while this learns; shared by learners of which one is to learn at a time.
 
     Attributes:
         updates (`int`), failed (`int`): updates that learnt, and that raised.
@@ -80,6 +81,7 @@ class Learner:
         buffer: FeedbackBuffer,
         serve: Callable[[Mapping[str, Tensor]], None],
         alone: bool = True,
+        lock: threading.Lock | None = None,
     ):
         self.student, self.buffer, self.config = student, buffer, student.config
         self.alone, config = alone, self.config
@@ -102,7 +104,7 @@ class Learner:
             self._generator.seed()  # its own: `torch.seed` would set the process's
         else:
             self._generator.manual_seed(config.seed + self.ranks.rank)
-        self._lock = released(threading.Lock())
+        self._lock = released(threading.Lock()) if lock is None else lock
 
     def is_due(self) -> bool:
         """Tell whether enough requests wait. Never in a job of several processes: one of them must not begin alone."""

@@ -77,6 +77,18 @@ class HotSwapDraft:
             return iter(self._learnt.items())
         return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
 
+    def own_bytes(self) -> int:
+        """Count the bytes of weights that are not shared with the draft as it came."""
+        if self.adapter is None:
+            copies = [
+                (dict(model.named_parameters()), names) for model, names in zip(self._copies, self._owned, strict=True)
+            ]
+            return sum(parameters[name].nbytes for parameters, names in copies for name in names)
+        learnt = sum(tensor.nbytes for tensor in self._learnt.values())
+        if not self.version:
+            return learnt
+        return learnt + sum(self.active.get_parameter(f"{module}.weight").nbytes for module in self.adapter.modules)
+
     def for_learner(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return a plain draft from which a learner in another process can start, and the adapter weights on it, if there is an adapter. Read-only."""
         with self._refreshing:

@@ -123,6 +123,7 @@ class DraftPolicy:
         max_cached (`int`): the largest number of suffix-cache tokens in a round.
         has_draft (`bool`): whether there is a draft model. If so, the suffix cache is used by the policy `"cost"` only: choosing between the two takes
             estimates of both.
+        beside ([`DraftPolicy`], *optional*): a policy of a draft of the same shape, whose costs hold for this one too.
     """
 
     def __init__(
@@ -133,9 +134,10 @@ class DraftPolicy:
         verify_cost: float = 0.0,
         max_cached: int = 0,
         has_draft: bool = True,
+        beside: DraftPolicy | None = None,
     ):
         self.policy, self.max_gamma, self.max_cached, self.has_draft = policy, max_gamma, max_cached, has_draft
-        self.costs = Costs(draft_cost, verify_cost)
+        self.costs = Costs(draft_cost, verify_cost) if beside is None else beside.costs
         self.positions, self.confidence, self.matches = (
             PositionAcceptance(max_gamma),
             ConfidenceAcceptance(),
@@ -149,7 +151,7 @@ class DraftPolicy:
         self._tokens = self._time = 0.0  # decayed sums, whose ratio is λ
         self._tail = 0.0  # decayed mean of the gain of the suffix cache's proposals
         self._estimates: _Estimates | None = None
-        self._lock = released(threading.RLock())
+        self._lock = released(threading.RLock()) if beside is None else beside._lock  # it guards the costs too
 
     def acceptance(self) -> list[float]:
         """Estimates a_1..a_γ of the draft for the largest γ, see [`PositionAcceptance`]."""

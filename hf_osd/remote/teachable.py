@@ -73,8 +73,8 @@ class TeachableAssistant:
                     "out to learn where the draft is."
                 ) from error
         student, alone = make_student(draft, trainable, config), config.learn != "background"
-        learner = Learner(student, self.buffer, self.serving.refresh, alone)
-        return learner if alone else BackgroundLearner(learner, busy=self._calls.any)
+        learner = Learner(student, self.buffer, self.serving.refresh, alone, self.shared.learning)
+        return learner if alone else BackgroundLearner(learner, busy=self.shared.busy or self._calls.any)
 
     def after_fork(self):
         """Continue learning in a forked child, or replace a learner that cannot by an [`Orphan`]."""
@@ -103,6 +103,16 @@ class TeachableAssistant:
             return
         served = self.serving.active if adapter is None else adapter.draft
         self._check_fixed(weights, served, self.serving.trainable)
+        self.serving.refresh(weights)
+        if self.learner is not None:
+            self.learner.load_weights(weights)
+
+    def take_weights(self, weights: dict[str, Tensor]):
+        """Serve learnt weights of this draft, by the names of `serving.weights()`, from the next call on, and go on learning from them.
+
+        Raises:
+            ValueError: if they are not this draft's.
+        """
         self.serving.refresh(weights)
         if self.learner is not None:
             self.learner.load_weights(weights)

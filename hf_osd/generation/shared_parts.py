@@ -1,0 +1,85 @@
+"""`SharedParts` are the parts of an assistant that others with the same draft can share."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_osd.config import OnlineConfig
+from hf_osd.drafting.draft_trial import try_draft
+from hf_osd.drafting.reach import Reach
+from hf_osd.drafting.suffix_cache import SuffixCaches
+from hf_osd.generation.checks import check_draft
+from hf_osd.generation.logit_widths import LogitWidths
+from hf_osd.generation.patch import enable
+from hf_osd.models.clean_copy import clean_copy, unwrapped
+from hf_osd.models.draft_head import DraftHead
+from hf_osd.policy.lookahead import DraftPolicy
+from hf_osd.system.warn_once import WarnOnce
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class SharedParts:
+    """Holds the parts that several assistants of one draft can share, see [`hf_osd.routed.RoutedAssistant`].
+
+    Args:
+        draft (`PreTrainedModel`, *optional*): the draft as it came, in storage that is never written: copies share it until they write.
+        reach (`Reach`, *optional*): the draft's limits.
+        widths (`LogitWidths`): numbers of logits of targets.
+        head (`DraftHead`, *optional*): the head, where the draft's vocabulary is reduced.
+        texts (`SuffixCaches`, *optional*): recent texts.
+        lookahead (`DraftPolicy`, *optional*): a policy whose measured costs hold for the others.
+        warn_once (`WarnOnce`): gives warnings.
+        learning (`threading.Lock`, *optional*): held while one of them learns.
+        busy (`Callable[[], bool]`, *optional*): tells whether any of them serves a call.
+    """
+
+    draft: PreTrainedModel | None = None
+    reach: Reach | None = None
+    widths: LogitWidths = field(default_factory=LogitWidths)
+    head: DraftHead | None = None
+    texts: SuffixCaches | None = None
+    lookahead: DraftPolicy | None = None
+    warn_once: WarnOnce = field(default_factory=lambda: WarnOnce(logging.getLogger("hf_osd.assistant")))
+    learning: threading.Lock | None = None
+    busy: Callable[[], bool] | None = None
+
+    @classmethod
+    def of(cls, draft: PreTrainedModel | None, config: OnlineConfig) -> SharedParts:
+        """Makes the parts for assistants with this draft; opens the seam.
+
+        Raises:
+            ValueError: as for [`OnlineAssistant`].
+        """
+        if draft is not None:
+            draft = unwrapped(draft) if isinstance(draft, torch.nn.Module) else draft
+            check_draft(draft)
+        elif not config.suffix_cache:
+            raise ValueError(
+                "There is no draft and `suffix_cache` is False, so nothing could draft. Pass a draft, such as "
+                "hf_osd.grow_draft(target), or leave suffix_cache on."
+            )
+        enable()
+
+        shared = cls(texts=SuffixCaches(config.suffix_cache_bytes) if config.suffix_cache else None)
+        if draft is not None:
+            # A copy in storage of its own, made before any trainer exists: a user's training of `draft` then reaches the serving draft by
+            # `refresh` only. The copies that serve and learn share this storage until they write.
+            copied = clean_copy(draft)
+            trial = try_draft(copied, draft)
+            shared = replace(
+                shared,
+                draft=copied,
+                reach=Reach(copied, trial),
+                widths=LogitWidths(copied.config.get_text_config(decoder=True), trial.width),
+                head=DraftHead.from_config(copied, config),
+            )
+        return shared

@@ -1,0 +1,157 @@
+"""`DraftPool` keeps what several drafts of one base differ in, in bounded memory: those that were not used for longest are put away to disk, or dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from hf_osd.system.files import staged
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import Tensor
+
+    from hf_osd.models.hot_swap import HotSwapDraft
+
+logger = logging.getLogger(__name__)
+
+# Bytes that learning takes for each weight: float32 masters, two moments of AdamW, and the copies of it that the gate compares.
+_LEARNING_BYTES = 4 * 5
+
+
+class Member(Protocol):
+    """A draft of the pool, with whatever serves and teaches it."""
+
+    serving: HotSwapDraft
+    learner: object
+
+
+M = TypeVar("M", bound=Member)
+
+
+def route_bytes(member: Member) -> int:
+    """Estimate the bytes that a draft adds to the base: the weights that serve and are its own, and those that learning holds."""
+    serving = member.serving
+    own = serving.own_bytes()
+    weights = sum(tensor.numel() for _, tensor in serving.weights())
+    return own + (weights * _LEARNING_BYTES if member.learner is not None and serving.version else 0)
+
+
+class DraftPool:
+    """Holds the drafts of routes by name. Not thread-safe: its owner holds a lock.
+
+    Args:
+        make (`Callable`): makes a member of a name and learnt weights, by their names, or `None`.
+        most (`int`): members in memory, at most.
+        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays.
+        folder (*optional*): where learnt weights are put away.
+        closing (`Callable`): called with name, member and whether its weights were kept, before it goes.
+
+    Raises:
+        ValueError: if `max_bytes` is below 1.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str, dict[str, Tensor] | None], M],
+        most: int,
+        max_bytes: int | None = None,
+        folder: str | os.PathLike | None = None,
+        closing: Callable[[str, M, bool], None] = lambda name, member, kept: None,
+    ):
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
+            raise ValueError(
+                f"`pool_bytes` is {max_bytes!r}; give the bytes that routes may take beside the draft as it came, or None for no bound."
+            )
+        self._make, self._most, self.max_bytes, self._closing = make, most, max_bytes, closing
+        self.folder = None if folder is None else Path(folder)
+        self._members: OrderedDict[str, M] = OrderedDict()  # the one used last at the end
+        self._warned = False
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def items(self) -> Iterator[tuple[str, M]]:
+        return iter(self._members.items())
+
+    def peek(self, name: str) -> M:
+        """Return a member that is in memory; that is no use of it."""
+        return self._members[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Estimate the bytes that all members in memory add to the base."""
+        return sum(map(route_bytes, self._members.values()))
+
+    def get(self, name: str) -> M:
+        """Return a member, from memory or from where it was put away, or a new one."""
+        if name not in self._members:
+            self._make_room()
+            self._members[name] = self._make(name, self._load(name))
+        self._members.move_to_end(name)
+        while self.max_bytes is not None and len(self._members) > 1 and self.nbytes > self.max_bytes:
+            self._put_away()
+        return self._members[name]
+
+    def add(self, name: str, weights: dict[str, Tensor]) -> M:
+        """Make a member of learnt weights, by their names."""
+        self._members.pop(name, None)
+        self._make_room()
+        self._members[name] = self._make(name, weights)
+        return self._members[name]
+
+    def _make_room(self):
+        while len(self._members) >= self._most:
+            self._put_away()
+
+    def _put_away(self):
+        """Let the member go that was not used for longest."""
+        name = next(iter(self._members))
+        member = self._members[name]
+        kept = self.folder is not None
+        if kept:
+            self._save(name, dict(member.serving.weights()) if member.serving.version else {})
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                "Route %r is dropped with what it has learnt, and others will be, for the pool is full. Raise max_routes or pool_bytes, or give a pool_folder, into which "
+                "learnt weights are put away.",
+                name,
+            )
+        self._closing(name, member, kept)
+        del self._members[name]
+
+    def path(self, name: str) -> Path:
+        """Return the file of a route that was put away."""
+        return self.folder / file_name(name)
+
+    def _save(self, name: str, weights: dict[str, Tensor]):
+        from safetensors.torch import save_file
+
+        if weights:
+            with staged(self.folder) as staging:
+                save_file(
+                    {key: w.detach().contiguous().cpu() for key, w in weights.items()}, staging / file_name(name)
+                )
+
+    def _load(self, name: str) -> dict[str, Tensor] | None:
+        from safetensors.torch import load_file
+
+        if self.folder is None or not self.path(name).is_file():
+            return None
+        return load_file(self.path(name))
+
+
+def file_name(name: str) -> str:
+    """Name the file of a route: its letters as far as they are safe, and a digest that tells names apart which are the same in these."""
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40]
+    return f"{safe or 'route'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"

@@ -1,0 +1,357 @@
+"""`RoutedAssistant` serves with several drafts, each of which learns its own traffic: a topic, a language, a tenant."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_osd.assistant import OnlineAssistant
+from hf_osd.config import OnlineConfig
+from hf_osd.distill.scoring import judge_served
+from hf_osd.generation.checks import check_call
+from hf_osd.generation.shared_parts import SharedParts
+from hf_osd.generation.view import AssistantView
+from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.models.pool import DraftPool
+from hf_osd.policy.report import report
+from hf_osd.policy.routing import TopicRouter, prompt_features
+from hf_osd.saving.routes import SavableRoutes
+from hf_osd.system.forks import released
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_osd.feedback.feedback import Feedback
+    from hf_osd.generation.candidates import OnlineCandidateGenerator
+    from hf_osd.generation.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+# The route of calls for which nobody named one.
+DEFAULT = "default"
+# All drafts are scored on every so many-th request that a router may learn from, as long as that takes no more than this share of serving.
+_SCORE_EVERY, _SCORE_SHARE = 4, 0.02
+_NO_TOPIC = -1
+
+
+class RouteView(AssistantView):
+    """Opens a [`RoutedAssistant`]'s calls on one route. Made by [`RoutedAssistant.route`]; pass it as `assistant_model`."""
+
+    def __init__(self, assistant: RoutedAssistant, route: str, tenant: Hashable = None, private: bool = False):
+        super().__init__(assistant, tenant, private)
+        self._route = route
+
+    def open_call(self, request: GenerateRequest) -> OnlineCandidateGenerator:
+        return self._assistant.open_call(request, tenant=self._tenant, private=self._private, route=self._route)
+
+    def tenant(self, name: Hashable) -> RouteView:
+        return RouteView(self._assistant, self._route, name, self._private)
+
+    def private(self) -> RouteView:
+        return RouteView(self._assistant, self._route, self._tenant, private=True)
+
+
+class RoutedAssistant(SavableRoutes):
+    """Assists `generate` with several drafts that begin as one and each learn the traffic of their route (arXiv 2310.07177, section 4.3, "query routing").
+
+    ```python
+    assistant = RoutedAssistant(draft)                                              # a route for each topic that is found
+    target.generate(**inputs, assistant_model=assistant)
+    target.generate(**inputs, assistant_model=assistant.route("sql"))               # or one that you name
+    ```
+
+    A route is all that an [`OnlineAssistant`] has of its own: the serving weights, a learner with its buffer and gate, estimates of acceptance. The routes share what is
+    common: the weights that no route has changed, the suffix cache, measured costs. One of them learns at a time. Changing the route of a call moves no weight, unless the
+    route had been put away. Output is the target's own on every route.
+
+    Args:
+        draft (`PreTrainedModel`): as for `OnlineAssistant`. All routes begin with it; a topic's begins with the weights of the route that served it until then.
+        config ([`OnlineConfig`], *optional*): settings of each route; `learn="process"` is not possible. `adapter="lora"` makes a route take little memory.
+        routes (`str`): `"topics"` finds the route of each prompt by its topic ([`hf_osd.policy.routing.TopicRouter`]) where the call names none; `"named"` serves such calls on the route
+            `"default"`.
+        max_routes (`int`): routes at one time, at most, the default route not counted. The one that was used least recently is put away for another.
+        pool_bytes (`int`, *optional*): memory for what routes add to the draft as it came, by estimate ([`hf_osd.models.pool.route_bytes`]); no bound if left out.
+        pool_folder (*optional*): where to put away the learnt weights of routes that do not fit. Without one they are dropped, and begin anew when asked for again.
+        tenants_are_routes (`bool`): serve a tenant's calls on a route of that name.
+        **overrides: single fields of the config.
+
+    Raises:
+        ValueError: as for `OnlineAssistant`, or if an argument has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        config: OnlineConfig | None = None,
+        *,
+        routes: str = "topics",
+        max_routes: int = 8,
+        pool_bytes: int | None = None,
+        pool_folder: str | None = None,
+        tenants_are_routes: bool = False,
+        **overrides,
+    ):
+        if draft is None:
+            raise ValueError(
+                "A RoutedAssistant needs a draft to route to; OnlineAssistant() serves from the suffix cache alone."
+            )
+        if routes not in ("topics", "named"):
+            raise ValueError(f"`routes` is {routes!r}; choose 'topics' or 'named'.")
+        if isinstance(max_routes, bool) or not isinstance(max_routes, int) or max_routes < 1:
+            raise ValueError(f"`max_routes` is {max_routes!r}; give a whole number, at least 1.")
+        if overrides:
+            config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
+        self.osd_config = config = config or OnlineConfig()
+        if config.learn == "process":
+            raise ValueError(
+                "`learn` is 'process', and a process of its own for each route would take as many cores and copies. Choose learn='background' or 'inline'."
+            )
+        self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
+        self._lock = released(threading.RLock())
+        self._shared = replace(SharedParts.of(draft, config), learning=released(threading.Lock()), busy=self._serves)
+        self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
+        self.pool = DraftPool(self._make, max_routes, pool_bytes, pool_folder, self._closing)
+        self._stats_before: dict[str, Stats] = {}  # of routes that were put away
+        self._scored = Counter()
+        self._score_seconds = 0.0
+        self.closed = False
+        self._default = self._make(DEFAULT, None)
+        self._shared = replace(self._shared, lookahead=self._default.lookahead)
+
+    # Attributes that transformers reads on an assistant model.
+
+    @property
+    def config(self):
+        """Returns the draft's config. The [`OnlineConfig`] is `osd_config`."""
+        return self._default.config
+
+    @property
+    def generation_config(self):
+        return self._default.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self._default.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._default.dtype
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self._default._supports_logits_to_keep()
+
+    def generate(self, *args, **kwargs):
+        """Generates with the default route's draft alone, as [`OnlineAssistant.generate`] does."""
+        return self._default.generate(*args, **kwargs)
+
+    def warn_plain_decoding(self, target: PreTrainedModel, why: str):
+        """Warns, once, that calls of `target` get no drafts."""
+        self._default.warn_plain_decoding(target, why)
+
+    # Serving.
+
+    def route(self, name: str) -> RouteView:
+        """Returns a view whose calls are served, and learnt, on the route of this name; it is made when it is first used.
+
+        Raises:
+            ValueError: if the name is no text, or empty.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"The route's name is {name!r}; give a text, such as 'sql'.")
+        return RouteView(self, name)
+
+    def tenant(self, name: Hashable) -> AssistantView:
+        """Returns a view for one tenant's calls: its text in the suffix cache is never proposed to others. With `tenants_are_routes` it is served on a route of its own."""
+        if self.tenants_are_routes and not isinstance(name, str):
+            raise ValueError(f"The tenant's name is {name!r}; where tenants are routes, give a text.")
+        return AssistantView(self, name)
+
+    def private(self) -> AssistantView:
+        """Returns a view for calls of which nothing is kept. Without a name of a route they are served on the default route, or on that of the tenant: a router learns nothing from them."""
+        return AssistantView(self, private=True)
+
+    def open_call(
+        self, request: GenerateRequest, *, tenant: Hashable = None, private: bool = False, route: str | None = None
+    ) -> OnlineCandidateGenerator:
+        """Opens one generate call on its route; the seam calls it.
+
+        Raises:
+            ValueError: if assisted generation or hf_osd cannot serve the call; nothing has run by then.
+        """
+        check_call(request, self._default.serving.active)  # before a router counts it
+        with self._lock:
+            topic = _NO_TOPIC
+            if route is None and self.tenants_are_routes and tenant is not None:
+                route = tenant
+            if route is None and self.router is not None and not private and request.reads_tokens:
+                route, topic, parent = self._by_topic(request)
+                assistant = self._of_route(route, parent)
+            else:
+                assistant = self._of_route(route or DEFAULT)
+        return assistant.open_call(request, tenant=tenant, private=private, label=(route, topic))
+
+    def _by_topic(self, request: GenerateRequest) -> tuple[str, int, str | None]:
+        """Finds route and topic of a call's prompt, and the route from whose weights a new one begins."""
+        embeddings = getattr(request.target.get_input_embeddings(), "weight", None)
+        if embeddings is None or embeddings.is_meta or not embeddings.is_floating_point():
+            return DEFAULT, _NO_TOPIC, None
+        tokens = request.input_ids[0] if request.mask is None else request.input_ids[0][request.mask[0].bool()]
+        choice = self.router.route(prompt_features(embeddings.detach(), tokens))
+        return choice.route, choice.topic, choice.parent
+
+    def _of_route(self, name: str, parent: str | None = None) -> OnlineAssistant:
+        """Finds the assistant of a route, or makes it."""
+        if name == DEFAULT:
+            return self._default
+        known = name in self.pool
+        assistant = self.pool.get(name)
+        if not known and parent is not None and parent in self.pool and not assistant.serving.version:
+            assistant.take_weights(dict(self.pool.peek(parent).serving.weights()))
+        return assistant
+
+    def _make(self, name: str, weights: dict[str, torch.Tensor] | None) -> OnlineAssistant:
+        """Makes the assistant of a route, with learnt weights if it has some."""
+        assistant = OnlineAssistant.of_parts(self.osd_config, self._shared)
+        if weights is not None:
+            assistant.take_weights(weights)
+        if self.router is not None:
+            assistant.on_feedback = self._observe
+        return assistant
+
+    def _closing(self, name: str, assistant: OnlineAssistant, kept: bool):
+        """Lets a route go that is put away (`kept`) or dropped."""
+        assistant.collect()
+        self._stats_before[name] = assistant.stats
+        assistant.close()
+        if not kept and self.router is not None and name in self.router.routes:
+            self.router.forget(name)
+
+    @torch.autocast("cpu", enabled=False)
+    def _observe(self, feedback: Feedback, label: tuple[str | None, int] | None):
+        """Scores all drafts on a request that none of them has learnt, now and then, and lets the router know."""
+        name, topic = label or (None, _NO_TOPIC)
+        if topic == _NO_TOPIC or feedback.sampled:
+            return
+        self._scored[name] += 1
+        served = sum(assistant._stats.total.seconds for _, assistant in self._assistants())
+        if self._scored[name] % _SCORE_EVERY or self._score_seconds > _SCORE_SHARE * served or len(self.pool) < 2:
+            return
+        began, acceptance = time.perf_counter(), {}
+        with self._lock:
+            routes = [(route, self.pool.peek(route)) for route in self.router.routes if route in self.pool]
+        try:
+            for route, assistant in routes:
+                [judged] = judge_served(assistant.serving, [feedback])
+                known = judged.overlap[~judged.overlap.isnan()]
+                if len(known):
+                    acceptance[route] = float(known.mean().clamp(0, 1))
+        except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
+            logger.exception("The drafts could not be scored on a request.")
+            return
+        finally:
+            self._score_seconds += time.perf_counter() - began
+        with self._lock:
+            if acceptance and topic in self.router.topics:
+                self.router.observe(topic, acceptance, len(feedback))
+
+    # Learning and figures.
+
+    def _assistants(self) -> Iterator[tuple[str, OnlineAssistant]]:
+        yield DEFAULT, self._default
+        yield from list(self.pool.items())
+
+    def _serves(self) -> bool:
+        """Tells whether any route serves a call; takes no lock."""
+        return any(assistant._calls.any() for _, assistant in self._assistants())
+
+    def _each(self, do: Callable[[OnlineAssistant], bool]) -> bool:
+        with self._lock:
+            done = [do(assistant) for _, assistant in self._assistants()]
+        return any(done)
+
+    def collect(self):
+        """Collects statistics and feedback of the calls that have ended, on all routes."""
+        self._each(OnlineAssistant.collect)
+
+    def update(self, force: bool = False) -> bool:
+        """Learns on each route on which an update is due. Returns `True` if weights of any were refreshed."""
+        return self._each(lambda assistant: assistant.update(force))
+
+    def flush(self) -> bool:
+        """Learns from all new feedback of all routes now. Returns `True` if weights of any were refreshed."""
+        return self._each(OnlineAssistant.flush)
+
+    def close(self):
+        """Stops learning on all routes. The drafts go on drafting with fixed weights."""
+        self._each(OnlineAssistant.close)
+        self.closed = True
+
+    def __enter__(self) -> RoutedAssistant:
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    @property
+    def stats(self) -> RoutedStats:
+        """Returns the statistics of all routes together, and `by_route` those of each."""
+        with self._lock:
+            by_route = {name: assistant.stats for name, assistant in self._assistants()}
+            return RoutedStats.of({**self._stats_before, **by_route})
+
+    def report(self) -> str:
+        """Describes each route in a few lines, see [`OnlineAssistant.report`]."""
+        with self._lock:
+            lines = []
+            for name, assistant in self._assistants():
+                if name != DEFAULT or assistant.stats.total.requests or not len(self.pool):
+                    text = report(assistant.stats, assistant.lookahead, assistant.learning_choice)
+                    lines.append(f"Route {name}:\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+            away = sorted(self._stats_before.keys() - {name for name, _ in self._assistants()})
+            if away:
+                lines.append(f"Put away: {', '.join(away)}.")
+            return "\n".join(lines)
+
+
+class RoutedStats(Stats):
+    """Counts all routes together. The last call and rates are those of the route that has served most.
+
+    Attributes:
+        by_route (`dict[str, Stats]`): the statistics of each route.
+    """
+
+    by_route: dict[str, Stats]
+
+    @classmethod
+    def of(cls, by_route: dict[str, Stats]) -> RoutedStats:
+        """Sum the statistics of routes."""
+        most = max(by_route.values(), key=lambda stats: stats.total.requests)
+        total = CallStats()
+        for stats in by_route.values():
+            total.add(stats.total)
+        summed = (
+            "updates",
+            "failed_updates",
+            "rejected_updates",
+            "accepted_updates",
+            "learner_restarts",
+            "learned_tokens",
+        )
+        summed += ("learning_seconds", "buffer_requests", "buffer_bytes", "buffer_capacity", "draft_version")
+        figures = {name: sum(getattr(stats, name) for stats in by_route.values()) for name in summed}
+        figures |= {
+            name: max(getattr(stats, name) for stats in by_route.values())
+            for name in ("longest_update", "longest_wait", "suffix_cache_bytes")
+        }
+        own = cls(last=most.last, total=total, **figures)
+        for stats in by_route.values():
+            own.recent.extend(stats.recent)
+        own.by_route = by_route
+        return own

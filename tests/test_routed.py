@@ -1,0 +1,215 @@
+"""Several drafts behind one `assistant_model`: who serves a call, who learns from it, and that nobody's output changes."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from hf_osd import OnlineAssistant, RoutedAssistant, grow_draft, grow_feature_draft
+from hf_osd.saving.routes import POOL_NAME
+
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+LEARNS = {"update_interval": 2, "learning_rate": 5e-3, "gate": False, "learning_budget": 1.0, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama):
+    return tiny_llama(layers=4)
+
+
+def prompts(count, low=2, high=64, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(low, high, (1, 8), generator=random) for _ in range(count)]
+
+
+def serve(target, assistant, prompt, **kwargs):
+    output = target.generate(prompt, assistant_model=assistant, **{**GREEDY, **kwargs})
+    assert torch.equal(output, target.generate(prompt, **{**GREEDY, **kwargs}))
+    return output
+
+
+@pytest.mark.parametrize("kind", ["grown", "adapter", "feature"])
+def test_each_route_learns_its_own_calls_and_output_is_the_targets(target, kind):
+    draft = grow_feature_draft(target, seed=0) if kind == "feature" else grow_draft(target)
+    extra = {"adapter": "lora", "lora": 4} if kind == "adapter" else {}
+    assistant = RoutedAssistant(draft, routes="named", lookahead="constant", **LEARNS, **extra)
+    for prompt in prompts(5):
+        for name in ("a", "b"):
+            serve(target, assistant.route(name), prompt)
+    serve(target, assistant, prompts(1)[0])
+    assistant.flush()
+    stats = assistant.stats
+    assert {name: one.total.requests for name, one in stats.by_route.items()} == {"default": 1, "a": 5, "b": 5}
+    assert [stats.by_route[name].updates for name in ("default", "a", "b")] == [1, 3, 3]
+    assert (stats.updates, stats.failed_updates, stats.total.requests) == (7, 0, 11)
+    a, b = (dict(assistant.pool.peek(name).serving.weights()) for name in "ab")
+    untouched = OnlineAssistant(draft, lookahead="constant", **LEARNS, **extra).serving.weights()
+    assert any(not torch.equal(weight, a[name]) for name, weight in untouched)
+    assert all(text in assistant.report() for text in ("Route a:", "Route b:", "Route default:"))
+    assert a.keys() == b.keys()
+
+
+def test_routes_share_what_none_has_changed(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", **LEARNS)
+    a, b = (assistant.pool.get(name) for name in "ab")
+    shared = zip(a.serving.active.parameters(), b.serving.active.parameters(), strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in shared)
+    assert a.texts is b.texts
+    assert a.lookahead.costs is b.lookahead.costs
+    assert a.lookahead.positions is not b.lookahead.positions
+    assert assistant.pool.nbytes == 0
+
+
+def test_text_is_shared_by_routes_and_kept_apart_by_tenants(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", draft_cost=10.0, learn=False)
+    prompt = prompts(1)[0]
+    serve(target, assistant.route("a"), prompt)
+    serve(target, assistant.route("b").tenant("t"), prompt)
+    serve(target, assistant.route("b"), prompt)
+    assistant.collect()
+    assert assistant.stats.by_route["b"].last.drafted_by["cache"] > 0
+
+
+def test_private_calls_teach_no_route(target):
+    assistant = RoutedAssistant(grow_draft(target), **LEARNS)
+    for prompt in prompts(4):
+        serve(target, assistant.route("a").private(), prompt)
+        serve(target, assistant.private(), prompt)
+    assert not assistant.flush()
+    assert assistant.stats.buffer_requests == 0
+    assert not assistant.router.routes
+
+
+def test_a_tenant_may_be_a_route(target):
+    assistant = RoutedAssistant(grow_draft(target), tenants_are_routes=True, **LEARNS)
+    serve(target, assistant.tenant("acme"), prompts(1)[0])
+    assert assistant.stats.by_route["acme"].total.requests == 1
+    with pytest.raises(ValueError, match="tenant's name is 7"):
+        assistant.tenant(7)
+
+
+def test_topics_get_routes_of_their_own_and_begin_with_their_parents_weights(target):
+    assistant = RoutedAssistant(grow_draft(target), max_routes=4, **LEARNS)
+    for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
+        serve(target, assistant, one, max_new_tokens=4)
+        serve(target, assistant, other, max_new_tokens=4)
+    assistant.flush()
+    assert len(assistant.pool) >= 2
+    by_route = {name: stats for name, stats in assistant.stats.by_route.items() if name != "default"}
+    assert sum(stats.total.requests for stats in by_route.values()) == 80
+    assert all(stats.failed_updates == 0 for stats in by_route.values())
+
+
+def test_routes_switched_in_threads_while_they_learn(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", lookahead="constant", **LEARNS)
+    wrong = []
+
+    def client(i):
+        try:
+            for j, prompt in enumerate(prompts(6, seed=i)):
+                serve(target, assistant.route("ab"[(i + j) % 2]), prompt)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assistant.flush()
+    assert assistant.stats.total.requests == 18
+    assert assistant.stats.failed_updates == 0
+
+
+def test_a_route_that_was_put_away_serves_what_it_had_learnt(target, tmp_path):
+    assistant = RoutedAssistant(
+        grow_draft(target), routes="named", max_routes=1, pool_folder=tmp_path / "away", **LEARNS
+    )
+    for prompt in prompts(3):
+        serve(target, assistant.route("a"), prompt)
+    assistant.flush()
+    learnt = {name: weight.clone() for name, weight in assistant.pool.peek("a").serving.weights()}
+    serve(target, assistant.route("b"), prompts(1)[0])
+    assert "a" not in assistant.pool
+    assert "Put away: a." in assistant.report()
+    serve(target, assistant.route("a"), prompts(1)[0])
+    back = dict(assistant.pool.peek("a").serving.weights())
+    assert all(torch.equal(back[name], weight) for name, weight in learnt.items())
+    assert assistant.stats.by_route["a"].total.requests >= 1
+
+
+@pytest.mark.parametrize("kind", ["grown", "adapter"])
+def test_a_saved_pool_comes_back(target, tmp_path, kind):
+    extra = {"adapter": "lora", "lora": 4} if kind == "adapter" else {}
+    assistant = RoutedAssistant(grow_draft(target), max_routes=3, **LEARNS, **extra)
+    for prompt in prompts(4):
+        serve(target, assistant.route("a/b"), prompt)
+        serve(target, assistant, prompt)
+    assistant.flush()
+    assistant.save_pretrained(tmp_path / "pool")
+    again = RoutedAssistant.from_pretrained(tmp_path / "pool")
+    assert again.max_routes == 3
+    assert again.router.routes == assistant.router.routes
+    for name, one in assistant.pool.items():
+        old, new = dict(one.serving.weights()), dict(again.pool.peek(name).serving.weights())
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    serve(target, again.route("a/b"), prompts(1)[0])
+    assistant.save_route("a/b", tmp_path / "one")
+    assert (tmp_path / "one" / "model.safetensors").is_file()
+
+
+def test_what_cannot_be_loaded_says_why(target, tmp_path, tiny_llama):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", **LEARNS)
+    for prompt in prompts(2):
+        serve(target, assistant.route("a"), prompt)
+    assistant.flush()
+    assistant.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another draft"):
+        RoutedAssistant.from_pretrained(tmp_path, draft=grow_draft(tiny_llama(layers=4, seed=5)))
+    with pytest.raises(ValueError, match="have learnt in all weights"):
+        RoutedAssistant.from_pretrained(tmp_path, config=type(assistant.osd_config)(adapter="lora", seed=0))
+    facts = json.loads((tmp_path / POOL_NAME).read_text())
+    (tmp_path / POOL_NAME).write_text(json.dumps({**facts, "version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        RoutedAssistant.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no pool of drafts"):
+        RoutedAssistant.from_pretrained(_single(assistant, tmp_path / "single"))
+    with pytest.raises(ValueError, match="no route 'c'"):
+        assistant.save_route("c", tmp_path / "c")
+
+
+def _single(assistant, folder):
+    assistant.save_route("a", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"routes": "none"}, "routes"),
+        ({"max_routes": 0}, "max_routes"),
+        ({"pool_bytes": 0}, "pool_bytes"),
+        ({"learn": "process"}, "process"),
+    ],
+)
+def test_what_it_cannot_be_made_with(target, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        RoutedAssistant(grow_draft(target), **arguments)
+
+
+def test_a_route_needs_a_name(target):
+    assistant = RoutedAssistant(grow_draft(target), learn=False)
+    for name in ("", None, 3):
+        with pytest.raises(ValueError, match="route's name"):
+            assistant.route(name)
+    with pytest.raises(ValueError, match="needs a draft"):
+        RoutedAssistant(None)
+
+
+def test_a_closed_one_still_drafts(target):
+    with RoutedAssistant(grow_draft(target), lookahead="constant", **LEARNS) as assistant:
+        serve(target, assistant.route("a"), prompts(1)[0])
+    serve(target, assistant.route("a"), prompts(1)[0])
+    assert assistant.stats.by_route["a"].last.drafted_by["draft"] > 0
