@@ -49,12 +49,15 @@ class HotSwapDraft:
         )  # the adapter weights merged into the active copy
         self._leases: dict[int, int] = {}  # id of a copy -> number of calls that hold it
         self._active = 0
-        self._lock = released(threading.Lock())  # guards leases and the active index
+        self._rests = False  # the adapter is merged when the draft is asked for
+        self._lock = released(threading.RLock())  # guards leases and the active index
         self._refreshing = released(threading.Lock())  # one refresh at a time
 
     @property
     def active(self) -> nn.Module:
         """Return the copy that serves the next call. Read-only."""
+        if self._rests:
+            self._wake()
         return self._copies[self._active]
 
     def lease(self) -> nn.Module:
@@ -77,6 +80,21 @@ class HotSwapDraft:
             return iter(self._learnt.items())
         return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
 
+    def rest(self) -> bool:
+        """Let go of the copy into which the adapter is merged, until the draft is asked for. Returns `True` if there was one, and no call holds it."""
+        with self._refreshing, self._lock:
+            if self.adapter is None or self._rests or self._leases or not self.version:
+                return False
+            base = sharing_copy(self.adapter.base).eval()
+            self._copies, self._rests = [base, base], True
+            return True
+
+    def _wake(self):
+        with self._lock:
+            if self._rests:
+                merged = self._merged(self._learnt)
+                self._copies, self._rests = [merged, merged], False
+
     def own_bytes(self) -> int:
         """Count the bytes of weights that are not shared with the draft as it came."""
         if self.adapter is None:
@@ -85,7 +103,7 @@ class HotSwapDraft:
             ]
             return sum(parameters[name].nbytes for parameters, names in copies for name in names)
         learnt = sum(tensor.nbytes for tensor in self._learnt.values())
-        if not self.version:
+        if not self.version or self._rests:
             return learnt
         return learnt + sum(self.active.get_parameter(f"{module}.weight").nbytes for module in self.adapter.modules)
 
@@ -113,7 +131,7 @@ class HotSwapDraft:
                 self._copies[at] = self._merged(weights)
                 learnt = _copies({name: weights[name] for name in self.trainable})
             with self._lock:
-                self._active, self._learnt = at, learnt
+                self._active, self._learnt, self._rests = at, learnt, False
                 self.version += 1
                 if self.adapter is not None:  # the old copy goes with the last call that holds it
                     self._copies[1 - at] = self._copies[at]
@@ -125,6 +143,7 @@ class HotSwapDraft:
             copies = [sharing_copy(self.adapter.base).eval() for _ in range(2)]
             with self._lock:
                 self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
+                self._rests = False
                 self.version += 1
 
     def _write(self, at: int, weights: Mapping[str, Tensor]):

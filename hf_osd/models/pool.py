@@ -49,7 +49,8 @@ class DraftPool:
     Args:
         make (`Callable`): makes a member of a name and learnt weights, by their names, or `None`.
         most (`int`): members in memory, at most.
-        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays.
+        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays. Where they do not fit, adapters are first held unmerged, which
+            takes a few milliseconds when they are asked for again.
         folder (*optional*): where learnt weights are put away.
         closing (`Callable`): called with name, member and whether its weights were kept, before it goes.
 
@@ -98,8 +99,7 @@ class DraftPool:
             self._make_room()
             self._members[name] = self._make(name, self._load(name))
         self._members.move_to_end(name)
-        while self.max_bytes is not None and len(self._members) > 1 and self.nbytes > self.max_bytes:
-            self._put_away()
+        self._fit()
         return self._members[name]
 
     def add(self, name: str, weights: dict[str, Tensor]) -> M:
@@ -108,6 +108,17 @@ class DraftPool:
         self._make_room()
         self._members[name] = self._make(name, weights)
         return self._members[name]
+
+    def _fit(self):
+        """Let members rest, and then go, until the others fit; the one used last stays as it is."""
+        if self.max_bytes is None:
+            return
+        for member in list(self._members.values())[:-1]:
+            if self.nbytes <= self.max_bytes:
+                return
+            member.serving.rest()
+        while len(self._members) > 1 and self.nbytes > self.max_bytes:
+            self._put_away()
 
     def _make_room(self):
         while len(self._members) >= self._most:

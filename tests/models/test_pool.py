@@ -71,6 +71,24 @@ def test_what_has_not_learnt_adds_nothing_and_an_adapter_little(draft):
     assert route_bytes(member) == sum(weight.nbytes for weight in adapter.weights().values())
 
 
+def test_adapters_rest_before_anything_goes(draft):
+    base = copy_draft(draft, frozen=set())
+    pool = DraftPool(lambda name, w: Member(base, w, Adapter(base, 2)), 8)
+    for name in "ab":
+        moved(pool.get(name), 0.5)
+    merged = {name: p.clone() for name, p in pool.peek("a").serving.active.named_parameters()}
+    pool.max_bytes = pool.nbytes - 1
+    pool.get("b")
+    assert "a" in pool
+    a = pool.peek("a").serving
+    assert a.own_bytes() < pool.peek("b").serving.own_bytes()
+    leased = a.lease()
+    assert all(torch.equal(p, merged[name]) for name, p in leased.named_parameters())
+    assert not a.rest(), "a call holds it"
+    a.release(leased)
+    assert a.rest()
+
+
 def test_names_are_told_apart_on_disk():
     names = ["sql", "SQL", "a/b", "a b", "../a", "", "ä" * 300]
     files = [file_name(name) for name in names]
