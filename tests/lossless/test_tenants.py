@@ -1,12 +1,16 @@
 """Tenants of one assistant: none is proposed another's text, and all share the draft, its learner and the statistics, threads or not."""
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
 
+from hf_osd import RoutedAssistant
+
 from .checks import assistant_of
-from .models import InMidCall
+from .models import InMidCall, one_layer
+from .reference import exact_distribution, p_value
 from .sources import BOTH, FEW, GREEDY, PROMPTS, alone, answer_to, check_tenants, proposals_seen
 
 
@@ -96,3 +100,26 @@ def test_tenants_in_several_threads(target, draft, with_draft):
     assert total.accepted_by["cache"] > 0
     assert assistant.stats.failed_updates == 0
     assert (assistant.stats.updates > 2) == with_draft
+
+
+def test_samples_of_routes_have_the_targets_distribution(noised_copy):
+    """Two drafts in turn, each of which learns its own calls: answers come as often as the target alone would give them."""
+    target, prompt, asked = one_layer(5), torch.tensor([[1, 2, 3]]), {"do_sample": True, "top_k": 0}
+    exact = exact_distribution(target, prompt, 3, (), **asked)
+    settings = {"lookahead": "constant", "num_assistant_tokens": 3, "update_interval": 8, "learning_rate": 1e-2}
+    settings |= {"gate": False, "learning_budget": 1.0, "seed": 0}
+    assistant = RoutedAssistant(noised_copy(target, 1.0, seed=1), routes="named", **settings)
+    counts = Counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for i in range(320):
+            view = assistant.route("ab"[i % 2])
+            output = target.generate(
+                prompt, max_new_tokens=3, assistant_model=view, pad_token_id=0, eos_token_id=None, **asked
+            )
+            counts[tuple(output[0, 3:].tolist())] += 1
+    assert counts.keys() <= exact.keys()
+    assert p_value(counts, exact) > 1e-4
+    stats = assistant.stats
+    assert 0 < stats.total.accepted < stats.total.tested
+    assert all(stats.by_route[name].updates > 10 for name in "ab")
