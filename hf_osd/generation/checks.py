@@ -8,13 +8,13 @@ from torch import nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_osd.generation.verification import only_looks_stateful
-from hf_osd.models.feature_config import FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
+from hf_osd.models.feature_target import check_target
 from hf_osd.models.plain import has_adapter
 from hf_osd.models.properties import reads_states
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from hf_osd.generation.request import GenerateRequest
 
@@ -95,33 +95,6 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             raise ValueError(
                 "`encoder_outputs` came without the encoder's inputs, which the draft's own encoder has to read. Pass `input_ids` in its place."
             )
-
-
-def check_target(target: PreTrainedModel, config: PretrainedConfig):
-    """Raises a `ValueError` if the draft of this config reads a target's states and `target` is another one than it can have been made for."""
-    if getattr(config, "model_type", None) != FeatureDraftConfig.model_type:  # there may be no draft
-        return
-    name, grow = type(target).__name__, "Grow one for this target with hf_osd.grow_feature_draft(target)."
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"The target ({name}) is an encoder-decoder, and a feature-level draft reads a decoder's states. Choose a draft loaded with AutoModelForSeq2SeqLM."
-        )
-    text = target.config.get_text_config(decoder=True)
-    if text.hidden_size != config.target_hidden_size:
-        raise ValueError(
-            f"The draft reads states of width {config.target_hidden_size} and those of the target ({name}) have {text.hidden_size}. {grow}"
-        )
-    depth, made_for = text.num_hidden_layers, config.target_num_hidden_layers
-    if max(config.aux_layers) > depth or made_for not in (None, depth):
-        raise ValueError(
-            f"The draft reads the states after layers {config.aux_layers}{f' of {made_for}' if made_for else ''} and the target ({name}) has {depth} layers. {grow}"
-        )
-    head = target.get_output_embeddings()
-    rows = getattr(getattr(head, "weight", None), "shape", [text.vocab_size])[0]
-    if config.vocab_size not in (text.vocab_size, rows):
-        raise ValueError(
-            f"The draft has {config.vocab_size} tokens and the target ({name}) {text.vocab_size}; a feature-level draft has its target's, and no tokenizers help. {grow}"
-        )
 
 
 def doubt_of_target(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:

@@ -237,7 +237,7 @@ def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callab
         assistant = arguments["generation_mode_kwargs"].get("assistant_model")
         if hasattr(assistant, "open_call"):
             # Before upstream asks for tokenizers, which could not help a draft that reads another target's states.
-            from hf_osd.generation.checks import check_target
+            from hf_osd.models.feature_target import check_target
 
             check_target(self, assistant.config)
         if hasattr(assistant, "open_call") and self._is_stateful:

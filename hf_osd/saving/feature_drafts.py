@@ -20,6 +20,7 @@ from hf_osd.models.clean_copy import unwrapped
 from hf_osd.models.feature_config import FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.feature_growth import share_ends
+from hf_osd.models.feature_target import check_target
 from hf_osd.saving.feature_layouts import (
     LAYOUTS,
     check_expressible,
@@ -191,12 +192,12 @@ def _load(name: str | os.PathLike, target: PreTrainedModel, keep_head: bool, whe
         )
     if layout == "osd":
         draft = FeatureDraft.from_pretrained(name, dtype=target.dtype, use_safetensors=True, **where)
-        _check_target(draft.config, target)
+        check_target(target, draft.config, depth_of(target))
         draft.to(target.get_input_embeddings().weight.device)
         share_ends(draft, target, head=draft.config.draft_vocab_size is None)
         return draft
     config = read_config(raw, layout, target)
-    _check_target(config, target)
+    check_target(target, config, depth_of(target))
     tensors = _read_tensors(name, where)
     return _assembled(name, config, tensors, target, keep_head)
 
@@ -297,20 +298,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if other.is_meta or one.shape != other.shape:
         return False
     return torch.allclose(one.float(), other.detach().float().to(one.device), rtol=0.01, atol=1e-6)
-
-
-def _check_target(config: FeatureDraftConfig, target: PreTrainedModel):
-    """See that a draft reads states that the target has."""
-    name, text, depth = type(target).__name__, target.config.get_text_config(decoder=True), depth_of(target)
-    grow = "Choose the target it was made for, or grow one with hf_osd.grow_feature_draft(target)."
-    if config.target_hidden_size != text.hidden_size:
-        raise ValueError(
-            f"The draft reads states of width {config.target_hidden_size} and those of {name} have {text.hidden_size}. {grow}"
-        )
-    if max(config.aux_layers) > depth:
-        raise ValueError(
-            f"The draft reads the states after layer {max(config.aux_layers)} and {name} has {depth} layers. {grow}"
-        )
 
 
 def _with_ascending_layers(draft: FeatureDraft) -> dict[str, Tensor]:

@@ -362,15 +362,19 @@ def test_an_engines_layout_needs_its_target(target, tmp_path, layout):
 
 def test_another_target_is_refused(tiny_llama, target, tmp_path):
     others = {
-        r"states of width 32 and those of LlamaForCausalLM have 16": tiny_llama(layers=6, hidden_size=16),
-        r"after layer 5 and LlamaForCausalLM has 4 layers": tiny_llama(layers=4),
-        r"has 64 tokens and width 32, and LlamaForCausalLM has 65 and 32": tiny_llama(layers=6, vocab=65),
+        r"states of width 32 and those of the target \(LlamaForCausalLM\) have 16": tiny_llama(
+            layers=6, hidden_size=16
+        ),
+        r"layers \[.*\] of \d and the target \(LlamaForCausalLM\) has 4 layers": tiny_llama(layers=4),
+        r"has 64 tokens and the target \(LlamaForCausalLM\) 65": tiny_llama(layers=6, vocab=65),
     }
     for layout in ("osd", *ENGINES):
         folder = save(learnt(target), tmp_path / layout, layout)
         for message, other in others.items():
             with pytest.raises(ValueError, match=rf"{message}.*grow"):
                 load_feature_draft(folder, other)
+    with pytest.raises(ValueError, match=r"of 6 and the target \(LlamaForCausalLM\) has 8 layers.*grow"):
+        load_feature_draft(tmp_path / "osd", tiny_llama(layers=8))
 
 
 VARIANTS = {
