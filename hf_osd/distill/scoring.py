@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.feature_collator import FeatureCollator
-from hf_osd.distill.unrolled import unrolled_logits, unrolled_rows
+from hf_osd.distill.unrolled import unrolled_logits
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.models.heads import contiguous_head
 from hf_osd.models.properties import forward_parameters, reads_states
@@ -136,7 +136,7 @@ def score_by_step(
             batch = collate([feedback[i] for i in chosen])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             if states:
-                (logits, _), (rows, step) = unrolled_logits(model, batch, steps), unrolled_rows(batch["depth"], steps)
+                logits, (rows, step, _) = unrolled_logits(model, batch, steps)
             else:
                 logits = answer_logits(model, batch)
                 rows = torch.arange(len(logits), device=logits.device)

@@ -25,7 +25,7 @@ from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import answer_logits, learners_autocast
-from hf_osd.distill.unrolled import state_distances, unrolled_logits, unrolled_losses
+from hf_osd.distill.unrolled import Unrolled, state_distances, unrolled_logits, unrolled_losses
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.models.properties import reads_states
@@ -182,14 +182,12 @@ class OnlineGKDTrainer(GKDTrainer):
             return self._loss(model, nothing, return_outputs, num_items_in_batch)
 
     def _loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch: Tensor | int | None):
-        logits, at, states = self._logits(model, inputs, whole=return_outputs)
+        logits, at, unrolled = self._logits(model, inputs, whole=return_outputs)
         p = target_buckets(inputs["top_logps"], inputs["tail_logp"])
         if self._reads_states:
             draftable = None if (has := self._draftable(model)) is None else has[inputs["top_ids"]]
-            distances = (
-                state_distances(states, inputs, self.config.unrolled_steps) if "last_states" in inputs else None
-            )
-            losses = unrolled_losses(logits, at, p, inputs["depth"], self.config, draftable, distances)  # (R,)
+            distances = state_distances(unrolled, inputs) if "last_states" in inputs else None
+            losses = unrolled_losses(logits, unrolled, at, p, self.config, draftable, distances)  # (R,)
         else:
             q = draft_buckets(logits, at)
             losses = divergence(p, q, self.config.divergence, self.config.beta, self.config.total_variation_weight)
@@ -209,28 +207,28 @@ class OnlineGKDTrainer(GKDTrainer):
         source = tokens if self.model.config.is_encoder_decoder else None
         return replace(Feedback.from_target(tokens, 1, rows), source=source)
 
-    def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _logits(self, model: nn.Module, inputs: dict, whole: bool) -> tuple[Tensor, Tensor, Unrolled | None]:
         """Compute the draft's logits `(R, C)` for all V tokens, or for enough to estimate the loss; the columns `(R, k)` of `top_ids` in them; and of a feature-level draft
-        what its LM head read, `(R, H)`."""
+        which rows and steps these are, see [`unrolled_logits`]."""
         head = getattr(model, "module", model).get_output_embeddings()
         columns, samples = None, self.config.sampled_columns
         if samples is not None and not whole and isinstance(head, LossHead):
             columns = loss_columns(inputs["top_ids"], head.out_features, samples, self.draws, self._draftable(model))
         with learners_autocast(inputs["input_ids"].device.type, self._autocast_dtype):
             if columns is None:
-                logits, states = self._answer(model, inputs)
-                return logits, inputs["top_ids"], states
+                logits, unrolled = self._answer(model, inputs)
+                return logits, inputs["top_ids"], unrolled
             chosen, at, support, size = columns
             with head.only(chosen):
-                logits, states = self._answer(model, inputs)
-        return sampled_tail(logits.float(), support, size), at, states
+                logits, unrolled = self._answer(model, inputs)
+        return sampled_tail(logits.float(), support, size), at, unrolled
 
     def _draftable(self, model: nn.Module) -> Tensor | None:
         """The tokens that the draft's LM head has, bool `(V,)`; `None` if it has all of the target's."""
         return getattr(getattr(model, "module", model), "t2d", None) if self._reads_states else None
 
-    def _answer(self, model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor | None]:
-        """Compute the logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, and its states, see [`unrolled_logits`]."""
+    def _answer(self, model: nn.Module, inputs: dict) -> tuple[Tensor, Unrolled | None]:
+        """Compute the logits of the rows that teach, `(R, C)`; of a feature-level draft those of each row and step, and which these are, see [`unrolled_logits`]."""
         if self._reads_states:
             return unrolled_logits(model, inputs, self.config.unrolled_steps)
         return answer_logits(model, inputs), None

@@ -7,7 +7,7 @@ the last k are the draft's own. A row has a step k where at least k columns of i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ _DECAY = 0.8
 _BETA = 0.5
 
 
+class Unrolled(NamedTuple):
+    """Names the S predictions of R rows, step by step: of each its row and its step, int64 `(S,)`, as `unrolled_rows` gives them, and the state `(S, H)` that the
+    draft's LM head read there."""
+
+    rows: Tensor
+    step: Tensor
+    states: Tensor
+
+
 def unrolled_rows(depth: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Which of R rows have which of the steps: `(rows, step)`, int64 `(S,)` each, step by step.
 
@@ -37,8 +46,8 @@ def unrolled_rows(depth: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return rows, step
 
 
-def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> tuple[Tensor, Tensor]:
-    """Compute the draft's logits at the rows and steps of `unrolled_rows`, `(S, V)` or of as many columns as its head computes, and what its head read there, `(S, H)`.
+def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> tuple[Tensor, Unrolled]:
+    """Compute the draft's logits, `(S, V)` or of as many columns as its head computes, and of which rows and steps they are.
 
     Args:
         model (`PreTrainedModel`): a [`FeatureDraft`], or a wrapper of one.
@@ -56,19 +65,19 @@ def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> tuple[Te
     # (K, B, keep, V) and (K, B, keep, H); without K where there is one step
     both = (outputs.logits, outputs.head_states)
     both = ((part if part.ndim == 4 else part[None]).flatten(1, 2) for part in both)
-    return tuple(part[step, batch["rows"][rows]] for part in both)
+    logits, states = (part[step, batch["rows"][rows]] for part in both)
+    return logits, Unrolled(rows, step, states)
 
 
-def state_distances(states: Tensor, batch: dict, steps: int) -> Tensor:
+def state_distances(unrolled: Unrolled, batch: dict) -> Tensor:
     """Compute how far the draft's last states are from the target's, `(S,)`: the smooth L1 distance in units of the root mean square of the target's, averaged over its
     numbers; 0 where the target's was not recorded. (The regression loss of EAGLE, arXiv 2401.15077, section 4.1, which does not name a unit.)
 
     Args:
-        states (`Tensor` `(S, H)`): what the draft's LM head read, see [`unrolled_logits`].
+        unrolled (`Unrolled`): the draft's states, see [`unrolled_logits`].
         batch (`dict`): of a [`hf_osd.distill.feature_collator.FeatureCollator`] with `last_state`, on the same device.
-        steps (`int`): K.
     """
-    rows, _ = unrolled_rows(batch["depth"], steps)
+    rows, _, states = unrolled
     aims, known = batch["last_states"].float(), batch["has_last_state"]
     unit = aims.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     aims, unit = (aims / unit)[rows], unit[rows]
@@ -78,9 +87,9 @@ def state_distances(states: Tensor, batch: dict, steps: int) -> Tensor:
 
 def unrolled_losses(
     logits: Tensor,
+    unrolled: Unrolled,
     at: Tensor,
     p: Tensor,
-    depth: Tensor,
     config: OnlineConfig,
     draftable: Tensor | None = None,
     distances: Tensor | None = None,
@@ -88,20 +97,19 @@ def unrolled_losses(
     """Compute the loss of each row, `(R,)`: the divergence of each step that it has, and the distance of its state from the target's, weighted by 0.8 to the power of the step, in all.
 
     Args:
-        logits (`Tensor` `(S, C)`): as `unrolled_logits` gives them first.
+        logits (`Tensor` `(S, C)`), unrolled (`Unrolled`): as `unrolled_logits` gives them.
         at (`Tensor` int64 `(R, k)`): the columns of the targets' tokens in them.
         p (`Tensor` float32 `(R, k+1)`): the targets, see [`hf_osd.distill.losses.target_buckets`].
-        depth (`Tensor` int64 `(R,)`): as of `unrolled_rows`.
-        config (`OnlineConfig`): names divergence and steps.
+        config (`OnlineConfig`): names the divergence.
         draftable (`Tensor` bool `(R, k)`, *optional*): which of the targets' tokens the draft's LM head has, if it lacks some; see
             [`hf_osd.distill.losses.among_draftable`].
         distances (`Tensor` `(S,)`, *optional*): of `state_distances`, which `config.state_loss_weight` weighs.
     """
-    rows, step = unrolled_rows(depth, config.unrolled_steps)
+    count, (rows, step, _) = len(p), unrolled
     p, q, weights = p[rows], draft_buckets(logits, at[rows]), 1.0
     if draftable is not None:
         p, q, weights = among_draftable(p, q, draftable[rows])
     losses = weights * divergence(p, q, config.divergence, config.beta, config.total_variation_weight)  # (S,)
     if distances is not None:
         losses = losses + config.state_loss_weight * distances
-    return losses.new_zeros(len(depth)).index_add(0, rows, losses * _DECAY**step)
+    return losses.new_zeros(count).index_add(0, rows, losses * _DECAY**step)

@@ -13,7 +13,7 @@ from hf_osd.distill.loss_head import LossHead
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
 from hf_osd.distill.scoring import judge, score, score_by_step
 from hf_osd.distill.trainer import OnlineGKDTrainer
-from hf_osd.distill.unrolled import state_distances, unrolled_logits, unrolled_losses, unrolled_rows
+from hf_osd.distill.unrolled import Unrolled, state_distances, unrolled_logits, unrolled_losses, unrolled_rows
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.feedback.target_states import TargetStates
@@ -90,9 +90,8 @@ def batch_of(draft, requests, **kwargs):
 def test_each_step_is_what_is_drafted_after_so_many_tokens(draft, answers, steps):
     batch = batch_of(draft, answers)
     with torch.no_grad():
-        logits, _ = unrolled_logits(draft, batch, steps)
-    rows, step = unrolled_rows(batch["depth"], steps)
-    assert len(logits) == len(rows) == sum(min(steps, int(depth) + 1) for depth in batch["depth"])
+        logits, (rows, step, states) = unrolled_logits(draft, batch, steps)
+    assert len(logits) == len(states) == len(rows) == sum(min(steps, int(depth) + 1) for depth in batch["depth"])
     tokens = []  # of each row: its request, and the token's place
     for request in answers:
         tokens += [
@@ -138,15 +137,15 @@ def test_the_steps_add_up_with_falling_weights(draft, answers):
     """Each over the rows that have it, by those of the whole step: a row without a second step does not count for it."""
     config = config_of(unrolled_steps=3)
     trainer, batch = trainer_of(draft, config), batch_of(draft, answers)
-    logits, _ = unrolled_logits(draft, batch, 3)
-    rows, step = unrolled_rows(batch["depth"], 3)
+    logits, unrolled = unrolled_logits(draft, batch, 3)
+    rows, step, _ = unrolled
     p = target_buckets(batch["top_logps"], batch["tail_logp"])
     each = divergence(p[rows], draft_buckets(logits, batch["top_ids"][rows]), "forward_kl", 0.5, 1.0)
     expected = sum(0.8**k * each[step == k].sum() for k in range(3)) / 100
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100))
     torch.testing.assert_close(loss, expected)
     assert trainer.losses[1] == len(p)
-    losses = unrolled_losses(logits, batch["top_ids"], p, batch["depth"], config)
+    losses = unrolled_losses(logits, unrolled, batch["top_ids"], p, config)
     assert losses.shape == p.shape[:1]
 
 
@@ -196,8 +195,7 @@ def test_a_step_reads_no_true_state_of_the_tokens_it_drafts_itself(draft, answer
     """Step k reads the target's states up to k tokens before, and of none later: these are not known when it drafts."""
     batch = batch_of(draft, answers[:1])
     batch["features"].requires_grad_()
-    logits, _ = unrolled_logits(draft, batch, 3)
-    rows, step = unrolled_rows(batch["depth"], 3)
+    logits, (rows, step, _) = unrolled_logits(draft, batch, 3)
     for i, (row, k) in enumerate(zip(rows.tolist(), step.tolist(), strict=True)):
         (gradient,) = torch.autograd.grad(logits[i].square().sum(), batch["features"], retain_graph=True)
         read = gradient[0].abs().sum(-1).nonzero().flatten().tolist()
@@ -267,18 +265,18 @@ def test_a_state_is_drawn_to_the_targets_where_that_was_recorded(draft, answers)
     """In units of the target's size, so that the weight means the same for all targets; and by nothing where there is no state."""
     last = slice(0, 32)  # whichever part
     batch = batch_of(draft, answers, last_state=last)
-    rows, _ = unrolled_rows(batch["depth"], 3)
+    rows, step = unrolled_rows(batch["depth"], 3)
     aims = batch["last_states"][rows]
     for row, (state, known) in enumerate(zip(batch["last_states"], batch["has_last_state"], strict=True)):
         assert bool(known) == bool(state.any()), row
     assert batch["has_last_state"].any()
     assert not batch["has_last_state"].all()
-    torch.testing.assert_close(state_distances(aims, batch, 3), torch.zeros(len(rows)))
-    off = state_distances(aims * 1.1, batch, 3)
+    torch.testing.assert_close(state_distances(Unrolled(rows, step, aims), batch), torch.zeros(len(rows)))
+    off = state_distances(Unrolled(rows, step, aims * 1.1), batch)
     assert (off[batch["has_last_state"][rows]] > 0).all()
     assert not off[~batch["has_last_state"][rows]].any()
     batch["last_states"] = batch["last_states"] * 100
-    torch.testing.assert_close(state_distances(aims * 110, batch, 3), off, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state_distances(Unrolled(rows, step, aims * 110), batch), off, rtol=1e-4, atol=1e-6)
 
 
 def test_the_weight_of_the_state_loss_counts(draft, answers):
