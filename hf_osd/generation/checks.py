@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_osd.generation.verification import only_looks_stateful
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_osd.generation.request import GenerateRequest
+
+# By the input embeddings of a target and of a draft: the state of both weights when they were compared, whether they were alike, and how many calls have
+# asked since.
+_compared: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, tuple]] = (
+    weakref.WeakKeyDictionary()
+)
+# Calls after which they are compared again though nothing shows that they have changed.
+_COMPARE_EVERY = 64
 
 
 def check_draft(draft):
@@ -98,19 +107,53 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
 
 
 def doubt_of_target(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
-    """Words a warning if a draft that reads states seems made for another target of the same sizes, for its embeddings are not this one's; else `None`."""
+    """Words a warning if a draft that reads states seems made for another target of the same sizes, for its embeddings are not this one's; else `None`.
+
+    A pair of weights in two storages is compared once, at some of their rows, and again at the next call after one of them was replaced, moved, or written in place in a
+    way that torch counts, as most optimizers and `load_state_dict` do. Writes that it does not count are noticed within 64 calls of the same copy of the draft: those of fused optimizers, through
+    `.data` or a NumPy view, of other processes, and to weights made under `inference_mode`. What changes other rows than those compared is never noticed.
+    """
     if not isinstance(draft, FeatureDraft):
         return None
-    its, ours = (getattr(model.get_input_embeddings(), "weight", None) for model in (target, draft))
+    modules = target.get_input_embeddings(), draft.get_input_embeddings()
+    its, ours = (getattr(module, "weight", None) for module in modules)
     if type(its) is not nn.Parameter or its.is_meta or its.ndim != 2:
         return None
     if its.data_ptr() == ours.data_ptr() or not its.is_floating_point() or its.shape[1] != ours.shape[1]:
         return None
-    rows = range(0, min(len(its), len(ours)), max(len(ours) // 8, 1))
-    its, ours = (weight.detach()[list(rows)].float().cpu() for weight in (its, ours))
-    if (ours - its).abs().max() <= 0.02 * its.abs().max():  # but for rounding
+    state = _state_of(its), _state_of(ours)
+    compared = _compared.setdefault(modules[0], weakref.WeakKeyDictionary())
+    before, alike, calls = compared.get(modules[1], (None, False, 0))
+    if state != before or calls >= _COMPARE_EVERY:
+        alike, calls = _are_alike(its, ours), 0
+    compared[modules[1]] = state, alike, calls + 1
+    if alike:
         return None
     return (
         f"The draft's embeddings are not those of the target ({type(target).__name__}): it was made for another, or the target was trained since. The output stays the target's "
         "own; the draft reads these states as the other's until it has learnt. To give it this target's embeddings, save it and load it with hf_osd.load_feature_draft(folder, target)."
     )
+
+
+def _state_of(weight: nn.Parameter) -> tuple:
+    """Returns what differs once a weight is another, or was written to in a way that torch counts."""
+    return _Same(weight), weight.data_ptr(), None if weight.is_inference() else weight._version
+
+
+class _Same:
+    """Refers weakly to a tensor, and equals a reference to that very tensor alone, while it lives."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = weakref.ref(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (tensor := self._tensor()) is not None and tensor is other._tensor()
+
+    __hash__ = None
+
+
+def _are_alike(its: Tensor, ours: Tensor) -> bool:
+    """Compares some rows of two matrices of embeddings; returns `True` if they are the same but for rounding."""
+    rows = range(0, min(len(its), len(ours)), max(len(ours) // 8, 1))
+    its, ours = (weight.detach()[list(rows)].float().cpu() for weight in (its, ours))
+    return bool((ours - its).abs().max() <= 0.02 * its.abs().max())

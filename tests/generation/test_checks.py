@@ -1,6 +1,7 @@
 """What is refused: each error names the thing, its value and the mend, and nothing has run by then."""
 
 import copy
+import gc
 
 import accelerate
 import peft
@@ -9,6 +10,8 @@ import torch
 import transformers
 
 from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
+from hf_osd.generation import checks
+from hf_osd.generation.checks import doubt_of_target
 from hf_osd.generation.recorder import _warn_of_states
 
 from ..served import GREEDY, PROMPTS
@@ -159,3 +162,93 @@ def test_states_that_are_not_finite_are_named_once_and_not_kept(tiny_llama, capl
         assert all(request.states is None for request in assistant.buffer.requests())
     [warning] = [r for r in caplog.records if "not finite" in r.message]
     assert warning.levelname == "WARNING"
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    """What each comparison of embeddings found, in order."""
+    found, are_alike = [], checks._are_alike
+    monkeypatch.setattr(checks, "_are_alike", lambda *weights: found.append(are_alike(*weights)) or found[-1])
+    return found
+
+
+def written(weight, target):
+    with torch.no_grad():
+        weight.add_(1.0)
+
+
+def moved(weight, target):
+    weight.data = weight.detach() + 1.0
+
+
+def loaded(weight, target):
+    target.load_state_dict({name: tensor + 1.0 for name, tensor in target.state_dict().items()}, strict=False)
+
+
+def assigned(weight, target):
+    target.get_input_embeddings().weight = torch.nn.Parameter(weight.detach() + 1.0)
+
+
+def trained(weight, target):
+    weight.grad = -torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=1.0).step()
+
+
+@pytest.mark.parametrize("change", [written, moved, loaded, assigned, trained])
+def test_a_pair_of_embeddings_is_compared_again_only_once_one_has_changed(tiny_llama, comparisons, change):
+    target = tiny_llama(layers=4)
+    draft = copy.deepcopy(grow_feature_draft(target))  # in storage of its own
+    for _ in range(3):
+        assert doubt_of_target(target, draft) is None
+    assert comparisons == [True]
+    change(target.get_input_embeddings().weight, target)
+    for _ in range(3):
+        assert "embeddings are not those of the target" in doubt_of_target(target, draft)
+    assert comparisons == [True, False]
+    other = copy.deepcopy(target)
+    assert "embeddings are not those of the target" in doubt_of_target(other, draft)
+    assert len(comparisons) == 3
+    with torch.no_grad():
+        draft.get_input_embeddings().weight.copy_(target.get_input_embeddings().weight)
+    assert doubt_of_target(target, draft) is doubt_of_target(other, draft) is None
+    assert len(comparisons) == 5
+
+
+def train_fused(weight):
+    weight.grad = -torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=1.0, fused=True).step()
+
+
+@pytest.mark.parametrize("write", [train_fused, lambda weight: weight.data.add_(1.0)])
+def test_writes_that_torch_does_not_count_are_noticed_in_time(tiny_llama, comparisons, write):
+    target = tiny_llama(layers=4)
+    draft = copy.deepcopy(grow_feature_draft(target))
+    assert doubt_of_target(target, draft) is None
+    write(target.get_input_embeddings().weight)
+    assert any(doubt_of_target(target, draft) for _ in range(checks._COMPARE_EVERY))
+    assert comparisons == [True, False]
+
+
+def test_embeddings_made_in_inference_mode_are_compared(tiny_llama, comparisons):
+    target = tiny_llama(layers=4)
+    draft = copy.deepcopy(grow_feature_draft(target))
+    with torch.inference_mode():
+        weight = torch.nn.Parameter(target.get_input_embeddings().weight.clone(), requires_grad=False)
+        target.get_input_embeddings().weight = weight
+    assert doubt_of_target(target, draft) is doubt_of_target(target, draft) is None
+    assert comparisons == [True]
+
+
+def test_comparing_keeps_no_model_alive(tiny_llama):
+    target = tiny_llama(layers=4)
+    draft = copy.deepcopy(grow_feature_draft(target))
+    doubt_of_target(target, draft)
+    embeddings = target.get_input_embeddings()
+    assert len(checks._compared[embeddings]) == 1
+    del draft
+    gc.collect()
+    assert len(checks._compared[embeddings]) == 0
+    before = len(checks._compared)
+    del target, embeddings
+    gc.collect()
+    assert len(checks._compared) < before
