@@ -3,6 +3,7 @@ teacher never runs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -23,6 +24,7 @@ from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.feature_collator import FeatureCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
 from hf_osd.distill.losses import divergence, draft_buckets, target_buckets
+from hf_osd.distill.micro_batches import micro_batches
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import answer_logits, learners_autocast
 from hf_osd.distill.unrolled import Unrolled, state_distances, unrolled_logits, unrolled_losses
@@ -51,6 +53,9 @@ class OnlineGKDTrainer(GKDTrainer):
 
     In a job of several processes each passes over its own requests, and all take as many steps: where one has no more batches, it takes part with
     one that teaches nothing. The gradients are those of one process on all their batches.
+
+    A step over more than 2,048 tokens is made of several forward and backward passes, whose gradients add up to those of one (see
+    [`hf_osd.distill.micro_batches`]); sampled columns are drawn for each. Not with FSDP and DeepSpeed.
 
     Args:
         model (`PreTrainedModel`): the draft to train. trl patches its `forward`: make serving copies first.
@@ -152,12 +157,26 @@ class OnlineGKDTrainer(GKDTrainer):
         order += range(len(order), steps)
         # With draws of its own: it would take its seed from the process's.
         return DataLoader(
-            [batches[i] for i in order], batch_size=None, collate_fn=self.data_collator, generator=self.draws
+            [batches[i] for i in order], batch_size=None, collate_fn=self._collated, generator=self.draws
         )
 
+    def _collated(self, requests: list[Feedback]) -> dict:
+        """Collate the requests of a step; those that would take too much memory beside the first ones apart, as further batches, `rest`. `labels` are those of all."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # where ranks must run as many forwards
+        first, *rest = map(self.data_collator, [requests] if is_sharded else micro_batches(requests))
+        if not rest:
+            return first
+        labels = [batch["labels"].flatten() for batch in (first, *rest)]
+        return {**first, "labels": torch.cat([labels[0].new_full((1,), -100), *labels]), "rest": rest}
+
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Make a step as Trainer does. GKDTrainer would draw whether to let the student answer, from Python's random state, which may be a user's."""
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        """Make a step as Trainer does, one part of it after another. GKDTrainer would draw whether to let the student answer, from Python's random state, which may be a
+        user's."""
+        rest, loss = inputs.pop("rest", []), 0.0
+        for i, batch in enumerate([inputs, *rest]):
+            with contextlib.nullcontext() if i == len(rest) else self.accelerator.no_sync(model):
+                loss = loss + super(GKDTrainer, self).training_step(model, batch, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,

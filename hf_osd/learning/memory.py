@@ -1,7 +1,7 @@
 """`choose_learning`: lets all weights learn, an adapter, or nothing, by the memory that learning takes and the memory there is. Arithmetic over a few facts of the
 draft; `available` alone asks the machine.
 
-Sizes are estimates from above: of what stays, and of one optimizer step over texts of at most 1,024 tokens. The rest of what is available is for what is not
+Sizes are estimates from above: of what stays, and of one forward and backward pass, over texts of at most 1,024 tokens. The rest of what is available is for what is not
 counted: requests longer than that, the allocator's gaps, judging, the buffer."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_osd.distill.micro_batches import TOKENS_AT_ONCE
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.models.lora import adaptable, can_merge
 from hf_osd.models.properties import reads_states
@@ -106,7 +107,8 @@ class LearningFacts:
         batch = config.batch_size or config.requests_an_update
         vocabulary = draft.get_output_embeddings().weight.shape[0]
         # Where columns are drawn they are fewer than half; above that all are computed.
-        sampled = config.sampled_columns is not None and can_select_rows(draft)
+        samples = math.inf if config.sampled_columns is None else config.sampled_columns
+        sampled = samples < vocabulary // 2 and can_select_rows(draft)
         states = reads_states(draft)
         steps = config.unrolled_steps if states else 1
         return cls(
@@ -136,12 +138,13 @@ class LearningFacts:
     @property
     def activations(self) -> int:
         """Estimate the bytes of one optimizer step: s·b·h·(34 + 5·a·s/h) a layer in 16 bits (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2), the second
-        summand where attention stores its scores; twice that in float32; and the logits, in float32. All that once a step that a draft is unrolled; and the
+        summand where attention stores its scores, of as many requests as are read at once ([`hf_osd.distill.micro_batches`]); twice that in float32; and the logits, in float32. All that once a step that a draft is unrolled; and the
         states that such a draft reads: as they come, in float32, and three times for norms and projection."""
         s, b, h = self.tokens, self.batch, self.hidden
-        layer = s * b * h * 34 + (5 * self.heads * s * s * b if self.eager else 0)
-        step = layer * self.layers * (1 if self.autocast else 2) + s * b * self.columns * 4 * _LOGITS
-        return step * self.steps + s * b * self.state * 4 * 4
+        read = min(s * b, max(s, TOKENS_AT_ONCE))
+        layer = read * h * 34 + (5 * self.heads * s * read if self.eager else 0)
+        step = layer * self.layers * (1 if self.autocast else 2) + read * self.columns * 4 * _LOGITS
+        return step * self.steps + (s * b + 3 * read) * self.state * 4
 
 
 def ends_of(linear: nn.Module) -> tuple[int, int]:
