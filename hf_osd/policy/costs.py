@@ -67,6 +67,10 @@ class Costs:
         slopes = [(seconds / one - near) / n for n, seconds in self._far]
         return near + unread * (max(median(slopes), 0.0) if slopes else _FAR_SLOPE * near)
 
+    def drafting(self, steps: int, unread: int = 1) -> float:
+        """Estimates the time of a round's draft forwards, the first of which reads `unread` tokens, in one-token target steps; 0 if there are none."""
+        return self.read(unread) + (steps - 1) * (self.c or 0.0) if steps else 0.0
+
     @property
     def longest_measured(self) -> int:
         """Returns the largest number of tokens whose verification was measured; 0 if none was."""

@@ -287,8 +287,7 @@ class DraftPolicy:
             estimates = self._estimates
             if estimates is not None and drafted < len(estimates.v):
                 self._tokens = _RATE_DECAY * self._tokens + accepted + 1
-                drafting = self.costs.read(unread) + (steps - 1) * (self.costs.c or 0.0) if steps else 0.0
-                self._time = _RATE_DECAY * self._time + drafting + estimates.v[drafted]
+                self._time = _RATE_DECAY * self._time + self.costs.drafting(steps, unread) + estimates.v[drafted]
             self._invalidate()
 
     def observe_earnings(
@@ -333,7 +332,7 @@ class DraftPolicy:
                 expected = self.matches.along(match, agreement)
                 without += expected_tokens(expected[right:], plan.cached - right) - 1
             time_without = v[min(plan.cached, len(v) - 1)]
-            time += steps * (self.costs.c or 0.0) if self.costs.are_fixed else draft_seconds / step
+            time += self.costs.drafting(steps) if self.costs.are_fixed else draft_seconds / step
             self.earnings.observe(len(verified), time, without, time_without)
 
     def observe_untested(self, acceptance: Sequence[float], confidence: Sequence[float] = ()):

@@ -75,3 +75,15 @@ def test_pooling_keeps_the_mean_and_never_falls(points):
     )
     if list(values) == sorted(values):
         assert pooled == pytest.approx(list(values))
+
+
+def test_a_rounds_drafting_is_its_first_forward_and_the_steps_after_it():
+    assert Costs(0.1).drafting(3) == pytest.approx(0.3)
+    costs = Costs()
+    for _ in range(3):
+        costs.observe_target(1, 2.0)
+        costs.observe_draft(3, 1.6, unread=1, read_seconds=0.8)
+    assert costs.drafting(1) == pytest.approx(costs.read(1)) == pytest.approx(0.4)
+    assert costs.drafting(4) == pytest.approx(0.4 + 3 * 0.2)
+    assert costs.drafting(2, 200) == pytest.approx(costs.read(200) + 0.2)
+    assert costs.drafting(0, 200) == 0.0
