@@ -1,4 +1,4 @@
-"""Records the target's greedy answers to streams of prompts once, as traces from which `recipes/experiments/replay.py` learns as often as you like.
+"""Records the target's answers, greedy unless asked for others, to streams of prompts once, as traces from which `recipes/experiments/replay.py` learns as often as you like.
 
     python -m recipes.experiments.record --stream sql.jsonl,maths.jsonl --requests 1000 --held_back 100 --output_dir runs/traces
 
@@ -69,6 +69,11 @@ class RecordArguments(TargetArguments):
         sampling_temperature(),
         "Also record answers sampled at this temperature, for replay.py --again.",
     )
+    temperature: float = option(
+        0.0,
+        sampling_temperature(),
+        "Record answers sampled at this temperature in place of greedy ones, held-back prompts' too.",
+    )
     times: int = option(1, whole(1), "With --again, how many sampled answers to each request.")
     states: str = option(
         "",
@@ -107,13 +112,15 @@ def record(args: RecordArguments, config: OnlineConfig):
         held_back, rest = split_held_back(rows, args.held_back, seed, name)
         folder, stream = Path(args.output_dir) / folder_name(name), shuffled(rest, seed)[: args.requests]
         check_apart({"--output_dir": folder}, {"--target": args.target, "--draft": args.draft})
-        parts = [("held_back", held_back, 0.0, 0), ("stream", stream, 0.0, 0)]
+        parts = [("held_back", held_back, args.temperature, SEED_STEP // 2), ("stream", stream, args.temperature, 0)]
         parts += [(again_part(n), stream, args.again, n * SEED_STEP) for n in range(args.times if args.again else 0)]
         for part, rows, temperature, offset in parts:
             for start in range(0, len(rows), SHARD):
                 path, some = folder / f"{part}-{start:05d}.safetensors", rows[start : start + SHARD]
-                facts = _facts(args, config, target, some, temperature) | vocabulary
-                shards.append(Shard(path, some, facts, temperature, (config.seed or 0) + offset + start))
+                # The prompt's own positions are the same in every answer to it.
+                positions = 0 if part.startswith("again") else config.prompt_positions
+                facts = _facts(args, config, target, some, temperature, positions) | vocabulary
+                shards.append(Shard(path, some, facts, temperature, positions, (config.seed or 0) + offset + start))
     with contextlib.ExitStack() as stack:
         for folder in dict.fromkeys(shard.path.parent for shard in shards):
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +142,7 @@ class Shard:
     rows: list[dict]
     facts: dict[str, str]  # saved with it; see `_facts`
     temperature: float
+    prompt_positions: int
     seed: int  # for sampled answers
 
     def is_there(self) -> bool:
@@ -146,7 +154,8 @@ class Shard:
         if not self.path.is_file():
             return False
         recorded = read_trace(self.path)[1]
-        names = [name for name in (*self.facts, "draft_size") if name in recorded or name not in _MAY_LACK]
+        names = dict.fromkeys([*self.facts, "draft_size", "temperature"])
+        names = [name for name in names if name in recorded or name not in _MAY_LACK]
         if changed := [name for name in names if recorded.get(name) != self.facts.get(name)]:
             raise ValueError(
                 f"{self.path} was recorded with another {', '.join(changed)}; choose another --output_dir, or record it anew with --overwrite."
@@ -155,7 +164,7 @@ class Shard:
 
 
 def _facts(
-    args: RecordArguments, config: OnlineConfig, target, rows: list[dict], temperature: float
+    args: RecordArguments, config: OnlineConfig, target, rows: list[dict], temperature: float, prompt_positions: int
 ) -> dict[str, str]:
     """Collect the facts that are saved with a shard, and by which a recording of something else is recognised."""
     facts = {
@@ -167,7 +176,7 @@ def _facts(
         "prompts": digest([row["ids"].tolist() for row in rows]),
         "top_k": str(config.top_k),
         "feedback_dtype": config.feedback_dtype,
-        "prompt_positions": str(0 if temperature else config.prompt_positions),
+        "prompt_positions": str(prompt_positions),
     }
     return facts | ({"temperature": str(temperature)} if temperature else {})
 
@@ -216,7 +225,7 @@ def _record(
         batch_size=args.batch_answers,
         top_k=config.top_k,
         dtype=getattr(torch, config.feedback_dtype),
-        prompt_positions=0 if shard.temperature else config.prompt_positions,  # those of the greedy answer are enough
+        prompt_positions=shard.prompt_positions,
         temperature=shard.temperature,
         translation=translation,
         states_of=layers,

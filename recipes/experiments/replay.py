@@ -2,7 +2,8 @@
 
     python -m recipes.experiments.replay --trace runs/traces/sql --requests 250 --arms "base;learning_rate=3e-3;replay_ratio=6.0,batch_size=4" --seeds 0,1,2
 
-Greedy answers do not depend on the draft, so what an arm learns here is what it would have learnt serving. Only learning is timed.
+Answers do not depend on the draft, greedy ones word by word and sampled ones by their distribution, so what an arm learns here is what it would have learnt serving.
+Only learning is timed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +61,16 @@ class ReplayArguments(ModelArguments):
     mixed: bool = option(
         False, switch(), "Learn from all traces at once, in random order, rather than in turn, as to warm up a draft."
     )
+    gradual: bool = option(
+        False,
+        switch(),
+        "Let each trace fade into the next: its share rises to its turn and falls after it, in a straight line.",
+    )
+    passes: int = option(
+        1,
+        whole(1),
+        "Learn all requests this many times over, in another order each time, as offline distillation does.",
+    )
     again: int = option(
         0,
         whole(0),
@@ -86,6 +98,8 @@ class ReplayArguments(ModelArguments):
             raise ValueError(
                 "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."
             )
+        if self.mixed and self.gradual:
+            raise ValueError("`mixed` and `gradual` are both on, and are two orders of the same requests; choose one.")
 
 
 @dataclass
@@ -100,6 +114,7 @@ class Traced:
     digest: str  # of the files, by which it is told from another recording of that name
     draft_size: int | None = None  # size of its vocabulary, if that is not the target's
     states: str | None = None  # layers of the target whose hidden states are in it, with ',' between
+    temperature: float = 0.0  # at which its answers were sampled; 0 for greedy ones
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,7 +193,8 @@ class Experiment:
                 raise ValueError(
                     f"{traced.name} has {len(traced.stream)} recorded requests and `requests` asks for {count}; record more, or lower it."
                 )
-        _spans(args.at, [0, *range(args.score_every, sum(self.counts), args.score_every), sum(self.counts)])
+        self.total = args.passes * sum(self.counts)
+        _spans(args.at, [0, *range(args.score_every, self.total, args.score_every), self.total])
         self.unsaved: OSError | None = None  # why a draft could not be saved
         self._first: dict[tuple, dict] = {}  # scores of drafts before they learn, by draft
 
@@ -199,7 +215,7 @@ class Experiment:
             for request in replay(assistant, requests, limit, again):
                 served += 1
                 prequential.append(round(float(request.overlap.nanmean()), 4))
-                if served % self.args.score_every == 0 or served == sum(self.counts):
+                if served % self.args.score_every == 0 or served == self.total:
                     points[served] = self._score(assistant)
                     means = " ".join(f"{name} {alpha_of(hits):.3f}" for name, hits in points[served].items())
                     logger.info("%s, seed %d: α after %d requests: %s", arm.label, seed, served, means)
@@ -216,6 +232,13 @@ class Experiment:
             "traces": [traced.name for traced in self.traces],
             "requests": self.counts,
             "mixed": self.args.mixed,
+            "gradual": self.args.gradual,
+            "passes": self.args.passes,
+            "target": self.args.target,
+            "draft": arm.draft_name,
+            "dtype": str(draft.dtype).removeprefix("torch."),
+            "max_new_tokens": max(traced.max_new_tokens for traced in self.traces),
+            "temperature": max(traced.temperature for traced in self.traces),
             "again": self.args.again,
             "scores": {
                 traced.name: {str(n): hits[traced.name] for n, hits in points.items()} for traced in self.judged
@@ -248,22 +271,42 @@ class Experiment:
         args = self.args
         facts = [args.target, args.dtype, args.held_back, args.score_every, args.also, arm.facts(), seed]
         facts += [[(traced.name, traced.digest) for traced in self.judged], self.counts, args.mixed, args.again]
+        # Left out where they are as they were before there was such a flag: rows of older logs are still found.
+        facts += [args.gradual, args.passes] if args.gradual or args.passes > 1 else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _score(self, assistant: OnlineAssistant) -> dict[str, list]:
         """Count `[accepted, positions]` of each held-back prompt, by domain."""
         return {traced.name: hits_of(assistant, traced.held_back) for traced in self.judged}
 
-    def _turns(self, seed: int) -> list[tuple[list[Feedback], list[tuple[Feedback, ...]], int]]:
-        """Choose the requests to learn, in order: for each trace, or for all mixed, a tuple of requests, further answers to each, and `max_new_tokens`."""
+    def _turns(self, seed: int) -> Iterator[tuple[list[Feedback], list[tuple[Feedback, ...]], int]]:
+        """Yield the requests to learn, in order: for each trace, or for all together, a tuple of requests, further answers to each, and `max_new_tokens`."""
+        for again in range(self.args.passes):
+            yield from self._turns_of_pass(seed, again)
+
+    def _turns_of_pass(self, seed: int, again: int) -> list[tuple[list[Feedback], list[tuple[Feedback, ...]], int]]:
         chosen = []
         for traced, count in zip(self.traces, self.counts, strict=True):
-            pairs = list(zip(traced.stream, traced.again, strict=True))
-            chosen.append((shuffled(pairs, seed)[:count], traced.max_new_tokens))
-        if self.args.mixed:
-            together = [pair for pairs, _ in chosen for pair in pairs]
-            chosen = [(shuffled(together, seed), max(limit for _, limit in chosen))]
+            pairs = shuffled(list(zip(traced.stream, traced.again, strict=True)), seed)[:count]
+            # Each pass has the same requests.
+            chosen.append((shuffled(pairs, seed + again) if again else pairs, traced.max_new_tokens))
+        if self.args.mixed or self.args.gradual:
+            parts, limit = [pairs for pairs, _ in chosen], max(limit for _, limit in chosen)
+            if self.args.gradual:
+                chosen = [(fading(parts), limit)]
+            else:
+                chosen = [(shuffled([pair for pairs in parts for pair in pairs], seed + again), limit)]
         return [([request for request, _ in pairs], [again for _, again in pairs], limit) for pairs, limit in chosen]
+
+
+def fading(parts: list[list]) -> list:
+    """Join lists so that each fades into the next, items in their order: the n-th list's share is largest at time n and falls in a straight line to nothing at n - 1 and n + 1."""
+    timed = []
+    for n, items in enumerate(parts):
+        for i, item in enumerate(items):
+            share = (i + 0.5) / len(items)  # of the list that has come; its inverse is that of a triangle's area
+            timed.append((n + ((2 * share) ** 0.5 - 1 if share < 0.5 else 1 - (2 - 2 * share) ** 0.5), item))
+    return [item for _, item in sorted(timed, key=lambda pair: pair[0])]
 
 
 def learning_of(assistant: OnlineAssistant, began: float) -> dict:
@@ -285,9 +328,12 @@ def learning_of(assistant: OnlineAssistant, began: float) -> dict:
     }
 
 
-def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[int]]:
-    """Count `[accepted, positions]` of each request with the weights that serve now."""
-    return [[int(hits.nansum()), int((~hits.isnan()).sum())] for hits in assistant.score(held_back)]
+def hits_of(assistant: OnlineAssistant, held_back: list[Feedback]) -> list[list[float]]:
+    """Count `[accepted, positions]` of each request with the weights that serve now; of a sampled one, the accepted ones that are expected."""
+    return [
+        [round(float(hits.nansum()), 3) if request.sampled else int(hits.nansum()), int((~hits.isnan()).sum())]
+        for request, hits in zip(held_back, assistant.score(held_back), strict=True)
+    ]
 
 
 def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, again: int = 0) -> Traced:
@@ -306,7 +352,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
     others = [again_part(n) for n in range(again if stream else 0)]
     names = ["held_back", *(["stream"] if stream else []), *others]
     parts: dict[str, list[Feedback]] = {name: [] for name in names}
-    limits, sizes, states, digest = set(), set(), set(), hashlib.sha256()
+    limits, sizes, states, temperatures, digest = set(), set(), set(), set(), hashlib.sha256()
     for part in names:
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
@@ -315,6 +361,8 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
             limits.add(int(facts["max_new_tokens"]))
             sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
             states.add(facts.get("states"))
+            if part not in others:
+                temperatures.add(float(facts.get("temperature", 0)))
         if not parts[part]:
             flag = f" --again 0.7 --times {again}" if part in others else ""
             raise FileNotFoundError(
@@ -343,6 +391,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         digest.hexdigest(),
         sizes.pop(),
         states.pop() if len(states) == 1 else None,
+        max(temperatures),
     )
 
 

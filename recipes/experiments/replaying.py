@@ -1,5 +1,5 @@
-"""`replay`: passes recorded requests to an assistant's learner as serving would have, without the target. Greedy answers do not depend on the draft, so
-predictions and learning are those of serving."""
+"""`replay`: passes recorded requests to an assistant's learner as serving would have, without the target. Answers do not depend on the draft, greedy
+ones word by word and sampled ones by their distribution, so predictions and learning are those of serving."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def replay(
 
     Args:
         assistant ([`OnlineAssistant`]): with a draft, and learning.
-        requests (`Sequence[Feedback]`): greedy ones, such as `record_answers` makes; cut to the assistant's `top_k` and `prompt_positions`.
+        requests (`Sequence[Feedback]`): such as `record_answers` makes; cut to the assistant's `top_k` and `prompt_positions`. Of a sampled one, `overlap` is Σ min(p, q)
+            over the top k, a lower bound, and `outcome` is drawn with that probability, by a generator that the config's seed starts.
         max_new_tokens (`int`, *optional*): the limit they were recorded with; the last token of an answer that reached it cannot be drafted.
         again (`Sequence[Sequence[Feedback]]`, *optional*): for each request further answers to its prompt, as [`hf_osd.Rehearsal`] samples them.
             They are learnt with the request, and nothing is judged by them.
 
     Raises:
-        ValueError: if the assistant does not learn, or learns in another process and there is `again`; if a request was sampled, or `again` has another length.
+        ValueError: if the assistant does not learn, or learns in another process and there is `again`; if `again` has another length.
     """
     if again is not None and len(again) != len(requests):
         raise ValueError(
@@ -54,17 +55,15 @@ def replay(
             "further answers."
         )
     config, known, at = assistant.osd_config, SeenTexts(), 0
+    draws = torch.Generator().manual_seed(config.seed or 0)
     while at < len(requests):
         # As many as are served before the next update.
         ahead = max(config.update_interval - len(assistant.buffer.new()), 1)
         chunk = [kept(assistant, request) for request in requests[at : at + ahead]]
-        if any(request.sampled for request in chunk):
-            raise ValueError(
-                "A request of the trace was sampled: its answer depends on the draws. Record greedy answers."
-            )
         version = assistant.serving.version
         for request, overlap in zip(chunk, assistant.score(chunk), strict=True):
-            served = serve(assistant, request, overlap, known, max_new_tokens)
+            hits = torch.rand(len(overlap), generator=draws) < overlap if request.sampled else None
+            served = serve(assistant, request, overlap, known, max_new_tokens, hits)
             if again is not None:
                 for other in again[at]:
                     assistant.learner.rehearse(kept(assistant, other))
@@ -76,17 +75,22 @@ def replay(
 
 
 def serve(
-    assistant: LearningAssistant, request: Feedback, overlap: Tensor, known: SeenTexts, max_new_tokens: int | None
+    assistant: LearningAssistant,
+    request: Feedback,
+    overlap: Tensor,
+    known: SeenTexts,
+    max_new_tokens: int | None,
+    hits: Tensor | None = None,
 ) -> Feedback:
     """Add one request to an assistant's learner, as serving would have recorded it, and return it so; the caller has the assistant update.
 
     Args:
         request (`Feedback`): cut by `kept`.
-        overlap (`Tensor` float `(N,)`): as of `as_drafted`.
+        overlap (`Tensor` float `(N,)`), hits (`Tensor` bool `(N,)`, *optional*): as of `as_drafted`.
         known (`SeenTexts`): the prompts that this assistant has learnt.
     """
     config = assistant.osd_config
-    served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens)
+    served = as_drafted(request, overlap, config.num_assistant_tokens, max_new_tokens, hits)
     served = known.only_new(served, config.prompt_positions)
     assistant.learner.add(served)
     return served
@@ -98,18 +102,21 @@ def kept(assistant: LearningAssistant, request: Feedback) -> Feedback:
     return request if reads_states(assistant) or request.states is None else replace(request, states=None)
 
 
-def as_drafted(request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: int | None = None) -> Feedback:
-    """Fill in a greedy request's `outcome` and `overlap` as rounds of `gamma` drafts would have.
+def as_drafted(
+    request: Feedback, overlap: Tensor, gamma: int, max_new_tokens: int | None = None, hits: Tensor | None = None
+) -> Feedback:
+    """Fill in a request's `outcome` and `overlap` as rounds of `gamma` drafts would have.
 
     Args:
         request (`Feedback`): N verified positions.
-        overlap (`Tensor` float `(N,)`): 1 where the draft's likeliest token is the target's, else 0.
+        overlap (`Tensor` float `(N,)`): expected acceptance: of a greedy request 1 where the draft's likeliest token is the target's, else 0.
         gamma (`int`): tokens drafted a round.
         max_new_tokens (`int`, *optional*): the limit of generation; the last token of an answer that reached it is never drafted.
+        hits (`Tensor` bool `(N,)`, *optional*): which tokens the target would have accepted, had they been tested; left out, those with an overlap of 1.
     """
     # Where a token of the target is several of the draft's, a round tests the first of them.
     taught = request.teaching_mask("all")
-    hits = (overlap[taught] == 1).tolist()
+    hits = (overlap == 1 if hits is None else hits)[taught].tolist()
     n, at = len(hits), 0
     outcome = torch.full((n,), UNTESTED, dtype=torch.int8, device="cpu")
     testable = n if max_new_tokens is None or n < max_new_tokens else n - 1

@@ -126,6 +126,18 @@ def test_another_answer_to_each_request_is_recorded_where_asked_for(run, target_
     assert sum(one != other for one, other in zip(first, second, strict=True)) > len(first) // 2
 
 
+def test_sampled_answers_are_recorded_in_place_of_greedy_ones_where_asked_for(run, refused):
+    assert run("--temperature", "1.5", "--prompt_positions", "4") == 0
+    assert set(files(run.out)) == FILES
+    for part in ("held_back", "stream"):
+        requests, _ = trace(run.out, "one", part)
+        assert all(request.sampled and len(request.prompt_rows) > 0 for request in requests)
+    first = files(run.out)
+    refused(run, "--prompt_positions", "4", says="another temperature")
+    assert run("--temperature", "1.5", "--prompt_positions", "4", "--overwrite", "true") == 0
+    assert files(run.out).keys() == first.keys()
+
+
 def test_a_trace_has_its_facts_and_only_its_owner_can_read_it(run, target_dir):
     assert run() == 0
     for path in run.out.rglob("*.safetensors"):

@@ -150,6 +150,52 @@ def test_other_answers_are_learnt_beside_their_requests(target_dir, traces, tmp_
         assert prompts[0] == prompts[1] == prompts[2]
 
 
+def test_each_trace_fades_into_the_next(target_dir, traces, tmp_path, refused):
+    from recipes.experiments import replay
+
+    order = replay.fading([["a"] * 100, ["b"] * 100, ["c"] * 50])
+    assert sorted(order) == ["a"] * 100 + ["b"] * 100 + ["c"] * 50
+    assert set(order[:30]) == {"a"}
+    assert set(order[-5:]) == {"c"}
+    middle = order[75:125]  # where as many of the second come as of the first
+    assert 0.25 < middle.count("b") / len(middle) < 0.75
+    assert replay.fading([[1, 2, 3]]) == [1, 2, 3]
+
+    both, log = f"{traces / 'left'},{traces / 'right'}", tmp_path / "runs.jsonl"
+    given = flags(target_dir, traces, "--trace", both, "--requests", "8,4", "--gradual", "true", "--log", str(log))
+    assert replay.main(given) == 0
+    [row] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (row["gradual"], row["mixed"], len(row["prequential"])) == (True, False, 12)
+    refused(replay.main, [*given, "--mixed", "true"], says="`mixed` and `gradual`")
+
+
+def test_several_passes_are_offline_distillation(target_dir, traces, tmp_path):
+    from recipes.experiments import replay
+
+    log = tmp_path / "runs.jsonl"
+    given = flags(target_dir, traces, "--replay_ratio", "0", "--log", str(log))
+    assert replay.main(given) == replay.main([*given, "--passes", "3", "--at", "12"]) == 0
+    once, thrice = (json.loads(line) for line in log.read_text().splitlines())
+    assert (once["passes"], thrice["passes"]) == (1, 3)
+    assert list(thrice["scores"]["left"]) == ["0", "4", "8", "12", "16", "20", "24"]
+    assert thrice["learned_tokens"] == 3 * once["learned_tokens"], "of the same requests"
+    assert once["draft"] == "grow:0,1"
+    assert (once["max_new_tokens"], once["temperature"]) == (8, 0.0)
+
+
+def test_a_sampled_trace_is_scored_by_what_p_and_q_share(target_dir, traces, tmp_path):
+    from recipes.experiments import record, replay
+
+    recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
+    assert record.main([*recording.split(), "--temperature", "1.0", "--output_dir", str(tmp_path)]) == 0
+    log = tmp_path / "runs.jsonl"
+    arms = ["--arms", "base;preset=paper,update_interval=4", "--log", str(log)]
+    assert replay.main(flags(target_dir, tmp_path, *arms)) == 0
+    for row in map(json.loads, log.read_text().splitlines()):
+        assert (row["temperature"], row["failed"]) == (1.0, 0)
+        assert any(hits != int(hits) for hits, _ in row["scores"]["left"]["8"])
+
+
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
     from recipes.experiments import replay
 

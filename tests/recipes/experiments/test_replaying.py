@@ -120,13 +120,26 @@ def test_requests_are_cut_to_the_configs_top_k(target, trace):
     assert {request.top_ids.shape[1] for request in replay(assistant, trace[:5])} == {5}
 
 
-def test_what_cannot_be_replayed_is_refused(target, trace, make_feedback):
+def test_sampled_answers_are_learnt_as_well(target):
+    """Their α is Σ min(p, q), and which of their tokens were accepted is drawn with it."""
+    sampled = record_answers(target, PROMPTS, LONGEST, dtype=torch.float32, temperature=1.0, prompt_positions=5)
+    assistants = [OnlineAssistant(grow_draft(target), learning(positions=kind)) for kind in ("all", "all", "error")]
+    fresh = assistants[0].score(sampled)
+    first, again, error = ([*replay(one, sampled, LONGEST)] for one in assistants)
+    assert all(torch.equal(one.overlap, expected) for one, expected in zip(first[:4], fresh[:4], strict=True))
+    assert all(torch.equal(one.outcome, other.outcome) for one, other in zip(first, again, strict=True))
+    overlap, outcome = (torch.cat([getattr(one, name) for one in first]) for name in ("overlap", "outcome"))
+    assert ((overlap > 0) & (overlap < 1)).any()
+    tested = outcome != UNTESTED
+    share = float((outcome[tested] == ACCEPTED).float().mean())
+    assert share == pytest.approx(float(overlap[tested].mean()), abs=0.15)
+    assert assistants[2].stats.learned_tokens < assistants[0].stats.learned_tokens
+
+
+def test_what_cannot_be_replayed_is_refused(target, trace):
     frozen = OnlineAssistant(grow_draft(target), learn=False)
     with pytest.raises(ValueError, match="does not learn"):
         next(replay(frozen, trace))
-    assistant = OnlineAssistant(grow_draft(target), learning())
-    with pytest.raises(ValueError, match="sampled"):
-        next(replay(assistant, [make_feedback(sampled=True)]))
 
 
 @given(hits=st.lists(st.booleans(), min_size=1, max_size=30), gamma=st.integers(1, 6), limited=st.booleans())
