@@ -73,6 +73,10 @@ def measure(args: OnPolicyArguments, config: OnlineConfig):
         raise ValueError(
             f"`trace` {args.trace} is in the tokens of a draft that has {traced.draft_size}; name one recorded without --draft."
         )
+    if traced.temperature:
+        raise ValueError(
+            f"`trace` {args.trace} was sampled, and these arms compare greedy answers; name one recorded without --temperature."
+        )
     results = []
     for arm in args.arms.split(","):
         results.append([])

@@ -183,8 +183,8 @@ def test_several_passes_are_offline_distillation(target_dir, traces, tmp_path):
     assert (once["max_new_tokens"], once["temperature"]) == (8, 0.0)
 
 
-def test_a_sampled_trace_is_scored_by_what_p_and_q_share(target_dir, traces, tmp_path):
-    from recipes.experiments import record, replay
+def test_a_sampled_trace_is_scored_by_what_p_and_q_share(target_dir, traces, tmp_path, refused):
+    from recipes.experiments import on_policy, record, replay
 
     recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
     assert record.main([*recording.split(), "--temperature", "1.0", "--output_dir", str(tmp_path)]) == 0
@@ -194,6 +194,8 @@ def test_a_sampled_trace_is_scored_by_what_p_and_q_share(target_dir, traces, tmp
     for row in map(json.loads, log.read_text().splitlines()):
         assert (row["temperature"], row["failed"]) == (1.0, 0)
         assert any(hits != int(hits) for hits, _ in row["scores"]["left"]["8"])
+    greedy = ["--target", str(target_dir), "--trace", str(tmp_path / "left"), "--held_back", "5"]
+    refused(on_policy.main, greedy, says="recorded without --temperature")
 
 
 def test_domains_are_learnt_in_turn_or_mixed_and_others_scored(target_dir, traces, tmp_path):
