@@ -103,7 +103,10 @@ def _files(runs: str) -> list[Path]:
     for part in filter(None, (part.strip() for part in runs.split(","))):
         path = Path(part)
         if path.is_dir():
-            files += sorted([*path.glob("*.jsonl"), *path.glob("*.json"), *path.glob("*/summary.json")])
+            logs = [
+                log for log in path.glob("*.jsonl") if not log.name.startswith("metrics")
+            ]  # which distill.py writes
+            files += sorted([*logs, *path.glob("*.json"), *path.glob("*/summary.json")])
         elif path.is_file():
             files.append(path)
         else:

@@ -200,6 +200,16 @@ def test_plots_are_drawn_or_left_out_with_a_message(outcome, tmp_path, monkeypat
     assert [path.name for path in (tmp_path / "without").iterdir()] == ["report.md"]
 
 
+def test_the_folder_of_one_run_can_be_named(outcome, tmp_path):
+    from recipes.experiments.paper import report
+
+    write_log(outcome / "t5-south" / "metrics.jsonl", {"request": 0})
+    assert report.main(["--runs", str(outcome / "t5-south"), "--output_dir", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| south | 500 |" in text
+    assert "## Shifts" not in text
+
+
 def test_what_cannot_be_reported_is_named(outcome, tmp_path, refused):
     from recipes.experiments.paper import report
 
