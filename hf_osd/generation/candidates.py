@@ -116,7 +116,9 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         # If the target's first forward reads embeddings or images instead of tokens, generate would take drafts for prompt; it would also return the
         # prompt's first hidden states and attentions as the drafts'.
         states = request.generation_config.output_hidden_states or request.generation_config.output_attentions
-        self._plain_first_round = states or not request.reads_tokens
+        # Before the prompt a recurrent target has no state that it could be taken back to.
+        self._rollback = None if request.running is None else request.running.rollback
+        self._plain_first_round = states or not request.reads_tokens or self._rollback is not None
 
         self._proposer: DraftModelProposer | None = None
         self.head_usage: HeadUsage | None = None  # with a reduced draft vocabulary

@@ -17,6 +17,8 @@ from hf_osd.generation.running import RunningCall, running_calls
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_osd.generation.rollback import Rollback
+
 logger = logging.getLogger(__name__)
 
 # Parameters that the seam relies on, by method; checked when the seam opens.
@@ -167,11 +169,12 @@ def _wrap_get_candidates(original: Callable, signature: inspect.Signature) -> Ca
         if not hasattr(assistant, "open_call"):
             return original(self, *args, **kwargs)
         tokenizers = arguments.get("target_tokenizer"), arguments.get("assistant_tokenizer")
+        running = running_calls()[-1] if running_calls() else None
         request = GenerateRequest(
-            target=self,
+            target=self if running is None or running.target is None else running.target,
             **{name: arguments[name] for name in _REQUEST_PARAMETERS},
             tokenizers=None if None in tokenizers else tokenizers,
-            running=running_calls()[-1] if running_calls() else None,
+            running=running,
         )
         return assistant.open_call(request)
 
@@ -187,6 +190,7 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
         # Imported here, to keep `import hf_osd` quick.
+        from hf_osd.generation.rollback import Rollback, needs_rollback, rolling
         from hf_osd.generation.verification import CannotVerify, past_recording_restored
 
         model_kwargs, processors = arguments["model_kwargs"], list(arguments["logits_processor"])
@@ -202,7 +206,11 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
                 past_recording_restored(cache),
                 default_device(self.device),  # the loop of assisted decoding makes tensors on it
             ):
-                return original(self, *args, **kwargs)
+                if not needs_rollback(self, cache):
+                    return original(self, *args, **kwargs)
+                call.target, call.rollback = self, Rollback(cache)
+                with call.rollback.installed():
+                    return original(_viewed(self, rolling(type(self), _running_rollback)), *args, **kwargs)
         except CannotVerify as error:
             if error.running is not call:  # raised by a call within this one
                 raise
@@ -213,6 +221,10 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
+
+
+def _running_rollback() -> Rollback:
+    return running_calls()[-1].rollback
 
 
 def _wrap_round_end(original: Callable, signature: inspect.Signature) -> Callable:
@@ -229,8 +241,8 @@ def _wrap_round_end(original: Callable, signature: inspect.Signature) -> Callabl
 
 
 def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callable:
-    """Wraps `_validate_generation_mode`: a target is refused as stateful only if it is so in its configuration, and not for its class alone; and one that the draft was
-    not made for, in words of its own."""
+    """Wraps `_validate_generation_mode`: a target is refused as stateful only if it has states that nothing can take back; and one that the draft was not made for, in
+    words of its own."""
 
     def validate_generation_mode(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
@@ -241,9 +253,10 @@ def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callab
 
             check_target(self, assistant.config)
         if hasattr(assistant, "open_call") and self._is_stateful:
+            from hf_osd.generation.rollback import can_roll_back
             from hf_osd.generation.verification import only_looks_stateful
 
-            if only_looks_stateful(self):
+            if only_looks_stateful(self) or can_roll_back(self):
                 return original(_viewed(self, _stateless(type(self))), *args, **kwargs)
         return original(self, *args, **kwargs)
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import StoppingCriteriaList
+    from transformers import PreTrainedModel, StoppingCriteriaList
     from transformers.utils import ModelOutput
+
+    from hf_osd.generation.rollback import Rollback
 
 # Attribute, by thread: `calls`, see `running_calls`.
 _thread = threading.local()
@@ -22,11 +24,15 @@ class RunningCall:
 
     Args:
         stopping_criteria (`StoppingCriteriaList`), synced_gpus (`bool`): what the loop was given.
+        target (`PreTrainedModel`, *optional*): the target, where the loop runs on a view of it.
+        rollback ([`hf_osd.generation.rollback.Rollback`], *optional*): takes rejected tokens out of a target's recurrent states, if it has some.
         waiting (`weakref.WeakMethod`, *optional*): takes the outputs of the forward that was verified last, see `wait_for_outputs`.
     """
 
     stopping_criteria: StoppingCriteriaList
     synced_gpus: bool = False
+    target: PreTrainedModel | None = None
+    rollback: Rollback | None = None
     waiting: weakref.WeakMethod | None = None
 
     def wait_for_outputs(self, take: Callable[[ModelOutput], object]):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 # The trial's blocks: how many tokens of each are right, and how many wrong ones follow. Each round gives one row of logits more than it has right tokens.
 _BLOCKS = ((0, 2), (3, 2), (1, 0))
+# Recurrent states cannot be taken back to before the prompt; later they are twice in a row, before a block that needs no rollback.
+_BLOCKS_ROLLED_BACK = ((0, 0), (0, 2), (3, 2), (2, 0), (0, 1), (1, 0))
 _PROMPT = 6  # tokens
-_ROWS = sum(right + 1 for right, _ in _BLOCKS)
 # Rows differ if their distance, relative to the row's spread, exceeds two bounds. The first is for rounding in matrix products of other shapes: in float32,
 # in coarser arithmetic up to float16's (or TF32's), and in arithmetic coarser still.
 _FINE, _COARSE, _COARSEST = 1e-3, 1e-2, 3e-2
@@ -53,18 +54,18 @@ class _Forced(LogitsProcessor):
 
 
 class _Scripted:
-    """Acts as an assistant and as its candidate generator: drafts the blocks of `_BLOCKS`, right tokens from `text` `(1, T)`, wrong ones from `wrong` `(1, T)`."""
+    """Acts as an assistant and as its candidate generator: drafts `blocks`, right tokens from `text` `(1, T)`, wrong ones from `wrong` `(1, T)`."""
 
     requires_model_outputs = False
 
-    def __init__(self, text: Tensor, wrong: Tensor):
-        self._text, self._wrong, self.calls = text, wrong, 0
+    def __init__(self, blocks: Sequence[tuple[int, int]], text: Tensor, wrong: Tensor):
+        self._blocks, self._text, self._wrong, self.calls = blocks, text, wrong, 0
 
     def open_call(self, request: GenerateRequest) -> _Scripted:
         return self
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
-        right, wrong = _BLOCKS[self.calls]
+        right, wrong = self._blocks[self.calls]
         self.calls += 1
         at = input_ids.shape[1]
         drafts = self._text[:, at : at + right], self._wrong[:, at + right : at + right + wrong]
@@ -84,6 +85,9 @@ class Trial:
 
     def __init__(self, request: GenerateRequest, cache: object):
         self._target, self._cache_copy, self.forwards = request.target, cache, 0
+        self._rolls_back = request.running is not None and request.running.rollback is not None
+        self._blocks = _BLOCKS_ROLLED_BACK if self._rolls_back else _BLOCKS
+        self._rows = sum(right + 1 for right, _ in self._blocks)
         self._encodes = request.encodes
         input_ids, kwargs = request.input_ids, request.model_kwargs
         self._start = input_ids[:, :_PROMPT] if self._encodes else input_ids[:, :0]
@@ -112,8 +116,10 @@ class Trial:
         failed = passed = 0
         while max(failed, passed) <= texts // 2:
             text, wrong = self._texts(failed + passed)
-            plain, cache = self._plainly(text, text.shape[1] - _ROWS)  # raises if the target needs more than tokens
-            if _has_recurrent_states(cache):
+            plain, cache = self._plainly(
+                text, text.shape[1] - self._rows
+            )  # raises if the target needs more than tokens
+            if _has_recurrent_states(cache) and not self._rolls_back:
                 return RECURRENT
             fed = text.shape[1] - 1
             if (held := _seq_length(cache)) > fed:
@@ -138,8 +144,8 @@ class Trial:
 
     def _rounding(self, text: Tensor, plain: Tensor) -> float:
         """Estimates the distance that rounding alone can make, by plain decoding of the same text from a longer prompt."""
-        skipped = _ROWS // 2
-        rows, _ = self._plainly(text, text.shape[1] - _ROWS + skipped)
+        skipped = self._rows // 2
+        rows, _ = self._plainly(text, text.shape[1] - self._rows + skipped)
         return _NOISE * float(_distance(plain[skipped:], rows).max())
 
     def _texts(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +157,7 @@ class Trial:
         free = [i for i in ids if i not in special]
         allowed = torch.tensor(free if len(free) > 1 else ids, dtype=torch.long, device="cpu")
         random = torch.Generator("cpu").manual_seed(seed)
-        length = _ROWS + (self._start.shape[1] or _PROMPT)
+        length = self._rows + (self._start.shape[1] or _PROMPT)
         at = torch.randint(len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
         offset = torch.randint(1, len(allowed), (1, length), generator=random, dtype=torch.long, device="cpu")
         text, wrong = (allowed[i % len(allowed)].to(self._device) for i in (at, at + offset))
@@ -168,10 +174,10 @@ class Trial:
 
     def _in_blocks(self, text: Tensor, wrong: Tensor) -> Tensor:
         """Decodes `text` in blocks; returns the same rows of logits."""
-        scripted = _Scripted(text, wrong)
+        scripted = _Scripted(self._blocks, text, wrong)
         try:
             rows, _ = self._decode(
-                "_assisted_decoding", _Forced(text), text, text.shape[1] - _ROWS, assistant_model=scripted
+                "_assisted_decoding", _Forced(text), text, text.shape[1] - self._rows, assistant_model=scripted
             )
         finally:
             self.forwards += scripted.calls

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
+from hf_osd.generation.rollback import inconsistency
 from hf_osd.generation.trial import RECURRENT, Trial, layers_of
 from hf_osd.models.properties import is_compiled
 from hf_osd.system.forks import released
@@ -65,6 +66,7 @@ class Verification:
         self._runs_trials = runs_trials and not (
             synced or target.training or any(map(is_compiled, (target, target.base_model)))
         )
+        self._rolls_back = running is not None and running.rollback is not None
         self._cache_copy = None  # of the caller's own cache, made while that is empty
 
     def check_first_round(self, record: CallRecorder):
@@ -74,13 +76,19 @@ class Verification:
             CannotVerify: if the target cannot verify a block.
         """
         why = _obstacle(self._target, self._cache) or _no_attentions(self._request)
+        if why is None and self._rolls_back:
+            why = inconsistency(self._target)
         if why is None and self._runs_trials and getattr(self._cache, "_is_user_defined", False):
             try:
                 self._cache_copy = copy.deepcopy(self._cache)
             except Exception:  # a user's cache may raise anything
                 self._runs_trials = False
         if why is None and _is_doubtful(self._target, self._cache):
-            why = self._find(record) if self._runs_trials else _state_obstacle(self._target, self._cache)
+            why = (
+                self._find(record)
+                if self._runs_trials or self._rolls_back
+                else _state_obstacle(self._target, self._cache)
+            )
         if why is not None:
             self._fail(why, record)
             raise CannotVerify(why, self._running)
