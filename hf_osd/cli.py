@@ -104,7 +104,7 @@ def grow_to(
     from hf_osd.models.feature_growth import grow_feature_draft
     from hf_osd.saving.drafts import grow_draft, save_draft
 
-    grown, layers = (grow_feature_draft, layers) if kind == "feature" else (grow_draft, layers or "0,1")
+    grown, layers = (grow_feature_draft if kind == "feature" else grow_draft), layers
     try:
         picked = None if layers is None else [int(i) for i in layers.split(",")]
     except ValueError as error:

@@ -114,6 +114,18 @@ def blueprint(target: PreTrainedModel, layers: Sequence[int]) -> Blueprint:
         ) from error
 
 
+def attention_layers(target: PreTrainedModel) -> list[int] | None:
+    """Return the layers of a stack with recurrent states that have none themselves; `None` if no layer has any."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    if not getattr(target, "_is_stateful", False):
+        return None
+    layers = DynamicCache(config=target.config.get_text_config(decoder=True)).layers
+    found = [i for i, layer in enumerate(layers) if not isinstance(layer, LinearAttentionCacheLayerMixin)]
+    return None if len(found) == len(layers) else found
+
+
 def text_kind(target: PreTrainedModel) -> tuple[type, PretrainedConfig]:
     """Return the class and the config of the causal LM that a draft of `target` would be.
 
@@ -183,6 +195,8 @@ def picked_config(config: PretrainedConfig, picked: list[int], depth: int) -> Pr
         other = name == "architectures" or name.endswith(("_token_id", "_token_ids"))  # may have that length by chance
         if isinstance(value, (list, tuple)) and len(value) == depth and not other:
             changes[name] = type(value)(value[i] for i in picked)
+        elif name == "attn_layer_indices" and value:
+            changes[name] = [j for j, i in enumerate(picked) if i in value]
     if shared := getattr(config, "num_kv_shared_layers", 0):  # the last ones, which read the keys and values of others
         changes["num_kv_shared_layers"] = sum(i >= depth - shared for i in picked)
     by_layer = config.to_dict().get("per_layer_config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_osd.models.blueprint import blueprint, text_model
+from hf_osd.models.blueprint import attention_layers, blueprint, text_model
 from hf_osd.models.clean_copy import execution_device, real_tensor, unwrapped
 from hf_osd.models.plain import has_adapter, merged, record_ties
 from hf_osd.saving.adapters import (
@@ -28,6 +29,8 @@ from hf_osd.saving.hub import FROM_WHERE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 # The files of a draft's checkpoint. One that only an older checkpoint has would be loaded together with a newer one.
@@ -119,7 +122,21 @@ def save_draft(
         draft.save_pretrained(directory)
 
 
-def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTrainedModel:
+def _default_layers(target: PreTrainedModel) -> Sequence[int]:
+    """Choose the layers that a draft is grown from."""
+    attention = attention_layers(target)
+    if attention is None:
+        return 0, 1
+    if not attention:
+        raise ValueError(
+            f"All layers of the target ({type(target).__name__}) have recurrent states, which no draft may have. Grow one that reads the target's states, with "
+            "hf_osd.grow_feature_draft(target)."
+        )
+    logger.info("The draft is grown from layers %s, the first with attention alone.", attention[:2])
+    return attention[:2]
+
+
+def grow_draft(target: PreTrainedModel, layers: Sequence[int] | None = None) -> PreTrainedModel:
     """Make a draft of the target's class out of some of its decoder layers.
 
     Input embeddings and LM head share the target's storage, are frozen, and cost no memory; layers, final norm and all other weights of the
@@ -128,7 +145,8 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
 
     Args:
         target (`PreTrainedModel`): a causal LM, or a multimodal model that contains one, such as Gemma 3's.
-        layers (`Sequence[int]`): indices of its decoder layers, in order; negative ones count from the end.
+        layers (`Sequence[int]`, *optional*): indices of its decoder layers, in order; negative ones count from the end. By default the first two; where some layers have
+            recurrent states, the first two of those that have none, for a draft must be taken back to before a rejected token.
 
     Returns:
         `PreTrainedModel`: the draft, in the target's dtype, on its device, in eval mode; its `save_pretrained` writes a plain checkpoint.
@@ -139,7 +157,7 @@ def grow_draft(target: PreTrainedModel, layers: Sequence[int] = (0, 1)) -> PreTr
     """
     given = unwrapped(target)
     target = text_model(given)
-    plan = blueprint(target, layers)
+    plan = blueprint(target, _default_layers(target) if layers is None else layers)
     draft, tensors = plan.draft, dict(target.named_parameters(remove_duplicate=False))
     ends = {id(p) for end in (target.get_input_embeddings(), target.get_output_embeddings()) for p in end.parameters()}
     home = execution_device(target.get_input_embeddings())

@@ -169,7 +169,7 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
     """Load a draft for `target`, in its dtype and on its device.
 
     Args:
-        name: a path, a Hub id, or `"grow:0,1"` for a draft made of these layers of the target, or `"feature"` for a new draft that reads the target's hidden states:
+        name: a path, a Hub id, or `"grow:0,1"` for a draft made of these layers of the target, `"grow"` for one of those that `grow_draft` chooses, or `"feature"` for a new draft that reads the target's hidden states:
             `"feature:2,15,27"` for those after these layers.
         target: the model it is to draft for.
         any_vocabulary: whether its vocabulary may differ from the target's; see `draft_tokenizers`.
@@ -179,6 +179,8 @@ def load_draft(name: str, target: PreTrainedModel, any_vocabulary: bool = False)
             not.
         OSError: if there is no such draft.
     """
+    if name == "grow":
+        return drafts.grow_draft(target)
     if name.startswith("grow:"):
         try:
             layers = [int(i) for i in name.removeprefix("grow:").split(",")]
