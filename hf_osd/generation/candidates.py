@@ -118,6 +118,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         states = request.generation_config.output_hidden_states or request.generation_config.output_attentions
         # Before the prompt a recurrent target has no state that it could be taken back to.
         self._rollback = None if request.running is None else request.running.rollback
+        self._carried: int | None = None  # tokens that this round's verification reads again
         self._plain_first_round = states or not request.reads_tokens or self._rollback is not None
 
         self._proposer: DraftModelProposer | None = None
@@ -269,6 +270,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             confidence=block.confidence[: len(block.draft_tokens)],
             match=block.match,
             agreement=block.agreement,
+            carried=self._carried or 0,
         )
         self.lookahead.observe_untested(late)
         # The draft made a step here, but its token was left out of the block: still evidence of acceptance at this confidence.
@@ -277,6 +279,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             self._note_width(scores.shape[-1])
         self._first_round = False
         stats = self.record.stats
+        stats.refed_tokens += self._carried or 0
         stats.draft_seconds += self._draft_seconds
         stats.target_seconds += target_seconds
         stats.lookup_seconds += self._lookup_seconds
@@ -312,7 +315,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         reach = self._draft_reach(room)
         proposal = (continuation.match, continuation.agreement) if continuation else ()
         unread = self._proposer.context.unread if reach else 1
-        plan = self.lookahead.plan(*proposal, can_draft=reach > 0, unread=unread)
+        self._carried = None if self._rollback is None else self._rollback.carried
+        plan = self.lookahead.plan(*proposal, can_draft=reach > 0, unread=unread, carried=self._carried)
         self._plan, self._continuation = plan, continuation
         if plan.length and room > 0 and self._verification is not None and not self._can_verify():
             return

@@ -79,7 +79,7 @@ def heuristic_length(gamma: int, drafted: int, accepted: int, max_gamma: int) ->
 
 
 def best_gain(
-    acceptance: Sequence[float], c: float, v: Sequence[float], rate: float, after: int = 0
+    acceptance: Sequence[float], c: float, v: Sequence[float], rate: float, after: int = 0, rollback: float = 0.0
 ) -> tuple[int, float]:
     """Finds how many of the proposed tokens to draft, and returns that and their gain over the same round without them.
 
@@ -89,12 +89,13 @@ def best_gain(
         v: v(1), v(2), …; a proposal longer than that is cut.
         rate: λ.
         after: tokens of the block before the proposal; a_1 then includes the probability that they are accepted.
+        rollback: λ times the time that is lost where the block is not accepted as a whole: a target with recurrent states then reads its tokens again.
     """
-    best, tokens, prefix_acceptance = (0, 0.0), 0.0, 1.0
+    best, tokens, prefix_acceptance = (0, -math.inf if after and rollback else 0.0), 0.0, 1.0
     for m, a in enumerate(acceptance[: max(len(v) - after - 1, 0)], 1):
         prefix_acceptance *= a
         tokens += prefix_acceptance
-        gain = tokens - rate * (m * c + v[after + m] - v[after])
+        gain = tokens - rate * (m * c + v[after + m] - v[after]) - rollback * (1 - prefix_acceptance)
         if gain > best[1]:
             best = (m, gain)
     return best
@@ -149,6 +150,7 @@ class DraftPolicy:
             0  # rounds since the draft's last step; since the last plain round; in all
         )
         self._tokens = self._time = 0.0  # decayed sums, whose ratio is λ
+        self._rolls_back = False  # whether the target of the last plan has recurrent states
         self._tail = 0.0  # decayed mean of the gain of the suffix cache's proposals
         self._estimates: _Estimates | None = None
         self._lock = released(threading.RLock()) if beside is None else beside._lock  # it guards the costs too
@@ -182,7 +184,13 @@ class DraftPolicy:
         return self._idle >= PROBE_EVERY
 
     def plan(
-        self, match: int = 0, agreement: Sequence[float] = (), *, can_draft: bool = True, unread: int = 1
+        self,
+        match: int = 0,
+        agreement: Sequence[float] = (),
+        *,
+        can_draft: bool = True,
+        unread: int = 1,
+        carried: int | None = None,
     ) -> Plan:
         """Plans the next round.
 
@@ -191,8 +199,11 @@ class DraftPolicy:
             agreement: for each token proposed by the cache, see [`hf_osd.drafting.suffix_cache.Continuation`].
             can_draft: `False` if the draft model cannot draft in this round: the suffix cache may.
             unread: tokens that its first forward would read.
+            carried: verified tokens that the target reads again before the block, see [`hf_osd.generation.rollback`]; `None` for a target that needs no rollback.
         """
         with self._lock:
+            if (carried is not None) != self._rolls_back:
+                self._rolls_back, self._estimates = carried is not None, None
             if self.policy != "cost":
                 length = self.max_gamma if self.policy == "constant" else self._gamma
                 if self.has_draft:
@@ -201,7 +212,9 @@ class DraftPolicy:
             if not self.costs.are_fixed and (self.costs.step_seconds is None or self._busy >= PLAIN_EVERY):
                 return Plan()  # a plain round, to measure the unit of all costs
             estimates = self._current()
-            cached, gain = best_gain(self.matches.along(match, agreement), 0.0, estimates.v, estimates.rate)
+            rollback = self._rollback(carried or 0)
+            acceptance = self.matches.along(match, agreement)
+            cached, gain = best_gain(acceptance, 0.0, estimates.v, estimates.rate, rollback=rollback)
             self._tail = _TAIL_DECAY * self._tail + (1 - _TAIL_DECAY) * gain
             without = Plan("cache", cached, cached=cached)
             if not (self.has_draft and can_draft and self.earnings.in_credit):
@@ -212,7 +225,9 @@ class DraftPolicy:
             drafting = estimates.rule.first_gain(gain) if estimates.selective else -math.inf
             near, c = self.costs.read(1), self.costs.c
             reading = near - c + (self.costs.read(unread) - near) / _READ_ROUNDS
-            if max(drafting, estimates.gain) - estimates.rate * reading > gain:
+            # What was carried already would be carried on.
+            again = rollback - self._rollback(0) if carried else 0.0
+            if max(drafting, estimates.gain) - estimates.rate * reading - again > gain:
                 return Plan("draft", estimates.gamma, estimates.selective, cached, gain)
             if not cached and self._is_probe_due:
                 return Plan("draft", 1)
@@ -222,7 +237,11 @@ class DraftPolicy:
         """Decides if the j-th token, counted from 0, goes into the block, when it and all before it are accepted with probability `prefix_acceptance`, and what would be
         proposed in its place gains `instead`."""
         estimates = self._estimates
-        return estimates is None or estimates.rule.token_gain(j, prefix_acceptance) > instead
+        if estimates is None:
+            return True
+        return estimates.rule.token_gain(j, prefix_acceptance) > max(
+            instead, estimates.rule.end_gain(j, prefix_acceptance)
+        )
 
     def cache_suffix_length(self, j: int, prefix_acceptance: float, match: int, agreement: Sequence[float]) -> int:
         """Decides how many cached tokens end the block after j drafts (all accepted with probability `prefix_acceptance`) instead of further drafts; 0 to
@@ -232,13 +251,16 @@ class DraftPolicy:
             return 0
         acceptance = self.matches.along(match, agreement)
         acceptance[0] *= prefix_acceptance
-        cached, gain = best_gain(acceptance, 0.0, estimates.v, estimates.rate, after=j)
-        return cached if gain > max(estimates.rule.step_gain(j, prefix_acceptance), 0.0) else 0
+        cached, gain = best_gain(acceptance, 0.0, estimates.v, estimates.rate, j, self._rollback(0))
+        end = estimates.rule.end_gain(j, prefix_acceptance)
+        return cached if gain > max(estimates.rule.step_gain(j, prefix_acceptance), end) else 0
 
     def should_step(self, j: int, prefix_acceptance: float) -> bool:
         """Decides if the draft makes a step for its j-th token, counted from 0, when all before it are accepted with probability `prefix_acceptance`."""
         estimates = self._estimates
-        return estimates is None or estimates.rule.step_gain(j, prefix_acceptance) > 0
+        if estimates is None:
+            return True
+        return estimates.rule.step_gain(j, prefix_acceptance) > estimates.rule.end_gain(j, prefix_acceptance)
 
     def observe_round(
         self,
@@ -255,6 +277,7 @@ class DraftPolicy:
         confidence: Sequence[float] = (),
         match: int = 0,
         agreement: Sequence[float] = (),
+        carried: int = 0,
     ):
         """Records one round.
 
@@ -266,6 +289,7 @@ class DraftPolicy:
             cached: how many of the drafted tokens came from the suffix cache; they are the last ones.
             confidence: the draft's confidence at each token that it drafted, where known.
             match, agreement: of the suffix cache's proposal, see [`hf_osd.drafting.suffix_cache.Continuation`].
+            carried: verified tokens that the target has read again before the block.
         """
         from_draft = drafted - cached
         steps = from_draft if steps is None else steps
@@ -281,13 +305,14 @@ class DraftPolicy:
             for i, share in enumerate(agreement[: max(tested - from_draft, 0)]):
                 self.matches.observe(self.matches.bin(match + i, share), float(from_draft + i < accepted))
             if target_seconds is not None:
-                self.costs.observe_target(drafted + 1, target_seconds)
+                self.costs.observe_target(carried + drafted + 1, target_seconds)
                 if steps and draft_seconds is not None:
                     self.costs.observe_draft(steps, draft_seconds, unread, read_seconds)
             estimates = self._estimates
             if estimates is not None and drafted < len(estimates.v):
                 self._tokens = _RATE_DECAY * self._tokens + accepted + 1
                 self._time = _RATE_DECAY * self._time + self.costs.drafting(steps, unread) + estimates.v[drafted]
+                self._time += self.costs.v(drafted + carried + 1) - estimates.v[drafted] if carried else 0.0
             self._invalidate()
 
     def observe_earnings(
@@ -350,6 +375,14 @@ class DraftPolicy:
             else:
                 self._invalidate()
 
+    def _rollback(self, carried: int) -> float:
+        """Estimates λ times the time that a block loses which is not accepted as a whole: of the next verification, what it reads again."""
+        if not self._rolls_back:
+            return 0.0
+        accepted = round(expected_tokens(self.acceptance(), self.max_gamma)) - 1 if self.max_gamma else 0
+        again = carried + accepted + 1
+        return self.rate * (self.costs.v(again + 1) - 1.0)
+
     def _invalidate(self):
         if self._rounds < 4 * _REFRESH_EVERY or self._rounds % _REFRESH_EVERY == 0:
             self._estimates = None
@@ -378,10 +411,11 @@ class _Estimates:
     def from_policy(cls, policy: DraftPolicy, longest: int) -> _Estimates:
         v, rate, c = policy.costs.v_upto(longest), policy.rate, policy.costs.c or 0.0
         bins = policy.confidence.bins()
-        rule = StoppingRule(bins, c, v, rate, policy.max_gamma if policy.has_draft else 0, policy._tail)
+        rollback = policy._rollback(0)
+        rule = StoppingRule(bins, c, v, rate, policy.max_gamma if policy.has_draft else 0, policy._tail, rollback)
         # Confidence may lag behind a draft that learns while it drafts nothing. a_1 does not (`observe_untested`), so its gain counts too.
         first = policy.acceptance()[0] if policy.max_gamma else 0.0
-        gamma, gain = best_gain([first] * policy.max_gamma, c, v, rate)
+        gamma, gain = best_gain([first] * policy.max_gamma, c, v, rate, rollback=rollback)
         if policy.confidence.seen >= _CONFIDENT_AFTER and rule.step_gain(0, 1.0) > 0:
             return cls(v, rate, rule, min(policy.max_gamma, longest - 1), max(rule.step_gain(0, 1.0), gain), True)
         return cls(v, rate, rule, gamma, gain, False)

@@ -30,6 +30,10 @@ def report(stats: Stats, lookahead: DraftPolicy, learning: str | None = None) ->
     lines += [learning] if learning is not None and lookahead.has_draft else []
     lines += _learning_lines(stats)
     lines += _source_lines(rolling)
+    if rolling.refed_tokens:
+        lines.append(
+            f"The target has recurrent states, and read {rolling.refed_tokens} of {rolling.new_tokens} tokens again, after blocks that were accepted in part."
+        )
     lines += _earnings_lines(lookahead)
     lines += _speed_lines(rolling, lookahead)
     return "\n".join(lines)

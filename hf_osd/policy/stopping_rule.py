@@ -20,6 +20,7 @@ class StoppingRule:
         c, v, rate: as in [`hf_osd.policy.lookahead.best_gain`].
         max_gamma (`int`): the largest γ.
         tail (`float`): what tokens of the suffix cache after the drafted ones gain on average, if all of these are accepted.
+        rollback (`float`): what a block loses that is not accepted as a whole, as in [`hf_osd.policy.lookahead.best_gain`].
     """
 
     def __init__(
@@ -30,17 +31,23 @@ class StoppingRule:
         rate: float,
         max_gamma: int,
         tail: float = 0.0,
+        rollback: float = 0.0,
     ):
         max_gamma = min(max_gamma, len(v) - 1)
-        self._bins, self._tail, self._step_cost = bins, tail, rate * c
+        self._bins, self._tail, self._step_cost, self._rollback = bins, tail, rate * c, rollback
         # The cost of token j in the verification.
         self.step_costs = [rate * (v[j + 1] - v[j]) for j in range(max_gamma)]
         # gains[j][r]: gain of drafting from the j-th token on, when all before it are accepted with probability r / _GRID.
         self._gains = [[0.0] * (_GRID + 1) for _ in range(max_gamma + 1)]
         for j in reversed(range(max_gamma)):
             for r in range(_GRID + 1):
-                kept = sum(share * max(self.token_gain(j, r / _GRID * a), 0.0) for share, a in bins)
+                end = self.end_gain(j, r / _GRID)
+                kept = sum(share * max(self.token_gain(j, r / _GRID * a), end) for share, a in bins)
                 self._gains[j][r] = kept - self._step_cost
+
+    def end_gain(self, j: int, prefix_acceptance: float) -> float:
+        """Gives the gain of ending the block with j tokens, all accepted with probability `prefix_acceptance`: what is lost where they are not."""
+        return self._rollback * (prefix_acceptance - 1) if j else 0.0
 
     def step_gain(self, j: int, prefix_acceptance: float) -> float:
         """Gives the gain of drafting the j-th token, counted from 0, when all before it are accepted with probability `prefix_acceptance`."""
@@ -50,11 +57,9 @@ class StoppingRule:
 
     def token_gain(self, j: int, prefix_acceptance: float) -> float:
         """Gives the gain of putting the j-th token into the block, when it and all before it are accepted with probability `prefix_acceptance`."""
-        return (
-            prefix_acceptance
-            - self.step_costs[min(j, len(self.step_costs) - 1)]
-            + max(self.step_gain(j + 1, prefix_acceptance), prefix_acceptance * self._tail, 0.0)
-        )
+        end = self.end_gain(j + 1, prefix_acceptance)
+        rest = max(self.step_gain(j + 1, prefix_acceptance), end + max(prefix_acceptance * self._tail, 0.0))
+        return prefix_acceptance - self.step_costs[min(j, len(self.step_costs) - 1)] + rest
 
     def first_gain(self, cached: float) -> float:
         """Gives the gain of a first draft step before the choice between its token and tokens of the suffix cache in its place, whose gain is `cached`."""
