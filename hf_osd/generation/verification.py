@@ -67,6 +67,7 @@ class Verification:
             synced or target.training or any(map(is_compiled, (target, target.base_model)))
         )
         self._rolls_back = running is not None and running.rollback is not None
+        self._trusts = self._rolls_back and not runs_trials  # the user wants no trials
         self._cache_copy = None  # of the caller's own cache, made while that is empty
 
     def check_first_round(self, record: CallRecorder):

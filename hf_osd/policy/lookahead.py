@@ -32,6 +32,8 @@ _READ_ROUNDS = 16
 _TAIL_DECAY = 0.98
 # Rounds between two computations of the estimates, once the first rounds are over.
 _REFRESH_EVERY = 16
+# From so many carried tokens on a round is plain, which absorbs them, whatever the policy.
+_MOST_CARRIED = 16
 # Decay of the counts behind λ, per round.
 _RATE_DECAY = 0.99
 
@@ -204,6 +206,8 @@ class DraftPolicy:
         with self._lock:
             if (carried is not None) != self._rolls_back:
                 self._rolls_back, self._estimates = carried is not None, None
+            if carried is not None and carried >= _MOST_CARRIED:
+                return Plan()
             if self.policy != "cost":
                 length = self.max_gamma if self.policy == "constant" else self._gamma
                 if self.has_draft:

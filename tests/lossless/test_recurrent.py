@@ -12,47 +12,12 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
 from hf_osd.generation import rollback as module
 from hf_osd.generation.rollback import Rollback
+from recipes.checks.recurrent import FAMILIES
+from recipes.checks.recurrent import model_of as target_of
 
 from .reference import exact_distribution, p_value
-from .test_verification import _EXPERTS, _SIZES, HYBRIDS, check_plain, model_of
+from .test_verification import _SIZES, HYBRIDS, check_plain, model_of
 
-_LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-FAMILIES = {
-    "Qwen3_5ForCausalLM": HYBRIDS["Qwen3_5TextConfig"],
-    "Qwen3_5MoeForCausalLM": {**HYBRIDS["Qwen3_5TextConfig"], **_EXPERTS},
-    "Qwen3NextForCausalLM": HYBRIDS["Qwen3NextConfig"],
-    "GraniteMoeHybridForCausalLM": HYBRIDS["GraniteMoeHybridConfig"],
-    "BambaForCausalLM": HYBRIDS["BambaConfig"],
-    "FalconH1ForCausalLM": HYBRIDS["FalconH1Config"],
-    "OlmoHybridForCausalLM": {
-        **HYBRIDS["Qwen3_5TextConfig"],
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 4,
-    },
-    "KimiLinearForCausalLM": {
-        **_LATENT,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "linear_head_dim": 8,
-        "linear_num_heads": 4,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2,
-    },
-    "BailingHybridForCausalLM": {
-        **_LATENT,
-        "q_lora_rank": None,
-        "head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "layer_group_size": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "num_mtp_layers": 0,
-    },
-}
 # Families that transformers computes otherwise in blocks than token by token, and what is said of them.
 INCONSISTENT = {
     "NemotronHForCausalLM": (
@@ -86,10 +51,6 @@ N = 24
 def prompts(count, seed=0):
     random = torch.Generator().manual_seed(seed)
     return [torch.randint(2, 64, (1, 6 + i), generator=random) for i in range(count)]
-
-
-def target_of(name):
-    return model_of(name, **{**_SIZES, **FAMILIES[name]})
 
 
 def attention_draft(tiny_llama, target):
@@ -205,7 +166,7 @@ def test_ends_and_processors(name, tokenizer):
 @pytest.mark.parametrize("name", FEW)
 def test_samples_have_the_targets_distribution(name, tiny_llama):
     sizes = {"vocab_size": 5, "bos_token_id": 1, "pad_token_id": 0}
-    target = model_of(name, **{**_SIZES, **FAMILIES[name], **sizes})
+    target = target_of(name, **sizes)
     with torch.no_grad():
         target.get_output_embeddings().weight.mul_(0.3)  # else hardly anything is ever rejected
     prompt, asked = torch.tensor([[1, 2, 3]]), {"do_sample": True, "top_k": 0}

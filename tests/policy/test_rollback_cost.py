@@ -63,6 +63,8 @@ def test_what_is_carried_is_absorbed_before_there_is_too_much_of_it():
     assert policy.plan(carried=200).length == 0
     assert policy.plan(3, [1.0] * 8, carried=0).length > 0
     assert policy.plan().length > 0, "another target"
+    constant = DraftPolicy("constant", 5)
+    assert [constant.plan(carried=carried).length for carried in (0, 15, 16)] == [5, 5, 0]
 
 
 def test_a_round_is_timed_by_all_that_was_read():
