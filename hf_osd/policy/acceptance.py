@@ -30,6 +30,11 @@ class PositionAcceptance:
     def __init__(self, size: int):
         self._tested, self._accepted = [0.0] * size, [0.0] * size
 
+    @property
+    def seen(self) -> float:
+        """Counts the observations, decayed, at all positions."""
+        return sum(self._tested)
+
     def observe(self, position: int, accepted: float):
         """Records expected acceptance, from 0 to 1, at a tested position, counted from 0."""
         for counts in (self._tested, self._accepted):

@@ -22,6 +22,9 @@ from hf_osd.system.forks import released
 # After so many rounds without drafts one token is drafted anyway, so that costs stay measured. This is rare, for the draft must then
 # catch up on the whole request; what reopens drafting is acceptance, which is scored after the call (`learning/undrafted.py`).
 PROBE_EVERY = 1024
+# Until the draft's acceptance has been seen so often, in tests or scores, it is tried again after so few rounds: a few unlucky first tokens say little, and where
+# nothing learns nobody scores the draft. Not if even a draft that is always right would not pay.
+_KNOWN_FROM, _TRY_EVERY = 48.0, 16
 # After so many rounds with drafts one is plain: every cost is measured in plain steps, whose time drifts as texts grow.
 PLAIN_EVERY = 128
 # Observations of confidence (decayed) that are needed before it may end a draft early.
@@ -183,7 +186,12 @@ class DraftPolicy:
 
     @property
     def _is_probe_due(self) -> bool:
-        return self._idle >= PROBE_EVERY
+        if self._idle >= PROBE_EVERY:
+            return True
+        if self._idle < _TRY_EVERY or self.positions.seen >= _KNOWN_FROM:
+            return False
+        estimates = self._current()
+        return best_gain([1.0] * self.max_gamma, self.costs.c or 0.0, estimates.v, estimates.rate)[1] > 0
 
     def plan(
         self,

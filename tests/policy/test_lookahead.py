@@ -444,3 +444,29 @@ def test_tokens_of_the_cache_take_the_place_of_a_token_that_the_draft_is_not_sur
     sure, unsure = (lookahead.confidence.acceptance(lookahead.confidence.bin(x)) for x in (0.99, 0.15))
     assert lookahead.should_keep(0, sure, plan.cached_gain)
     assert not lookahead.should_keep(0, unsure, plan.cached_gain)
+
+
+def test_a_draft_that_began_unluckily_is_tried_again_soon():
+    """Nothing learns, so nobody scores it but by drafting."""
+    policy = DraftPolicy("cost", 5, draft_cost=0.1, verify_cost=0.02)
+    for _ in range(6):
+        policy.observe_round(1, 1, 0)
+    assert policy.plan().length == 0
+    rounds = drafted = 0
+    while drafted < 20 and rounds < 400:
+        rounds += 1
+        length = policy.plan().length
+        drafted += length
+        policy.observe_round(length, min(length, 1), min(length, 1))
+    assert drafted >= 20, "it is right, and gets to show it"
+
+
+def test_a_draft_known_to_be_bad_is_left_alone():
+    policy = DraftPolicy("cost", 5, draft_cost=0.1, verify_cost=0.02)
+    policy.observe_untested([0.0] * 60)
+    asked = 0
+    for _ in range(500):
+        length = policy.plan().length
+        asked += length
+        policy.observe_round(length, length, 0)
+    assert asked == 0
