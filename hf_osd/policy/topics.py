@@ -179,7 +179,7 @@ class Topics:
         )
         if "mean" in state:
             self._mean, self._variance = state["mean"].clone(), state["variance"].clone()
-            self._kept = torch.zeros(_KEPT, len(self._mean))
+            self._kept = torch.zeros(_KEPT, len(self._mean), dtype=torch.float32, device="cpu")
             self._kept[: len(self._labels)] = state["kept"]
 
     def distances(self, x: Tensor) -> Tensor:
@@ -209,15 +209,15 @@ class Topics:
         if len(x) <= _LONGEST:
             return x
         generator = torch.Generator().manual_seed(self.seed)
-        places = torch.randint(_LONGEST, x.shape, generator=generator)
-        signs = torch.randint(2, x.shape, generator=generator).float() * 2 - 1
-        return torch.zeros(_LONGEST).index_add_(0, places, x * signs)
+        places = torch.randint(_LONGEST, x.shape, generator=generator, device="cpu")
+        signs = torch.randint(2, x.shape, generator=generator, device="cpu").float() * 2 - 1
+        return torch.zeros(_LONGEST, dtype=torch.float32, device="cpu").index_add_(0, places, x * signs)
 
     def _observe(self, x: Tensor):
         """Update m and s."""
         if self._mean is None:
             self._mean, self._variance = torch.zeros_like(x), torch.zeros_like(x)
-            self._kept = torch.zeros(_KEPT, len(x))
+            self._kept = torch.zeros(_KEPT, len(x), dtype=torch.float32, device="cpu")
         self.steps += 1
         rate = 1 / min(self.steps, _MEMORY)
         off = x - self._mean
@@ -233,7 +233,11 @@ class Topics:
         """Estimate the mean distance of a topic's prompts to its mean."""
         scale = self._scale().square()
         spreads = torch.stack([(other.variance / scale).mean() for other in self.found.values()])
-        counts = torch.tensor([float(min(other.count, _TOPIC_MEMORY)) for other in self.found.values()])
+        counts = torch.tensor(
+            [float(min(other.count, _TOPIC_MEMORY)) for other in self.found.values()],
+            dtype=torch.float32,
+            device="cpu",
+        )
         pooled = float((spreads * counts).sum() / (counts - 1).clamp_min(0).sum().clamp_min(1))
         own, n = float((topic.variance / scale).mean()), min(topic.count, _TOPIC_MEMORY)
         return max((n * own + _PRIOR * pooled) / (n - 1 + _PRIOR), _LEAST_SPREAD)
@@ -344,10 +348,10 @@ def _two_means(products: Tensor, along: Tensor) -> Tensor:
     """
     n = len(along)
     values, order = along.sort(stable=True)
-    left = torch.arange(_LEAST, n - _LEAST + 1)
+    left = torch.arange(_LEAST, n - _LEAST + 1, device="cpu")
     sums, whole = values.cumsum(0)[left - 1], values.sum()
     cut = int(left[(sums.square() / left + (whole - sums).square() / (n - left)).argmax()])
-    side = torch.zeros(n, dtype=torch.bool)
+    side = torch.zeros(n, dtype=torch.bool, device="cpu")
     side[order[:cut]] = True
     for _ in range(_ROUNDS):
         count = int(side.sum())

@@ -53,7 +53,7 @@ def mixed(assistant: OnlineAssistant, own: int = 1) -> Iterator[None]:
     the fifth nobody's."""
     lookahead, rounds = assistant.lookahead, []
 
-    def plan(match=0, agreement=(), can_draft=True, unread=1):
+    def plan(match=0, agreement=(), can_draft=True, unread=1, carried=None):
         rounds.append(1)
         turn = len(rounds) % 5
         return (
