@@ -45,6 +45,12 @@ class Rollback:
         self._cache, self.carried, self._block = cache, 0, 0
         self._states: dict[int, _Copy] = {}  # of each recurrent layer, as before the first of the carried tokens
 
+    @property
+    def nbytes(self) -> int:
+        """Counts the bytes of the copies of states."""
+        copies = [part for copy in self._states.values() for part in (copy.conv, copy.recurrent) if part]
+        return sum(state.nbytes for part in copies for state in part.values())
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Makes `crop` of the cache this one's, for as long as the run takes."""
