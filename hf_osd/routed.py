@@ -14,6 +14,7 @@ import torch
 
 from hf_osd.assistant import OnlineAssistant
 from hf_osd.config import OnlineConfig
+from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import judge_served
 from hf_osd.generation.checks import check_call
 from hf_osd.generation.shared_parts import SharedParts
@@ -113,12 +114,17 @@ class RoutedAssistant(SavableRoutes):
             raise ValueError(
                 "`learn` is 'process', and a process of its own for each route would take as many cores and copies. Choose learn='background' or 'inline'."
             )
+        if config.learns and RankGroup.of_job().size > 1:
+            raise ValueError(
+                "This is one of several processes of a job, which would have to learn the same routes at the same moments. Use an OnlineAssistant there, or learn=False."
+            )
         self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
         self._lock = released(threading.RLock())
         self._shared = replace(SharedParts.of(draft, config), learning=released(threading.Lock()), busy=self._serves)
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
         self.pool = DraftPool(self._make, max_routes, pool_bytes, pool_folder, self._closing)
         self._stats_before: dict[str, Stats] = {}  # of routes that were put away
+        self._topical: set[str] = set()  # names that the router has given
         self._scored = Counter()
         self._score_seconds = 0.0
         self.closed = False
@@ -204,6 +210,10 @@ class RoutedAssistant(SavableRoutes):
             return DEFAULT, _NO_TOPIC, None
         tokens = request.input_ids[0] if request.mask is None else request.input_ids[0][request.mask[0].bool()]
         choice = self.router.route(prompt_features(embeddings.detach(), tokens))
+        self._topical.add(choice.route)
+        for name in self._topical - set(self.router.routes):  # its topics have gone to another route
+            self._topical.remove(name)
+            self.pool.drop(name)
         return choice.route, choice.topic, choice.parent
 
     def _of_route(self, name: str, parent: str | None = None) -> OnlineAssistant:
@@ -273,7 +283,8 @@ class RoutedAssistant(SavableRoutes):
 
     def _each(self, do: Callable[[OnlineAssistant], bool]) -> bool:
         with self._lock:
-            done = [do(assistant) for _, assistant in self._assistants()]
+            assistants = [assistant for _, assistant in self._assistants()]
+        done = [do(assistant) for assistant in assistants]
         return any(done)
 
     def collect(self):

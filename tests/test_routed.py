@@ -213,3 +213,39 @@ def test_a_closed_one_still_drafts(target):
         serve(target, assistant.route("a"), prompts(1)[0])
     serve(target, assistant.route("a"), prompts(1)[0])
     assert assistant.stats.by_route["a"].last.drafted_by["draft"] > 0
+
+
+def test_a_route_that_no_topic_has_any_more_is_let_go(target):
+    assistant = RoutedAssistant(grow_draft(target), **LEARNS)
+    first, second = prompts(2)
+    serve(target, assistant, first)
+    [name] = assistant.router.routes
+    assistant.router.forget(name)
+    serve(target, assistant, second)
+    assert name not in assistant.pool
+    assert len(assistant.pool) == 1
+    assert assistant.stats.total.requests == 2
+
+
+def test_drafts_are_scored_on_requests_that_none_has_learnt(target):
+    assistant = RoutedAssistant(grow_draft(target), max_routes=4, **LEARNS)
+    seen = []
+    observe = assistant.router.observe
+    assistant.router.observe = lambda topic, acceptance, tokens: (
+        seen.append((topic, dict(acceptance), tokens)),
+        observe(topic, acceptance, tokens),
+    )
+    for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
+        serve(target, assistant, one, max_new_tokens=6)
+        serve(target, assistant, other, max_new_tokens=6)
+    assistant.flush()
+    assert seen
+    assert all(len(acceptance) >= 2 and min(acceptance.values()) >= 0 for _, acceptance, _ in seen)
+
+
+def test_in_a_job_of_several_processes_it_does_not_learn(target, monkeypatch):
+    from hf_osd.distill.ranks import RankGroup
+
+    monkeypatch.setattr(RankGroup, "of_job", classmethod(lambda cls: type("Two", (), {"size": 2})()))
+    with pytest.raises(ValueError, match="several processes"):
+        RoutedAssistant(grow_draft(target), learn=True)

@@ -109,6 +109,12 @@ class DraftPool:
         self._members[name] = self._make(name, weights)
         return self._members[name]
 
+    def drop(self, name: str):
+        """Let a member go that will not be asked for again, if it is in memory."""
+        if name in self._members:
+            self._closing(name, self._members[name], True)
+            del self._members[name]
+
     def _fit(self):
         """Let members rest, and then go, until the others fit; the one used last stays as it is."""
         if self.max_bytes is None:

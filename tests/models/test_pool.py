@@ -100,3 +100,13 @@ def test_names_are_told_apart_on_disk():
 def test_a_budget_of_nothing_is_refused(draft, max_bytes):
     with pytest.raises(ValueError, match="pool_bytes"):
         DraftPool(lambda name, w: Member(draft, w), 1, max_bytes)
+
+
+def test_what_is_dropped_is_closed_once(draft):
+    gone = []
+    pool = DraftPool(lambda name, w: Member(draft, w), 4, closing=lambda name, *_: gone.append(name))
+    pool.get("a")
+    pool.drop("a")
+    pool.drop("a")
+    assert gone == ["a"]
+    assert "a" not in pool
