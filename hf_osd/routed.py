@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from hf_osd.metrics.stats import CallStats, Stats
 from hf_osd.models.pool import DraftPool
 from hf_osd.policy.report import report
 from hf_osd.policy.routing import TopicRouter, prompt_features
-from hf_osd.saving.routes import SavableRoutes
+from hf_osd.saving.routes import SavableRoutes, fingerprint
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -122,7 +122,15 @@ class RoutedAssistant(SavableRoutes):
         self._lock = released(threading.RLock())
         self._shared = replace(SharedParts.of(draft, config), learning=released(threading.Lock()), busy=self._serves)
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
-        self.pool = DraftPool(self._make, max_routes, pool_bytes, pool_folder, self._closing)
+        self.pool = DraftPool(
+            self._make,
+            max_routes,
+            pool_bytes,
+            pool_folder,
+            self._closing,
+            busy=lambda assistant: assistant._calls.any(),
+            base=fingerprint(self._shared.draft),
+        )
         self._stats_before: dict[str, Stats] = {}  # of routes that were put away
         self._topical: set[str] = set()  # names that the router has given
         self._scored = Counter()
@@ -238,7 +246,8 @@ class RoutedAssistant(SavableRoutes):
     def _closing(self, name: str, assistant: OnlineAssistant, kept: bool):
         """Lets a route go that is put away (`kept`) or dropped."""
         assistant.collect()
-        self._stats_before[name] = assistant.stats
+        before = self._stats_before.get(name)
+        self._stats_before[name] = assistant.stats if before is None else RoutedStats.of([before, assistant.stats])
         assistant.close()
         if not kept and self.router is not None and name in self.router.routes:
             self.router.forget(name)
@@ -314,8 +323,13 @@ class RoutedAssistant(SavableRoutes):
     def stats(self) -> RoutedStats:
         """Returns the statistics of all routes together, and `by_route` those of each."""
         with self._lock:
-            by_route = {name: assistant.stats for name, assistant in self._assistants()}
-            return RoutedStats.of({**self._stats_before, **by_route})
+            by_route = dict(self._stats_before)
+            for name, assistant in self._assistants():
+                before = by_route.get(name)
+                by_route[name] = assistant.stats if before is None else RoutedStats.of([before, assistant.stats])
+            stats = RoutedStats.of(list(by_route.values()))
+            stats.by_route = by_route
+            return stats
 
     def report(self) -> str:
         """Describes each route in a few lines, see [`OnlineAssistant.report`]."""
@@ -331,38 +345,42 @@ class RoutedAssistant(SavableRoutes):
             return "\n".join(lines)
 
 
+@dataclass
 class RoutedStats(Stats):
-    """Counts all routes together. The last call and rates are those of the route that has served most.
+    """Counts several routes together, or what a route counted before and after it was put away. `rolling` sums the last 50 calls of each; the last call and what is no count (the learning rate,
+    `estimate`, `regret_vs_static`) are those of the one that has served most.
 
     Attributes:
         by_route (`dict[str, Stats]`): the statistics of each route.
     """
 
-    by_route: dict[str, Stats]
+    by_route: dict[str, Stats] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, by_route: dict[str, Stats]) -> RoutedStats:
-        """Sum the statistics of routes."""
-        most = max(by_route.values(), key=lambda stats: stats.total.requests)
+    def of(cls, parts: list[Stats]) -> RoutedStats:
+        """Sum statistics."""
+        most = max(parts, key=lambda stats: stats.total.requests)
         total = CallStats()
-        for stats in by_route.values():
+        for stats in parts:
             total.add(stats.total)
-        summed = (
-            "updates",
-            "failed_updates",
-            "rejected_updates",
-            "accepted_updates",
-            "learner_restarts",
-            "learned_tokens",
-        )
-        summed += ("learning_seconds", "buffer_requests", "buffer_bytes", "buffer_capacity", "draft_version")
-        figures = {name: sum(getattr(stats, name) for stats in by_route.values()) for name in summed}
-        figures |= {
-            name: max(getattr(stats, name) for stats in by_route.values())
-            for name in ("longest_update", "longest_wait", "suffix_cache_bytes")
-        }
-        own = cls(last=most.last, total=total, **figures)
-        for stats in by_route.values():
-            own.recent.extend(stats.recent)
-        own.by_route = by_route
-        return own
+        figures = {name: sum(getattr(stats, name) for stats in parts) for name in _SUMMED}
+        figures |= {name: max(getattr(stats, name) for stats in parts) for name in _LARGEST}
+        figures |= {name: getattr(most, name) for name in _OF_MOST}
+        recent = deque(call for stats in parts for call in stats.recent)
+        return cls(total=total, recent=recent, by_route={}, **figures)
+
+
+_SUMMED = (
+    "updates", "failed_updates", "rejected_updates", "accepted_updates", "learner_restarts", "learned_tokens", "learning_seconds", "buffer_requests", "buffer_bytes",
+    "buffer_capacity", "draft_version",
+)  # fmt: skip
+_LARGEST = ("longest_update", "longest_wait", "suffix_cache_bytes")
+_OF_MOST = (
+    "last",
+    "learning_rate",
+    "learning_rate_reason",
+    "estimate",
+    "regret_vs_static",
+    "serves_static",
+    "trouble",
+)

@@ -137,7 +137,11 @@ def test_a_route_that_was_put_away_serves_what_it_had_learnt(target, tmp_path):
     serve(target, assistant.route("a"), prompts(1)[0])
     back = dict(assistant.pool.peek("a").serving.weights())
     assert all(torch.equal(back[name], weight) for name, weight in learnt.items())
-    assert assistant.stats.by_route["a"].total.requests >= 1
+    assistant.collect()
+    assert assistant.stats.by_route["a"].total.requests == 4, "before and after"
+    assert assistant.stats.total.requests == 5
+    with pytest.raises(ValueError, match="another draft"):
+        RoutedAssistant(grow_draft(target, (1, 2)), routes="named", pool_folder=tmp_path / "away")
 
 
 @pytest.mark.parametrize("kind", ["grown", "adapter"])
@@ -249,3 +253,44 @@ def test_in_a_job_of_several_processes_it_does_not_learn(target, monkeypatch):
     monkeypatch.setattr(RankGroup, "of_job", classmethod(lambda cls: type("Two", (), {"size": 2})()))
     with pytest.raises(ValueError, match="several processes"):
         RoutedAssistant(grow_draft(target), learn=True)
+
+
+def test_a_route_that_serves_a_call_stays(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, **LEARNS)
+    [prompt] = prompts(1)
+
+    class Other:
+        """Asks another route in the middle of a call."""
+
+        def __init__(self):
+            self.asked = False
+
+        def put(self, value):
+            if not self.asked:
+                self.asked = True
+                serve(target, assistant.route("b"), prompt)
+
+        def end(self):
+            pass
+
+    target.generate(prompt, assistant_model=assistant.route("a"), streamer=Other(), **GREEDY)
+    assistant.collect()
+    assert assistant.stats.total.requests == 2
+    assert assistant.stats.buffer_requests == 2
+
+
+def test_routes_learn_in_turn_beside_traffic(target):
+    """Waiting for another route's learner is not taken for work, after which a learner rests for long."""
+    settings = {**LEARNS, "learn": "background", "learning_budget": 0.5}
+    assistant = RoutedAssistant(grow_draft(target), routes="named", **settings)
+    pauses = []
+    for name in "abc":
+        throttle = assistant.pool.get(name).learner.throttle
+        original = throttle.begin
+        throttle.begin = lambda name=name, original=original: (pauses.append(name), original())[1]
+    for prompt in prompts(12):
+        for name in "abc":
+            serve(target, assistant.route(name), prompt)
+    assistant.flush()
+    assert all(stats.updates >= 1 for name, stats in assistant.stats.by_route.items() if name in "abc")
+    assistant.close()

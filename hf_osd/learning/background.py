@@ -56,7 +56,7 @@ class BackgroundLearner:
         self.learner, self._after_update = learner, after_update
         self._most = learner.config.requests_an_update
         self.throttle = Throttle(learner.config.share_of_time(learner.config.learn), busy, clock)
-        learner.pause_by(self.throttle.pause)
+        learner.pause_by(self.throttle.pause, self.throttle.begin)
         self.restarts, self._prepared = 0, False
         self._deaths = self._updates_then = 0  # in a row without an update between; updates at the last one
         self._over: str | None = None  # why no thread is started any more

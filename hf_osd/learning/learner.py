@@ -105,6 +105,7 @@ class Learner:
         else:
             self._generator.manual_seed(config.seed + self.ranks.rank)
         self._lock = released(threading.Lock()) if lock is None else lock
+        self._begun: Callable[[], None] | None = None
 
     def is_due(self) -> bool:
         """Tell whether enough requests wait. Never in a job of several processes: one of them must not begin alone."""
@@ -134,8 +135,10 @@ class Learner:
         if self.ranks.parted or not self._lock.acquire(blocking=wait):
             return False
         start, changes = time.perf_counter(), self.contenders.changes
-        self.schedule.begin(bounded=not wait)
         try:
+            if self._begun is not None:
+                self._begun()
+            self.schedule.begin(bounded=not wait)
             new = self.buffer.new()
             if self.ranks.any(bool(new)):
                 self._update(new, most)
@@ -194,8 +197,9 @@ class Learner:
         """Explain what is wrong, if learning goes on and changes nothing."""
         return trouble(self.failed, self.updates, self.unmoved)
 
-    def pause_by(self, pause: Callable[[], None]):
-        """Call `pause` after each optimizer step and each judging."""
+    def pause_by(self, pause: Callable[[], None], begun: Callable[[], None] | None = None):
+        """Call `pause` after each optimizer step and each judging, and `begun` before the first: waiting for another learner, whose lock this one may share, is no work."""
+        self._begun = begun
         self.student.on_step = self.contenders.pause = pause
 
     def serve(self):

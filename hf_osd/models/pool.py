@@ -53,9 +53,11 @@ class DraftPool:
             takes a few milliseconds when they are asked for again.
         folder (*optional*): where learnt weights are put away.
         closing (`Callable`): called with name, member and whether its weights were kept, before it goes.
+        busy (`Callable`): tells whether a member serves a call: it then stays, and the pool is larger for that long.
+        base (`str`): tells the draft that all have learnt over from others.
 
     Raises:
-        ValueError: if `max_bytes` is below 1.
+        ValueError: if `max_bytes` is below 1, or the folder holds weights that were learnt over another draft.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class DraftPool:
         max_bytes: int | None = None,
         folder: str | os.PathLike | None = None,
         closing: Callable[[str, M, bool], None] = lambda name, member, kept: None,
+        busy: Callable[[M], bool] = lambda member: False,
+        base: str = "",
     ):
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise ValueError(
@@ -72,7 +76,9 @@ class DraftPool:
             )
         self._make, self._most, self.max_bytes, self._closing = make, most, max_bytes, closing
         self.folder = None if folder is None else Path(folder)
+        self._busy, self._base = busy, base
         self._members: OrderedDict[str, M] = OrderedDict()  # the one used last at the end
+        self._check_folder()
         self._warned = False
 
     def __len__(self) -> int:
@@ -123,16 +129,19 @@ class DraftPool:
             if self.nbytes <= self.max_bytes:
                 return
             member.serving.rest()
-        while len(self._members) > 1 and self.nbytes > self.max_bytes:
-            self._put_away()
+        while len(self._members) > 1 and self.nbytes > self.max_bytes and self._put_away(keep=1):
+            pass
 
     def _make_room(self):
-        while len(self._members) >= self._most:
-            self._put_away()
+        while len(self._members) >= self._most and self._put_away():
+            pass
 
-    def _put_away(self):
-        """Let the member go that was not used for longest."""
-        name = next(iter(self._members))
+    def _put_away(self, keep: int = 0) -> bool:
+        """Let the member go that was not used for longest, but for the last `keep` ones. Returns `False` if all that may go serve calls."""
+        names = list(self._members)[: len(self._members) - keep]
+        name = next((one for one in names if not self._busy(self._members[one])), None)
+        if name is None:
+            return False
         member = self._members[name]
         kept = self.folder is not None
         if kept:
@@ -146,6 +155,18 @@ class DraftPool:
             )
         self._closing(name, member, kept)
         del self._members[name]
+        return True
+
+    def _check_folder(self):
+        from safetensors import safe_open
+
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
+            with safe_open(path, framework="pt") as file:
+                found = (file.metadata() or {}).get("base", "")
+            if found != self._base:
+                raise ValueError(
+                    f"{path} holds weights that were learnt over another draft; give another `pool_folder`, or the draft that it was made with."
+                )
 
     def path(self, name: str) -> Path:
         """Return the file of a route that was put away."""
