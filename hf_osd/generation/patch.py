@@ -253,11 +253,12 @@ def _wrap_validation(original: Callable, signature: inspect.Signature) -> Callab
 
             check_target(self, assistant.config)
         if hasattr(assistant, "open_call") and self._is_stateful:
-            from hf_osd.generation.rollback import can_roll_back
+            from hf_osd.generation.rollback import can_roll_back, refusal
             from hf_osd.generation.verification import only_looks_stateful
 
             if only_looks_stateful(self) or can_roll_back(self):
                 return original(_viewed(self, _stateless(type(self))), *args, **kwargs)
+            raise ValueError(refusal(self))
         return original(self, *args, **kwargs)
 
     return validate_generation_mode

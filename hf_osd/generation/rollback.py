@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
+# Why targets with such layers cannot be served, in transformers 5.23. A trial finds it out; this is for where none is made.
+_FAULTS = {
+    "JambaMambaMixer": "read several tokens at once as if none came before them",
+    "ZambaMambaMixer": "read several tokens at once as if none came before them",
+    "RecurrentGemmaRecurrentBlock": "are of a model that returns no cache",
+}
+
 # Outputs of a forward by position, and the dimension in which positions are counted.
 _BY_POSITION = {"hidden_states": 1, "attentions": -2}
 
@@ -167,6 +174,22 @@ def inconsistency(target: PreTrainedModel) -> str | None:
         if low > 0 or high < math.inf:
             return f"its layers ({type(module).__name__}) limit the time step ({low:g} to {high:g}) of several tokens at once and not of one token at a time"
     return None
+
+
+def known_fault(target: PreTrainedModel) -> str | None:
+    """Returns why a recurrent target is known to be wrong about several tokens, if so."""
+    for name in (type(module).__name__ for module in target.modules()):
+        if name in _FAULTS:
+            return f"its layers ({name}) {_FAULTS[name]}"
+    return None
+
+
+def refusal(target: PreTrainedModel) -> str:
+    """Words why a stateful target is refused that [`can_roll_back`] finds none for."""
+    name = type(target).__name__
+    if is_compiled(target):
+        return f"The target ({name}) has recurrent states and is compiled: its states cannot be taken back out of a compiled forward. Load it without torch.compile, or leave assistant_model out."
+    return f"The target ({name}) is one of the stateful models that keep their states in no cache of transformers': no rejected token can be taken back out of them. Leave assistant_model out."
 
 
 def can_roll_back(target: PreTrainedModel) -> bool:

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
-from hf_osd.generation.rollback import inconsistency
-from hf_osd.generation.trial import RECURRENT, Trial, layers_of
+from hf_osd.generation.rollback import inconsistency, known_fault
+from hf_osd.generation.trial import Trial, layers_of
 from hf_osd.models.properties import is_compiled
 from hf_osd.system.forks import released
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # The reason why a target cannot verify a block, `None` if it can, by target (by a part that all its views share), configuration and kind of cache.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
 _lock = released(threading.RLock())
+_UNTRIED = "its layers have recurrent states, and no trial can be made of it as it is: in train mode or compiled, with synced_gpus, or on a cache that cannot be copied"
 
 
 class CannotVerify(ValueError):
@@ -79,6 +80,8 @@ class Verification:
         why = _obstacle(self._target, self._cache) or _no_attentions(self._request)
         if why is None and self._rolls_back:
             why = inconsistency(self._target)
+        if why is None and self._trusts:
+            why = known_fault(self._target)
         if why is None and self._runs_trials and getattr(self._cache, "_is_user_defined", False):
             try:
                 self._cache_copy = copy.deepcopy(self._cache)
@@ -86,9 +89,7 @@ class Verification:
                 self._runs_trials = False
         if why is None and _is_doubtful(self._target, self._cache):
             why = (
-                self._find(record)
-                if self._runs_trials or self._rolls_back
-                else _state_obstacle(self._target, self._cache)
+                self._find(record) if self._runs_trials or self._trusts else _state_obstacle(self._target, self._cache)
             )
         if why is not None:
             self._fail(why, record)
@@ -165,7 +166,13 @@ def _obstacle(target: PreTrainedModel, cache) -> str | None:
     learnt = getattr(owner, "active_peft_config", None)
     if getattr(learnt, "is_prompt_learning", False):
         return f"its learnt prompt ({type(learnt).__name__}) is counted among the tokens"
-    fixed = sorted({type(layer).__name__ for layer in layers_of(cache) if _is_fixed(layer)})
+    fixed = sorted(
+        {
+            type(layer).__name__
+            for layer in layers_of(cache)
+            if _is_fixed(layer) or (target._is_stateful and _is_of_a_model(layer))
+        }
+    )
     if fixed:
         return f"tokens cannot be taken back out of its cache ({', '.join(fixed)})"
     return None
@@ -186,6 +193,12 @@ def _is_fixed(layer) -> bool:
     return isinstance(layer, BaseQuantizedLayer) or not getattr(layer, "is_croppable", True)
 
 
+def _is_of_a_model(layer) -> bool:
+    """Returns `True` if a model has brought this kind of layer along, with states beside keys and values that its inherited `crop` does not know (DeepSeek V4)."""
+    kind = type(layer)
+    return kind.__module__.startswith("transformers.models.") and "crop" not in vars(kind)
+
+
 def _is_doubtful(target: PreTrainedModel, cache) -> bool:
     """Returns `True` if the target may have states that cannot be cropped, or return no cache; it is then tried before the first token."""
     known = type(target).__module__.startswith("transformers.") and not target._is_stateful
@@ -198,7 +211,7 @@ def _state_obstacle(target: PreTrainedModel, cache) -> str | None:
     kinds = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
     linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers_of(cache))
     if linear and not kinds & {"conv"}:
-        return RECURRENT
+        return _UNTRIED
     return None if linear or getattr(cache, "is_croppable", False) else "its cache may not be croppable"
 
 

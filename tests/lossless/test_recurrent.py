@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
@@ -224,13 +223,6 @@ def test_the_target_is_afterwards_as_it_was():
     assert vars(target) == attributes
     with pytest.raises(ValueError, match="stateful"):
         target.generate(prompt, assistant_model=target_of("Qwen3_5ForCausalLM"), max_new_tokens=N)
-
-
-def test_a_stateful_target_whose_states_are_in_no_cache_is_refused():
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
-    target = transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).eval()
-    with pytest.raises(ValueError, match="stateful models, such as RwkvForCausalLM"):
-        target.generate(prompts(1)[0], assistant_model=assistant_of(), max_new_tokens=4, do_sample=False)
 
 
 def test_no_draft_is_grown_where_all_layers_have_states():
