@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_osd import OnlineConfig, enable
 from hf_osd.generation.running import running_calls
@@ -47,6 +48,18 @@ class RollbackArguments:
         check_options(self)
 
 
+class Forced(LogitsProcessor):
+    """Makes the target answer with a given text: at a near-tie of coarse arithmetic it would part from it, and all later blocks would be rejected."""
+
+    def __init__(self, text: Tensor):
+        self._text = text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self._text[0, input_ids.shape[1]]] = 0.0
+        return scores
+
+
 class Scripted(NullDraft):
     """Acts as an assistant that drafts the same kind of block in each round: some right tokens and some wrong ones."""
 
@@ -56,7 +69,7 @@ class Scripted(NullDraft):
         super().__init__()
         self._text, self._right, self._wrong = text, right, wrong
         self.seconds: list[float] = []
-        self.copied = self._first = self._carried = 0
+        self.copied = self._first = self._carried = self._right_now = 0
 
     def open_call(self, request) -> Scripted:
         self._began, self._first = time.perf_counter(), True
@@ -64,22 +77,25 @@ class Scripted(NullDraft):
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
         plain = self._first or self._carried >= MOST_CARRIED  # as the policy has it, for both targets
-        at, right = input_ids.shape[1], 0 if plain else self._right
-        self._carried = 0 if plain or not self._wrong else self._carried + right + 1
-        drafts = self._text[:, at : at + right]
-        if self._wrong and not plain:
-            after = self._text[:, at + right : at + right + self._wrong]
-            drafts = torch.cat([drafts, (after + 1) % 1000], dim=-1)
-        return torch.cat([input_ids, drafts[:, : self._text.shape[1] - at - 1]], dim=-1), None
+        room = self._text.shape[1] - input_ids.shape[1] - 1
+        at, self._right_now = input_ids.shape[1], 0 if plain else min(self._right, room)
+        wrong = 0 if plain else min(self._wrong, room - self._right_now)
+        self._carried = self._carried + self._right_now + 1 if wrong else 0
+        drafts = self._text[:, at : at + self._right_now]
+        after = self._text[:, at + self._right_now : at + self._right_now + wrong]
+        return torch.cat([input_ids, drafts, (after + 1) % 1000], dim=-1), None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int):
         now = time.perf_counter()
+        if int(num_matches) != self._right_now:
+            raise RuntimeError(f"A round accepted {num_matches} tokens that was to accept {self._right_now}.")
+        rollback = running_calls()[-1].rollback
         if not self._first:
             self.seconds.append(now - self._began)
-        self._began, self._first = now, False
-        rollback = running_calls()[-1].rollback
+        self._first = False
         if rollback is not None:
             self.copied = max(self.copied, rollback.nbytes)
+        self._began = time.perf_counter()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,23 +124,29 @@ def measure(args: RollbackArguments, config: OnlineConfig):
     mixed = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(args.layers)]
     models = {"recurrent": model_of(args, mixed), "attention": model_of(args, ["full_attention"] * args.layers)}
     figures, length = {}, args.prompt + 5 * args.rounds
+    text = torch.randint(
+        2,
+        1000,
+        (1, max(length, args.prompt + args.grow) + 1),
+        generator=torch.Generator().manual_seed(config.seed or 0),
+    )
+    text = text.to(args.device or "cpu")
+    forced, prompt = LogitsProcessorList([Forced(text)]), text[:, : args.prompt]
     for name, model in models.items():
-        prompt = torch.randint(2, 1000, (1, args.prompt), generator=torch.Generator().manual_seed(config.seed or 0))
-        prompt = prompt.to(model.device)
-        text = model.generate(prompt, max_length=length + 1, min_length=length + 1, do_sample=False)
-        figures[name] = {"parameters": model.num_parameters()}
+        figures[name] = {"parameters": model.num_parameters(), "copied": 0}
+
+        def serve(right: int, wrong: int, most: int, model=model) -> Scripted:
+            scripted = Scripted(text[:, :most], right, wrong)
+            model.generate(prompt, assistant_model=scripted, max_length=most, do_sample=False, logits_processor=forced)
+            return scripted
+
         for kind, (right, wrong) in BLOCKS.items():
-            most = args.prompt + args.rounds * (right + 1)
-            scripted = Scripted(text[:, : most + 1], right, wrong)
-            output = model.generate(prompt, assistant_model=scripted, max_length=most, do_sample=False)
-            same = bool(torch.equal(output, text[:, : output.shape[1]]))
-            figures[name] |= {kind: statistics.mean(scripted.seconds), f"{kind}, same output": same}
-            figures[name]["copied"] = max(figures[name].get("copied", 0), scripted.copied)
+            serve(right, wrong, args.prompt + 3 * (right + 1))  # to warm up
+            scripted = serve(right, wrong, args.prompt + args.rounds * (right + 1))
+            figures[name][kind] = statistics.mean(scripted.seconds)
+            figures[name]["copied"] = max(figures[name]["copied"], scripted.copied)
         if args.grow and name == "recurrent":
-            text = model.generate(prompt, max_new_tokens=args.grow, min_new_tokens=args.grow, do_sample=False)
-            scripted = Scripted(text, 2, 2)
-            model.generate(prompt, assistant_model=scripted, max_length=text.shape[1] - 1, do_sample=False)
-            figures[name]["copied after a long answer"] = scripted.copied
+            figures[name]["copied after a long answer"] = serve(2, 2, args.prompt + args.grow).copied
     print("Means of rounds; those accepted in part with the plain ones between, which absorb what is carried.")
     print("| target | parameters | plain round | accepted whole | in part | in part over whole | copy of states |")
     print("|---|---|---|---|---|---|---|")
