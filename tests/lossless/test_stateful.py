@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from hf_osd import OnlineAssistant, grow_feature_draft
+from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
 from hf_osd.generation.candidates import OnlineCandidateGenerator
 from recipes.checks.recurrent import FAMILIES, SIZES
 from recipes.checks.recurrent import model_of as target_of
@@ -162,6 +162,23 @@ def test_a_feature_draft_learns_from_the_text_models_states(name):
     assert stats.updates >= 3
     assert stats.failed_updates == 0
     assert stats.total.drafted_by["draft"] > 0
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5ForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration"])
+def test_a_draft_is_grown_from_the_text_models_attention_layers(name, caplog):
+    target = made(name, MORE[name])
+    with caplog.at_level("INFO", logger="hf_osd"):
+        draft = grow_draft(target)
+    assert "from layers [1, 3], the first with attention alone" in caplog.text
+    assert set(draft.config.layer_types) == {"full_attention"}
+    stats = check(target, assistant_of(draft), prompts(3), min_new_tokens=N)
+    assert stats.updates >= 2
+    assert stats.failed_updates == 0
+
+
+def test_a_draft_with_recurrent_states_is_refused():
+    with pytest.raises(ValueError, match="Choose a draft that is an attention model throughout"):
+        OnlineAssistant(target_of("Qwen3_5ForCausalLM"))
 
 
 @pytest.mark.parametrize("name", ["NemotronHForCausalLM", "Zamba2ForCausalLM"])
