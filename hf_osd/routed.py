@@ -20,7 +20,7 @@ from hf_osd.generation.checks import check_call
 from hf_osd.generation.shared_parts import SharedParts
 from hf_osd.generation.view import AssistantView
 from hf_osd.metrics.stats import CallStats, Stats
-from hf_osd.models.pool import DraftPool
+from hf_osd.models.pool import DEFAULT, DraftPool
 from hf_osd.policy.report import report
 from hf_osd.policy.routing import TopicRouter, prompt_features
 from hf_osd.saving.routes import SavableRoutes, fingerprint
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The route of calls for which nobody named one.
-DEFAULT = "default"
 # All drafts are scored on every so many-th request that a router may learn from, as long as that takes no more than this share of serving.
 _SCORE_EVERY, _SCORE_SHARE = 4, 0.02
 _NO_TOPIC = -1

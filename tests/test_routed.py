@@ -142,6 +142,10 @@ def test_a_route_that_was_put_away_serves_what_it_had_learnt(target, tmp_path):
     assert assistant.stats.total.requests == 5
     with pytest.raises(ValueError, match="another draft"):
         RoutedAssistant(grow_draft(target, (1, 2)), routes="named", pool_folder=tmp_path / "away")
+    again = RoutedAssistant(grow_draft(target), routes="named", pool_folder=tmp_path / "away", **LEARNS)
+    serve(target, again.route("a"), prompts(1)[0])
+    restarted = dict(again.pool.peek("a").serving.weights())
+    assert all(torch.equal(restarted[name], weight) for name, weight in learnt.items()), "in another process too"
 
 
 @pytest.mark.parametrize("kind", ["grown", "adapter"])

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The route of calls for which nobody named one; it is always there, and no member of a pool.
+DEFAULT = "default"
+
 # Bytes that learning takes for each weight: float32 masters, two moments of AdamW, and the copies of it that the gate compares.
 _LEARNING_BYTES = 4 * 5
 
@@ -145,7 +148,9 @@ class DraftPool:
         member = self._members[name]
         kept = self.folder is not None
         if kept:
-            self._save(name, dict(member.serving.weights()) if member.serving.version else {})
+            if member.serving.version:
+                with staged(self.folder) as staging:
+                    write_weights(member, staging / file_name(name), self._base)
         elif not self._warned:
             self._warned = True
             logger.warning(
@@ -172,21 +177,20 @@ class DraftPool:
         """Return the file of a route that was put away."""
         return self.folder / file_name(name)
 
-    def _save(self, name: str, weights: dict[str, Tensor]):
-        from safetensors.torch import save_file
-
-        if weights:
-            with staged(self.folder) as staging:
-                save_file(
-                    {key: w.detach().contiguous().cpu() for key, w in weights.items()}, staging / file_name(name)
-                )
-
     def _load(self, name: str) -> dict[str, Tensor] | None:
         from safetensors.torch import load_file
 
         if self.folder is None or not self.path(name).is_file():
             return None
         return load_file(self.path(name))
+
+
+def write_weights(member: Member, path: Path, base: str):
+    """Write what a member has learnt to a safetensors file, which names the draft, `base`, that it was learnt over."""
+    from safetensors.torch import save_file
+
+    weights = {name: weight.detach().contiguous().cpu() for name, weight in member.serving.weights()}
+    save_file(weights, path, metadata={"base": base})
 
 
 def file_name(name: str) -> str:

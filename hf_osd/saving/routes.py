@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from hf_osd.config import CONFIG_NAME, OnlineConfig
-from hf_osd.models.pool import file_name
+from hf_osd.models.pool import DEFAULT, file_name, write_weights
 from hf_osd.saving.drafts import load_draft, save_draft
 from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, open_repository, push_folder
 from hf_osd.system.files import staged
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 POOL_NAME, _ROUTER_NAME = "pool.json", "router.safetensors"
 _VERSION = 1
-_DEFAULT = "default"
 _FINGERPRINTED = 256  # values at each end of a weight
 
 
@@ -49,18 +48,17 @@ class SavableRoutes:
             self.osd_config.save_pretrained(staging)
             if processing_class is not None:
                 processing_class.save_pretrained(staging)
-            routes = {}
+            routes, base = {}, fingerprint(self._shared.draft)
             for name, assistant in self._assistants():
-                if name == _DEFAULT and not assistant.serving.version:
+                if name == DEFAULT and not assistant.serving.version:
                     continue
-                weights = {key: w.detach().contiguous().cpu() for key, w in assistant.serving.weights()}
-                save_file(weights, staging / file_name(name))
+                write_weights(assistant, staging / file_name(name), base)
                 routes[name] = {"file": file_name(name), "requests": assistant.stats.total.requests}
             facts = {
                 "version": _VERSION,
                 "routes": routes,
                 "adapter": None if self._default.adapter is None else self._default.adapter.rank,
-                "base": fingerprint(self._shared.draft),
+                "base": base,
                 "settings": {"routes": "named" if self.router is None else "topics", "max_routes": self.max_routes}
                 | {"tenants_are_routes": self.tenants_are_routes},
             }
@@ -136,7 +134,7 @@ class SavableRoutes:
             )
         for name, file in files.items():
             weights = load_file(file)
-            if name == _DEFAULT:
+            if name == DEFAULT:
                 assistant._default.take_weights(weights)
             else:
                 assistant.pool.add(name, weights)
