@@ -104,13 +104,13 @@ def grow_to(
     from hf_osd.models.feature_growth import grow_feature_draft
     from hf_osd.saving.drafts import grow_draft, save_draft
 
-    grown, layers = (grow_feature_draft if kind == "feature" else grow_draft), layers
+    grow = grow_feature_draft if kind == "feature" else grow_draft
     try:
         picked = None if layers is None else [int(i) for i in layers.split(",")]
     except ValueError as error:
         raise ValueError(f"`--layers` is {layers!r}; write numbers with commas between, such as 0,1.") from error
     model = _loaded(target, output, overwrite)
-    draft = grown(model, picked)
+    draft = grow(model, picked)
     tokenizer = AutoTokenizer.from_pretrained(target)
     of_layout = {"verifier": target} if layout == "speculators" else {}
     _write(output, tokenizer, lambda staging: save_draft(draft, staging, layout=layout, **of_layout))

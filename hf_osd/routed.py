@@ -20,10 +20,11 @@ from hf_osd.generation.checks import check_call
 from hf_osd.generation.shared_parts import SharedParts
 from hf_osd.generation.view import AssistantView
 from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
 from hf_osd.policy.report import report
 from hf_osd.policy.routing import TopicRouter, prompt_features
-from hf_osd.saving.routes import SavableRoutes, fingerprint
+from hf_osd.saving.routes import SavableRoutes
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class RoutedAssistant(SavableRoutes):
             pool_folder,
             self._closing,
             busy=lambda assistant: assistant._calls.any(),
-            base=fingerprint(self._shared.draft),
+            base=fingerprint(self._shared.draft.parameters()),
         )
         self._stats_before: dict[str, Stats] = {}  # of routes that were put away
         self._topical: set[str] = set()  # names that the router has given

@@ -15,6 +15,7 @@ from hf_osd.distill.unrolled import unrolled_logits
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.models.heads import contiguous_head
 from hf_osd.models.properties import forward_parameters, reads_states
+from hf_osd.system.default_device import default_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -227,6 +228,19 @@ def _spelled(feedback: Feedback) -> Tensor:
     """Mask `(N,)` the target's tokens that are several of the draft's: it can predict their first part, and they are not proposed (see [`VocabMapping`])."""
     taught = feedback.teaching_mask("all")
     return taught & torch.cat([~taught[1:], taught.new_zeros(min(len(taught), 1))])
+
+
+@contextmanager
+def learning_modes(device: torch.device) -> Iterator[None]:
+    """Compute with gradients and in torch's own modes on `device`, whatever modes the caller is in."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        learners_autocast(device.type, None),
+        torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
+        default_device("cpu"),  # and a Trainer's own tensors
+    ):
+        yield
 
 
 def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from hf_osd.models.properties import is_compiled
+from hf_osd.models.properties import empty_cache, is_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,15 +91,15 @@ class Rollback:
             )
         else:
             self.carried = fed - rejected
+        back = fed if rejected else 0
         for i, layer in enumerate(self._cache.layers):
             if not isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer.crop(-fed if rejected else 0)
+                layer.crop(-back)
                 continue
-            if rejected:
-                _crop_attention(layer, fed)
+            _crop_attention(layer, back)
+            if back:
                 self._states[i].restore(layer)
             else:
-                _crop_attention(layer, 0)
                 _trim(layer)
 
     def without_carried(self, outputs: ModelOutput) -> ModelOutput:
@@ -194,11 +194,8 @@ def refusal(target: PreTrainedModel) -> str:
 
 def can_roll_back(target: PreTrainedModel) -> bool:
     """Returns `True` if all states of a target are in a cache of which [`Rollback`] knows the layers."""
-    if not target._supports_default_dynamic_cache() or is_compiled(target):
-        return False
-    try:
-        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    except Exception:  # a kind of layer that this transformers has no cache for
+    cache = None if is_compiled(target) else empty_cache(target)
+    if cache is None:
         return False
     layers = [layer for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)]
     return bool(cache.layers) and all(getattr(layer, "is_croppable", True) for layer in layers)

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
 from hf_osd.generation.rollback import inconsistency, known_fault
 from hf_osd.generation.trial import Trial, layers_of
-from hf_osd.models.properties import is_compiled
+from hf_osd.models.properties import empty_cache, is_compiled
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -138,13 +137,8 @@ def plain_warning(target: PreTrainedModel, why: str) -> str:
 
 def only_looks_stateful(target: PreTrainedModel) -> bool:
     """Returns `True` if a model whose class transformers takes for stateful has attention layers only in this configuration."""
-    if not target._supports_default_dynamic_cache():  # it has states of its own
-        return False
-    try:
-        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    except Exception:  # a kind of layer that this transformers has no cache for
-        return False
-    return bool(cache.layers) and cache.is_croppable
+    cache = empty_cache(target)
+    return cache is not None and bool(cache.layers) and cache.is_croppable
 
 
 @contextlib.contextmanager

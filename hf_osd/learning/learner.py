@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.distill.ranks import RankGroup, RanksParted, check_job
-from hf_osd.distill.scoring import learners_autocast
+from hf_osd.distill.scoring import learning_modes
 from hf_osd.distill.student import Student
 from hf_osd.distill.windows import cut_to_learn
 from hf_osd.feedback.buffer import FeedbackBuffer
@@ -39,7 +39,6 @@ from hf_osd.learning.rate_search import RateSearch
 from hf_osd.learning.rollback import Rollback, UpdateFailed
 from hf_osd.learning.schedule import Schedule
 from hf_osd.learning.trouble import trouble
-from hf_osd.system.default_device import default_device
 from hf_osd.system.forks import released
 from hf_osd.system.random_state import isolated_random_state
 
@@ -345,12 +344,5 @@ class Learner:
     def _isolated(self) -> Iterator[None]:
         """Shield learning and its caller from each other: generate runs under no_grad, users under inference_mode, autocast or a default device; and Trainer
         seeds the process's random state."""
-        with (
-            isolated_random_state() if self.alone else contextlib.nullcontext(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            learners_autocast(self.student.device.type, None),
-            torch.autocast("cpu", enabled=False),  # feedback lies there, wherever the draft does
-            default_device("cpu"),  # and a Trainer's own tensors
-        ):
+        with isolated_random_state() if self.alone else contextlib.nullcontext(), learning_modes(self.student.device):
             yield

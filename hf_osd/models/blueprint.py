@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.models.plain import has_adapter
+from hf_osd.models.properties import empty_cache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -116,12 +117,10 @@ def blueprint(target: PreTrainedModel, layers: Sequence[int]) -> Blueprint:
 
 def attention_layers(target: PreTrainedModel) -> list[int] | None:
     """Return the layers of a stack with recurrent states that have none themselves; `None` if no layer has any."""
-    from transformers import DynamicCache
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-    if not getattr(target, "_is_stateful", False):
-        return None
-    layers = DynamicCache(config=target.config.get_text_config(decoder=True)).layers
+    cache = empty_cache(target) if getattr(target, "_is_stateful", False) else None
+    layers = [] if cache is None else cache.layers
     found = [i for i, layer in enumerate(layers) if not isinstance(layer, LinearAttentionCacheLayerMixin)]
     return None if len(found) == len(layers) else found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_osd.models.copies import check_finite, sharing_copy
+from hf_osd.models.copies import check_finite, fingerprint, sharing_copy
 from hf_osd.models.properties import reads_states
 from hf_osd.system.default_device import default_device
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 _SEED = 0
 _NAME = "default"
 _A, _B = f"lora_A.{_NAME}.weight", f"lora_B.{_NAME}.weight"
-# Values at each end of a weight that go into the fingerprint of a base.
-_FINGERPRINTED = 256
 
 
 class Adapter:
@@ -122,11 +119,7 @@ class Adapter:
 
     def base_fingerprint(self) -> str:
         """Return a digest of some of the adapted weights, which tells this base from another one of the same shapes."""
-        digest = hashlib.sha256()
-        for module in self.modules:
-            flat = self.base.get_parameter(f"{module}.weight").detach().flatten()
-            digest.update(torch.cat([flat[:_FINGERPRINTED], flat[-_FINGERPRINTED:]]).float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.base.get_parameter(f"{module}.weight") for module in self.modules)
 
 
 def adaptable(draft: PreTrainedModel, trainable: set[str] | None = None) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
 
 def draft_window(draft: PreTrainedModel) -> float:
@@ -39,6 +39,18 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
     )
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache | None:
+    """Make an empty cache as generate does for a model; `None` if the model has states of its own, or a kind of layer that this transformers has no cache for."""
+    from transformers import DynamicCache
+
+    if not model._supports_default_dynamic_cache():
+        return None
+    try:
+        return DynamicCache(config=model.config.get_text_config(decoder=True))
+    except Exception:  # each model's config has its own
+        return None
 
 
 def special_ids(model: PreTrainedModel) -> set:

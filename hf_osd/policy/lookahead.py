@@ -323,8 +323,8 @@ class DraftPolicy:
             estimates = self._estimates
             if estimates is not None and drafted < len(estimates.v):
                 self._tokens = _RATE_DECAY * self._tokens + accepted + 1
-                self._time = _RATE_DECAY * self._time + self.costs.drafting(steps, unread) + estimates.v[drafted]
-                self._time += self.costs.v(drafted + carried + 1) - estimates.v[drafted] if carried else 0.0
+                verified = self.costs.v(drafted + carried + 1) if carried else estimates.v[drafted]
+                self._time = _RATE_DECAY * self._time + self.costs.drafting(steps, unread) + verified
             self._invalidate()
 
     def observe_earnings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from hf_osd.config import CONFIG_NAME, OnlineConfig
+from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, file_name, write_weights
 from hf_osd.saving.drafts import load_draft, save_draft
 from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, open_repository, push_folder
@@ -19,14 +19,13 @@ from hf_osd.system.files import staged
 from hf_osd.system.strict_json import dumps, loads
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 POOL_NAME, _ROUTER_NAME = "pool.json", "router.safetensors"
 _VERSION = 1
-_FINGERPRINTED = 256  # values at each end of a weight
 
 
 class SavableRoutes:
@@ -48,7 +47,7 @@ class SavableRoutes:
             self.osd_config.save_pretrained(staging)
             if processing_class is not None:
                 processing_class.save_pretrained(staging)
-            routes, base = {}, fingerprint(self._shared.draft)
+            routes, base = {}, fingerprint(self._shared.draft.parameters())
             for name, assistant in self._assistants():
                 if name == DEFAULT and not assistant.serving.version:
                     continue
@@ -121,7 +120,7 @@ class SavableRoutes:
         base, found, facts, files, router = from_hub(name_or_path, load)
         assistant = cls(base, found, **{**facts["settings"], **settings})
         own_rank = None if assistant._default.adapter is None else assistant._default.adapter.rank
-        if facts["base"] != fingerprint(assistant._shared.draft):
+        if facts["base"] != fingerprint(assistant._shared.draft.parameters()):
             raise ValueError(
                 f"The routes in {name_or_path} have learnt over another draft than the {type(base).__name__} given; load them over the one that they were saved with."
             )
@@ -186,16 +185,6 @@ class SavableRoutes:
         if name not in found:
             raise ValueError(f"There is no route {name!r} in memory; there are {', '.join(map(repr, found))}.")
         return found[name]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a digest of some of a model's weights, which tells it from another one of the same shapes."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        flat = p.detach().flatten()
-        ends = torch.cat([flat[:_FINGERPRINTED], flat[-_FINGERPRINTED:]]).float().cpu()
-        digest.update(name.encode() + ends.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

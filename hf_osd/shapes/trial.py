@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_osd.distill.scoring import learners_autocast, score_by_step
+from hf_osd.distill.scoring import learning_modes, score_by_step
 from hf_osd.distill.student import Student, swap_weights
 from hf_osd.distill.windows import cut_to_learn
 from hf_osd.learning.memory import LearningFacts, learning_bytes
 from hf_osd.models.copies import embedding_names
-from hf_osd.system.default_device import default_device
 from hf_osd.system.random_state import isolated_random_state
 
 if TYPE_CHECKING:
@@ -116,12 +115,5 @@ class Trial:
 @contextlib.contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
     """Shield learning and its caller from each other, as [`hf_osd.learning.learner.Learner`] does."""
-    with (
-        isolated_random_state(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        learners_autocast(device.type, None),
-        torch.autocast("cpu", enabled=False),
-        default_device("cpu"),
-    ):
+    with isolated_random_state(), learning_modes(device):
         yield
