@@ -163,3 +163,16 @@ def noised_copy() -> Callable:
         return noised
 
     return make
+
+
+@pytest.fixture(scope="session")
+def answers_with_states() -> Callable:
+    """`answers_with_states(target, count, n, layers, prompt=6, **how)`: what `target` says after `count` random prompts, with its states after `layers`, as `record_answers` records it."""
+    from hf_osd import record_answers
+
+    def make(target, count: int, n: int, layers: list[int], prompt: int = 6, **how) -> list[Feedback]:
+        random = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(2, 64, (prompt,), generator=random) for _ in range(count)]
+        return record_answers(target, prompts, n, states_of=layers, **how)
+
+    return make

@@ -20,7 +20,7 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 _DELTA = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_key_head_dim": 8,
@@ -29,7 +29,7 @@ _DELTA = {
     "linear_num_value_heads": 4,
     "head_dim": 8,
 }
-_EXPERTS = {
+EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
     "num_experts": 4,
@@ -38,16 +38,16 @@ _EXPERTS = {
 _LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 FAMILIES = {
     "Qwen3_5ForCausalLM": _DELTA,
-    "Qwen3_5MoeForCausalLM": _DELTA | _EXPERTS,
-    "Qwen3NextForCausalLM": _DELTA | _EXPERTS,
+    "Qwen3_5MoeForCausalLM": _DELTA | EXPERTS,
+    "Qwen3NextForCausalLM": _DELTA | EXPERTS,
     "GraniteMoeHybridForCausalLM": {
         "layer_types": ["mamba", "attention"] * 2,
         "num_local_experts": 0,
         "shared_intermediate_size": 48,
-        **_MAMBA,
+        **MAMBA,
     },
-    "BambaForCausalLM": {"attn_layer_indices": [1, 3], **_MAMBA},
-    "FalconH1ForCausalLM": {"mamba_d_ssm": 64, **_MAMBA},
+    "BambaForCausalLM": {"attn_layer_indices": [1, 3], **MAMBA},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 64, **MAMBA},
     "OlmoHybridForCausalLM": _DELTA | {"linear_num_key_heads": 4, "linear_num_value_heads": 4},
     "KimiLinearForCausalLM": {
         **_LATENT,
@@ -92,17 +92,22 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(RecurrentArguments, compare, argv)
 
 
-def model_of(name: str, seed: int = 0, **values) -> torch.nn.Module:
-    """Make a tiny random model of a family, with weights so large that its answers do not repeat."""
-    kind = getattr(transformers, name)
+def random_model(kind: type, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """Make a random model, with weights so large that its answers do not repeat."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = kind(kind.config_class(**{**SIZES, **FAMILIES[name], **values})).eval()
+        torch.manual_seed(0)
+        model = kind(config).eval()
         with torch.no_grad():
             for p in model.parameters():
                 if p.dim() > 1:
                     p.normal_(std=0.3)
     return model
+
+
+def model_of(name: str, **values) -> transformers.PreTrainedModel:
+    """Make a tiny random model of a family."""
+    kind = getattr(transformers, name)
+    return random_model(kind, kind.config_class(**{**SIZES, **FAMILIES[name], **values}))
 
 
 def compare(args: RecurrentArguments, config: OnlineConfig):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_osd import FeedbackBuffer, OnlineConfig, grow_draft, grow_feature_draft, record_answers
+from hf_osd import FeedbackBuffer, OnlineConfig, grow_draft, grow_feature_draft
 from hf_osd.distill import micro_batches as module
 from hf_osd.distill.micro_batches import micro_batches
 from hf_osd.distill.trainer import OnlineGKDTrainer
@@ -18,11 +18,9 @@ def target(tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def answers(target):
-    random = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, 64, (6,), generator=random) for _ in range(7)]
+def answers(target, answers_with_states):
     layers = grow_feature_draft(target).config.recorded_layers
-    return record_answers(target, prompts, 10, batch_size=7, top_k=16, prompt_positions=4, states_of=layers)
+    return answers_with_states(target, 7, 10, layers, batch_size=7, top_k=16, prompt_positions=4)
 
 
 @pytest.mark.parametrize(

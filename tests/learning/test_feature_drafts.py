@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_osd import FeedbackBuffer, OnlineConfig, grow_feature_draft, record_answers
+from hf_osd import FeedbackBuffer, OnlineConfig, grow_feature_draft
 from hf_osd.distill.ensemble import make_student
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import LearningFacts, choose_learning, learning_bytes
@@ -18,11 +18,9 @@ def target(tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def answers(target):
-    random = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, 64, (6,), generator=random) for _ in range(24)]
+def answers(target, answers_with_states):
     layers = grow_feature_draft(target).config.aux_layers
-    return record_answers(target, prompts, 10, batch_size=24, top_k=16, prompt_positions=4, states_of=layers)
+    return answers_with_states(target, 24, 10, layers, batch_size=24, top_k=16, prompt_positions=4)
 
 
 def learner_of(target, served, **fields):

@@ -11,11 +11,11 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
 from hf_osd.generation import rollback as module
 from hf_osd.generation.rollback import Rollback
-from recipes.checks.recurrent import FAMILIES
+from recipes.checks.recurrent import FAMILIES, SIZES
 from recipes.checks.recurrent import model_of as target_of
 
 from .reference import exact_distribution, p_value
-from .test_verification import _SIZES, HYBRIDS, check_plain, model_of
+from .test_verification import HYBRIDS, check_plain, model_of
 
 # Families that transformers computes otherwise in blocks than token by token, and what is said of them.
 INCONSISTENT = {
@@ -113,7 +113,7 @@ def test_a_grown_draft_is_of_attention_layers(name):
 @pytest.mark.parametrize("name", INCONSISTENT)
 def test_what_transformers_computes_in_two_ways_decodes_plainly(name, caplog):
     values, why = INCONSISTENT[name]
-    check_plain(model_of(name, **{**_SIZES, **values}), caplog, why)
+    check_plain(model_of(name, **{**SIZES, **values}), caplog, why)
 
 
 @pytest.mark.parametrize("name", FEW)

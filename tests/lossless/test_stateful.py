@@ -15,7 +15,7 @@ from recipes.checks.recurrent import FAMILIES, SIZES
 from recipes.checks.recurrent import model_of as target_of
 
 from .test_recurrent import INCONSISTENT, N, assistant_of, check, prompts
-from .test_verification import _SIZES, HYBRIDS, check_plain, model_of
+from .test_verification import HYBRIDS, check_plain, model_of
 
 _DELTA, _EXPERTS = FAMILIES["Qwen3_5ForCausalLM"], {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _TEXT = {**SIZES, **_DELTA}
@@ -183,7 +183,7 @@ def test_a_draft_with_recurrent_states_is_refused():
 
 @pytest.mark.parametrize("name", ["NemotronHForCausalLM", "Zamba2ForCausalLM"])
 def test_without_a_limit_of_the_time_step_they_are_served(name):
-    target = model_of(name, **{**_SIZES, **INCONSISTENT[name][0]})
+    target = model_of(name, **{**SIZES, **INCONSISTENT[name][0]})
     for module in target.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))

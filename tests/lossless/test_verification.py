@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.generation import verification
 from hf_osd.policy.lookahead import Plan
+from recipes.checks.recurrent import EXPERTS, FAMILIES, MAMBA, SIZES, random_model
 
 from .models import OneLayer, one_layer
 
@@ -358,42 +359,16 @@ def test_an_expert_chosen_by_a_hair_is_no_fault(caplog):
 
 # What is true of the cache, and of the prompt.
 
-_SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
-_LINEAR = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "head_dim": 8,
-}
-_EXPERTS = {
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
-
 
 def model_of(name, **values):
     """A random model with something to say."""
     kind = getattr(transformers, name)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = kind(kind.config_class(**values)).eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.dim() > 1:
-                    p.normal_(std=0.3)
-    return model
+    return random_model(kind, kind.config_class(**values))
 
 
 def seeing(name, **values):
     """A target that sees, whose text model is of the config `name`."""
-    text = getattr(transformers, name)(**_SIZES, **values)
+    text = getattr(transformers, name)(**SIZES, **values)
     vision = {
         "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "image_size": 8, "patch_size": 4,
@@ -401,28 +376,16 @@ def seeing(name, **values):
     config = LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=63, image_seq_length=4, vision_feature_layer=-1
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config).eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.dim() > 1:
-                    p.normal_(std=0.3)
-    return model
+    return random_model(LlavaForConditionalGeneration, config)
 
 
 HYBRIDS = {
-    "Qwen3_5TextConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, **_LINEAR},
-    "Qwen3NextConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, **_LINEAR, **_EXPERTS},
-    "GraniteMoeHybridConfig": {
-        "layer_types": ["mamba", "attention"] * 2,
-        "num_local_experts": 0,
-        "shared_intermediate_size": 48,
-        **_MAMBA,
-    },
-    "BambaConfig": {"attn_layer_indices": [1, 3], **_MAMBA},
+    "Qwen3_5TextConfig": FAMILIES["Qwen3_5ForCausalLM"],
+    "Qwen3NextConfig": FAMILIES["Qwen3NextForCausalLM"],
+    "GraniteMoeHybridConfig": FAMILIES["GraniteMoeHybridForCausalLM"],
+    "BambaConfig": FAMILIES["BambaForCausalLM"],
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "num_experts": 1},
-    "FalconH1Config": {"mamba_d_ssm": 64, **_MAMBA},
+    "FalconH1Config": FAMILIES["FalconH1ForCausalLM"],
 }
 
 
@@ -440,24 +403,24 @@ LOOK_STATEFUL = {
         "layer_types": ["attention"] * 4,
         "num_local_experts": 0,
         "shared_intermediate_size": 48,
-        **_MAMBA,
+        **MAMBA,
     },
-    "BambaForCausalLM": {"attn_layer_indices": [0, 1, 2, 3], **_MAMBA},
+    "BambaForCausalLM": {"attn_layer_indices": [0, 1, 2, 3], **MAMBA},
     "JambaForCausalLM": {"attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1},
     "NemotronHForCausalLM": {"layer_types": ["attention", "mlp"] * 2, "head_dim": 8},
     "Qwen3_5ForCausalLM": {"layer_types": ["full_attention"] * 4, "head_dim": 8},
-    "Qwen3NextForCausalLM": {"layer_types": ["full_attention"] * 4, "head_dim": 8, **_EXPERTS},
+    "Qwen3NextForCausalLM": {"layer_types": ["full_attention"] * 4, "head_dim": 8, **EXPERTS},
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},  # convolutions can be cropped
 }
 
 
 @pytest.mark.parametrize("name", LOOK_STATEFUL)
 def test_targets_that_only_look_stateful_are_served(caplog, name):
-    check_drafted(model_of(name, **_SIZES, **LOOK_STATEFUL[name]), caplog)
+    check_drafted(model_of(name, **SIZES, **LOOK_STATEFUL[name]), caplog)
 
 
 def test_a_draft_grown_from_a_target_that_only_looks_stateful_learns(serve_as_plain):
-    target = model_of("Qwen3_5ForCausalLM", **_SIZES, **LOOK_STATEFUL["Qwen3_5ForCausalLM"])
+    target = model_of("Qwen3_5ForCausalLM", **SIZES, **LOOK_STATEFUL["Qwen3_5ForCausalLM"])
     served = serve_as_plain(target, grow_draft(target), PROMPTS, {"update_interval": 2})
     assert served.stats.total.tested > 0
     assert (served.stats.updates, served.stats.failed_updates) == (1, 0)
@@ -479,8 +442,8 @@ NO_CACHE = {
     },
     "ProphetNetForConditionalGeneration": _PROPHET,
     "ProphetNetForCausalLM": {**_PROPHET, "is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
-    "MiniMaxForCausalLM": {**_SIZES, "head_dim": 8, "num_local_experts": 2},
-    "RecurrentGemmaForCausalLM": {**_SIZES, "lru_width": 32, "block_types": ["attention"]},
+    "MiniMaxForCausalLM": {**SIZES, "head_dim": 8, "num_local_experts": 2},
+    "RecurrentGemmaForCausalLM": {**SIZES, "lru_width": 32, "block_types": ["attention"]},
 }  # fmt: skip
 
 

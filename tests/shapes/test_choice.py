@@ -22,10 +22,8 @@ def target(tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def answers(target):
-    random = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, 64, (5,), generator=random) for _ in range(15)]
-    return record_answers(target, prompts, 16, states_of=FEATURE.grow(target).config.recorded_layers)
+def answers(target, answers_with_states):
+    return answers_with_states(target, 15, 16, FEATURE.grow(target).config.recorded_layers, prompt=5)
 
 
 def costing(**by_depth):
