@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,21 @@ logger = logging.getLogger(__name__)
 
 # Likeliest tokens recorded per position if no distributions are kept.
 _LIKELY = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """One verified round: m+1 of the target's tokens, N of the draft's ids. `rows`, `draft_logps` `(N, k)`, `drafted_logp` `(N,)` and `positions` only where
+    the target's distributions are kept, `likely` only where its likeliest tokens are, `(m+1, 16)` each."""
+
+    tokens: list[int]  # N
+    at: list[int]  # index in these of each of the target's tokens
+    acceptance: list[float]  # N, NaN where unknown
+    positions: list[tuple[int, int]]  # drafted token and outcome; N
+    rows: SparseLogits | None = None
+    draft_logps: Tensor | None = None  # log q of the kept tokens
+    drafted_logp: Tensor | None = None
+    likely: tuple[Tensor, Tensor] | None = None  # ids and probabilities
 
 
 class CallRecorder:
@@ -64,14 +80,8 @@ class CallRecorder:
         self._capture, self._track_likely, self._top_k, self._dtype = capture, track_likely, top_k, dtype
         self.prompt = prompt.to("cpu", torch.int32)  # (L,)
         self._source = None if source is None else source.to("cpu", torch.int32)
-        self.answer: list[int] = []  # verified tokens so far, N of the draft's ids
-        self._starts: list[int] = []  # index in these of each of the target's tokens
-        self._acceptance: list[float] = []  # N
-        self._rows: list[SparseLogits] = []
-        self._likely: list[tuple[Tensor, Tensor]] = []  # ids and probabilities, (positions of a round, 16) each
-        self._draft_logps: list[Tensor] = []  # log q of the kept tokens, (positions of a round, k) each
-        self._drafted_logp: list[Tensor] = []  # (positions of a round,) each
-        self._positions: list[tuple[int, int]] = []  # drafted token and outcome; N
+        self._rounds: list[_Round] = []
+        self._collected: SparseLogits | None = None  # the rows of all rounds
         self._states: list[Tensor] = []  # the target's at the text's first tokens, (S', F) each
         self._state_layers, self._prompt_positions = 0, prompt_positions
         self._stream: torch.cuda.Stream | None = None
@@ -80,6 +90,11 @@ class CallRecorder:
     def captures(self) -> bool:
         """Is `True` if the target's distributions and states are kept."""
         return self._capture
+
+    @property
+    def answer(self) -> list[int]:
+        """Lists the verified tokens so far, N of the draft's ids."""
+        return [token for one in self._rounds for token in one.tokens]
 
     def add_round(
         self,
@@ -91,7 +106,7 @@ class CallRecorder:
         acceptance: list[float],
         log_q: Callable[[Tensor], Tensor] | None,
     ):
-        """Records one verified round.
+        """Records one verified round, or, where an exception such as an interrupt comes in the midst of it, nothing of it but statistics.
 
         Args:
             pieces: the draft's ids for each of the m+1 verified tokens.
@@ -106,16 +121,16 @@ class CallRecorder:
         self.stats.observe_round(block.n, tested, accepted, len(pieces), len(block.draft_tokens), block.steps)
         tokens = [token for piece in pieces for token in piece]
         at = starts(pieces)
-        self._starts += [len(self.answer) + i for i in at]
-        self.answer += tokens
-        self._acceptance += _spread(acceptance, at, len(tokens), torch.nan)
+        overlaps = _spread(acceptance, at, len(tokens), torch.nan)
         if not self._capture:
+            likely = None
             if self._track_likely:
                 with self._on_side_stream(raw):
                     top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
-                    self._likely.append((ids, (top - raw.logsumexp(-1, keepdim=True)).exp()))
+                    likely = ids, (top - raw.logsumexp(-1, keepdim=True)).exp()
+            self._rounds.append(_Round(tokens, at, overlaps, [], likely=likely))
             return
-        if self.prompt_states is not None and not self._rows:
+        if self.prompt_states is not None and not self._rounds:
             self.prompt_states.finish_prefill(block.n, raw[0])
         # Feedback is about the draft model: where the suffix cache proposed, the draft counts as untested.
         drafted = block.tokens[:from_draft]
@@ -135,11 +150,9 @@ class CallRecorder:
                 wide = [x.new_full((len(tokens), *x.shape[1:]), torch.nan) for x in (draft_logps, drafted_logp)]
                 wide[0][at], wide[1][at] = draft_logps, drafted_logp
                 draft_logps, drafted_logp = wide
-        self._rows.append(rows)
-        self._draft_logps.append(draft_logps)
-        self._drafted_logp.append(drafted_logp)
         seen = [(drafted[j], ACCEPTED if j < accepted else REJECTED) for j in range(from_draft)]
-        self._positions += _spread(seen, at, len(tokens), (-1, UNTESTED))
+        positions = _spread(seen, at, len(tokens), (-1, UNTESTED))
+        self._rounds.append(_Round(tokens, at, overlaps, positions, rows, draft_logps, drafted_logp))
 
     def add_states(self, states: Tensor, layers: int):
         """Keeps the target's hidden states `(S', F)`, of so many layers, at the text's next tokens."""
@@ -165,28 +178,31 @@ class CallRecorder:
 
     def set_acceptance(self, values: list[float]):
         """Sets expected acceptance at the target's last tokens, which the draft has predicted only after their round."""
-        for i, value in zip(self._starts[len(self._starts) - len(values) :], values, strict=True):
-            if self._acceptance[i] != self._acceptance[i]:  # NaN: still unknown
-                self._acceptance[i] = value
+        places = ((one.acceptance, i) for one in reversed(self._rounds) for i in reversed(one.at))
+        for value, (acceptance, i) in zip(reversed(values), places, strict=False):
+            if acceptance[i] != acceptance[i]:  # NaN: still unknown
+                acceptance[i] = value
 
     def likely(self) -> tuple[Tensor, Tensor] | None:
         """Lists tokens that the target found likely at the verified positions, in the draft's ids, and their probabilities, `(N,)` each; `None` if they
         were not recorded."""
-        if self._capture and self._rows:
+        if self._capture and self._rounds:
             rows = self._collected_rows()
             return rows.top_ids.flatten(), rows.top_logps.flatten().float().exp().nan_to_num()
-        if not self._likely or not self._mapping.is_identity:
+        recorded = [one.likely for one in self._rounds if one.likely is not None]
+        if not recorded or not self._mapping.is_identity:
             return None
         if self._stream is not None:
             self._stream.synchronize()
-        ids, probabilities = (torch.cat(parts).flatten().cpu() for parts in zip(*self._likely, strict=True))
+        ids, probabilities = (torch.cat(parts).flatten().cpu() for parts in zip(*recorded, strict=True))
         return ids, probabilities
 
     def _collected_rows(self) -> SparseLogits:
-        if self._stream is not None:
-            self._stream.synchronize()
-        self._rows = [SparseLogits.cat(self._rows).cpu()]  # in one piece, for the next reader
-        return self._rows[0]
+        if self._collected is None:
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._collected = SparseLogits.cat([one.rows for one in self._rounds]).cpu()
+        return self._collected
 
     def to_feedback(self, shared: int = 0) -> Feedback | None:
         """Makes the request's feedback, `None` if nothing was verified or captured, and completes `stats`.
@@ -194,26 +210,27 @@ class CallRecorder:
         Args:
             shared (`int`): how many of the prompt's first tokens do not teach, since an earlier text has them.
         """
-        known = [value for value in self._acceptance if value == value]
+        overlaps = [value for one in self._rounds for value in one.acceptance]
+        known = [value for value in overlaps if value == value]
         self.stats.overlap_sum, self.stats.overlap_count = float(sum(known)), len(known)
         states, self.prompt_states = self.prompt_states, None
         if states is not None:
             states.close()
-        if not self._rows:
+        if not self._capture or not self._rounds:
             return None
         rows = self._collected_rows()
-        drafted, outcome = zip(*self._positions, strict=True)
+        drafted, outcome = zip(*(position for one in self._rounds for position in one.positions), strict=True)
         return Feedback(
             tokens=torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int32, device="cpu")]),
             prompt_length=len(self.prompt),
             top_ids=rows.top_ids,
             top_logps=rows.top_logps,
             tail_logp=rows.tail_logp,
-            draft_logps=torch.cat(self._draft_logps).cpu(),
+            draft_logps=torch.cat([one.draft_logps for one in self._rounds]).cpu(),
             drafted=torch.tensor(drafted, dtype=torch.int32, device="cpu"),
-            drafted_logp=torch.cat(self._drafted_logp).cpu(),
+            drafted_logp=torch.cat([one.drafted_logp for one in self._rounds]).cpu(),
             outcome=torch.tensor(outcome, dtype=torch.int8, device="cpu"),
-            overlap=torch.tensor(self._acceptance, dtype=torch.float32, device="cpu"),
+            overlap=torch.tensor(overlaps, dtype=torch.float32, device="cpu"),
             sampled=self.sampled,
             source=self._source,
             prompt_rows=None if states is None else self._prompt_rows(states, shared),

@@ -1,6 +1,8 @@
 """What a call borrows goes back, however the call ends; and what it leaves behind goes where it may."""
 
+import contextlib
 import gc
+import sys
 import weakref
 
 import pytest
@@ -106,3 +108,48 @@ def test_its_text_goes_into_the_cache_while_there_is_one(target, assistant, open
     before = assistant.texts.nbytes
     assert torch.equal(call.finish(keep_text=keep).tokens.long(), output[0])
     assert (assistant.texts.nbytes > before) == keep
+
+
+class Interrupted:
+    """Within the block, `KeyboardInterrupt` comes before the n-th line that is run of the files of some classes; `came` tells whether there was one."""
+
+    def __init__(self, n, *classes):
+        self.left, self.came = n, False
+        self.files = {sys.modules[one.__module__].__file__ for one in classes}
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename not in self.files or self.came:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                self.came = True
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+
+def test_an_interrupt_anywhere_in_a_call_leaves_a_text_that_teaches(target, assistant):
+    """Signals come between any two lines. What was verified by then is whole, and the assistant goes on."""
+    texts, plain = set(), target.generate(PROMPT, **GREEDY)
+    for n in range(0, 10**6, 11):  # no multiple of the lines of a round: in one round or another every line is met
+        interrupt = Interrupted(n, OnlineCandidateGenerator, CallRecorder)
+        with contextlib.suppress(KeyboardInterrupt), interrupt:
+            generate(target, assistant)
+        assistant.collect()
+        for feedback in assistant.buffer.new():
+            texts.add(tuple(feedback.tokens.tolist()))
+            assert len(feedback.overlap) == len(feedback.outcome) == len(feedback.top_ids) == len(feedback.tokens) - 6
+        assistant.buffer.mark_seen(assistant.buffer.new())
+        if not interrupt.came:
+            break
+    assert n > 500
+    assert len(texts) > 3, "interrupted in several rounds"
+    assert all(text == tuple(plain[0, : len(text)].tolist()) for text in texts)

@@ -351,9 +351,8 @@ def cached_counted_as_drafted(original):
 
     def add_round(self, pieces, raw, block, accepted, tested, *args):
         original(self, pieces, raw, block, accepted, tested, *args)
-        first = len(self._positions) - len(pieces)
         for j in range(min(tested, len(block.draft_tokens)), tested):
-            self._positions[first + j] = (block.tokens[j], ACCEPTED if j < accepted else REJECTED)
+            self._rounds[-1].positions[j] = (block.tokens[j], ACCEPTED if j < accepted else REJECTED)
 
     return add_round
 

@@ -1,6 +1,7 @@
 """Signals that end a run: what they raise, when they are ignored, and a job whose whole process group gets them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -148,9 +149,11 @@ def job(target_dir, words, tmp_path):
             status = 1
             try:
                 os.setsid()
-                log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+                # What pytest captures in the place of these it would keep from the log, and in memory what is logged.
+                log = (tmp_path / "log").open("w", buffering=1)
+                sys.stdout = sys.stderr = log
+                logging.getLogger().handlers = [logging.StreamHandler(log)]
                 status = distill.main([str(flag) for flag in (*settings, *flags)])
             finally:
                 os._exit(status)
