@@ -23,12 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     grow.add_argument(
         "--kind",
         choices=("layers", "feature"),
-        help="of the target's own layers (the default), or one new layer that reads the target's hidden states",
+        help="one new layer that reads the target's hidden states (the default), or some of the target's own layers (the default with --layers)",
     )
     grow.add_argument(
         "--layers",
-        help="layers of the target, comma-separated: those that the draft is made of, default 0,1; with --kind feature those after which it reads the "
-        "target's states, default three over the depth",
+        help="layers of the target, comma-separated: those that the draft is made of, with --kind layers by default 0,1; with --kind feature those after which "
+        "it reads the target's states, by default three over the depth",
     )
     grow.add_argument(
         "--layout",
@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
             times = {"minutes": args.minutes, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
             return choose_to(args.target, args.output, args.prompts, args.overwrite, args.json, **times)
-        return grow_to(
-            args.target, args.output, args.layers, args.overwrite, args.kind or "layers", args.layout or "osd"
-        )
+        kind = args.kind or ("layers" if args.layers else "feature")
+        return grow_to(args.target, args.output, args.layers, args.overwrite, kind, args.layout or "osd")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"hf-osd: {error}", file=sys.stderr)
         return 2
@@ -89,7 +88,7 @@ def grow_to(
     output: str,
     layers: str | None,
     overwrite: bool = False,
-    kind: str = "layers",
+    kind: str = "feature",
     layout: str = "osd",
 ) -> int:
     """Grow a draft from `target`, and save it with the target's tokenizer into the folder `output`.

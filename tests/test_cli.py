@@ -28,9 +28,14 @@ def test_grow_writes_a_plain_checkpoint(tiny_llama, tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("layers", "read"), [([], [1, 2, 3]), (["--layers", "0,2"], [0, 2])])
-def test_grow_makes_a_draft_that_reads_the_targets_states(model_dir, tmp_path, capsys, layers, read):
-    assert main(["grow", str(model_dir), str(tmp_path / "draft"), "--kind", "feature", *layers]) == 0
+FEATURE = ["--kind", "feature"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "read"), [([], [1, 2, 3]), (FEATURE, [1, 2, 3]), ([*FEATURE, "--layers", "0,2"], [0, 2])]
+)
+def test_grow_makes_a_draft_that_reads_the_targets_states(model_dir, tmp_path, capsys, flags, read):
+    assert main(["grow", str(model_dir), str(tmp_path / "draft"), *flags]) == 0
     draft = load_draft(tmp_path / "draft")
     assert draft.config.model_type == "osd_feature_draft"
     assert draft.config.aux_layers == read
@@ -106,7 +111,7 @@ def test_a_checkpoint_is_replaced_when_that_is_asked_for_and_whole(model_dir, tm
     assert main(["grow", str(model_dir), str(draft)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert bytes_of(draft) == before
-    assert main(["grow", str(model_dir), str(draft), "--overwrite"]) == 0
+    assert main(["grow", str(model_dir), str(draft), "--overwrite", "--kind", "layers"]) == 0
     assert AutoModelForCausalLM.from_pretrained(draft).config.num_hidden_layers == 2
     assert (draft / "notes.txt").read_text() == "{}"
     assert not (draft / "model.safetensors.index.json").exists(), "it would be read with the new weights"
