@@ -80,14 +80,9 @@ def judge(
     """Compute what [`score`] does, and, if `whole`, confidence and shared probability too; arguments as there. A greedy request's overlap takes the likeliest
     tokens alone, and passes once over the logits of a vocabulary, where the rest takes five; without `whole` the rest is NaN."""
     judged: list[Judged | None] = [None] * len(feedback)
-    order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
-    collate, training, states = _collator(model), model.training, reads_states(model)
-    model.eval()
-    with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
-        for chosen in _batches([feedback[i] for i in order], order, batch_size, model):
-            batch = collate([feedback[i] for i in chosen])
-            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            logits = answer_logits(model, batch)  # (R, V)
+    states = reads_states(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for chosen, batch, logits in _answers(model, feedback, batch_size):
             argmax = logits.argmax(-1).cpu()  # (R,)
             measures = whole or any(feedback[i].sampled for i in chosen)
             if measures:
@@ -95,9 +90,7 @@ def judge(
                 total = logits.logsumexp(-1)
                 sure = (logits.amax(-1) - total).exp().cpu()
                 kept = (logits.gather(-1, batch["top_ids"]) - total[:, None]).exp().cpu()  # (R, k), under q
-            taught = [feedback[i].teaching_mask("all", states) for i in chosen]
-            split = torch.arange(len(logits), device="cpu").split([int(mask.sum()) for mask in taught])
-            for i, mask, rows in zip(chosen, taught, split, strict=True):
+            for i, mask, rows in _parted(feedback, chosen, states):
                 overlap, confidence, shared = (
                     torch.full((len(feedback[i]),), torch.nan, dtype=torch.float32, device="cpu") for _ in range(3)
                 )
@@ -111,8 +104,48 @@ def judge(
                     if not states:  # a draft that reads these has the target's own tokens
                         overlap[_spelled(feedback[i])] = 0.0
                 judged[i] = Judged(overlap, confidence, shared)
-    model.train(training)
     return judged
+
+
+def predictions(
+    model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int = 8
+) -> list[tuple[Tensor, Tensor]]:
+    """Compute a draft's likeliest token at every position of each request and its probability, teacher-forced: int64 and float32 `(N,)`; -1 and NaN where [`score`] has NaN."""
+    found: list[tuple[Tensor, Tensor] | None] = [None] * len(feedback)
+    with torch.inference_mode(False), torch.no_grad():
+        for chosen, _, logits in _answers(model, feedback, batch_size):
+            sure, ids = (x.cpu() for x in logits.float().softmax(-1).max(-1))
+            for i, mask, rows in _parted(feedback, chosen, reads_states(model)):
+                tokens = torch.full((len(feedback[i]),), -1, dtype=torch.long, device="cpu")
+                confidence = torch.full((len(feedback[i]),), torch.nan, dtype=torch.float32, device="cpu")
+                tokens[mask], confidence[mask] = ids[rows], sure[rows]
+                found[i] = tokens, confidence
+    return found
+
+
+def _answers(
+    model: PreTrainedModel, feedback: Sequence[Feedback], batch_size: int
+) -> Iterator[tuple[list[int], dict, Tensor]]:
+    """Yield the indices of some requests, their batch, and the draft's logits `(R, V)` at their teaching rows, until there were all."""
+    order = sorted(range(len(feedback)), key=lambda i: feedback[i].tokens.shape[0])  # little padding
+    collate, training = _collator(model), model.training
+    model.eval()
+    try:
+        for chosen in _batches([feedback[i] for i in order], order, batch_size, model):
+            with torch.inference_mode(False), torch.no_grad(), contiguous_head(model):
+                batch = collate([feedback[i] for i in chosen])
+                batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                logits = answer_logits(model, batch)
+            yield chosen, batch, logits
+    finally:
+        model.train(training)
+
+
+def _parted(feedback: Sequence[Feedback], chosen: Sequence[int], states: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield for each of the `chosen` requests its index, the mask `(N,)` of its teaching positions, and the rows of the logits that are theirs."""
+    taught = [feedback[i].teaching_mask("all", states) for i in chosen]
+    rows = torch.arange(sum(int(mask.sum()) for mask in taught), device="cpu")
+    yield from zip(chosen, taught, rows.split([int(mask.sum()) for mask in taught]), strict=True)
 
 
 def score_by_step(
