@@ -205,6 +205,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         began = time.perf_counter()
         self.update()
         self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
+        self.lookahead.note_weights(self.serving.version)
         parts = Parts(
             config=self.osd_config,
             serving=self.serving,

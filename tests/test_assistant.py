@@ -428,6 +428,16 @@ def test_refresh_refuses_what_it_would_drop(target, draft):
         assistant.refresh(trained)
 
 
+def test_other_weights_are_tried_though_those_before_did_not_pay(target, draft):
+    assistant = OnlineAssistant(draft, update_interval=10**6, draft_cost=0.1)
+    assistant.lookahead.earnings.credit = -10.0
+    serve(target, assistant, PROMPTS[:2])
+    assert not assistant.lookahead.may_ask_draft
+    assistant.refresh(grow_draft(target, (0, -1)))
+    serve(target, assistant, PROMPTS[:1])
+    assert assistant.lookahead.earnings.credit > 0
+
+
 def test_stats_print_and_serialise(target, draft):
     assistant = OnlineAssistant(draft, lookahead="constant", update_interval=2)
     serve(target, assistant, PROMPTS[:3])

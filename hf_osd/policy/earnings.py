@@ -10,6 +10,8 @@ from __future__ import annotations
 # Steps that a draft may lose before it has earned any, and the most of its earnings that it may lose again.
 ALLOWANCE = 24.0
 MAX_CREDIT = 32.0
+# Steps that it may lose at least when other weights serve: what was seen of those before says little about them.
+RENEWED = 6.0
 # Share of all time that it may lose beyond them: with it, a draft that does not pay is tried again now and then.
 SHARE = 0.005
 # Most steps that one round may lose of the credit: a machine's stall says nothing about the draft.
@@ -30,6 +32,10 @@ class Earnings:
         self.credit = ALLOWANCE
         self.time = self.earned = 0.0
         self._tokens = self._time = 0.0
+
+    def renew(self):
+        """Notes that other weights serve, which are tried even if those before had lost their credit."""
+        self.credit = max(self.credit, RENEWED)
 
     @property
     def in_credit(self) -> bool:

@@ -150,6 +150,7 @@ class DraftPolicy:
             MatchAcceptance(),
         )
         self.earnings = Earnings()  # of the draft, beside the cache
+        self._version = 0  # of the draft's weights
         self._gamma = max_gamma  # of the heuristic policy, for the next round
         self._idle = self._busy = self._rounds = (
             0  # rounds since the draft's last step; since the last plain round; in all
@@ -273,6 +274,13 @@ class DraftPolicy:
         if estimates is None:
             return True
         return estimates.rule.step_gain(j, prefix_acceptance) > estimates.rule.end_gain(j, prefix_acceptance)
+
+    def note_weights(self, version: int):
+        """Notes which of the draft's weights serve, by their number."""
+        with self._lock:
+            if version != self._version:
+                self._version = version
+                self.earnings.renew()
 
     def observe_round(
         self,

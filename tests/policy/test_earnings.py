@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from hf_osd.policy.earnings import ALLOWANCE, MAX_CREDIT, Earnings
+from hf_osd.policy.earnings import ALLOWANCE, MAX_CREDIT, RENEWED, Earnings
 from hf_osd.policy.lookahead import DraftPolicy
 
 
@@ -110,12 +110,20 @@ def test_with_a_draft_it_is_never_slower_than_the_cache_alone(stream, told):
         assert both > 1.1 * alone
 
 
-def test_a_draft_without_credit_is_not_to_be_asked():
+def test_a_draft_without_credit_is_not_to_be_asked_until_other_weights_serve():
     policy = DraftPolicy("cost", 5, draft_cost=0.1)
     policy.observe_untested([1.0] * 100)
     assert policy.may_ask_draft
     policy.earnings.observe(1.0, 10.0 * ALLOWANCE, 1.0, 1.0)
     policy.earnings.observe(1.0, 10.0 * ALLOWANCE, 1.0, 1.0)
+    assert not policy.may_ask_draft
+    policy.note_weights(0)
+    assert not policy.may_ask_draft
+    policy.note_weights(1)
+    assert policy.may_ask_draft
+    assert policy.earnings.credit == RENEWED
+    policy.earnings.observe(1.0, 10.0 * ALLOWANCE, 1.0, 1.0)
+    policy.note_weights(1)
     assert not policy.may_ask_draft
     assert DraftPolicy("constant", 5).may_ask_draft
     assert not DraftPolicy("constant", 5, has_draft=False).may_ask_draft
