@@ -141,7 +141,7 @@ class Bans(LogitsProcessor):
         return scores.scatter(-1, input_ids[:, -3:-2], -torch.inf)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ends_and_processors(name, tokenizer):
     target = target_of(name)
     [prompt] = prompts(1)
@@ -162,7 +162,7 @@ def test_ends_and_processors(name, tokenizer):
         assert torch.equal(output, target.generate(prompt, max_new_tokens=N, do_sample=False, **stop))
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_samples_have_the_targets_distribution(name, tiny_llama):
     sizes = {"vocab_size": 5, "bos_token_id": 1, "pad_token_id": 0}
     target = target_of(name, **sizes)
