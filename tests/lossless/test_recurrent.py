@@ -188,6 +188,26 @@ def test_samples_have_the_targets_distribution(name, tiny_llama):
     assert 0 < total.accepted < total.tested
 
 
+def check_sampled_logits(name):
+    target, assistant = target_of(name), assistant_of(verify_target=False)
+    asked = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "output_logits": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for prompt in prompts(3):
+            prompt = torch.cat([prompt] * 3, -1)  # for the cache to draft from
+            output = target.generate(prompt, assistant_model=assistant, max_new_tokens=N, **asked)
+            with torch.no_grad():
+                fresh = target(output.sequences[:, :-1]).logits[0, prompt.shape[1] - 1 :]
+            assert torch.allclose(torch.cat(output.logits), fresh, atol=1e-2, rtol=1e-3)
+    assert assistant.stats.total.refed_tokens > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_that_are_sampled_from_are_a_fresh_forwards(name):
+    """Sees an error of a state that χ² over short answers is too weak for."""
+    check_sampled_logits(name)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_all_that_generate_returns_is_plain_decodings(name):
     target = target_of(name)
@@ -316,6 +336,13 @@ def test_a_planted_bug_is_caught(monkeypatch, bug):
     bug(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
         check(target, assistant_of(verify_target=False), prompts(6))
+
+
+@pytest.mark.parametrize("bug", [state_not_put_back, window_off_by_one])
+def test_a_planted_bug_is_caught_when_sampling(monkeypatch, bug):
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_sampled_logits("Qwen3_5ForCausalLM")
 
 
 @pytest.mark.parametrize("bug", BUGS)
