@@ -52,7 +52,7 @@ def grow_feature_draft(
 
     Raises:
         ValueError: if `target` is no decoder-only model with an LM head, has an adapter or quantised weights or some on the meta device, its layers cannot be found, its
-            embeddings or head have another width than its layers, it has no attention layers; or if `aux_layers` are not two or more different layers that it has.
+            embeddings or head have another width than its layers, its layers hand on several states a position (Gemma 3n), it has no attention layers; or if `aux_layers` are not two or more different layers that it has.
     """
     given = unwrapped(target)
     target = text_model(given)
@@ -194,9 +194,14 @@ def check_ends(target: PreTrainedModel):
     """See that a feature-level draft can have the target's embeddings and LM head.
 
     Raises:
-        ValueError: if their widths differ from that of its layers, or there are fewer embeddings than rows of the head.
+        ValueError: if their widths differ from that of its layers, there are fewer embeddings than rows of the head, or its layers hand on several states a position (AltUp).
     """
-    size = target.config.get_text_config(decoder=True).hidden_size
+    text = target.config.get_text_config(decoder=True)
+    size, states = text.hidden_size, getattr(text, "altup_num_inputs", None) or 1
+    if states > 1:
+        raise ValueError(
+            f"The layers of {type(target).__name__} hand on {states} states a position (AltUp), and a feature-level draft reads one. Grow one with hf_osd.grow_draft instead."
+        )
     entry, head = (end.weight.shape for end in (target.get_input_embeddings(), target.get_output_embeddings()))
     if entry[1:] != (size,) or head[1:] != (size,) or entry[0] < head[0]:
         raise ValueError(

@@ -141,7 +141,7 @@ class Bans(LogitsProcessor):
         return scores.scatter(-1, input_ids[:, -3:-2], -torch.inf)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ends_and_processors(name, tokenizer):
     target = target_of(name)
     [prompt] = prompts(1)
@@ -162,7 +162,7 @@ def test_ends_and_processors(name, tokenizer):
         assert torch.equal(output, target.generate(prompt, max_new_tokens=N, do_sample=False, **stop))
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_samples_have_the_targets_distribution(name, tiny_llama):
     sizes = {"vocab_size": 5, "bos_token_id": 1, "pad_token_id": 0}
     target = target_of(name, **sizes)
@@ -186,6 +186,26 @@ def test_samples_have_the_targets_distribution(name, tiny_llama):
         assert p_value(began, probabilities) > 1e-4
     total = assistant.stats.total
     assert 0 < total.accepted < total.tested
+
+
+def check_sampled_logits(name):
+    target, assistant = target_of(name), assistant_of(verify_target=False)
+    asked = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "output_logits": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for prompt in prompts(3):
+            prompt = torch.cat([prompt] * 3, -1)  # for the cache to draft from
+            output = target.generate(prompt, assistant_model=assistant, max_new_tokens=N, **asked)
+            with torch.no_grad():
+                fresh = target(output.sequences[:, :-1]).logits[0, prompt.shape[1] - 1 :]
+            assert torch.allclose(torch.cat(output.logits), fresh, atol=1e-2, rtol=1e-3)
+    assert assistant.stats.total.refed_tokens > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_that_are_sampled_from_are_a_fresh_forwards(name):
+    """Sees an error of a state that χ² over short answers is too weak for."""
+    check_sampled_logits(name)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -316,6 +336,13 @@ def test_a_planted_bug_is_caught(monkeypatch, bug):
     bug(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
         check(target, assistant_of(verify_target=False), prompts(6))
+
+
+@pytest.mark.parametrize("bug", [state_not_put_back, window_off_by_one])
+def test_a_planted_bug_is_caught_when_sampling(monkeypatch, bug):
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_sampled_logits("Qwen3_5ForCausalLM")
 
 
 @pytest.mark.parametrize("bug", BUGS)
