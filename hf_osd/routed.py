@@ -255,7 +255,7 @@ class RoutedAssistant(SavableRoutes):
     def _observe(self, feedback: Feedback, label: tuple[str | None, int] | None):
         """Scores all drafts on a request that none of them has learnt, now and then, and lets the router know."""
         name, topic = label or (None, _NO_TOPIC)
-        if topic == _NO_TOPIC or feedback.sampled:
+        if topic == _NO_TOPIC:
             return
         self._scored[name] += 1
         served = sum(assistant._stats.total.seconds for _, assistant in self._assistants())

@@ -235,7 +235,8 @@ def test_a_route_that_no_topic_has_any_more_is_let_go(target):
     assert assistant.stats.total.requests == 2
 
 
-def test_drafts_are_scored_on_requests_that_none_has_learnt(target):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_drafts_are_scored_on_requests_that_none_has_learnt(target, sampled):
     assistant = RoutedAssistant(grow_draft(target), max_routes=4, **LEARNS)
     seen = []
     observe = assistant.router.observe
@@ -244,8 +245,8 @@ def test_drafts_are_scored_on_requests_that_none_has_learnt(target):
         observe(topic, acceptance, tokens),
     )
     for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
-        serve(target, assistant, one, max_new_tokens=6)
-        serve(target, assistant, other, max_new_tokens=6)
+        for prompt in (one, other):
+            target.generate(prompt, assistant_model=assistant, max_new_tokens=6, do_sample=sampled)
     assistant.flush()
     assert seen
     assert all(len(acceptance) >= 2 and min(acceptance.values()) >= 0 for _, acceptance, _ in seen)
