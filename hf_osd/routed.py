@@ -22,7 +22,6 @@ from hf_osd.generation.view import AssistantView
 from hf_osd.metrics.stats import CallStats, Stats
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
-from hf_osd.policy.report import report
 from hf_osd.policy.routing import TopicRouter, prompt_features
 from hf_osd.saving.routes import SavableRoutes
 from hf_osd.system.forks import released
@@ -42,7 +41,8 @@ _NO_TOPIC = -1
 
 
 class RouteView(AssistantView):
-    """Opens a [`RoutedAssistant`]'s calls on one route. Made by [`RoutedAssistant.route`]; pass it as `assistant_model`."""
+    """Opens a [`RoutedAssistant`]'s calls on one route. Made by [`RoutedAssistant.route`]; pass it as `assistant_model`. `stats` and `report()` are the route's own; all
+    other attributes are the assistant's."""
 
     def __init__(self, assistant: RoutedAssistant, route: str, tenant: Hashable = None, private: bool = False):
         super().__init__(assistant, tenant, private)
@@ -56,6 +56,15 @@ class RouteView(AssistantView):
 
     def private(self) -> RouteView:
         return RouteView(self._assistant, self._route, self._tenant, private=True)
+
+    @property
+    def stats(self) -> Stats:
+        """Returns the route's statistics, of all its tenants; nothing was counted on one that has served no call yet."""
+        return self._assistant.stats.by_route.get(self._route, Stats())
+
+    def report(self) -> str:
+        """Describes the route in a few lines, see [`OnlineAssistant.report`]."""
+        return self._assistant.report_of(self._route)
 
 
 class RoutedAssistant(SavableRoutes):
@@ -336,12 +345,21 @@ class RoutedAssistant(SavableRoutes):
             lines = []
             for name, assistant in self._assistants():
                 if name != DEFAULT or assistant.stats.total.requests or not len(self.pool):
-                    text = report(assistant.stats, assistant.lookahead, assistant.learning_choice)
+                    text = assistant.report()
                     lines.append(f"Route {name}:\n" + "\n".join(f"  {line}" for line in text.splitlines()))
             away = sorted(self._stats_before.keys() - {name for name, _ in self._assistants()})
             if away:
                 lines.append(f"Put away: {', '.join(away)}.")
             return "\n".join(lines)
+
+    def report_of(self, name: str) -> str:
+        """Describes one route in a few lines."""
+        with self._lock:
+            if (assistant := dict(self._assistants()).get(name)) is not None:
+                return assistant.report()
+            if name in self._stats_before:
+                return f"Route {name!r} is not in memory: it was put away, for others were used since."
+            return f"Route {name!r} has served no call yet."
 
 
 @dataclass

@@ -50,6 +50,23 @@ def test_each_route_learns_its_own_calls_and_output_is_the_targets(target, kind)
     assert a.keys() == b.keys()
 
 
+def test_a_routes_view_has_the_routes_own_figures(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, **LEARNS)
+    view = assistant.route("a")
+    assert view.stats.total.requests == 0
+    assert "no call yet" in view.report()
+    for prompt in prompts(2):
+        serve(target, view.tenant("t"), prompt)
+    serve(target, assistant, prompts(1)[0])
+    assistant.collect()
+    assert (view.stats.total.requests, assistant.stats.total.requests) == (2, 3)
+    assert view.report() == assistant.pool.peek("a").report()
+    serve(target, assistant.route("b"), prompts(1)[0])
+    assert view.stats.total.requests == 2
+    assert "put away" in view.report()
+    assert view.pool is assistant.pool
+
+
 def test_routes_share_what_none_has_changed(target):
     assistant = RoutedAssistant(grow_draft(target), routes="named", **LEARNS)
     a, b = (assistant.pool.get(name) for name in "ab")
