@@ -267,6 +267,12 @@ def test_drafts_are_scored_on_requests_that_none_has_learnt(target, sampled):
     assistant.flush()
     assert seen
     assert all(len(acceptance) >= 2 and min(acceptance.values()) >= 0 for _, acceptance, _ in seen)
+    stats = assistant.stats
+    assert stats.routing_seconds > 0
+    by_route = sum(one.learning_seconds for one in stats.by_route.values())
+    assert stats.learning_seconds == pytest.approx(by_route + stats.routing_seconds)
+    assert stats.to_dict()["routing_seconds"] == stats.routing_seconds
+    assert "scored" in assistant.report()
 
 
 def test_in_a_job_of_several_processes_it_does_not_learn(target, monkeypatch):
