@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,8 @@ from hf_osd.distill.scoring import judge_served
 from hf_osd.generation.checks import check_call
 from hf_osd.generation.shared_parts import SharedParts
 from hf_osd.generation.view import AssistantView
-from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.metrics.routed_stats import RoutedStats
+from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
 from hf_osd.policy.routing import TopicRouter, prompt_features
@@ -365,46 +366,3 @@ class RoutedAssistant(SavableRoutes):
             if name in self._stats_before:
                 return f"Route {name!r} is not in memory: it was put away, for others were used since."
             return f"Route {name!r} has served no call yet."
-
-
-@dataclass
-class RoutedStats(Stats):
-    """Counts several routes together, or what a route counted before and after it was put away. `rolling` sums the last 50 calls of each; the last call and what is no count (the learning rate,
-    `estimate`, `regret_vs_static`) are those of the one that has served most.
-
-    Attributes:
-        by_route (`dict[str, Stats]`): the statistics of each route.
-        routing_seconds (`float`): scoring all routes' drafts on requests, for the router. They are part of the `learning_seconds` of all routes together, and of no route's own.
-    """
-
-    routing_seconds: float = 0.0
-    by_route: dict[str, Stats] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, parts: list[Stats]) -> RoutedStats:
-        """Sum statistics."""
-        most = max(parts, key=lambda stats: stats.total.requests)
-        total = CallStats()
-        for stats in parts:
-            total.add(stats.total)
-        figures = {name: sum(getattr(stats, name) for stats in parts) for name in _SUMMED}
-        figures |= {name: max(getattr(stats, name) for stats in parts) for name in _LARGEST}
-        figures |= {name: getattr(most, name) for name in _OF_MOST}
-        recent = deque(call for stats in parts for call in stats.recent)
-        return cls(total=total, recent=recent, by_route={}, **figures)
-
-
-_SUMMED = (
-    "updates", "failed_updates", "rejected_updates", "accepted_updates", "learner_restarts", "learned_tokens", "learning_seconds", "buffer_requests", "buffer_bytes",
-    "buffer_capacity", "draft_version",
-)  # fmt: skip
-_LARGEST = ("longest_update", "longest_wait", "suffix_cache_bytes")
-_OF_MOST = (
-    "last",
-    "learning_rate",
-    "learning_rate_reason",
-    "estimate",
-    "regret_vs_static",
-    "serves_static",
-    "trouble",
-)
