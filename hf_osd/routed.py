@@ -88,7 +88,7 @@ class RoutedAssistant(SavableRoutes):
             `"default"`.
         max_routes (`int`): routes at one time, at most, the default route not counted. The one that was used least recently is put away for another.
         pool_bytes (`int`, *optional*): memory for what routes add to the draft as it came, by estimate ([`hf_osd.models.pool.route_bytes`]); no bound if left out.
-        pool_folder (*optional*): where to put away the learnt weights of routes that do not fit. Without one they are dropped, and begin anew when asked for again.
+        pool_folder (*optional*): where to put away routes that do not fit: learnt weights and the learner's state, and no text. Without one they are dropped, and begin anew when asked for again.
         tenants_are_routes (`bool`): serve a tenant's calls on a route of that name.
         **overrides: single fields of the config.
 
@@ -139,6 +139,7 @@ class RoutedAssistant(SavableRoutes):
             self._closing,
             busy=lambda assistant: assistant._calls.any(),
             base=fingerprint(self._shared.draft.parameters()),
+            resumed=self._resumed,
         )
         self._stats_before: dict[str, Stats] = {}  # of routes that were put away
         self._topical: set[str] = set()  # names that the router has given
@@ -251,6 +252,20 @@ class RoutedAssistant(SavableRoutes):
         if self.router is not None:
             assistant.on_feedback = self._observe
         return assistant
+
+    def _resumed(self, name: str, assistant: OnlineAssistant, tensors: dict[str, torch.Tensor], values: dict) -> bool:
+        """Lets a route go on learning from where it was put away, and counting; `False` if it cannot."""
+        if assistant.learner is None:
+            return False
+        try:
+            assistant.learner.load_state(tensors, values)
+            assistant.learner.serve()
+        except (ValueError, LookupError, TypeError) as error:
+            logger.warning("Route %r goes on from its weights, with a new learner: %s", name, error)
+            return False
+        if (before := self._stats_before.pop(name, None)) is not None:  # the learner goes on counting
+            assistant._stats = Stats.from_state(before.state())
+        return True
 
     def _closing(self, name: str, assistant: OnlineAssistant, kept: bool):
         """Lets a route go that is put away (`kept`) or dropped."""
