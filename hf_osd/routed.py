@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -233,6 +233,13 @@ class RoutedAssistant(SavableRoutes):
             self._topical.remove(name)
             self.pool.drop(name)
         return choice.route, choice.topic, choice.parent
+
+    def keep_routes(self, saved: Collection[str]):
+        """Lets the router forget routes of which no weights are left: neither saved nor put away."""
+        for name in self.router.routes:
+            if name in self.router.routes and name not in saved and not self.pool.has_put_away(name):
+                self.router.forget(name)
+        self._topical = set(self.router.routes)
 
     def _of_route(self, name: str, parent: str | None = None) -> OnlineAssistant:
         """Finds the assistant of a route, or makes it."""

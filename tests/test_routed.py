@@ -245,6 +245,25 @@ def test_a_saved_pool_comes_back(target, tmp_path, kind):
     assert (tmp_path / "one" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_loaded_router_has_no_route_whose_weights_are_not_there(target, tmp_path, away):
+    folder = tmp_path / "away"
+    assistant = RoutedAssistant(grow_draft(target), max_routes=2, pool_folder=folder, **LEARNS)
+    for prompt in prompts(4):
+        serve(target, assistant, prompt)
+    assistant.flush()
+    [topical] = assistant.router.routes
+    for name in "ab":  # which put it away
+        serve(target, assistant.route(name), prompts(1)[0])
+    assert topical not in assistant.pool
+    assistant.save_pretrained(tmp_path / "pool")
+    again = RoutedAssistant.from_pretrained(tmp_path / "pool", pool_folder=folder if away else None)
+    assert again.router.routes == ((topical,) if away else ())
+    serve(target, again, prompts(1)[0])
+    [serving] = again.router.routes
+    assert (again.pool.peek(serving).serving.version > 0) == away
+
+
 def test_what_cannot_be_loaded_says_why(target, tmp_path, tiny_llama):
     assistant = RoutedAssistant(grow_draft(target), routes="named", **LEARNS)
     for prompt in prompts(2):

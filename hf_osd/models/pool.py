@@ -186,12 +186,16 @@ class DraftPool:
         """Return the file of a route that was put away."""
         return self.folder / file_name(name)
 
+    def has_put_away(self, name: str) -> bool:
+        """Tell whether a route's weights lie in the folder."""
+        return self.folder is not None and self.path(name).is_file()
+
     def _back(self, name: str) -> M:
         """Make a member as it was when it was put away, or a new one."""
         from safetensors import safe_open
         from safetensors.torch import load_file
 
-        if self.folder is None or not self.path(name).is_file():
+        if not self.has_put_away(name):
             return self._make(name, None)
         with safe_open(self.path(name), framework="pt") as file:
             values = (file.metadata() or {}).get("learner")

@@ -139,6 +139,7 @@ class SavableRoutes:
                 assistant.pool.add(name, weights)
         if assistant.router is not None and "router" in facts and router is not None:
             assistant.router.load_state(_with_tensors(facts["router"], load_file(router)))
+            assistant.keep_routes(files.keys())
         return assistant
 
     def save_route(self, name: str, directory: str | os.PathLike, merge: bool | None = True, **how):
