@@ -129,7 +129,8 @@ class RoutedAssistant(SavableRoutes):
             )
         self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
         self._lock = released(threading.RLock())
-        self._shared = replace(SharedParts.of(draft, config), learning=released(threading.Lock()), busy=self._serves)
+        shared = SharedParts.of(draft, config)
+        self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={})
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
         self.pool = DraftPool(
             self._make,

@@ -78,6 +78,22 @@ def test_routes_share_what_none_has_changed(target):
     assert assistant.pool.nbytes == 0
 
 
+@pytest.mark.parametrize("kind", ["adapter", "frozen embeddings", "ensemble"])
+def test_learners_of_routes_have_one_float32_copy_of_what_does_not_train(tiny_llama, kind):
+    draft = grow_draft(tiny_llama(layers=4).bfloat16())
+    extra = {"adapter": {"adapter": "lora", "lora": 2}, "ensemble": {"ensemble": [1.0, 2.0]}}.get(kind, {})
+    settings = {**LEARNS, "freeze_embeddings": True, "learner_dtype": "float32", **extra}
+    assistant = RoutedAssistant(draft, routes="named", **settings)
+    students = [assistant.pool.get(name).learner.student for name in "ab"]
+    students = [one for student in students for one in getattr(student, "students", [student])]
+    read = [dict(one.module.named_parameters()) for one in students]
+    assert all(p.dtype == torch.float32 for p in read[0].values())
+    for name, p in read[0].items():
+        shared = {weights[name].data_ptr() for weights in read}
+        assert len(shared) == (len(students) if name in students[0].trainable else 1)
+        assert p.data_ptr() not in {weight.data_ptr() for weight in draft.parameters()}
+
+
 def test_text_is_shared_by_routes_and_kept_apart_by_tenants(target):
     assistant = RoutedAssistant(grow_draft(target), routes="named", draft_cost=10.0, learn=False)
     prompt = prompts(1)[0]
