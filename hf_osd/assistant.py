@@ -95,9 +95,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         static_draft: PreTrainedModel | None = None,
         **overrides,
     ):
-        if overrides:
-            config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
-        self.osd_config = config = config or OnlineConfig()
+        self.osd_config = config = OnlineConfig.of(config, overrides)
         shared = SharedParts.of(draft, config)
         if static_draft is None:
             self._begin(shared)

@@ -116,9 +116,7 @@ class RoutedAssistant(SavableRoutes):
             raise ValueError(f"`routes` is {routes!r}; choose 'topics' or 'named'.")
         if isinstance(max_routes, bool) or not isinstance(max_routes, int) or max_routes < 1:
             raise ValueError(f"`max_routes` is {max_routes!r}; give a whole number, at least 1.")
-        if overrides:
-            config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
-        self.osd_config = config = config or OnlineConfig()
+        self.osd_config = config = OnlineConfig.of(config, overrides)
         if config.learn == "process":
             raise ValueError(
                 "`learn` is 'process', and a process of its own for each route would take as many cores and copies. Choose learn='background' or 'inline'."
