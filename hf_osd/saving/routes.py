@@ -14,7 +14,7 @@ from hf_osd.config import CONFIG_NAME, OnlineConfig
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, file_name, write_weights
 from hf_osd.saving.drafts import load_draft, save_draft
-from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, open_repository, push_folder
+from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, open_repository, push_folder, warn_of_push
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import dumps, loads
 
@@ -168,12 +168,7 @@ class SavableRoutes:
         """
         from huggingface_hub import HfApi
 
-        logger.warning(
-            "Pushing the drafts of %d routes to %s%s: weights that learnt from traffic can have memorised some of it.",
-            len(self.pool),
-            repo_id,
-            "" if private else " FOR ALL TO READ",
-        )
+        warn_of_push(logger, f"the drafts of {len(self.pool)} routes", repo_id, private)
         api = HfApi(token=token)
         repo_id = open_repository(api, repo_id, private)
         with tempfile.TemporaryDirectory() as directory:
