@@ -28,6 +28,7 @@ from hf_osd.generation.parts import Parts
 from hf_osd.generation.shared_parts import SharedParts
 from hf_osd.generation.verification import plain_warning
 from hf_osd.generation.view import AssistantView
+from hf_osd.learning.listener import Listener
 from hf_osd.learning.memory import buffer_bytes
 from hf_osd.learning.trouble import WAITS
 from hf_osd.learning.undrafted import score_undrafted
@@ -35,6 +36,8 @@ from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.hot_swap import NullHotSwap
 from hf_osd.models.lora import Adapter
+from hf_osd.models.properties import reads_states
+from hf_osd.policy.draft_choice import LEARNING, STATIC, DraftChoice
 from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.policy.report import report
 from hf_osd.remote.teachable import TeachableAssistant
@@ -74,19 +77,40 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             weights without `requires_grad` are shared with it. If its vocabulary differs from the target's, pass `tokenizer` and
             `assistant_tokenizer` to `generate`, as transformers requires. Without a draft only the suffix cache proposes tokens.
         config ([`OnlineConfig`], *optional*): all settings; by default the draft learns from all verified positions, with replay.
+        static_draft (`PreTrainedModel`, *optional*): a draft of any other architecture, which stays as it is and serves those calls where it is faster; a heavy one that one had before, say.
+            Its calls teach `draft`, unless that one reads the target's hidden states. Causal LMs only.
         **overrides: single fields of the config, as in `OnlineAssistant(draft, learn=False)`.
 
     Raises:
         ValueError: if `draft` is not a model with an LM head that can read tokens alone, or its forward is patched, or weights of it have no values; if a field
-            of the config is wrong; or if there is neither a draft nor a suffix cache.
+            of the config is wrong; if there is neither a draft nor a suffix cache; or if `static_draft` cannot serve beside `draft`.
         RuntimeError: if the installed transformers lacks parameters that hf_osd relies on.
     """
 
-    def __init__(self, draft: PreTrainedModel | None = None, config: OnlineConfig | None = None, **overrides):
-        if overrides:
-            config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
-        self.osd_config = config = config or OnlineConfig()
-        self._begin(SharedParts.of(draft, config))
+    def __init__(
+        self,
+        draft: PreTrainedModel | None = None,
+        config: OnlineConfig | None = None,
+        *,
+        static_draft: PreTrainedModel | None = None,
+        **overrides,
+    ):
+        self.osd_config = config = OnlineConfig.of(config, overrides)
+        shared = SharedParts.of(draft, config)
+        if static_draft is None:
+            self._begin(shared)
+            return
+        if draft is None or config.learn == "process":
+            why = (
+                "there is no draft that it could serve beside"
+                if draft is None
+                else "`learn` is 'process', which knows of no second draft"
+            )
+            raise ValueError(f"`static_draft` is given, and {why}. Pass it as `draft`, or choose learn='background'.")
+        opened: list[OpenCalls] = []  # held in place of the assistants, which a learner's thread would keep alive
+        self._begin(replace(shared, busy=lambda: any(calls.any() for calls in opened)))
+        self._serve_beside(static_draft)
+        opened += [self._calls, self._static._calls]
 
     @classmethod
     def of_parts(cls, config: OnlineConfig, shared: SharedParts) -> OnlineAssistant:
@@ -108,6 +132,9 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self._calls = OpenCalls()
         # Called with feedback that is about to teach, and the label of its call.
         self.on_feedback: Callable[[Feedback, object], None] | None = None
+        self._static: OnlineAssistant | None = None  # serves a static draft beside this one
+        self._choice: DraftChoice | None = None  # of the two; both have it
+        self._name = LEARNING  # there
         if draft is not None:
             fixed = embedding_names(draft) if config.freeze_embeddings else set()
             trainable = {name for name, p in draft.named_parameters() if p.requires_grad and name not in fixed}
@@ -135,6 +162,26 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self.seen_texts = SeenTexts()
         self._mapping = functools.lru_cache(maxsize=4)(self._make_mapping)
         on_fork(self)
+
+    def _serve_beside(self, draft: PreTrainedModel):
+        """Makes an assistant of a static draft, which shares texts, statistics and warnings with this one, and whose calls teach this one's draft."""
+        config = replace(self.osd_config, learn="off", draft_cost=None)
+        shared = SharedParts.of(draft, config)
+        if shared.draft.config.is_encoder_decoder or self.config.is_encoder_decoder:
+            raise ValueError(
+                "`static_draft` serves beside a causal LM only, and one of the drafts is an encoder-decoder; pass the better one as `draft`."
+            )
+        static = OnlineAssistant.of_parts(config, replace(shared, texts=self.texts, warn_once=self._warn_once))
+        static._stats, static._lock = self._stats, self._lock
+        if (
+            self.learner is not None
+            and not reads_states(self.serving.active)
+            and static.reach.width == self.reach.width
+        ):
+            static.learner = Listener(self.learner)
+            static.rehearsable, static.seen_texts = self.rehearsable, self.seen_texts
+        static._name, static._choice = STATIC, DraftChoice()
+        self._static, self._choice = static, static._choice
 
     # Attributes that transformers reads on an assistant model.
 
@@ -196,15 +243,16 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             ValueError: if assisted generation or hf_osd cannot serve the call; nothing has run by then.
         """
         check_call(request, self.serving.active)
+        if self._static is not None and self._choice.choose() == STATIC:
+            self._update_before_call()
+            return self._static.open_call(request, tenant=tenant, private=private, label=label)
         target = request.target
         if (doubt := doubt_of_target(target, self.serving.active)) is not None:
             self._warn_once(doubt)
         width = self._widths.width_of(target)
         mapping = self._mapping(width or self._widths.min_width(target), request.tokenizers)
         check_vocabularies(target, mapping)
-        began = time.perf_counter()
-        self.update()
-        self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
+        self._update_before_call()
         self.lookahead.note_weights(self.serving.version)
         parts = Parts(
             config=self.osd_config,
@@ -223,6 +271,11 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         call.label = label
         self._calls.add(call, generator)
         return generator
+
+    def _update_before_call(self):
+        began = time.perf_counter()
+        self.update()
+        self._stats.longest_wait = max(self._stats.longest_wait, time.perf_counter() - began)
 
     def _make_mapping(self, target_size: int, tokenizers: tuple | None) -> VocabMapping:
         if not self.lookahead.has_draft:  # the suffix cache has the target's tokens
@@ -282,6 +335,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     def close(self):
         """Stops learning and frees learner, feedback and cached text. The draft goes on drafting with fixed weights; closing again does nothing."""
         self.collect()
+        if self._static is not None:
+            self._static.close()
         if self.learner is not None:
             self.learner.close()
         self.learner, self.texts, self.closed = None, None, True
@@ -299,6 +354,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     def stats(self) -> Stats:
         """Returns the statistics so far, see [`Stats`]. Calls that have ended are collected first."""
         self._finish(self._calls.pop_finished())
+        if self._static is not None:
+            self._static._finish(self._static._calls.pop_finished())
         stats = self._stats
         if self.learner is not None:
             for name, value in self.learner.metrics().items():
@@ -314,7 +371,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         It gives c and v(n), the times of a draft step and of verifying n tokens, in one-token target steps; α, the expected acceptance; the best γ, the number
         of drafted tokens; the α from which drafting pays; and the expected and the observed speed-up.
         """
-        return report(self.stats, self.lookahead, self.learning_choice)
+        lines = [report(self.stats, self.lookahead, self.learning_choice)]
+        return "\n".join(lines if self._choice is None else [*lines, self._choice.report()])
 
     def score(self, feedback: list[Feedback]) -> list[Tensor]:
         """Computes the serving draft's expected acceptance at each position of `feedback`, `(N,)` for each request, teacher-forced; α is the mean.
@@ -332,6 +390,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     def collect(self):
         """Collects statistics and feedback of the calls that have ended, without learning. Calls that this thread has come back from count as ended."""
         self._finish(self._calls.pop_finished(this_thread=True))
+        if self._static is not None:
+            self._static.collect()
 
     @torch.autocast("cpu", enabled=False)
     def _finish(self, calls: list[Call]):
@@ -345,6 +405,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
                 self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:
                 self._stats.observe_call(record.stats)
+            if self._choice is not None and record.stats.rounds:
+                self._choice.observe(self._name, record.stats.new_tokens, record.stats.seconds)
             if self.learner is not None:
                 self.learner.note_served(record.stats.seconds)
             if feedback is not None and self.learner is not None:

@@ -360,6 +360,16 @@ class OnlineConfig(RunningConfig, LearningConfig, FeedbackConfig, DraftingConfig
         return cls(**{**preset, **overrides})
 
     @classmethod
+    def of(cls, config: OnlineConfig | None, overrides: dict) -> OnlineConfig:
+        """Return a config, the defaults if there is none, with single fields replaced by their names.
+
+        Raises:
+            ValueError: as for `from_dict`.
+        """
+        config = config or cls()
+        return cls.from_dict({**config.to_dict(), **overrides}) if overrides else config
+
+    @classmethod
     def from_dict(cls, values: dict) -> OnlineConfig:
         """Make a config of the dict that `to_dict` returns.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +19,10 @@ from hf_osd.distill.scoring import judge_served
 from hf_osd.generation.checks import check_call
 from hf_osd.generation.shared_parts import SharedParts
 from hf_osd.generation.view import AssistantView
-from hf_osd.metrics.stats import CallStats, Stats
+from hf_osd.metrics.routed_stats import RoutedStats
+from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
-from hf_osd.policy.report import report
 from hf_osd.policy.routing import TopicRouter, prompt_features
 from hf_osd.saving.routes import SavableRoutes
 from hf_osd.system.forks import released
@@ -42,7 +42,8 @@ _NO_TOPIC = -1
 
 
 class RouteView(AssistantView):
-    """Opens a [`RoutedAssistant`]'s calls on one route. Made by [`RoutedAssistant.route`]; pass it as `assistant_model`."""
+    """Opens a [`RoutedAssistant`]'s calls on one route. Made by [`RoutedAssistant.route`]; pass it as `assistant_model`. `stats` and `report()` are the route's own; all
+    other attributes are the assistant's."""
 
     def __init__(self, assistant: RoutedAssistant, route: str, tenant: Hashable = None, private: bool = False):
         super().__init__(assistant, tenant, private)
@@ -56,6 +57,15 @@ class RouteView(AssistantView):
 
     def private(self) -> RouteView:
         return RouteView(self._assistant, self._route, self._tenant, private=True)
+
+    @property
+    def stats(self) -> Stats:
+        """Returns the route's statistics, of all its tenants; nothing was counted on one that has served no call yet."""
+        return self._assistant.stats.by_route.get(self._route, Stats())
+
+    def report(self) -> str:
+        """Describes the route in a few lines, see [`OnlineAssistant.report`]."""
+        return self._assistant.report_of(self._route)
 
 
 class RoutedAssistant(SavableRoutes):
@@ -78,7 +88,7 @@ class RoutedAssistant(SavableRoutes):
             `"default"`.
         max_routes (`int`): routes at one time, at most, the default route not counted. The one that was used least recently is put away for another.
         pool_bytes (`int`, *optional*): memory for what routes add to the draft as it came, by estimate ([`hf_osd.models.pool.route_bytes`]); no bound if left out.
-        pool_folder (*optional*): where to put away the learnt weights of routes that do not fit. Without one they are dropped, and begin anew when asked for again.
+        pool_folder (*optional*): where to put away routes that do not fit: learnt weights and the learner's state, and no text. Without one they are dropped, and begin anew when asked for again.
         tenants_are_routes (`bool`): serve a tenant's calls on a route of that name.
         **overrides: single fields of the config.
 
@@ -106,9 +116,7 @@ class RoutedAssistant(SavableRoutes):
             raise ValueError(f"`routes` is {routes!r}; choose 'topics' or 'named'.")
         if isinstance(max_routes, bool) or not isinstance(max_routes, int) or max_routes < 1:
             raise ValueError(f"`max_routes` is {max_routes!r}; give a whole number, at least 1.")
-        if overrides:
-            config = OnlineConfig.from_dict({**(config or OnlineConfig()).to_dict(), **overrides})
-        self.osd_config = config = config or OnlineConfig()
+        self.osd_config = config = OnlineConfig.of(config, overrides)
         if config.learn == "process":
             raise ValueError(
                 "`learn` is 'process', and a process of its own for each route would take as many cores and copies. Choose learn='background' or 'inline'."
@@ -119,7 +127,8 @@ class RoutedAssistant(SavableRoutes):
             )
         self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
         self._lock = released(threading.RLock())
-        self._shared = replace(SharedParts.of(draft, config), learning=released(threading.Lock()), busy=self._serves)
+        shared = SharedParts.of(draft, config)
+        self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={})
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
         self.pool = DraftPool(
             self._make,
@@ -129,6 +138,7 @@ class RoutedAssistant(SavableRoutes):
             self._closing,
             busy=lambda assistant: assistant._calls.any(),
             base=fingerprint(self._shared.draft.parameters()),
+            resumed=self._resumed,
         )
         self._stats_before: dict[str, Stats] = {}  # of routes that were put away
         self._topical: set[str] = set()  # names that the router has given
@@ -223,6 +233,13 @@ class RoutedAssistant(SavableRoutes):
             self.pool.drop(name)
         return choice.route, choice.topic, choice.parent
 
+    def keep_routes(self, saved: Collection[str]):
+        """Lets the router forget routes of which no weights are left: neither saved nor put away."""
+        for name in self.router.routes:
+            if name in self.router.routes and name not in saved and not self.pool.has_put_away(name):
+                self.router.forget(name)
+        self._topical = set(self.router.routes)
+
     def _of_route(self, name: str, parent: str | None = None) -> OnlineAssistant:
         """Finds the assistant of a route, or makes it."""
         if name == DEFAULT:
@@ -242,6 +259,20 @@ class RoutedAssistant(SavableRoutes):
             assistant.on_feedback = self._observe
         return assistant
 
+    def _resumed(self, name: str, assistant: OnlineAssistant, tensors: dict[str, torch.Tensor], values: dict) -> bool:
+        """Lets a route go on learning from where it was put away, and counting; `False` if it cannot."""
+        if assistant.learner is None:
+            return False
+        try:
+            assistant.learner.load_state(tensors, values)
+            assistant.learner.serve()
+        except (ValueError, LookupError, TypeError) as error:
+            logger.warning("Route %r goes on from its weights, with a new learner: %s", name, error)
+            return False
+        if (before := self._stats_before.pop(name, None)) is not None:  # the learner goes on counting
+            assistant._stats = Stats.from_state(before.state())
+        return True
+
     def _closing(self, name: str, assistant: OnlineAssistant, kept: bool):
         """Lets a route go that is put away (`kept`) or dropped."""
         assistant.collect()
@@ -255,7 +286,7 @@ class RoutedAssistant(SavableRoutes):
     def _observe(self, feedback: Feedback, label: tuple[str | None, int] | None):
         """Scores all drafts on a request that none of them has learnt, now and then, and lets the router know."""
         name, topic = label or (None, _NO_TOPIC)
-        if topic == _NO_TOPIC or feedback.sampled:
+        if topic == _NO_TOPIC:
             return
         self._scored[name] += 1
         served = sum(assistant._stats.total.seconds for _, assistant in self._assistants())
@@ -327,7 +358,8 @@ class RoutedAssistant(SavableRoutes):
                 before = by_route.get(name)
                 by_route[name] = assistant.stats if before is None else RoutedStats.of([before, assistant.stats])
             stats = RoutedStats.of(list(by_route.values()))
-            stats.by_route = by_route
+            stats.by_route, stats.routing_seconds = by_route, self._score_seconds
+            stats.learning_seconds += self._score_seconds
             return stats
 
     def report(self) -> str:
@@ -336,50 +368,22 @@ class RoutedAssistant(SavableRoutes):
             lines = []
             for name, assistant in self._assistants():
                 if name != DEFAULT or assistant.stats.total.requests or not len(self.pool):
-                    text = report(assistant.stats, assistant.lookahead, assistant.learning_choice)
+                    text = assistant.report()
                     lines.append(f"Route {name}:\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+            if self._score_seconds:
+                lines.append(
+                    f"All drafts were scored on one request in {_SCORE_EVERY} at most, so that topics go where they are served best, in {self._score_seconds:.1f} s."
+                )
             away = sorted(self._stats_before.keys() - {name for name, _ in self._assistants()})
             if away:
                 lines.append(f"Put away: {', '.join(away)}.")
             return "\n".join(lines)
 
-
-@dataclass
-class RoutedStats(Stats):
-    """Counts several routes together, or what a route counted before and after it was put away. `rolling` sums the last 50 calls of each; the last call and what is no count (the learning rate,
-    `estimate`, `regret_vs_static`) are those of the one that has served most.
-
-    Attributes:
-        by_route (`dict[str, Stats]`): the statistics of each route.
-    """
-
-    by_route: dict[str, Stats] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, parts: list[Stats]) -> RoutedStats:
-        """Sum statistics."""
-        most = max(parts, key=lambda stats: stats.total.requests)
-        total = CallStats()
-        for stats in parts:
-            total.add(stats.total)
-        figures = {name: sum(getattr(stats, name) for stats in parts) for name in _SUMMED}
-        figures |= {name: max(getattr(stats, name) for stats in parts) for name in _LARGEST}
-        figures |= {name: getattr(most, name) for name in _OF_MOST}
-        recent = deque(call for stats in parts for call in stats.recent)
-        return cls(total=total, recent=recent, by_route={}, **figures)
-
-
-_SUMMED = (
-    "updates", "failed_updates", "rejected_updates", "accepted_updates", "learner_restarts", "learned_tokens", "learning_seconds", "buffer_requests", "buffer_bytes",
-    "buffer_capacity", "draft_version",
-)  # fmt: skip
-_LARGEST = ("longest_update", "longest_wait", "suffix_cache_bytes")
-_OF_MOST = (
-    "last",
-    "learning_rate",
-    "learning_rate_reason",
-    "estimate",
-    "regret_vs_static",
-    "serves_static",
-    "trouble",
-)
+    def report_of(self, name: str) -> str:
+        """Describes one route in a few lines."""
+        with self._lock:
+            if (assistant := dict(self._assistants()).get(name)) is not None:
+                return assistant.report()
+            if name in self._stats_before:
+                return f"Route {name!r} is not in memory: it was put away, for others were used since."
+            return f"Route {name!r} has served no call yet."

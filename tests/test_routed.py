@@ -50,6 +50,23 @@ def test_each_route_learns_its_own_calls_and_output_is_the_targets(target, kind)
     assert a.keys() == b.keys()
 
 
+def test_a_routes_view_has_the_routes_own_figures(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, **LEARNS)
+    view = assistant.route("a")
+    assert view.stats.total.requests == 0
+    assert "no call yet" in view.report()
+    for prompt in prompts(2):
+        serve(target, view.tenant("t"), prompt)
+    serve(target, assistant, prompts(1)[0])
+    assistant.collect()
+    assert (view.stats.total.requests, assistant.stats.total.requests) == (2, 3)
+    assert view.report() == assistant.pool.peek("a").report()
+    serve(target, assistant.route("b"), prompts(1)[0])
+    assert view.stats.total.requests == 2
+    assert "put away" in view.report()
+    assert view.pool is assistant.pool
+
+
 def test_routes_share_what_none_has_changed(target):
     assistant = RoutedAssistant(grow_draft(target), routes="named", **LEARNS)
     a, b = (assistant.pool.get(name) for name in "ab")
@@ -59,6 +76,22 @@ def test_routes_share_what_none_has_changed(target):
     assert a.lookahead.costs is b.lookahead.costs
     assert a.lookahead.positions is not b.lookahead.positions
     assert assistant.pool.nbytes == 0
+
+
+@pytest.mark.parametrize("kind", ["adapter", "frozen embeddings", "ensemble"])
+def test_learners_of_routes_have_one_float32_copy_of_what_does_not_train(tiny_llama, kind):
+    draft = grow_draft(tiny_llama(layers=4).bfloat16())
+    extra = {"adapter": {"adapter": "lora", "lora": 2}, "ensemble": {"ensemble": [1.0, 2.0]}}.get(kind, {})
+    settings = {**LEARNS, "freeze_embeddings": True, "learner_dtype": "float32", **extra}
+    assistant = RoutedAssistant(draft, routes="named", **settings)
+    students = [assistant.pool.get(name).learner.student for name in "ab"]
+    students = [one for student in students for one in getattr(student, "students", [student])]
+    read = [dict(one.module.named_parameters()) for one in students]
+    assert all(p.dtype == torch.float32 for p in read[0].values())
+    for name, p in read[0].items():
+        shared = {weights[name].data_ptr() for weights in read}
+        assert len(shared) == (len(students) if name in students[0].trainable else 1)
+        assert p.data_ptr() not in {weight.data_ptr() for weight in draft.parameters()}
 
 
 def test_text_is_shared_by_routes_and_kept_apart_by_tenants(target):
@@ -148,6 +181,66 @@ def test_a_route_that_was_put_away_serves_what_it_had_learnt(target, tmp_path):
     assert all(torch.equal(restarted[name], weight) for name, weight in learnt.items()), "in another process too"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"adapter": "lora", "lora": 4}, {"learn": "background", "learning_rate": "auto"}]
+)
+def test_a_route_that_was_put_away_goes_on_learning_from_there(target, tmp_path, settings):
+    settings = {**LEARNS, "gate": True, **settings}
+    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, pool_folder=tmp_path, **settings)
+    for prompt in prompts(8):
+        serve(target, assistant.route("a"), prompt)
+    assistant.flush()
+    tensors, values = assistant.pool.peek("a").learner.state()
+    updates = assistant.stats.updates
+    assert updates
+    assert values["rate"]["found"]
+    assistant.pool.get("b")
+    assistant.collect()
+    assert assistant.stats.updates == updates
+    learner = assistant.pool.get("a").learner
+    back, its_values = learner.state()
+    assert back.keys() == tensors.keys()
+    assert any("optimizer" in name for name in back)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items() if not name.endswith("draws"))
+    assert its_values == values
+    assert assistant.stats.updates == updates, "counted once"
+    assert assistant.stats.total.requests == 8
+    for prompt in prompts(4, seed=1):
+        serve(target, assistant.route("a"), prompt)
+    assistant.flush()
+    assert assistant.stats.updates > updates
+    assistant.close()
+
+
+def test_a_route_is_put_away_while_another_one_learns(target, tmp_path):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, pool_folder=tmp_path, **LEARNS)
+    for prompt in prompts(2):
+        serve(target, assistant.route("a"), prompt)
+    assistant.flush()
+    with assistant._shared.learning:
+        thread = threading.Thread(target=assistant.pool.get, args=("b",), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert "b" in assistant.pool
+
+
+def test_a_learner_of_another_kind_goes_on_from_the_weights_that_were_put_away(target, tmp_path, caplog):
+    settings = {**LEARNS, "pool_folder": tmp_path, "routes": "named", "max_routes": 1}
+    assistant = RoutedAssistant(grow_draft(target), **settings)
+    for prompt in prompts(4):
+        serve(target, assistant.route("a"), prompt)
+    assistant.flush()
+    learnt = {name: weight.clone() for name, weight in assistant.pool.peek("a").serving.weights()}
+    assistant.pool.get("b")
+    for other in ({"ensemble": [1.0, 2.0]}, {"learn": False}):
+        again = RoutedAssistant(grow_draft(target), **{**settings, **other})
+        back = dict(again.pool.get("a").serving.weights())
+        assert all(torch.equal(back[name], weight) for name, weight in learnt.items())
+        assert again.stats.updates == 0
+    assert "with a new learner" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["grown", "adapter"])
 def test_a_saved_pool_comes_back(target, tmp_path, kind):
     extra = {"adapter": "lora", "lora": 4} if kind == "adapter" else {}
@@ -166,6 +259,25 @@ def test_a_saved_pool_comes_back(target, tmp_path, kind):
     serve(target, again.route("a/b"), prompts(1)[0])
     assistant.save_route("a/b", tmp_path / "one")
     assert (tmp_path / "one" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_loaded_router_has_no_route_whose_weights_are_not_there(target, tmp_path, away):
+    folder = tmp_path / "away"
+    assistant = RoutedAssistant(grow_draft(target), max_routes=2, pool_folder=folder, **LEARNS)
+    for prompt in prompts(4):
+        serve(target, assistant, prompt)
+    assistant.flush()
+    [topical] = assistant.router.routes
+    for name in "ab":  # which put it away
+        serve(target, assistant.route(name), prompts(1)[0])
+    assert topical not in assistant.pool
+    assistant.save_pretrained(tmp_path / "pool")
+    again = RoutedAssistant.from_pretrained(tmp_path / "pool", pool_folder=folder if away else None)
+    assert again.router.routes == ((topical,) if away else ())
+    serve(target, again, prompts(1)[0])
+    [serving] = again.router.routes
+    assert (again.pool.peek(serving).serving.version > 0) == away
 
 
 def test_what_cannot_be_loaded_says_why(target, tmp_path, tiny_llama):
@@ -235,7 +347,8 @@ def test_a_route_that_no_topic_has_any_more_is_let_go(target):
     assert assistant.stats.total.requests == 2
 
 
-def test_drafts_are_scored_on_requests_that_none_has_learnt(target):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_drafts_are_scored_on_requests_that_none_has_learnt(target, sampled):
     assistant = RoutedAssistant(grow_draft(target), max_routes=4, **LEARNS)
     seen = []
     observe = assistant.router.observe
@@ -244,11 +357,17 @@ def test_drafts_are_scored_on_requests_that_none_has_learnt(target):
         observe(topic, acceptance, tokens),
     )
     for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
-        serve(target, assistant, one, max_new_tokens=6)
-        serve(target, assistant, other, max_new_tokens=6)
+        for prompt in (one, other):
+            target.generate(prompt, assistant_model=assistant, max_new_tokens=6, do_sample=sampled)
     assistant.flush()
     assert seen
     assert all(len(acceptance) >= 2 and min(acceptance.values()) >= 0 for _, acceptance, _ in seen)
+    stats = assistant.stats
+    assert stats.routing_seconds > 0
+    by_route = sum(one.learning_seconds for one in stats.by_route.values())
+    assert stats.learning_seconds == pytest.approx(by_route + stats.routing_seconds)
+    assert stats.to_dict()["routing_seconds"] == stats.routing_seconds
+    assert "scored" in assistant.report()
 
 
 def test_in_a_job_of_several_processes_it_does_not_learn(target, monkeypatch):

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 _SHARPNESS = 10.0
 
 
-def make_student(draft: PreTrainedModel, trainable: set[str], config: OnlineConfig) -> Student | StudentEnsemble:
+def make_student(
+    draft: PreTrainedModel, trainable: set[str], config: OnlineConfig, frozen: dict[str, Tensor] | None = None
+) -> Student | StudentEnsemble:
     """Make the student that `config` asks for; arguments as for [`hf_osd.distill.student.Student`]."""
     kind = OptimisticStudent if config.optimism else Student
     if not config.ensemble:
-        return kind(draft, trainable, config)
-    return StudentEnsemble([kind(draft, trainable, config) for _ in config.ensemble], config.ensemble)
+        return kind(draft, trainable, config, frozen)
+    frozen = {} if frozen is None else frozen
+    return StudentEnsemble([kind(draft, trainable, config, frozen) for _ in config.ensemble], config.ensemble)
 
 
 class OptimisticStudent(Student):

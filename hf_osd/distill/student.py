@@ -61,6 +61,8 @@ class Student:
         draft (`PreTrainedModel`): the draft to start from; it is copied, and what does not train is shared with it.
         trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
         config (`OnlineConfig`): how to learn.
+        frozen (`dict[str, Tensor]`, *optional*): what does not train as students of one draft read it, by name; it is filled by the first of them, and they have one copy between them
+            where they read it in another dtype or on another device than it serves.
 
     Attributes:
         initial (`dict[str, Tensor]`): the weights before any learning, in the dtypes they serve in.
@@ -71,11 +73,19 @@ class Student:
     # As an ensemble of one has them.
     shares, losses = (1.0,), (0.0,)
 
-    def __init__(self, draft: PreTrainedModel, trainable: set[str], config: OnlineConfig):
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        trainable: set[str],
+        config: OnlineConfig,
+        frozen: dict[str, Tensor] | None = None,
+    ):
         self.config, self.trainable = config, trainable
         self.autocast_dtype = learners_dtype(config, draft)
         self.module = copy_draft(draft, {name for name, _ in draft.named_parameters()} - trainable)
         with torch.inference_mode(False):
+            if frozen is not None:
+                share_frozen(self.module, trainable, frozen, widen=self.autocast_dtype is None)
             if self.autocast_dtype is None:
                 self.module.float()  # shared weights that are not float32 get a copy for the learner alone
             for name, parameter in self.module.named_parameters():
@@ -342,6 +352,15 @@ def load_state_into(students: Sequence[Student], tensors: Mapping[str, Tensor], 
     for i, (student, own) in enumerate(zip(students, values["members"], strict=True)):
         prefix = f"{i}."
         student.load_own_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, own)
+
+
+def share_frozen(module: nn.Module, trainable: set[str], frozen: dict[str, Tensor], widen: bool):
+    """Let a module read what does not train from `frozen`, by name, and put there what it lacks, in float32 if `widen`. Nobody writes these weights in place."""
+    for name, parameter in module.named_parameters():
+        if name not in trainable and parameter.is_floating_point():
+            if name not in frozen:
+                frozen[name] = parameter.data.float() if widen else parameter.data
+            parameter.data = frozen[name]
 
 
 def copied(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -4,8 +4,6 @@ teacher never runs."""
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import os
 import tempfile
 import traceback
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_osd.config import OnlineConfig
+from hf_osd.distill.accelerate_state import STATE, detached, has_state_for, set_launch_settings_aside
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.feature_collator import FeatureCollator
 from hf_osd.distill.loss_head import LossHead, loss_columns, sampled_tail
@@ -33,16 +32,13 @@ from hf_osd.feedback.feedback import Feedback, SparseLogits
 from hf_osd.models.properties import reads_states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 
 class OnlineGKDTrainer(GKDTrainer):
@@ -85,25 +81,26 @@ class OnlineGKDTrainer(GKDTrainer):
         self._autocast_dtype = autocast_dtype
         self._has_own_args = args is not None
         self.failure: Exception | None = None  # of a step of `learn` on this rank, which the others went on with
-        super().__init__(
-            model=_without_wrapper(model),
-            teacher_model=_NoTeacher(model.config),
-            args=args
-            or training_args(
-                self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
-            ),
-            data_collator=FeatureCollator(
-                model.config.states_size,
-                self.config.positions,
-                last_state=model.config.last_state if self.config.state_loss_weight else None,
+        with STATE:
+            super().__init__(
+                model=_without_wrapper(model),
+                teacher_model=_NoTeacher(model.config),
+                args=args
+                or training_args(
+                    self.config, model.device, **({} if learning_rate is None else {"learning_rate": learning_rate})
+                ),
+                data_collator=FeatureCollator(
+                    model.config.states_size,
+                    self.config.positions,
+                    last_state=model.config.last_state if self.config.state_loss_weight else None,
+                )
+                if self._reads_states
+                else FeedbackCollator(self.config.positions),
+                # Both are demanded and never used: requests come from the buffer, as token ids.
+                train_dataset=Dataset.from_dict({"labels": [[0]]}),
+                processing_class=_no_tokenizer(),
+                callbacks=callbacks,
             )
-            if self._reads_states
-            else FeedbackCollator(self.config.positions),
-            # Both are demanded and never used: requests come from the buffer, as token ids.
-            train_dataset=Dataset.from_dict({"labels": [[0]]}),
-            processing_class=_no_tokenizer(),
-            callbacks=callbacks,
-        )
         self.processing_class = None  # train() would write its special tokens into the draft's config
         self.remove_callback(PrinterCallback)  # a library does not print
         self.model_accepts_loss_kwargs = (
@@ -115,12 +112,15 @@ class OnlineGKDTrainer(GKDTrainer):
         self.draws.manual_seed(seed + self._ranks.rank)
         if not self.is_deepspeed_enabled:
             self.accelerator.free_memory = self._drop_prepared
+            self.accelerator.prepare_optimizer = self._prepare_optimizer
 
     def create_accelerator_and_postprocess(self):
         """Make the accelerator as upstream does, and set a launch config's settings aside."""
         super().create_accelerator_and_postprocess()
+        self.accelerator.state = detached(self.accelerator.state)
+        self.args.distributed_state = detached(self.args.distributed_state)
         if not self._has_own_args:
-            _set_launch_settings_aside(self.accelerator)
+            set_launch_settings_aside(self.accelerator)
 
     def learn(self, requests: Sequence[Feedback]) -> float:
         """Pass once over `requests`, and return the mean loss a row."""
@@ -260,6 +260,13 @@ class OnlineGKDTrainer(GKDTrainer):
         self.accelerator.step = 0
         return list(objects)
 
+    def _prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None):
+        """Wrap an optimizer as `Accelerator.prepare_optimizer` does, which reads accelerate's shared state, and leave it nothing of that."""
+        with STATE:
+            prepared = Accelerator.prepare_optimizer(self.accelerator, optimizer, device_placement)
+        prepared.accelerator_state = self.accelerator.state
+        return prepared
+
     def scale_rate(self, factor: float):
         """Multiply the learning rate; the optimizer's moments and the warm-up stay."""
         self.args.learning_rate *= factor
@@ -333,42 +340,12 @@ def training_args(config: OnlineConfig, device: torch.device, **overrides) -> GK
         "use_cache": True,  # Trainer writes it into the draft's config, with which the draft is saved and drafts
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
+        "accelerator_config": {"use_configured_state": has_state_for(device)},
     }
     args = GKDConfig(**{**settings, **overrides})
     if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would choose DataParallel, which trl refuses
         args._n_gpu = 1
     return args
-
-
-def _set_launch_settings_aside(accelerator: Accelerator):
-    """Ignore compilation and mixed precision of a launch config, or of a user's own Accelerator: they are meant for the user's training, and stay with it.
-
-    Compiled anew for each length of a batch, learning took seventy times as long; and its arithmetic is `learner_dtype`, or as DeepSpeed and FSDP have it.
-    """
-    state, aside = accelerator.state, {}
-    if state.dynamo_plugin is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
-        aside["dynamo_backend"] = state.dynamo_plugin.backend.value.lower()
-    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if state.mixed_precision != "no" and not sharded:
-        aside["mixed_precision"] = state.mixed_precision
-    if not aside:
-        return
-    own = object.__new__(type(state))  # every other one shares its attributes
-    own.__dict__ = dict(vars(state))
-    if "dynamo_backend" in aside:
-        own.dynamo_plugin = TorchDynamoPlugin(backend="no")
-    if "mixed_precision" in aside:
-        own._mixed_precision, accelerator.native_amp, accelerator.scaler = "no", False, None
-    accelerator.state = own
-    _say_that_it_is_set_aside(", ".join(f"{name}={value}" for name, value in aside.items()))
-
-
-@functools.cache
-def _say_that_it_is_set_aside(what: str):
-    logger.warning(
-        "accelerate's %s is set aside for learning, which compiles nothing and computes in OnlineConfig(learner_dtype=...); your own training keeps it.",
-        what,
-    )
 
 
 def _no_tokenizer() -> PreTrainedTokenizerBase:

@@ -23,6 +23,7 @@ from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.system.warn_once import WarnOnce
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -38,6 +39,7 @@ class SharedParts:
         texts (`SuffixCaches`, *optional*): recent texts.
         lookahead (`DraftPolicy`, *optional*): a policy whose measured costs hold for the others.
         warn_once (`WarnOnce`): gives warnings.
+        frozen (`dict[str, Tensor]`, *optional*): what does not train, as the learners read it, see [`hf_osd.distill.student.Student`].
         learning (`threading.Lock`, *optional*): held while one of them learns.
         busy (`Callable[[], bool]`, *optional*): tells whether any of them serves a call.
     """
@@ -49,6 +51,7 @@ class SharedParts:
     texts: SuffixCaches | None = None
     lookahead: DraftPolicy | None = None
     warn_once: WarnOnce = field(default_factory=lambda: WarnOnce(logging.getLogger("hf_osd.assistant")))
+    frozen: dict[str, Tensor] | None = None
     learning: threading.Lock | None = None
     busy: Callable[[], bool] | None = None
 

@@ -63,7 +63,7 @@ class Learner:
         alone (`bool`, defaults to `True`): no other thread draws random numbers while this one learns, so that it can restore the process's random
             state. In the background that would repeat numbers that others have drawn; nothing there draws from it but dropout. Alone, learning holds up
             serving, and keeps to its share of the time itself.
-        lock (`threading.Lock`, *optional*): held while this learns; shared by learners of which one is to learn at a time.
+        turn (`threading.Lock`, *optional*): held while this learns; shared by learners of which one is to learn at a time.
 
     Attributes:
         updates (`int`), failed (`int`): updates that learnt, and that raised.
@@ -80,7 +80,7 @@ class Learner:
         buffer: FeedbackBuffer,
         serve: Callable[[Mapping[str, Tensor]], None],
         alone: bool = True,
-        lock: threading.Lock | None = None,
+        turn: threading.Lock | None = None,
     ):
         self.student, self.buffer, self.config = student, buffer, student.config
         self.alone, config = alone, self.config
@@ -103,7 +103,8 @@ class Learner:
             self._generator.seed()  # its own: `torch.seed` would set the process's
         else:
             self._generator.manual_seed(config.seed + self.ranks.rank)
-        self._lock = released(threading.Lock()) if lock is None else lock
+        # Guards what this learner has. Whoever takes the turn as well takes it first.
+        self._lock, self._turn = released(threading.Lock()), turn
         self._begun: Callable[[], None] | None = None
 
     def is_due(self) -> bool:
@@ -131,7 +132,7 @@ class Learner:
             most (`int`, *optional*): requests to learn at once, replay included. The oldest new ones are then left to later replay, and a learner that falls
                 behind its traffic updates the draft as often as ever.
         """
-        if self.ranks.parted or not self._lock.acquire(blocking=wait):
+        if self.ranks.parted or not self._acquire(wait):
             return False
         start, changes = time.perf_counter(), self.contenders.changes
         try:
@@ -152,6 +153,21 @@ class Learner:
             self.seconds += seconds
             self.schedule.note_update(seconds)
             self._lock.release()
+            if self._turn is not None:
+                self._turn.release()
+
+    def _acquire(self, wait: bool) -> bool:
+        if self._turn is None:
+            return self._lock.acquire(blocking=wait)
+        if not self._turn.acquire(blocking=wait):
+            return False
+        taken = False
+        try:
+            taken = self._lock.acquire(blocking=wait)
+        finally:  # also at an interrupt
+            if not taken:
+                self._turn.release()
+        return taken
 
     def update_together(self, force: bool = False) -> bool:
         """Update with all ranks, as [`hf_osd.OnlineAssistant.update_together`] does, on the calls collected so far."""
@@ -197,7 +213,7 @@ class Learner:
         return trouble(self.failed, self.updates, self.unmoved)
 
     def pause_by(self, pause: Callable[[], None], begun: Callable[[], None] | None = None):
-        """Call `pause` after each optimizer step and each judging, and `begun` before the first: waiting for another learner, whose lock this one may share, is no work."""
+        """Call `pause` after each optimizer step and each judging, and `begun` before the first: waiting for another learner, with which this one may take turns, is no work."""
         self._begun = begun
         self.student.on_step = self.contenders.pause = pause
 
@@ -243,7 +259,9 @@ class Learner:
         Raises:
             ValueError: if the state is that of another draft, or of another number of students.
         """
-        with self._lock, isolated_random_state():  # a Trainer seeds the process's
+        # A Trainer seeds the process's random state; while another one learns inline, that is not as it was before.
+        turn = self._turn if self.alone and self._turn is not None else contextlib.nullcontext()
+        with turn, self._lock, isolated_random_state():
             accepted = {n.removeprefix("accepted."): t for n, t in tensors.items() if n.startswith("accepted.")}
             students = {n: t for n, t in tensors.items() if not n.startswith("accepted.") and n != "draws"}
             self.student.load_state(students, values)

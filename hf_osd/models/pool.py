@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hf_osd.system.files import staged
+from hf_osd.system.strict_json import dumps, loads
 
 if TYPE_CHECKING:
     import os
@@ -27,12 +29,15 @@ DEFAULT = "default"
 # Bytes that learning takes for each weight: float32 masters, two moments of AdamW, and the copies of it that the gate compares.
 _LEARNING_BYTES = 4 * 5
 
+# Before the names of a learner's tensors in a route's file; beside them stand the draft's weights.
+_LEARNERS = "learner:"
+
 
 class Member(Protocol):
-    """A draft of the pool, with whatever serves and teaches it."""
+    """A draft of the pool, with whatever serves and teaches it: a learner, see [`hf_osd.learning.protocol`], or `None`."""
 
     serving: HotSwapDraft
-    learner: object
+    learner: Any
 
 
 M = TypeVar("M", bound=Member)
@@ -55,6 +60,8 @@ class DraftPool:
         max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays. Where they do not fit, adapters are first held unmerged, which
             takes a few milliseconds when they are asked for again.
         folder (*optional*): where learnt weights are put away.
+        resumed (`Callable`): called with name, member and the tensors and values of its learner's `state()`, when it comes back from the folder. Returns `False` if it cannot go on
+            from there: it then begins from its weights alone.
         closing (`Callable`): called with name, member and whether its weights were kept, before it goes.
         busy (`Callable`): tells whether a member serves a call: it then stays, and the pool is larger for that long.
         base (`str`): tells the draft that all have learnt over from others.
@@ -72,6 +79,7 @@ class DraftPool:
         closing: Callable[[str, M, bool], None] = lambda name, member, kept: None,
         busy: Callable[[M], bool] = lambda member: False,
         base: str = "",
+        resumed: Callable[[str, M, dict[str, Tensor], dict], bool] = lambda name, member, tensors, values: False,
     ):
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise ValueError(
@@ -79,7 +87,7 @@ class DraftPool:
             )
         self._make, self._most, self.max_bytes, self._closing = make, most, max_bytes, closing
         self.folder = None if folder is None else Path(folder)
-        self._busy, self._base = busy, base
+        self._busy, self._base, self._resumed = busy, base, resumed
         self._members: OrderedDict[str, M] = OrderedDict()  # the one used last at the end
         self._check_folder()
         self._warned = False
@@ -106,7 +114,7 @@ class DraftPool:
         """Return a member, from memory or from where it was put away, or a new one."""
         if name not in self._members:
             self._make_room()
-            self._members[name] = self._make(name, self._load(name))
+            self._members[name] = self._back(name)
         self._members.move_to_end(name)
         self._fit()
         return self._members[name]
@@ -148,9 +156,10 @@ class DraftPool:
         member = self._members[name]
         kept = self.folder is not None
         if kept:
-            if member.serving.version:
+            learner = _learners_state(member)
+            if member.serving.version or learner is not None:
                 with staged(self.folder) as staging:
-                    write_weights(member, staging / file_name(name), self._base)
+                    write_weights(member, staging / file_name(name), self._base, learner)
         elif not self._warned:
             self._warned = True
             logger.warning(
@@ -177,20 +186,45 @@ class DraftPool:
         """Return the file of a route that was put away."""
         return self.folder / file_name(name)
 
-    def _load(self, name: str) -> dict[str, Tensor] | None:
+    def has_put_away(self, name: str) -> bool:
+        """Tell whether a route's weights lie in the folder."""
+        return self.folder is not None and self.path(name).is_file()
+
+    def _back(self, name: str) -> M:
+        """Make a member as it was when it was put away, or a new one."""
+        from safetensors import safe_open
         from safetensors.torch import load_file
 
-        if self.folder is None or not self.path(name).is_file():
-            return None
-        return load_file(self.path(name))
+        if not self.has_put_away(name):
+            return self._make(name, None)
+        with safe_open(self.path(name), framework="pt") as file:
+            values = (file.metadata() or {}).get("learner")
+        tensors = load_file(self.path(name))
+        weights = {key: tensor for key, tensor in tensors.items() if not key.startswith(_LEARNERS)}
+        if values is None:
+            return self._make(name, weights)
+        learner = {key.removeprefix(_LEARNERS): tensors[key] for key in tensors.keys() - weights.keys()}
+        member = self._make(name, None)
+        return member if self._resumed(name, member, learner, loads(values)) else self._make(name, weights)
 
 
-def write_weights(member: Member, path: Path, base: str):
-    """Write what a member has learnt to a safetensors file, which names the draft, `base`, that it was learnt over."""
+def write_weights(member: Member, path: Path, base: str, learner: tuple[dict[str, Tensor], dict] | None = None):
+    """Write what a member has learnt to a safetensors file, which names the draft, `base`, that it was learnt over; and the state of its learner, if given."""
     from safetensors.torch import save_file
 
-    weights = {name: weight.detach().contiguous().cpu() for name, weight in member.serving.weights()}
-    save_file(weights, path, metadata={"base": base})
+    tensors, values = learner or ({}, None)
+    weights = dict(member.serving.weights()) | {f"{_LEARNERS}{name}": tensor for name, tensor in tensors.items()}
+    metadata = {"base": base} | ({} if values is None else {"learner": dumps(values, exact=True)})
+    save_file({name: weight.detach().contiguous().cpu() for name, weight in weights.items()}, path, metadata=metadata)
+
+
+def _learners_state(member: Member) -> tuple[dict[str, Tensor], dict] | None:
+    """Copy what a member's learner needs to go on, if it has learnt; there is no state to be had of one that a fork has left behind."""
+    if member.learner is None or not member.learner.metrics()["updates"]:
+        return None
+    with contextlib.suppress(RuntimeError):
+        return member.learner.state()
+    return None
 
 
 def file_name(name: str) -> str:

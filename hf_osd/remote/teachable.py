@@ -72,7 +72,7 @@ class TeachableAssistant:
                     f"`learner_device` is {config.learner_device!r}, where the draft cannot be put ({error}); name a device of this machine, or leave it "
                     "out to learn where the draft is."
                 ) from error
-        student, alone = make_student(draft, trainable, config), config.learn != "background"
+        student, alone = make_student(draft, trainable, config, self.shared.frozen), config.learn != "background"
         learner = Learner(student, self.buffer, self.serving.refresh, alone, self.shared.learning)
         return learner if alone else BackgroundLearner(learner, busy=self.shared.busy or self._calls.any)
 

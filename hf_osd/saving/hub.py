@@ -62,6 +62,22 @@ def open_repository(api: HfApi, repo_id: str, private: bool) -> str:
     return repo_id
 
 
+def warn_of_push(logger: logging.Logger, what: str, repo_id: str, private: bool):
+    """Warn, in the log of whoever pushes `what`, that its weights may reveal the traffic that they have learnt from."""
+    memorised = "weights that learnt from traffic can have memorised some of it, and reveal it to whoever reads them"
+    if private:
+        logger.warning(
+            "Pushing %s to %s: %s. The repository is private; think of who has access.", what, repo_id, memorised
+        )
+    else:
+        logger.warning(
+            "Pushing %s to %s FOR ALL TO READ: %s. Once public, they cannot be taken back. Push only what learnt from traffic that may be public.",
+            what,
+            repo_id,
+            memorised,
+        )
+
+
 def push_folder(api: HfApi, repo_id: str, folder: Path, message: str, replaces: Collection[str]) -> str:
     """Push a folder in one commit, and return the commit's address. Files of the repository stay, except those that match a pattern in `replaces` and
     are not in the folder. If nothing has changed there is no commit, and the address is the last commit's.

@@ -13,7 +13,7 @@ from hf_osd.saving.adapters import describe_adapter
 from hf_osd.saving.custom_generate import write_custom_generate
 from hf_osd.saving.drafts import CHECKPOINT_FILES, drop_older, load_draft, save_draft
 from hf_osd.saving.feature_drafts import layout_of, load_feature_draft
-from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, license_of, open_repository, push_folder
+from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, license_of, open_repository, push_folder, warn_of_push
 from hf_osd.saving.model_card import machine_facts, model_card
 from hf_osd.saving.state import ResumableAssistant
 from hf_osd.system.files import staged
@@ -187,19 +187,7 @@ class SavableAssistant(ResumableAssistant):
         from huggingface_hub import HfApi
 
         self._needs_draft("push")
-        memorised = (
-            "weights that learnt from traffic can have memorised some of it, and reveal it to whoever reads them"
-        )
-        if private:
-            logger.warning(
-                "Pushing to %s: %s. The repository is private; think of who has access.", repo_id, memorised
-            )
-        else:
-            logger.warning(
-                "Pushing to %s FOR ALL TO READ: %s. Once public, they cannot be taken back. Push only what learnt from traffic that may be public.",
-                repo_id,
-                memorised,
-            )
+        warn_of_push(logger, "the draft", repo_id, private)
         api, card, stats = HfApi(token=token), dict(card or {}), self.stats
         repo_id = open_repository(api, repo_id, private)
         if card.get("license") is None and card.get("target"):

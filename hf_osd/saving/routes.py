@@ -14,7 +14,7 @@ from hf_osd.config import CONFIG_NAME, OnlineConfig
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, file_name, write_weights
 from hf_osd.saving.drafts import load_draft, save_draft
-from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, open_repository, push_folder
+from hf_osd.saving.hub import FROM_WHERE, find_file, from_hub, open_repository, push_folder, warn_of_push
 from hf_osd.system.files import staged
 from hf_osd.system.strict_json import dumps, loads
 
@@ -139,6 +139,7 @@ class SavableRoutes:
                 assistant.pool.add(name, weights)
         if assistant.router is not None and "router" in facts and router is not None:
             assistant.router.load_state(_with_tensors(facts["router"], load_file(router)))
+            assistant.keep_routes(files.keys())
         return assistant
 
     def save_route(self, name: str, directory: str | os.PathLike, merge: bool | None = True, **how):
@@ -167,12 +168,7 @@ class SavableRoutes:
         """
         from huggingface_hub import HfApi
 
-        logger.warning(
-            "Pushing the drafts of %d routes to %s%s: weights that learnt from traffic can have memorised some of it.",
-            len(self.pool),
-            repo_id,
-            "" if private else " FOR ALL TO READ",
-        )
+        warn_of_push(logger, f"the drafts of {len(self.pool)} routes", repo_id, private)
         api = HfApi(token=token)
         repo_id = open_repository(api, repo_id, private)
         with tempfile.TemporaryDirectory() as directory:

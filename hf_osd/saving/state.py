@@ -88,6 +88,8 @@ class ResumableAssistant:
             ) from error
         with self._lock:
             self._stats = stats
+            if self._static is not None:  # they count together
+                self._static._stats = stats
         return values["progress"]
 
     def _needs_open(self, what: str):

@@ -148,6 +148,18 @@ def check_learns(learn: str, what: str):
         raise ValueError(f"`learn` is {learn!r} and {what} learns in this process; leave it at 'inline'.")
 
 
+def check_trace(trace: str):
+    """Check that folders with recorded answers are named.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not trace:
+        raise ValueError(
+            "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."
+        )
+
+
 def check_repository(name: str, target: str):
     """Check that `name` can be a repository's on the Hub and is not the target, whose weights a push would replace.
 

@@ -19,7 +19,7 @@ import torch
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.system.bounds import number, option, whole
-from recipes.common.command import check_learns, run_command
+from recipes.common.command import check_learns, check_trace, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
 from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
@@ -42,8 +42,7 @@ class PoisonArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.trace:
-            raise ValueError("`trace` is empty; name a folder that `python -m recipes.experiments.record` has made.")
+        check_trace(self.trace)
         if unknown := set(filter(None, self.poisons.split(","))) - set(POISONS):
             raise ValueError(f"`poisons` has {sorted(unknown)}; choose from {', '.join(POISONS)}.")
 

@@ -29,7 +29,7 @@ from hf_osd.saving.drafts import files_of_checkpoint
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.output_paths import check_apart
 from recipes.common.answers import alpha_by_step
-from recipes.common.command import check_learns, numbers_of, run_command
+from recipes.common.command import check_learns, check_trace, numbers_of, run_command
 from recipes.common.memory import peak_rss_mb
 from recipes.common.models import ModelArguments, draft_tokenizers, load_target, shuffled, use_threads
 from recipes.common.options import optional_string, string
@@ -94,10 +94,7 @@ class ReplayArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.trace:
-            raise ValueError(
-                "`trace` is empty; name a folder that `python -m recipes.experiments.record` has made, such as --trace runs/traces/sql."
-            )
+        check_trace(self.trace)
         if self.mixed and self.gradual:
             raise ValueError("`mixed` and `gradual` are both on, and are two orders of the same requests; choose one.")
 

@@ -25,7 +25,7 @@ from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.feedback.prompt_states import SeenTexts
 from hf_osd.policy.routing import TopicRouter, prompt_features
 from hf_osd.system.bounds import option, whole
-from recipes.common.command import check_learns, numbers_of, run_command
+from recipes.common.command import check_learns, check_trace, numbers_of, run_command
 from recipes.common.models import ModelArguments, load_target, shuffled, use_threads
 from recipes.common.options import optional_string, string
 from recipes.common.row_log import RowLog
@@ -58,8 +58,7 @@ class RouteArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.trace:
-            raise ValueError("`trace` is empty; name folders that `python -m recipes.experiments.record` has made.")
+        check_trace(self.trace)
         if unknown := [arm for arm in self.arms.split(",") if arm not in ARMS]:
             raise ValueError(f"`arms` has {unknown}; choose from {', '.join(ARMS)}.")
 

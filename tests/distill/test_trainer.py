@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_osd.config import OnlineConfig
-from hf_osd.distill import trainer as trainer_module
+from hf_osd.distill import accelerate_state
 from hf_osd.distill.collator import FeedbackCollator
 from hf_osd.distill.scoring import score
 from hf_osd.distill.trainer import OnlineGKDTrainer, training_args
@@ -388,7 +388,7 @@ def test_a_launch_config_does_not_compile_learning_or_choose_its_arithmetic(
     model = tiny_llama()
     under = copy.deepcopy(model)
     trainer_of(model).learn(requests)
-    trainer_module._say_that_it_is_set_aside.cache_clear()
+    accelerate_state._say_that_it_is_set_aside.cache_clear()
     monkeypatch.setenv(f"ACCELERATE_{name.upper()}", value)
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled"))
     trainer_of(under).learn(requests)

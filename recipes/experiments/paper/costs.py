@@ -19,7 +19,7 @@ from hf_osd import Feedback, OnlineAssistant, OnlineConfig
 from hf_osd.models.properties import reads_states
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import check_learns, run_command
+from recipes.common.command import check_learns, check_trace, run_command
 from recipes.common.figures import markdown
 from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
 from recipes.common.options import optional_string, string
@@ -38,10 +38,7 @@ class CostsArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.trace:
-            raise ValueError(
-                "`trace` is empty; name a folder that record.py has made, such as --trace runs/traces/math."
-            )
+        check_trace(self.trace)
 
 
 def main(argv: list[str] | None = None) -> int:

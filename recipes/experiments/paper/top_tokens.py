@@ -23,7 +23,7 @@ from hf_osd.distill.scoring import answer_logits
 from hf_osd.models.properties import reads_states
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import write_json
-from recipes.common.command import run_command
+from recipes.common.command import check_trace, run_command
 from recipes.common.figures import cell, markdown, ratio
 from recipes.common.models import TargetArguments, load_draft, load_target, use_threads
 from recipes.common.options import optional_string, string
@@ -48,10 +48,7 @@ class TopTokensArguments(TargetArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.trace:
-            raise ValueError(
-                "`trace` is empty; name a folder that record.py has made, such as --trace runs/traces/sql."
-            )
+        check_trace(self.trace)
 
 
 def main(argv: list[str] | None = None) -> int:
