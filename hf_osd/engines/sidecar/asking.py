@@ -190,7 +190,7 @@ class StreamCutter:
             return event
         try:
             text, values = cut(event.decode("utf-8", "surrogateescape"), self._asked.cuts)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON
             return event
         if values:
             self.values.append(values)

@@ -38,8 +38,11 @@ def test_a_request_keeps_its_fields_and_asks_for_what_teaches(path, request_):
         {"logprobs": 3},
         {"prompt_logprobs": 1},
         {"suffix": "x"},
-    ]
-    + [{"prompt": ["a", "b"]}, {"prompt": [[1, 2]]}, {"prompt": None, "prompt_embeds": "x"}, {"model": "an adapter"}],
+        {"prompt": ["a", "b"]},
+        {"prompt": [[1, 2]]},
+        {"prompt": None, "prompt_embeds": "x"},
+        {"model": "an adapter"},
+    ],
 )
 def test_completions_that_cannot_be_read_pass_as_they_are(more):
     assert asked({**REQUEST, **more}, model="tiny") is None
@@ -53,8 +56,6 @@ def test_completions_that_cannot_be_read_pass_as_they_are(more):
         {"logprobs": True},
         {"logprobs": True, "top_logprobs": 2},
         {"messages": 1},
-    ]
-    + [
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         {"messages": [{"role": "tool", "content": "1"}]},
     ],
