@@ -159,22 +159,22 @@ def test_a_queue_that_is_full_drops_answers_and_no_request(target, through, make
     assert sidecar.counts["dropped"] == 2
 
 
+def broken_off(url: str, body: dict) -> bytes:
+    """What comes of a stream whose connection is closed before its end."""
+    got = []
+    with httpx.Client() as client, client.stream("POST", url, json=body) as answer:
+        assert answer.status_code == 200
+        with pytest.raises(httpx.RemoteProtocolError):
+            got.extend(answer.iter_bytes())
+    return b"".join(got)
+
+
 def test_an_engine_that_dies_in_mid_stream_closes_the_connection_as_it_would(target, serve, make_sidecar, caplog):
     engine = FakeEngine(target, dies_after=3)
     path, body = COMPLETION
     body = {**body, "stream": True}
     with serve(engine.app) as url, serve(make_app(sidecar := make_sidecar([url]))) as proxy:
-        got = {}
-        for at in (url, proxy):
-            with (
-                httpx.Client() as client,
-                pytest.raises(httpx.RemoteProtocolError),
-                client.stream("POST", at + path, json=body) as answer,
-            ):
-                assert answer.status_code == 200
-                got[at] = b""
-                for data in answer.iter_bytes():
-                    got[at] += data
+        got = {at: broken_off(at + path, body) for at in (url, proxy)}
         ours, own = (re.sub(rb"cmpl-\d+", b"N", got[at]) for at in (proxy, url))
         assert own.startswith(ours)
         assert ours.count(b"data: {") == 3
@@ -187,15 +187,15 @@ def test_an_engine_that_dies_in_mid_stream_closes_the_connection_as_it_would(tar
 def test_an_engine_that_is_down_is_passed_by_and_comes_back(target, serve, make_sidecar):
     one, two = FakeEngine(target), FakeEngine(target)
     path, body = COMPLETION
-    with serve(one.app) as first:
-        with (
-            serve(two.app) as second,
-            serve(make_app(make_sidecar([first, second]))) as proxy,
-            httpx.Client() as client,
-        ):
-            for _ in range(4):
-                assert client.post(proxy + path, json=body).status_code == 200
-            assert (len(one.seen), len(two.seen)) == (2, 2), "by turns"
+    with (
+        serve(one.app) as first,
+        serve(two.app) as second,
+        serve(make_app(make_sidecar([first, second]))) as proxy,
+        httpx.Client() as client,
+    ):
+        for _ in range(4):
+            assert client.post(proxy + path, json=body).status_code == 200
+        assert (len(one.seen), len(two.seen)) == (2, 2), "by turns"
     with serve(two.app) as second, serve(make_app(make_sidecar([first, second]))) as proxy, httpx.Client() as client:
         for _ in range(4):
             assert client.post(proxy + path, json=body).status_code == 200
