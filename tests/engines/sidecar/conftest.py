@@ -52,7 +52,9 @@ class FakePusher:
 
 class _Server(uvicorn.Server):
     def __init__(self, app):
-        super().__init__(uvicorn.Config(app, log_level="error", server_header=False, date_header=False))
+        super().__init__(
+            uvicorn.Config(app, log_level="error", server_header=False, date_header=False, timeout_graceful_shutdown=1)
+        )
         self.up = threading.Event()
 
     async def startup(self, sockets=None):
@@ -74,7 +76,7 @@ def serve():
         try:
             yield f"http://127.0.0.1:{listens.getsockname()[1]}"
         finally:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             thread.join(20)
             listens.close()
 
