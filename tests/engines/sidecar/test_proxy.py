@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -28,6 +30,17 @@ OWN = [
     {"logprobs": True, "top_logprobs": 2},
     {"stream_options": {"include_usage": True}},
 ]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An engine's counters."""
+
+    rounds: int
+    drafted: int
+    accepted: int
+    by_position: tuple[int, ...]
+    mean_length: float
 
 
 def without_ids(response) -> bytes:
@@ -233,6 +246,20 @@ def test_a_client_that_leaves_ends_the_engines_work(target, serve, make_sidecar)
             left.set()
         assert over.wait(20)
     assert not engine.seen
+
+
+def test_the_dashboard_shows_figures_that_there_are(target, through, make_sidecar):
+    sidecar = make_sidecar()
+    counted = Counted(rounds=10, drafted=40, accepted=15, by_position=(9, 4, 2, 0), mean_length=2.5)
+    sidecar.acceptance["http://engine"] = counted
+    text = through(FakeEngine(target), sidecar)("GET", "/metrics").text
+    shown = json.loads((Path(__file__).parents[3] / "docs/grafana.json").read_text(encoding="utf-8"))
+    named = {
+        n for panel in shown["panels"] for one in panel["targets"] for n in re.findall(r"hf_osd_\w+", one["expr"])
+    }
+    assert len(named) > 15
+    assert not [name for name in named if f"\n# TYPE {name} " not in text]
+    assert 'hf_osd_engine_accepted_at_total{engine="http://engine",position="1"} 4.0' in text
 
 
 def test_no_prompt_is_in_logs_metrics_or_status(target, through, make_sidecar, tmp_path, caplog):
