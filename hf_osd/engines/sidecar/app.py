@@ -221,7 +221,7 @@ class Proxy:
         headers = _end_to_end(response, decoded=True)
         async for data in response.aiter_bytes():
             data = cutter.feed(data)
-            if cutter.failed and not begun.has_body:  # refused, and said so in the stream
+            if cutter.failed and not (begun.has_body or cutter.values):  # refused, and said so in the stream
                 response = await self._send_own(request, body, asked, engine, response)
                 await begun.stream(response, response.aiter_raw())
                 return response

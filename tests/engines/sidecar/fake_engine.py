@@ -28,11 +28,15 @@ class FakeEngine:
         limit: log-probs that may be asked for.
         refuses: a field whose requests it refuses with 400.
         parser: chats hold every second token back, as parsers of reasoning do.
-        dies_after: tokens after which a stream breaks off.
+        dies_after: chunks after which a stream breaks off.
+        errs_after: chunks after which a stream has an error in it; of requests with `errs_on`, if that is given.
     """
 
-    def __init__(self, model, limit=20, refuses=None, parser=False, dies_after=None, pieces=1):
+    def __init__(
+        self, model, limit=20, refuses=None, parser=False, dies_after=None, pieces=1, errs_after=None, errs_on=None
+    ):
         self.model, self.limit, self.refuses, self.parser = model, limit, refuses, parser
+        self.errs_after, self.errs_on = errs_after, errs_on
         self.dies_after, self.pieces, self.numbers = dies_after, pieces, itertools.count()
         self.seen: list[tuple[str, dict, dict]] = []  # path, headers, body
         self.cancelled = 0
@@ -167,6 +171,9 @@ class FakeEngine:
                 for i, chunk in enumerate(chunks):
                     if i == self.dies_after:
                         raise ConnectionAbortedError
+                    if i == self.errs_after and (self.errs_on is None or self.seen[-1][2].get(self.errs_on)):
+                        yield b'data: {"error":{"message":"something","code":500}}\n\n'
+                        break
                     # As pydantic writes JSON, which is not as Python does: floats above all.
                     text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).replace("e-0", "e-")
                     yield f"data: {text}\n\n".encode()

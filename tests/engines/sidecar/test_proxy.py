@@ -156,6 +156,30 @@ def test_a_request_that_is_wrong_itself_gives_nothing_up(target, through, make_s
     assert len(waiting(sidecar)) == 1
 
 
+def test_an_error_amid_a_stream_passes_and_teaches_nothing(target, through, make_sidecar):
+    engine, sidecar = FakeEngine(target, errs_after=2), make_sidecar()
+    path, body = COMPLETION
+    body = {**body, "stream": True}
+    direct = requests_to(engine.app)("POST", path, json=body)
+    assert b'"error"' in direct.content
+    assert without_ids(through(engine, sidecar)("POST", path, json=body)) == without_ids(direct)
+    assert not waiting(sidecar)
+    assert len(engine.seen) == 2, "what has begun is not sent again"
+
+
+def test_a_refusal_within_a_stream_is_one_too(target, through, make_sidecar):
+    engine, sidecar = FakeEngine(target, errs_after=0, errs_on="logprobs"), make_sidecar()
+    path, body = COMPLETION
+    body = {**body, "stream": True}
+    direct = requests_to(engine.app)("POST", path, json=body)
+    assert b'"error"' not in direct.content
+    send = through(engine, sidecar)
+    for _ in range(2):
+        assert without_ids(send("POST", path, json=body)) == without_ids(direct)
+    assert len(engine.seen) == 1 + 2 + 1
+    assert sidecar.counts["refused"] == 1
+
+
 def test_a_share_of_the_requests_teaches(target, through, make_sidecar):
     sidecar = make_sidecar(options={"share": 0.5, "seed": 0})
     send, (path, body) = through(FakeEngine(target), sidecar), COMPLETION
