@@ -137,8 +137,8 @@ class Proxy:
         return sorted(turn, key=lambda engine: engine.down_until > now)
 
     async def _relay(self, request: Request, body: bytes, asked: Asked | None, engines: list[Engine], begun: Begun):
-        engine, response = await self._send(request, body, asked, engines)
-        if asked is not None and asked.kind in engine.refused:
+        engine, response, extended = await self._send(request, body, asked, engines)
+        if not extended:
             asked = None
         try:
             if asked is not None and response.status_code >= 400 and response.status_code not in _UNRELATED:
@@ -148,17 +148,17 @@ class Proxy:
                 self.sidecar.counts["passed"] += 1
                 await begun.stream(response, response.aiter_raw())
             elif asked.stream:
-                response = await self._relay_stream(request, body, asked, engine, response, begun)
+                await self._relay_stream(request, body, asked, engine, response, begun)
             else:
                 await self._relay_whole(request, asked, response, begun)
         finally:
-            with anyio.CancelScope(shield=True):
-                await response.aclose()
+            await _close(response)
 
     async def _send(
         self, request: Request, body: bytes, asked: Asked | None, engines: Iterable[Engine]
-    ) -> tuple[Engine, httpx.Response]:
-        """Send a request to the first engine that takes a connection: the extended one, unless that engine refuses this kind.
+    ) -> tuple[Engine, httpx.Response, bool]:
+        """Send a request to the first engine that takes a connection: the extended one, unless that engine refuses this kind. Returns engine, answer, and whether the
+        extended one was sent.
 
         Raises:
             NoEngine: if none takes one.
@@ -167,7 +167,11 @@ class Proxy:
         for engine in engines:
             extended = asked is not None and asked.kind not in engine.refused
             try:
-                return engine, await self._send_to(engine, request, asked.body if extended else body, extended)
+                return (
+                    engine,
+                    await self._send_to(engine, request, asked.body if extended else body, extended),
+                    extended,
+                )
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 engine.down_until = time.monotonic() + _REST
         raise NoEngine
@@ -215,16 +219,18 @@ class Proxy:
 
     async def _relay_stream(
         self, request: Request, body: bytes, asked: Asked, engine: Engine, response: httpx.Response, begun: Begun
-    ) -> httpx.Response:
-        """Relay a stream; return the response that was relayed."""
+    ):
         cutter = StreamCutter(asked)
         headers = _end_to_end(response, decoded=True)
         async for data in response.aiter_bytes():
             data = cutter.feed(data)
             if cutter.failed and not (begun.has_body or cutter.values):  # refused, and said so in the stream
-                response = await self._send_own(request, body, asked, engine, response)
-                await begun.stream(response, response.aiter_raw())
-                return response
+                own = await self._send_own(request, body, asked, engine, response)
+                try:
+                    await begun.stream(own, own.aiter_raw())
+                finally:
+                    await _close(own)
+                return
             if data:
                 await begun.start(response.status_code, headers)
                 await begun.body(data, more=True)
@@ -232,7 +238,6 @@ class Proxy:
         await begun.body(cutter.rest(), more=False)
         if cutter.finished:
             self._teach(request, asked, cutter.values)
-        return response
 
     def _teach(self, request: Request, asked: Asked, values: list):
         self.sidecar.counts["read"] += 1
@@ -298,6 +303,12 @@ def make_app(sidecar: Sidecar, client: httpx.AsyncClient | None = None) -> Starl
         routes=[Route("/metrics", metrics), Route("/status", status), Mount("/", proxy)],
         lifespan=lifespan,
     )
+
+
+async def _close(response: httpx.Response):
+    """Close an engine's answer, also where the client has left."""
+    with anyio.CancelScope(shield=True):
+        await response.aclose()
 
 
 def _end_to_end(response: httpx.Response, decoded: bool = False) -> list[tuple[bytes, bytes]]:
