@@ -64,7 +64,8 @@ class SidecarCheckArguments(ModelArguments):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the check; returns its exit status: 1 if a request failed, an answer was another, an engine ended, or a prompt was found in a log."""
+    """Run the check; returns its exit status: 1 if a request failed, an answer was another, an engine ended, a prompt was found in a log, or
+    nothing was learnt from."""
     return run_command(SidecarCheckArguments, check, argv)
 
 
@@ -77,19 +78,21 @@ def check(args: SidecarCheckArguments, config: OnlineConfig) -> int:
         held, stream, texts, facts = prepare(args, config, folder)
         figures: dict[str, Any] = {"arguments": asdict(args), **facts}
         with Programs(folder, args.patience) as programs:
-            engines = [start_engine(args, programs, facts["target"], folder / "draft", n) for n in range(args.engines)]
+            engines = [start_engine(args, programs, facts, folder / "draft", n) for n in range(args.engines)]
             for engine in engines:
                 programs.wait_for(f"{engine}/health")
             sidecar = start_sidecar(args, config, programs, engines, facts["target"], folder)
             programs.wait_for(f"{sidecar}/status")
             measure(args, figures, programs, engines, sidecar, held, stream)
             figures["prompts_found"] = prompts_found(texts, folder, sidecar)
-            figures["engines_restarted"] = programs.ended("vllm")
+            figures["engines_ended"] = programs.ended("vllm")
     record(args, figures)
     print(dumps(figures, indent=2))
     failed = sum(figures[part]["failed"] for part in ("live", "alike") if part in figures)
     alike = figures.get("alike", {"different": 0})
-    return int(bool(failed or alike["different"] or figures["prompts_found"] or figures["engines_restarted"]))
+    learnt = figures["status"]["counts"].get("taught", 0)
+    wrong = (failed, alike["different"], figures["prompts_found"], figures["engines_ended"], not learnt)
+    return int(any(wrong))
 
 
 def prepare(args: SidecarCheckArguments, config: OnlineConfig, folder: Path):

@@ -167,8 +167,7 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> tuple[Sidecar,
         )
     servers = [connect(url) for url in args.engines]
     assistant = OnlineAssistant(draft, config)
-    logger.info("%s", assistant.learning_choice)
-    pusher = DraftPusher(servers, Path(args.folder), judge_drafts=args.judge_drafts)
+    pusher = DraftPusher(servers, Path(args.folder).resolve(), judge_drafts=args.judge_drafts)
     sidecar = Sidecar(
         assistant,
         servers,

@@ -39,7 +39,7 @@ class FakeEngine:
         self.errs_after, self.errs_on = errs_after, errs_on
         self.dies_after, self.pieces, self.numbers = dies_after, pieces, itertools.count()
         self.seen: list[tuple[str, dict, dict]] = []  # path, headers, body
-        self.cancelled = 0
+        self.name, self.cancelled = "tiny", 0
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
@@ -100,7 +100,7 @@ class FakeEngine:
                 "token_ids": [token for token, _ in part] if wants else None,
             }
 
-        head = {"id": f"cmpl-{next(self.numbers)}", "object": "text_completion", "created": 0, "model": "tiny"}
+        head = {"id": f"cmpl-{next(self.numbers)}", "object": "text_completion", "created": 0, "model": self.name}
         if not body.get("stream"):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": len(answer), "metric": 1e-07}
             return JSONResponse({**head, "choices": [choice(answer, True, True)], "usage": usage, "metrics": None})
@@ -129,7 +129,7 @@ class FakeEngine:
                 ]
             }
 
-        head = {"id": f"chatcmpl-{next(self.numbers)}", "object": "chat.completion", "created": 0, "model": "tiny"}
+        head = {"id": f"chatcmpl-{next(self.numbers)}", "object": "chat.completion", "created": 0, "model": self.name}
         if not body.get("stream"):
             choice = {
                 "index": 0,
@@ -186,7 +186,7 @@ class FakeEngine:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     async def _models(self, request):
-        return JSONResponse({"object": "list", "data": [{"id": "tiny"}]})
+        return JSONResponse({"object": "list", "data": [{"id": self.name}]})
 
     async def _anything(self, request):
         body = await request.body()
