@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _MOST_WAITING = 256
 # Seconds between two looks at the weights, and between two readings of the engines' counters.
 _LOOK, _READ = 0.5, 10.0
+# Seconds that closing waits for the thread, which may wait for an engine's counters.
+_PATIENCE = 30.0
 
 
 class Sidecar:
@@ -128,9 +130,11 @@ class Sidecar:
 
     def close(self):
         """Stop learning and pushing; the engines serve on with the draft they have. Closing again does nothing."""
+        if self._ends.is_set():
+            return
         self._ends.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_PATIENCE)
         if self.pusher is not None:
             self.pusher.close()
         self.assistant.close()
