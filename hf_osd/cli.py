@@ -51,6 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     grow.add_argument("--seed", type=int, default=0, help="of --choose: of all that is drawn at random, 0 by default")
     grow.add_argument("--json", help="of --choose: also write the table to this file")
+    commands.add_parser(
+        "sidecar",
+        add_help=False,
+        help="stand in front of running vLLM servers, and teach their draft from their answers",
+    )
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["sidecar"]:  # whose flags are those of a dataclass
+        from hf_osd.engines.sidecar.command import main as sidecar
+
+        return sidecar(given[1:])
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
