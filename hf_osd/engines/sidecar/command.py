@@ -167,7 +167,13 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> tuple[Sidecar,
         )
     servers = [connect(url) for url in args.engines]
     assistant = OnlineAssistant(draft, config)
-    pusher = DraftPusher(servers, Path(args.folder).resolve(), judge_drafts=args.judge_drafts)
+    initial = Path(begins or args.draft).resolve()
+    pusher = DraftPusher(
+        servers,
+        Path(args.folder).resolve(),
+        judge_drafts=args.judge_drafts,
+        initial=initial if begins is None and initial.is_dir() else None,
+    )
     sidecar = Sidecar(
         assistant,
         servers,

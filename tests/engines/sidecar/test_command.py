@@ -26,7 +26,7 @@ def folders(target, draft, tmp_path, monkeypatch):
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "target")
     draft.save_pretrained(tmp_path / "draft")
-    pushers = SimpleNamespace(DraftPusher=lambda servers, folder, judge_drafts: FakePusher(folder))
+    pushers = SimpleNamespace(DraftPusher=lambda servers, folder, **_: FakePusher(folder))
     monkeypatch.setitem(sys.modules, "hf_osd.engines.servers", SimpleNamespace(connect=FakeServer))
     monkeypatch.setitem(sys.modules, "hf_osd.engines.pusher", pushers)
     return {

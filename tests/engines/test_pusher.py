@@ -1,0 +1,236 @@
+"""`DraftPusher`: what is pushed where, what becomes of failures, and when weights are taken back."""
+
+import json
+import logging
+import threading
+
+import pytest
+
+from hf_osd.engines.pusher import DraftPusher, fell
+from hf_osd.engines.servers import Counted, PushFailed
+
+
+class Engine:
+    """An engine in memory: the weights in it, its counters, and what the next pushes come to."""
+
+    def __init__(self, url="http://engine"):
+        self.url, self.model, self.max_logprobs = url, "tiny", 20
+        self.weights, self.tried, self.fails = "its own", 0, []
+        self.counted = Counted()
+
+    def push(self, folder):
+        self.tried += 1
+        if self.fails:
+            raise self.fails.pop(0)
+        self.weights = (folder / "weights").read_text()
+
+    def acceptance(self):
+        return self.counted
+
+    def serve(self, rounds, share):
+        """Draft four tokens a round, of which a share is accepted."""
+        accepted = round(4 * rounds * share)
+        c = self.counted
+        self.counted = Counted(c.rounds + rounds, c.drafted + 4 * rounds, c.accepted + accepted, (accepted,))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def pusher(tmp_path, clock):
+    """`pusher(*engines)`, whose steps the test takes."""
+
+    def make(*engines, **kwargs):
+        return DraftPusher(
+            engines, tmp_path / "drafts", clock=clock, threaded=False, **{"judge_drafts": 100, **kwargs}
+        )
+
+    return make
+
+
+def saves(text):
+    return lambda folder: (folder / "weights").write_text(text)
+
+
+def folders(pusher):
+    return sorted(path.name for path in pusher.folder.iterdir())
+
+
+def test_every_engine_gets_the_newest_weights_and_old_folders_go(pusher):
+    one, other = Engine("http://a"), Engine("http://b")
+    pushes = pusher(one, other)
+    pushes.step()
+    assert one.tried == 0
+    for text in ("first", "second", "third"):
+        pushes.offer(saves("never saved"))
+        pushes.offer(saves(text))  # of several that wait the newest
+        pushes.step()
+        assert one.weights == other.weights == text
+    assert folders(pushes) == ["draft-2", "draft-3"]
+    assert pushes.status()["http://b"]["draft"] == 3
+    json.dumps(pushes.status(), allow_nan=False)
+
+
+def test_a_push_that_fails_leaves_the_old_weights_and_is_tried_again_later_and_later(pusher, clock, caplog):
+    bad, good = Engine("http://bad"), Engine("http://good")
+    bad.fails = [PushFailed("cut half-way")] * 3
+    pushes = pusher(bad, good)
+    pushes.offer(saves("new"))
+    waits = []
+    with caplog.at_level(logging.WARNING):
+        while bad.weights != "new":
+            pushes.step()
+            assert good.weights == "new"
+            tried = bad.tried
+            pushes.step()
+            assert bad.tried == tried, "not before its time"
+            waits.append(pushes._engines[0].next_try - clock.now)
+            clock.now += max(waits[-1], 0.0)
+    assert bad.tried == 4
+    assert waits[0] < waits[1] < waits[2] or waits[2] >= 4.0
+    assert caplog.text.count("cut half-way") == 1
+    assert pushes.status()["http://bad"]["failures"] == 3
+    assert pushes.status()["http://bad"]["error"] is None
+
+
+def test_one_that_refuses_is_logged_once_and_left_alone_until_it_begins_anew(pusher, clock, caplog):
+    engine = Engine()
+    engine.serve(10, 0.5)
+    engine.fails = [PushFailed("no such route", refused=True)]
+    pushes = pusher(engine)
+    for text in ("a", "b"):
+        pushes.offer(saves(text))
+        for _ in range(5):
+            clock.now += 1000.0
+            pushes.step()
+    assert engine.tried == 1
+    assert caplog.text.count("no such route") == 1
+    engine.counted = Counted()
+    clock.now += 1000.0
+    pushes.step()
+    assert engine.weights == "b"
+
+
+def test_a_full_disk_is_tried_again_and_leaves_no_half_folder(pusher, clock, caplog):
+    engine = Engine()
+    pushes = pusher(engine)
+    full = [True]
+
+    def save(folder):
+        (folder / "weights").write_text("whole")
+        if full[0]:
+            raise OSError(28, "No space left on device")
+
+    pushes.offer(save)
+    pushes.step()
+    assert folders(pushes) == []
+    assert engine.tried == 0
+    assert "No space left" in caplog.text
+    assert "No space left" in pushes.status()["http://engine"]["error"]
+    full[0] = False
+    pushes.step()
+    assert engine.tried == 0, "not before its time"
+    clock.now += 10.0
+    pushes.step()
+    assert engine.weights == "whole"
+
+
+def test_an_engine_that_begins_anew_gets_the_weights_again(pusher, clock):
+    engine = Engine()
+    pushes = pusher(engine)
+    pushes.offer(saves("learnt"))
+    pushes.step()
+    engine.serve(50, 0.5)
+    clock.now += 10.0
+    pushes.step()
+    engine.weights, engine.counted = "its own", Counted()
+    clock.now += 10.0
+    pushes.step()
+    assert engine.weights == "learnt"
+    assert engine.tried == 2
+
+
+def served(pushes, clock, engine, *shares, rounds=400):
+    """Push weights named by the share that will be accepted of them, and serve."""
+    for share in shares:
+        pushes.offer(saves(str(share)))
+        pushes.step()
+        clock.now += 10.0
+        pushes.step()
+        engine.serve(rounds, share)
+        clock.now += 10.0
+        pushes.step()
+
+
+def test_weights_of_which_less_is_accepted_are_taken_back_everywhere(pusher, clock):
+    engine, other, told = Engine(), Engine("http://other"), []
+    pushes = pusher(engine, other)
+    pushes.on_taken_back = lambda: told.append(engine.weights)
+    served(pushes, clock, engine, 0.4, 0.5)
+    assert not told
+    served(pushes, clock, engine, 0.2)
+    assert told == ["0.2"]
+    clock.now += 10.0
+    pushes.step()
+    assert engine.weights == other.weights == "0.5"
+    assert folders(pushes) == ["draft-2"], "a restart must not begin with what was taken back"
+    served(pushes, clock, engine, 0.6)
+    assert engine.weights == "0.6"
+    assert len(told) == 1
+    assert folders(pushes)[-1] == "draft-4"
+
+
+def test_the_first_ones_go_back_to_what_the_engine_was_started_with(pusher, clock, tmp_path):
+    (tmp_path / "initial").mkdir()
+    (tmp_path / "initial" / "weights").write_text("initial")
+    engine = Engine()
+    pushes = pusher(engine, initial=tmp_path / "initial")
+    engine.serve(400, 0.5)
+    served(pushes, clock, engine, 0.1)
+    clock.now += 10.0
+    pushes.step()
+    assert engine.weights == "initial"
+    assert folders(pushes) == []
+
+
+def test_chance_takes_nothing_back(pusher, clock):
+    engine, told = Engine(), []
+    pushes = pusher(engine)
+    pushes.on_taken_back = lambda: told.append(1)
+    served(pushes, clock, engine, 0.50, 0.48, 0.50, 0.49, rounds=150)
+    served(pushes, clock, engine, 0.1, rounds=20)  # too few to tell
+    assert not told
+
+
+def test_a_fall_is_told_from_chance():
+    def counted(rounds, share):
+        return Counted(rounds, 4 * rounds, round(4 * rounds * share))
+
+    assert fell(counted(500, 0.5), counted(500, 0.38))
+    assert not fell(counted(500, 0.5), counted(500, 0.47))
+    assert not fell(counted(500, 0.4), counted(500, 0.5))
+    assert not fell(counted(0, 0), counted(500, 0.5))
+    assert not fell(counted(500, 0.0), counted(500, 0.0))
+
+
+def test_it_pushes_in_a_thread_and_closes(tmp_path):
+    engine, pushed = Engine(), threading.Event()
+    engine.acceptance = pushed.set  # read once weights are in
+    pushes = DraftPusher([engine], tmp_path)
+    pushed.clear()
+    pushes.offer(saves("in the thread"))
+    while engine.weights != "in the thread":
+        assert pushed.wait(20)
+        pushed.clear()
+    pushes.close()
+    assert not pushes._thread.is_alive()

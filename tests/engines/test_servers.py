@@ -1,0 +1,157 @@
+"""Servers of engines over HTTP: how weights get in, what is read of their counters, and how an engine is found out."""
+
+import json
+
+import httpx
+import pytest
+
+from hf_osd.engines.servers import Counted, PushFailed, SglangServer, VllmServer, connect
+
+METRICS = """\
+# TYPE vllm:spec_decode_num_drafts counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="tiny"} 10.0
+vllm:spec_decode_num_drafts_created{engine="0",model_name="tiny"} 1.7e+09
+# TYPE vllm:spec_decode_num_draft_tokens counter
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="tiny"} 30.0
+# TYPE vllm:spec_decode_num_accepted_tokens counter
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="tiny"} 15.0
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="0"} 9.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="1"} 6.0
+"""
+OWN = ("/start_draft_weight_update", "/update_weights", "/finish_weight_update")
+DEV = ("/pause", "/collective_rpc", "/resume")
+
+
+class Engine:
+    """Answers as vLLM does; `fails` maps routes to a status, `down` breaks connections."""
+
+    def __init__(self, routes=(*OWN, *DEV), kind="/version", most=20):
+        self.routes, self.kind, self.most = routes, kind, most
+        self.fails, self.asked, self.down, self.metrics = {}, [], False, METRICS
+
+    def __call__(self, request):
+        route = request.url.path
+        if self.down:
+            raise httpx.ConnectError("refused")
+        if route in (self.kind, "/health"):
+            return httpx.Response(200, json={})
+        if route == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+        if route == "/v1/completions":
+            return httpx.Response(200 if json.loads(request.content)["logprobs"] <= self.most else 400)
+        if route == "/metrics":
+            return httpx.Response(200, text=self.metrics)
+        if route == "/openapi.json":
+            return httpx.Response(200, json={"paths": {one: {} for one in self.routes}})
+        if route not in self.routes:
+            return httpx.Response(404)
+        self.asked.append((route, json.loads(request.content or "null"), dict(request.url.params)))
+        return httpx.Response(self.fails.get(route, 200), text="what went wrong")
+
+    def connected(self):
+        return connect("http://engine:8000/", httpx.Client(transport=httpx.MockTransport(self)))
+
+    @property
+    def order(self):
+        return [route for route, *_ in self.asked]
+
+
+def test_an_engine_that_takes_a_path_updates_its_draft_itself(tmp_path):
+    engine = Engine()
+    server = engine.connected()
+    assert isinstance(server, VllmServer)
+    assert (server.url, server.model, server.max_logprobs) == ("http://engine:8000", "tiny", 20)
+    server.push(tmp_path)
+    assert engine.order == list(OWN)
+    assert engine.asked[1][1] == {"update_info": {"path": str(tmp_path)}}
+
+
+@pytest.mark.parametrize("broken", OWN[:2])
+def test_one_that_takes_none_has_the_extension_asked_between_pause_and_resume(tmp_path, broken):
+    engine = Engine()
+    engine.fails = {broken: 500}
+    server = engine.connected()
+    server.push(tmp_path)
+    assert engine.order[-3:] == list(DEV)
+    assert engine.asked[-3][2] == {"mode": "wait"}
+    assert engine.asked[-2][1] == {"method": "refresh_draft", "args": [str(tmp_path)]}
+    before = len(engine.asked)
+    server.push(tmp_path)
+    assert engine.order[before:] == list(DEV), "what it takes is known now"
+
+
+def test_a_failed_refresh_lets_the_waiting_requests_go_on(tmp_path):
+    engine = Engine(DEV)
+    engine.fails = {"/collective_rpc": 500}
+    with pytest.raises(PushFailed, match="500: what went wrong") as failed:
+        engine.connected().push(tmp_path)
+    assert engine.order == list(DEV)
+    assert not failed.value.refused
+
+
+def test_one_that_has_taken_a_path_and_fails_once_is_not_given_up(tmp_path):
+    engine = Engine()
+    server = engine.connected()
+    server.push(tmp_path)
+    engine.fails, engine.asked = {"/update_weights": 503}, []
+    with pytest.raises(PushFailed, match="503"):
+        server.push(tmp_path)
+    assert engine.order == list(OWN), "the update that was begun is ended"
+    engine.fails = {}
+    server.push(tmp_path)
+    assert engine.order == list(OWN) * 2
+
+
+def test_one_without_any_way_in_is_told_how_it_must_be_started(tmp_path):
+    with pytest.raises(PushFailed, match="VLLM_SERVER_DEV_MODE=1") as failed:
+        Engine(()).connected().push(tmp_path)
+    assert failed.value.refused
+
+
+def test_one_that_is_down_has_no_counters_and_takes_nothing(tmp_path):
+    engine = Engine()
+    server = engine.connected()
+    assert server.is_up()
+    engine.down = True
+    assert not server.is_up()
+    assert server.acceptance() is None
+    with pytest.raises(PushFailed, match="cannot be reached") as failed:
+        server.push(tmp_path)
+    assert not failed.value.refused
+
+
+def test_counters_are_read_and_compared():
+    engine = Engine()
+    server = engine.connected()
+    counted = server.acceptance()
+    assert counted == Counted(10, 30, 15, (9, 6))
+    assert counted.mean_length == 2.5
+    assert counted.since(Counted(4, 10, 5, (5,))) == Counted(6, 20, 10, (4, 6))
+    assert counted.since(Counted(11, 33, 20, (12, 8))) == counted, "it has begun anew since"
+    assert counted.since(None) == counted
+    engine.metrics = "# nothing of speculation\n"
+    assert server.acceptance() is None
+
+
+@pytest.mark.parametrize(("most", "found"), [(20, 20), (12, 10), (3, 1), (0, 0)])
+def test_log_probs_are_as_many_as_it_gives(most, found):
+    assert Engine(most=most).connected().max_logprobs == found
+
+
+def test_sglang_is_told_apart_and_takes_no_draft(tmp_path):
+    server = Engine((), kind="/get_model_info").connected()
+    assert isinstance(server, SglangServer)
+    assert server.acceptance() is None
+    with pytest.raises(PushFailed, match="SGLang") as failed:
+        server.push(tmp_path)
+    assert failed.value.refused
+
+
+def test_what_is_no_engine_or_not_there_is_said():
+    with pytest.raises(ValueError, match="neither vLLM nor SGLang"):
+        Engine(kind="/none").connected()
+    engine = Engine()
+    engine.down = True
+    with pytest.raises(OSError, match="start the engine first"):
+        engine.connected()
