@@ -163,7 +163,7 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> tuple[Sidecar,
     width = draft.config.get_text_config(decoder=True).vocab_size
     if width != target.vocab_size:
         raise ValueError(
-            f"The draft has a vocabulary of {width} tokens, the target one of {target.vocab_size}: an engine takes no such draft. Make one with hf-osd grow."
+            f"The draft has a vocabulary of {width} tokens, the target one of {target.vocab_size}: an engine takes no such draft. Make one with hf-osd grow --kind layers."
         )
     servers = [connect(url) for url in args.engines]
     assistant = OnlineAssistant(draft, config)

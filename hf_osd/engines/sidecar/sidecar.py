@@ -75,7 +75,7 @@ class Sidecar:
         if reads_states(assistant.serving.active):
             raise ValueError(
                 "The draft reads the target's hidden states, which an engine does not hand out while it speculates: from outside it learns nothing. Give a draft "
-                "that is a whole model, such as hf-osd grow makes."
+                "that is a whole model, such as hf-osd grow --kind layers makes."
             )
         if not 0 < share <= 1:
             raise ValueError(f"`share` is {share}; give a share of the requests above 0 up to 1.")
