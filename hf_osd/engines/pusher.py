@@ -204,12 +204,12 @@ class DraftPusher:
     def _push(self, engine: _Engine, now: float):
         try:
             engine.server.push(self._initial if self._current == 0 else self.folder / f"draft-{self._current}")
-        except PushFailed as error:
+        except Exception as error:  # whatever it is, the others get theirs
             known = engine.error == str(error)  # and need not be logged again
             engine.failures += 1
             engine.failed += 1
-            engine.error, engine.refuses = str(error), error.refused
-            if error.refused:
+            engine.error, engine.refuses = str(error), isinstance(error, PushFailed) and error.refused
+            if engine.refuses:
                 logger.error("No weights are pushed to %s: %s", engine.server.url, error)
                 return
             wait = self._wait(engine.failures)

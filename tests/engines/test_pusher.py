@@ -83,7 +83,7 @@ def test_every_engine_gets_the_newest_weights_and_old_folders_go(pusher):
 
 def test_a_push_that_fails_leaves_the_old_weights_and_is_tried_again_later_and_later(pusher, clock, caplog):
     bad, good = Engine("http://bad"), Engine("http://good")
-    bad.fails = [PushFailed("cut half-way")] * 3
+    bad.fails = [PushFailed("cut half-way"), PushFailed("cut half-way"), OSError("broken")]
     pushes = pusher(bad, good)
     pushes.offer(saves("new"))
     waits = []
@@ -97,7 +97,7 @@ def test_a_push_that_fails_leaves_the_old_weights_and_is_tried_again_later_and_l
             waits.append(pushes._engines[0].next_try - clock.now)
             clock.now += max(waits[-1], 0.0)
     assert bad.tried == 4
-    assert waits[0] < waits[1] < waits[2] or waits[2] >= 4.0
+    assert 1 <= waits[0] <= 2 <= waits[1] <= 4 <= waits[2] <= 8, "seconds, with some chance in each"
     assert caplog.text.count("cut half-way") == 1
     assert pushes.status()["http://bad"]["failures"] == 3
     assert pushes.status()["http://bad"]["error"] is None
