@@ -149,7 +149,8 @@ class DraftPusher:
                 return
             if looks:
                 self._look(engine)
-            if engine.pushed != self._current and not engine.refuses and now >= engine.next_try:
+            due = self._current is not None and engine.pushed != self._current
+            if due and not engine.refuses and now >= engine.next_try:
                 self._push(engine, now)
         self._tidy()
 
@@ -271,6 +272,7 @@ class DraftPusher:
         engine.taken_back += 1
         bad = self._current
         if self._previous is None:
+            self._current = None  # none is to be pushed: an engine that begins anew keeps what it is started with
             logger.warning(
                 "%s accepts less of draft %d than of what it was started with, which the sidecar has not got; the next weights are awaited.",
                 engine.server.url,

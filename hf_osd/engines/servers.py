@@ -176,11 +176,14 @@ class VllmServer(_Server):
                 "(docs/engines.md).",
                 refused=True,
             )
-        self._post("/pause", params={"mode": "wait"})
         try:
+            self._post("/pause", params={"mode": "wait"})
             self._post("/collective_rpc", json={"method": "refresh_draft", "args": [str(folder)]})
-        finally:  # also where that failed: the requests that wait must go on
-            self._post("/resume")
+        except PushFailed:  # also where the answer to the pause was lost: requests that wait must go on
+            with suppress(PushFailed):
+                self._post("/resume")
+            raise
+        self._post("/resume")
 
     def acceptance(self) -> Counted | None:
         """Read vLLM's own counters of speculation; `None` if it is down or does not speculate."""
@@ -243,18 +246,18 @@ class VllmServer(_Server):
 class SglangServer(_Server):
     """Speaks to an SGLang server, by its documented routes; the real one was not run.
 
-    It is passed to and learnt from like vLLM. It has no route that changes the draft of a running server (`/update_weights_from_disk` is for the target), and its
-    metrics have means in place of counters.
+    It is passed to and learnt from like vLLM. It has no route that takes the draft of a running server from a folder (`/update_weights_from_disk` loads the one folder into
+    the target too, and the update of a draft alone takes tensors, see docs/engines.md), and its metrics have means in place of counters.
     """
 
     def push(self, folder: Path):
-        """Refuse: SGLang takes no draft's weights while it runs.
+        """Refuse: SGLang takes no draft's weights from a folder while it runs.
 
         Raises:
             PushFailed: always.
         """
         raise PushFailed(
-            f"{self.url} is SGLang, which takes no other draft while it runs: start a server with --speculative-draft-model-path {folder} beside it, and let it take over.",
+            f"{self.url} is SGLang, which takes no draft from a folder while it runs: start a server with --speculative-draft-model-path {folder} beside it, and let it take over.",
             refused=True,
         )
 

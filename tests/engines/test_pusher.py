@@ -203,6 +203,27 @@ def test_the_first_ones_go_back_to_what_the_engine_was_started_with(pusher, cloc
     assert folders(pushes) == []
 
 
+def test_without_anything_to_go_back_to_the_bad_weights_are_pushed_nowhere_again(pusher, clock):
+    engine, told = Engine(), []
+    pushes = pusher(engine)
+    pushes.on_taken_back = lambda: told.append(1)
+    engine.serve(400, 0.5)
+    served(pushes, clock, engine, 0.1)
+    assert told == [1]
+    assert folders(pushes) == []
+    engine.weights, engine.counted, tried = "its own", Counted(), engine.tried
+    for _ in range(3):
+        clock.now += 1000.0
+        pushes.step()
+    assert (engine.weights, engine.tried) == ("its own", tried)
+    served(pushes, clock, engine, 0.6)
+    assert engine.weights == "0.6"
+    served(pushes, clock, engine, 0.1)
+    clock.now += 10.0
+    pushes.step()
+    assert engine.weights == "0.6", "there is one to go back to now"
+
+
 def test_chance_takes_nothing_back(pusher, clock):
     engine, told = Engine(), []
     pushes = pusher(engine)

@@ -90,6 +90,14 @@ def test_a_failed_refresh_lets_the_waiting_requests_go_on(tmp_path):
     assert not failed.value.refused
 
 
+def test_a_pause_whose_answer_is_lost_does_not_last(tmp_path):
+    engine = Engine(DEV)
+    engine.fails = {"/pause": 500}
+    with pytest.raises(PushFailed, match="/pause answered 500"):
+        engine.connected().push(tmp_path)
+    assert engine.order == ["/pause", "/resume"]
+
+
 def test_one_that_has_taken_a_path_and_fails_once_is_not_given_up(tmp_path):
     engine = Engine()
     server = engine.connected()
