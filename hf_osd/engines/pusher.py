@@ -82,7 +82,7 @@ class DraftPusher:
         self._engines = [_Engine(server) for server in servers]
         self._offered: Callable[[Path], None] | None = None
         self._lock, self._work, self._ends = threading.Lock(), threading.Event(), threading.Event()
-        self._number = max((n for n, _ in self._saved()), default=0)
+        self._number = max(saved_drafts(self.folder), default=0)
         self._current: int | None = None  # the draft that all engines should have
         self._initial = initial  # has the number 0
         self._previous: int | None = None if initial is None else 0  # the one before, to go back to
@@ -152,7 +152,6 @@ class DraftPusher:
             due = self._current is not None and engine.pushed != self._current
             if due and not engine.refuses and now >= engine.next_try:
                 self._push(engine, now)
-        self._tidy()
 
     # Saving.
 
@@ -188,16 +187,13 @@ class DraftPusher:
         self._current = number
         for engine in self._engines:
             engine.failures, engine.next_try = 0, now  # other weights may be taken
-
-    def _saved(self) -> list[tuple[int, Path]]:
-        found = self.folder.glob("draft-*") if self.folder.is_dir() else []
-        return sorted((int(p.name[6:]), p) for p in found if p.name[6:].isdigit())
+        self._tidy()
 
     def _tidy(self):
         """Remove folders that no engine serves or may go back to."""
         kept = {self._current, self._previous, *(engine.pushed for engine in self._engines)}
-        for number, path in self._saved():
-            if self._current is not None and number not in kept:
+        for number, path in saved_drafts(self.folder).items():
+            if number not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     # Pushing.
@@ -229,6 +225,7 @@ class DraftPusher:
         engine.pushed, engine.failures, engine.error = self._current, 0, None
         engine.pushes += 1
         logger.info("Draft %d is in %s.", self._current, engine.server.url)
+        self._tidy()
 
     def _wait(self, failures: int) -> float:
         return min(_FIRST_WAIT * 2 ** min(failures - 1, 20), _LONGEST_WAIT) * self._random.uniform(0.5, 1.0)
@@ -246,9 +243,8 @@ class DraftPusher:
         before, counted = engine.last, self._count(engine)
         if counted is None:
             return
-        if (
-            before is not None and counted.rounds < before.rounds
-        ):  # it has begun anew, with the draft that it is started with
+        # It has begun anew, with the draft that it is started with.
+        if before is not None and counted.rounds < before.rounds:
             if engine.pushed is not None:
                 logger.warning("%s has begun anew; it gets draft %s again.", engine.server.url, self._current)
             engine.pushed, engine.start, engine.before, engine.judged, engine.refuses = None, None, None, True, False
@@ -291,6 +287,12 @@ class DraftPusher:
             one.failures, one.next_try = 0, self._clock()
         if self.on_taken_back is not None:
             self.on_taken_back()
+
+
+def saved_drafts(folder: Path) -> dict[int, Path]:
+    """List the drafts that were saved in a folder, by number."""
+    numbered = ((path.name.removeprefix("draft-"), path) for path in folder.glob("draft-*"))
+    return {int(number): path for number, path in numbered if number.isdigit()}
 
 
 def fell(before: Counted, after: Counted) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import re
+import operator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
+try:
     import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+except ImportError as error:
+    raise ImportError("Speaking to an engine takes the extra `sidecar`: pip install hf-osd[sidecar].") from error
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +57,37 @@ class Counted:
         """Return what was counted after `earlier`; all, if the engine has begun anew since, whose counters are then lower."""
         if earlier is None or self.rounds < earlier.rounds or self.drafted < earlier.drafted:
             return self
-        longest = max(len(self.by_position), len(earlier.by_position))
-        now, before = (one.by_position + (0,) * (longest - len(one.by_position)) for one in (self, earlier))
-        return Counted(
-            self.rounds - earlier.rounds,
-            self.drafted - earlier.drafted,
-            self.accepted - earlier.accepted,
-            tuple(a - b for a, b in zip(now, before, strict=True)),
-        )
+        return self._with(earlier, operator.sub)
+
+    def __add__(self, other: Counted) -> Counted:
+        return self._with(other, operator.add)
+
+    def _with(self, other: Counted, combine: Callable[[int, int], int]) -> Counted:
+        places = itertools.zip_longest(self.by_position, other.by_position, fillvalue=0)
+        sums = (combine(getattr(self, name), getattr(other, name)) for name in ("rounds", "drafted", "accepted"))
+        return Counted(*sums, tuple(combine(*pair) for pair in places))
+
+
+def read_counters(client: httpx.Client, url: str) -> Counted | None:
+    """Read a vLLM server's counters of speculation, of all its engines together; `None` if it is down or does not speculate."""
+    values: dict[tuple[str, str], float] = {}
+    try:
+        text = client.get(f"{url}/metrics").raise_for_status().text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                key = sample.name, sample.labels.get("position", "")
+                values[key] = values.get(key, 0.0) + sample.value
+    except (httpx.HTTPError, ValueError) as error:
+        logger.debug("%s has no metrics (%s).", url, type(error).__name__)
+        return None
+    name = "vllm:spec_decode_num_{}_total".format
+    if (name("drafts"), "") not in values:
+        return None
+    at = {int(position): n for (key, position), n in values.items() if key == name("accepted_tokens_per_pos")}
+    return Counted(
+        *(int(values.get((name(what), ""), 0)) for what in ("drafts", "draft_tokens", "accepted_tokens")),
+        tuple(int(at.get(i, 0)) for i in range(max(at, default=-1) + 1)),
+    )
 
 
 class EngineServer(Protocol):
@@ -89,8 +117,6 @@ class _Server:
     """Has what the engines share: the same OpenAI routes."""
 
     def __init__(self, url: str, client: httpx.Client | None = None):
-        import httpx
-
         self.url = url.rstrip("/")
         self._client = client or httpx.Client(timeout=_SOON)
         self.model = self._model()
@@ -98,23 +124,17 @@ class _Server:
 
     def is_up(self) -> bool:
         """Tell whether it answers."""
-        import httpx
-
         with suppress(httpx.HTTPError):
             return self._client.get(f"{self.url}/health").status_code == 200
         return False
 
     def _model(self) -> str | None:
-        import httpx
-
         with suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
             return self._client.get(f"{self.url}/v1/models").raise_for_status().json()["data"][0]["id"]
         return None
 
     def _most_log_probs(self) -> int | None:
         """Ask for one token with fewer and fewer log-probs, until the engine gives them."""
-        import httpx
-
         if self.model is None:
             return None
         with suppress(httpx.HTTPError):
@@ -127,23 +147,6 @@ class _Server:
                     return None
             return 0
         return None
-
-    def _metrics(self) -> dict[tuple[str, str], float]:
-        """Read the engine's metrics: values by name and by the label `position`, summed over the other labels."""
-        import httpx
-        from prometheus_client.parser import text_string_to_metric_families
-
-        values: dict[tuple[str, str], float] = {}
-        try:
-            text = self._client.get(f"{self.url}/metrics").raise_for_status().text
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    key = sample.name, sample.labels.get("position", "")
-                    values[key] = values.get(key, 0.0) + sample.value
-        except (httpx.HTTPError, ValueError) as error:
-            logger.debug("%s has no metrics (%s).", self.url, type(error).__name__)
-            return {}
-        return values
 
 
 class VllmServer(_Server):
@@ -187,19 +190,9 @@ class VllmServer(_Server):
 
     def acceptance(self) -> Counted | None:
         """Read vLLM's own counters of speculation; `None` if it is down or does not speculate."""
-        values = self._metrics()
-        name = "vllm:spec_decode_num_{}_total".format
-        if (name("drafts"), "") not in values:
-            return None
-        at = {int(position): n for (key, position), n in values.items() if key == name("accepted_tokens_per_pos")}
-        return Counted(
-            *(int(values.get((name(what), ""), 0)) for what in ("drafts", "draft_tokens", "accepted_tokens")),
-            tuple(int(at.get(i, 0)) for i in range(max(at, default=-1) + 1)),
-        )
+        return read_counters(self._client, self.url)
 
     def _routes(self) -> set[str]:
-        import httpx
-
         try:
             return set(self._client.get(f"{self.url}/openapi.json").raise_for_status().json()["paths"])
         except httpx.HTTPError as error:
@@ -230,14 +223,12 @@ class VllmServer(_Server):
         return True
 
     def _post(self, route: str, **kwargs):
-        import httpx
-
         try:
             answer = self._client.post(f"{self.url}{route}", timeout=_PUSH, **kwargs)
         except httpx.HTTPError as error:
             raise PushFailed(f"{self.url}{route} was not answered ({type(error).__name__}).") from error
         if answer.status_code >= 400:
-            told = " ".join(re.sub(r"\s+", " ", answer.text)[:300].split())
+            told = " ".join(answer.text.split())[:300]
             raise PushFailed(
                 f"{self.url}{route} answered {answer.status_code}: {told}", refused=answer.status_code in (404, 405)
             )
@@ -272,13 +263,7 @@ def connect(url: str, client: httpx.Client | None = None) -> VllmServer | Sglang
     Raises:
         OSError: if nothing answers there.
         ValueError: if it is neither vLLM nor SGLang.
-        ImportError: without the extra `sidecar`.
     """
-    try:
-        import httpx
-        import prometheus_client  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Speaking to an engine takes the extra `sidecar`: pip install hf-osd[sidecar].") from error
     url, client = url.rstrip("/"), client or httpx.Client(timeout=_SOON)
     try:
         if client.get(f"{url}/get_model_info").status_code == 200:

@@ -19,11 +19,12 @@ from typing import Any
 import httpx
 
 from hf_osd import OnlineConfig
+from hf_osd.engines.servers import Counted, read_counters
 from hf_osd.saving.drafts import save_draft
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
 from recipes.checks.sidecar_programs import Programs, free_port
-from recipes.checks.sidecar_traffic import Counters, answers_alike, live, seconds_a_token, settled
+from recipes.checks.sidecar_traffic import answers_alike, figures_of, live, seconds_a_token, settled
 from recipes.common.command import run_command
 from recipes.common.embedded import embedded_target
 from recipes.common.models import EMBEDDED, ModelArguments, encode_rows, load_draft, load_target, use_threads
@@ -186,13 +187,13 @@ def measure(
 
         def acceptance() -> dict:
             """Answer the held-back prompts by the engines themselves: that teaches nothing."""
-            before = [Counters.read(client, engine) for engine in engines]
+            before = [read_counters(client, engine) for engine in engines]
             for i, prompt in enumerate(held):
                 client.post(
                     f"{engines[i % len(engines)]}/v1/completions", json={**body, "prompt": prompt}
                 ).raise_for_status()
-            total = sum((Counters.read(client, e) - b for e, b in zip(engines, before, strict=True)), Counters())
-            return total.to_dict()
+            counted = ((read_counters(client, e) or Counted()).since(b) for e, b in zip(engines, before, strict=True))
+            return figures_of(sum(counted, Counted()))
 
         def timed(learns: bool) -> dict:
             """Compare the seconds a token through the sidecar with an engine's own, by turns."""

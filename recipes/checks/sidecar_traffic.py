@@ -7,64 +7,27 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
-_PREFIX = "vllm:spec_decode_num_"
+from hf_osd.engines.servers import Counted
+
 # What may differ between two answers to one request.
 _IDS = re.compile(r'"(id|created)":\s*("[^"]*"|\d+)')
 # Seconds without a new update or push after which learning has come to rest.
 _QUIET = 20.0
 
 
-@dataclass
-class Counters:
-    """Holds an engine's counters of speculative decoding; differences and sums are counters too."""
-
-    rounds: float = 0.0
-    drafted: float = 0.0
-    accepted: float = 0.0
-    by_position: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, client: httpx.Client, engine: str) -> Counters:
-        """Read the counters of a running engine."""
-        counted = cls()
-        names = {"drafts": "rounds", "draft_tokens": "drafted", "accepted_tokens": "accepted"}
-        for family in text_string_to_metric_families(client.get(f"{engine}/metrics").text):
-            name = family.name.removeprefix(_PREFIX)
-            for sample in family.samples:
-                if name in names and sample.name.endswith("_total"):
-                    setattr(counted, names[name], getattr(counted, names[name]) + sample.value)
-                elif name == "accepted_tokens_per_pos" and sample.name.endswith("_total"):
-                    position = sample.labels["position"]
-                    counted.by_position[position] = counted.by_position.get(position, 0.0) + sample.value
-        return counted
-
-    def __sub__(self, other: Counters) -> Counters:
-        return self._with(other, -1)
-
-    def __add__(self, other: Counters) -> Counters:
-        return self._with(other, 1)
-
-    def _with(self, other: Counters, sign: int) -> Counters:
-        places = {**other.by_position, **self.by_position}
-        by_position = {p: self.by_position.get(p, 0) + sign * other.by_position.get(p, 0) for p in places}
-        sums = (getattr(self, n) + sign * getattr(other, n) for n in ("rounds", "drafted", "accepted"))
-        return Counters(*sums, by_position)
-
-    def to_dict(self) -> dict:
-        """Return the counts, the mean acceptance length, and the share of rounds that accepted each position."""
-        rounds = self.rounds or 1.0
-        return {
-            "rounds": self.rounds,
-            "drafted": self.drafted,
-            "accepted": self.accepted,
-            "mean_acceptance_length": 1 + self.accepted / rounds,
-            "by_position": [self.by_position[p] / rounds for p in sorted(self.by_position, key=int)],
-        }
+def figures_of(counted: Counted) -> dict:
+    """Return an engine's counters, the mean acceptance length, and the share of rounds that accepted each position."""
+    rounds = counted.rounds or 1
+    return {
+        "rounds": counted.rounds,
+        "drafted": counted.drafted,
+        "accepted": counted.accepted,
+        "mean_acceptance_length": 1 + counted.accepted / rounds,
+        "by_position": [accepted / rounds for accepted in counted.by_position],
+    }
 
 
 def live(client: httpx.Client, sidecar: str, prompts: list[list[int]], body: dict, at_once: int) -> dict:

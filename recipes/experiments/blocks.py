@@ -15,19 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_osd import OnlineConfig
+from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.distill.scoring import predictions
 from hf_osd.drafting.suffix_cache import CallSuffixes, SuffixCache
 from hf_osd.feedback.feedback import Feedback
 from hf_osd.policy.lookahead import DraftPolicy
 from hf_osd.system.bounds import option, whole
-from recipes.common.command import run_command
+from recipes.common.command import check_trace, run_command
 from recipes.common.models import ModelArguments, load_draft, load_target, use_threads
 from recipes.common.options import string
 from recipes.experiments.replay import load_trace
-
-_CACHE_BYTES = 2**28
-_MAX_CACHED = 16  # tokens that the cache may propose, as in OnlineAssistant
 
 
 @dataclass
@@ -40,8 +37,7 @@ class BlocksArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.trace:
-            raise ValueError("`trace` is empty; name a folder that `python -m recipes.experiments.record` has made.")
+        check_trace(self.trace)
 
 
 class Read(NamedTuple):
@@ -115,14 +111,13 @@ def measure(args: BlocksArguments, config: OnlineConfig):
     draft = load_draft(args.draft, target)
     for folder in args.trace.split(","):
         traced = load_trace(Path(folder), config.top_k, args.held_back)
-        cache = SuffixCache(_CACHE_BYTES)
+        alone = OnlineAssistant(config=config)  # the suffix cache and its policy
+        policy, cache = alone.lookahead, alone.texts.for_tenant(None)
         for request in traced.stream[: args.requests]:
             cache.add(request.tokens.tolist())
-        policy = DraftPolicy("cost", config.num_assistant_tokens, max_cached=_MAX_CACHED, has_draft=False,
-                             draft_cost=config.draft_cost, verify_cost=config.verify_cost)  # fmt: skip
         walked = []
         for request, (tokens, confidence) in zip(traced.held_back, predictions(draft, traced.held_back), strict=True):
-            walked += walk(request, tokens.tolist(), confidence.tolist(), cache, policy, _MAX_CACHED)
+            walked += walk(request, tokens.tolist(), confidence.tolist(), cache, policy)
             cache.add(request.tokens.tolist())
         print(table(traced.name, walked, config.draft_cost, config.verify_cost), flush=True)
 
@@ -133,14 +128,13 @@ def walk(
     confidence: Sequence[float],
     cache: SuffixCache,
     policy: DraftPolicy,
-    most: int,
 ) -> list[Read]:
     """Walk one answer in the rounds that the cache alone would make, as `policy` has it; it learns from them. `tokens` and `confidence` are the draft's likeliest at each position of
     the answer. Rounds without a block have an empty one."""
     answer, suffixes = request.answer.tolist(), CallSuffixes(request.tokens[: request.prompt_length].tolist(), cache)
     at, rounds = 0, []
     while at < len(answer):
-        found = suffixes.continuation(min(most, len(answer) - at - 1)) if at < len(answer) - 1 else None
+        found = suffixes.continuation(min(policy.max_cached, len(answer) - at - 1)) if at < len(answer) - 1 else None
         match, agreement = (found.match, found.agreement) if found else (0, [])
         length = policy.plan(match, agreement).length
         block = found.tokens[:length] if found else []

@@ -7,7 +7,6 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +122,7 @@ def run(args: SidecarArguments, config: OnlineConfig):
 
     from hf_osd.engines.sidecar.app import make_app
 
-    sidecar, close = make_sidecar(args, config)
+    sidecar = make_sidecar(args, config)
     host, port = args.address
     ends = threading.Event()
     try:
@@ -140,11 +139,11 @@ def run(args: SidecarArguments, config: OnlineConfig):
             raise OSError(f"{args.listen} cannot be listened on; give another address with --listen.")
     finally:
         ends.set()
-        close()
+        sidecar.close()
 
 
-def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> tuple[Sidecar, Callable[[], None]]:
-    """Join servers, assistant, pusher and sidecar; return the sidecar, and what closes it all.
+def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> Sidecar:
+    """Join servers, assistant, pusher and sidecar; return the sidecar, which closes them all.
 
     Raises:
         OSError, ValueError: as `run`.
@@ -167,7 +166,7 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> tuple[Sidecar,
         )
     servers = [connect(url) for url in args.engines]
     assistant = OnlineAssistant(draft, config)
-    initial = Path(begins or args.draft).resolve()
+    initial = Path(args.draft).resolve()  # what the engines were started with, unless other weights were pushed since
     pusher = DraftPusher(
         servers,
         Path(args.folder).resolve(),
@@ -185,17 +184,15 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> tuple[Sidecar,
         pushes_first=begins is not None,
     )
     pusher.on_taken_back = sidecar.taken_back
-    return sidecar, sidecar.close
+    return sidecar
 
 
 def newest(folder: str | Path) -> Path | None:
     """Find the newest weights that a sidecar has written into a folder, `None` if there are none."""
-    numbered = [
-        (int(path.name.removeprefix("draft-")), path)
-        for path in Path(folder).glob("draft-*")
-        if path.name.removeprefix("draft-").isdigit() and (path / "config.json").is_file()
-    ]
-    return max(numbered)[1] if numbered else None
+    from hf_osd.engines.pusher import saved_drafts
+
+    whole = {number: path for number, path in saved_drafts(Path(folder)).items() if (path / "config.json").is_file()}
+    return whole[max(whole)] if whole else None
 
 
 def _report(sidecar: Sidecar, seconds: float, ends: threading.Event):

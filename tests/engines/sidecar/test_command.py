@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_osd import OnlineConfig
 from hf_osd.cli import main
+from hf_osd.engines.pusher import saved_drafts
 from hf_osd.engines.sidecar import command
 from hf_osd.engines.sidecar.command import SidecarArguments, make_sidecar, newest
 from hf_osd.saving.drafts import load_draft
@@ -26,7 +27,7 @@ def folders(target, draft, tmp_path, monkeypatch):
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "target")
     draft.save_pretrained(tmp_path / "draft")
-    pushers = SimpleNamespace(DraftPusher=lambda servers, folder, **_: FakePusher(folder))
+    pushers = SimpleNamespace(DraftPusher=lambda servers, folder, **_: FakePusher(folder), saved_drafts=saved_drafts)
     monkeypatch.setitem(sys.modules, "hf_osd.engines.servers", SimpleNamespace(connect=FakeServer))
     monkeypatch.setitem(sys.modules, "hf_osd.engines.pusher", pushers)
     return {
@@ -38,12 +39,12 @@ def folders(target, draft, tmp_path, monkeypatch):
 
 
 def test_it_joins_engines_assistant_and_pusher(folders):
-    sidecar, close = make_sidecar(SidecarArguments(**folders), OnlineConfig(suffix_cache=False))
+    sidecar = make_sidecar(SidecarArguments(**folders), OnlineConfig(suffix_cache=False))
     assert [server.url for server in sidecar.servers] == ["http://a:8000", "http://b:8000"]
     sidecar._offer()
     assert not sidecar.pusher.saved, "the engines serve this draft already"
     assert sidecar.pusher.on_taken_back == sidecar.taken_back
-    close()
+    sidecar.close()
     assert sidecar.pusher.closed
 
 
@@ -57,13 +58,13 @@ def test_started_again_it_goes_on_from_the_newest_weights(folders, tmp_path):
     (pushed / "draft-11").mkdir()  # half written
     (pushed / "draft-x").mkdir()
     assert newest(pushed).name == "draft-10"
-    sidecar, close = make_sidecar(SidecarArguments(**folders), OnlineConfig(suffix_cache=False))
+    sidecar = make_sidecar(SidecarArguments(**folders), OnlineConfig(suffix_cache=False))
     weights = dict(sidecar.assistant.serving.weights())
     assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], learnt.model.layers[0].mlp.up_proj.weight)
     sidecar.pusher.folder = tmp_path / "again"
     sidecar._offer()
     assert len(sidecar.pusher.saved) == 1, "engines may have been started with the draft of before"
-    close()
+    sidecar.close()
 
 
 def test_without_weights_it_begins_with_the_draft(tmp_path):

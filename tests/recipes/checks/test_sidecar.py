@@ -5,11 +5,12 @@ import sys
 import httpx
 import pytest
 
+from hf_osd.engines.servers import read_counters
 from hf_osd.engines.sidecar.app import make_app
 from recipes.checks import sidecar_traffic
 from recipes.checks.sidecar import SidecarCheckArguments
 from recipes.checks.sidecar_programs import Programs
-from recipes.checks.sidecar_traffic import Counters, answers_alike, live, seconds_a_token, settled, together
+from recipes.checks.sidecar_traffic import answers_alike, figures_of, live, seconds_a_token, settled, together
 
 from ...engines.sidecar.conftest import make_sidecar, serve  # noqa: F401
 from ...engines.sidecar.fake_engine import FakeEngine
@@ -32,12 +33,12 @@ vllm:spec_decode_num_accepted_tokens_created{engine="0"} 1.7e+09
 
 def test_the_engines_counters_are_read():
     with httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=METRICS))) as client:
-        counted = Counters.read(client, "http://engine")
-    figures = counted.to_dict()
+        counted = read_counters(client, "http://engine")
+    figures = figures_of(counted)
     assert (figures["rounds"], figures["drafted"], figures["accepted"]) == (10, 40, 15)
     assert figures["mean_acceptance_length"] == 2.5
     assert figures["by_position"] == [0.9, 0.6]
-    assert (counted - counted).to_dict()["mean_acceptance_length"] == 1
+    assert figures_of(counted.since(counted))["mean_acceptance_length"] == 1
     assert (counted + counted).rounds == 20
 
 

@@ -60,7 +60,7 @@ def test_a_walk_makes_the_answer_and_knows_the_draft_up_to_the_first_wrong_token
         cache.add(request.tokens.tolist())
     policy = DraftPolicy("cost", 5, max_cached=8, has_draft=False, draft_cost=0.1, verify_cost=0.01)
     tokens, confidence = predictions(target, requests[:1])[0]
-    rounds = walk(requests[0], tokens.tolist(), confidence.tolist(), cache, policy, 8)
+    rounds = walk(requests[0], tokens.tolist(), confidence.tolist(), cache, policy)
     answer = requests[0].answer.tolist()
     assert [token for one in rounds for token in one.truth[: one.right + 1]] == answer
     assert any(one.block for one in rounds)
