@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.feedback.target_states import TargetStates
+from hf_osd.feedback.top_tokens import top_tokens
 
 # Outcomes of a position.
 UNTESTED, ACCEPTED, REJECTED = 0, 1, 2
@@ -199,10 +200,10 @@ class SparseLogits:
             among (`Tensor` int64 `(S,)`, *optional*): the columns that may be kept; all others are tail.
         """
         kept = logits if among is None else logits.index_select(-1, among)
-        top, ids = kept.topk(min(k, kept.shape[-1]), dim=-1)  # (n, k)
+        top, ids = top_tokens(kept, min(k, kept.shape[-1]))  # (n, k)
         ids = ids if among is None else among[ids]
         # As torch.logsumexp, whose summands the tail needs too.
-        peak = logits.amax(-1, keepdim=True)  # (n, 1)
+        peak = top[:, :1] if among is None else logits.amax(-1, keepdim=True)  # (n, 1)
         peak = peak.masked_fill(peak.abs() == torch.inf, 0.0)
         parts = (logits - peak).exp_()
         total = parts.sum(-1, keepdim=True).log() + peak

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_osd.drafting.vocab_mapping import starts
 from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, SparseLogits
 from hf_osd.feedback.target_states import TargetStates
+from hf_osd.feedback.top_tokens import top_tokens
 from hf_osd.metrics.stats import CallStats
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class CallRecorder:
             likely = None
             if self._track_likely:
                 with self._on_side_stream(raw):
-                    top, ids = raw.topk(min(_LIKELY, raw.shape[-1]), dim=-1)  # (m+1, k)
+                    top, ids = top_tokens(raw, min(_LIKELY, raw.shape[-1]))  # (m+1, k)
                     likely = ids, (top - raw.logsumexp(-1, keepdim=True)).exp()
             self._rounds.append(_Round(tokens, at, overlaps, [], likely=likely))
             return
