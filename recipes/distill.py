@@ -136,7 +136,14 @@ class DistillArguments(ModelArguments):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job with these flags, those of the command line by default; returns the exit status."""
-    return run_command(DistillArguments, lambda args, config: Job(args, config).run(), argv)
+    return run_command(DistillArguments, _run, argv)
+
+
+def _run(args: DistillArguments, config: OnlineConfig) -> int:
+    job = Job(args, config)
+    status = job.run()
+    job.processes.leave()
+    return status
 
 
 class Job:

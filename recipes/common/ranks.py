@@ -138,3 +138,7 @@ class Processes:
             except RanksParted:
                 return
             assistant.flush()  # what other ranks sent in between
+
+    def leave(self):
+        """Leave the job's process group, at the end: an interpreter that ends with its threads alive aborts now and then, and the job then counts as failed."""
+        self.accelerator.end_training()

@@ -38,6 +38,8 @@ def main(folder: Path):
         "refreshed": refreshed,
     }
     torch.save(found, folder / f"found.{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends with them
 
 
 if __name__ == "__main__":
