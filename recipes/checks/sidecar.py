@@ -12,7 +12,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ class SidecarCheckArguments(ModelArguments):
     )
     compared: int = option(200, whole(0), "Answers through the sidecar that are compared with an engine's own.")
     timed: int = option(40, whole(0), "Streamed answers of which the seconds a token are compared.")
+    kill: bool = option(
+        False,
+        switch(),
+        "While requests are live, kill the learner's process, the first engine and the sidecar; the last two are started again.",
+    )
     max_new_tokens: int = option(64, whole(2), "Longest answer, in tokens.")
     gamma: int = option(4, whole(1), "Tokens drafted a round.")
     patience: int = option(
@@ -66,7 +73,7 @@ class SidecarCheckArguments(ModelArguments):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the check; returns its exit status: 1 if a request failed, an answer was another, an engine ended, a prompt was found in a log, or
-    nothing was learnt from."""
+    nothing was learnt from. With `--kill` those in flight on what is killed may fail."""
     return run_command(SidecarCheckArguments, check, argv)
 
 
@@ -90,6 +97,7 @@ def check(args: SidecarCheckArguments, config: OnlineConfig) -> int:
     record(args, figures)
     print(dumps(figures, indent=2))
     failed = sum(figures[part]["failed"] for part in ("live", "alike") if part in figures)
+    failed = max(0, failed - (2 * args.at_once if args.kill else 0))
     alike = figures.get("alike", {"different": 0})
     learnt = figures["status"]["counts"].get("taught", 0)
     wrong = (failed, alike["different"], figures["prompts_found"], figures["engines_ended"], not learnt)
@@ -187,13 +195,15 @@ def measure(
 
         def acceptance() -> dict:
             """Answer the held-back prompts by the engines themselves: that teaches nothing."""
-            before = [read_counters(client, engine) for engine in engines]
-            for i, prompt in enumerate(held):
-                client.post(
-                    f"{engines[i % len(engines)]}/v1/completions", json={**body, "prompt": prompt}
-                ).raise_for_status()
-            counted = ((read_counters(client, e) or Counted()).since(b) for e, b in zip(engines, before, strict=True))
-            return figures_of(sum(counted, Counted()))
+            counted = []
+            for i, engine in enumerate(engines):
+                before = read_counters(client, engine)
+                for prompt in held[i :: len(engines)]:
+                    answer = client.post(f"{engine}/v1/completions", json={**body, "prompt": prompt})
+                    answer.raise_for_status()
+                counted.append((read_counters(client, engine) or Counted()).since(before))
+            each = [figures_of(one)["mean_acceptance_length"] for one in counted]
+            return {**figures_of(sum(counted, Counted())), "mean_acceptance_length_by_engine": each}
 
         def timed(learns: bool) -> dict:
             """Compare the seconds a token through the sidecar with an engine's own, by turns."""
@@ -210,7 +220,10 @@ def measure(
 
         done("before", acceptance())
         began = time.perf_counter()
-        done("live", live(client, sidecar, stream, body, args.at_once))
+        events = killings(programs, engines[0], len(stream)) if args.kill else {}
+        done("live", live(client, sidecar, stream, body, args.at_once, events, args.patience))
+        for url in (*(f"{engine}/health" for engine in engines), f"{sidecar}/status"):
+            programs.wait_for(url)
         done("settled", settled(client, sidecar, args.patience))
         figures["live"]["seconds"] = time.perf_counter() - began
         done("after", acceptance())
@@ -221,6 +234,25 @@ def measure(
             done("latency", timed(learns=True))
         done("status", client.get(f"{sidecar}/status", headers={"accept": "application/json"}).json())
         figures["programs"] = programs.memory()
+
+
+def killings(programs: Programs, engine: str, requests: int) -> dict[int, Callable[[], None]]:
+    """Plan what is killed when which request is due."""
+
+    def again(name: str):
+        programs.kill(name)
+        programs.start_again(name)
+
+    def learner():
+        programs.kill_child("hf_osd.remote", "sidecar")
+
+    happens = {"the learner": learner, engine: partial(again, "vllm0"), "the sidecar": partial(again, "sidecar")}
+
+    def told(what: str, event: Callable[[], None]):
+        logger.info("Killing %s.", what)
+        event()
+
+    return {(i + 1) * requests // (len(happens) + 1): partial(told, *what) for i, what in enumerate(happens.items())}
 
 
 def prompts_found(texts: list[str], folder: Path, sidecar: str) -> int:

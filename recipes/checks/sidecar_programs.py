@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = str(Path(__file__).resolve().parents[2])
 # Defaults, for variables that are not set: see recipes/benchmarks/vllm_check.py. The dev mode opens the routes by which weights come in.
@@ -33,6 +34,7 @@ class Programs:
     def __init__(self, folder: Path, patience: float):
         self.folder, self.patience = folder, patience
         self._running: dict[str, subprocess.Popen] = {}
+        self._commands: dict[str, tuple[list[str], bool]] = {}
 
     def start(self, name: str, command: list[str], vllm: bool = False):
         """Start a program, in a session of its own.
@@ -40,14 +42,43 @@ class Programs:
         Raises:
             OSError: if it cannot be run.
         """
+        self._commands[name] = command, vllm
+        (self.folder / f"{name}.log").write_bytes(b"")
+        self.start_again(name)
+
+    def start_again(self, name: str):
+        """Start a program that has ended once more, with the same command."""
+        command, vllm = self._commands[name]
         path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
         environment = {**(ENVIRONMENT if vllm else {}), **os.environ, "PYTHONPATH": path}
         if vllm:
             environment["VLLM_SERVER_DEV_MODE"] = "1"
-        with (self.folder / f"{name}.log").open("wb") as log:
+        with (self.folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def kill(self, name: str):
+        """Kill a program and its children, as the system does where memory is short."""
+        process = self._running.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60.0)
+
+    def kill_child(self, name: str, of: str):
+        """Kill the children of program `of` that have `name` in their command.
+
+        Raises:
+            LookupError: if there is none.
+        """
+        found = False
+        for child in psutil.Process(self._running[of].pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(name in part for part in child.cmdline()):
+                    child.kill()
+                    found = True
+        if not found:
+            raise LookupError(f"{of} has no child with {name} in its command.")
 
     def wait_for(self, url: str):
         """Wait until a program answers.
@@ -68,7 +99,7 @@ class Programs:
         raise OSError(f"{url} did not answer within {self.patience} s.\n{logs}")
 
     def ended(self, prefix: str) -> int:
-        """Count the programs of a name that have ended: none is started again."""
+        """Count the programs of a name that have ended of themselves: none is started again for that."""
         return sum(process.poll() is not None for name, process in self._running.items() if name.startswith(prefix))
 
     def memory(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -30,18 +31,36 @@ def figures_of(counted: Counted) -> dict:
     }
 
 
-def live(client: httpx.Client, sidecar: str, prompts: list[list[int]], body: dict, at_once: int) -> dict:
-    """Send prompts through the sidecar, every other one streamed; count those that fail."""
+def live(
+    client: httpx.Client,
+    sidecar: str,
+    prompts: list[list[int]],
+    body: dict,
+    at_once: int,
+    events: Mapping[int, Callable[[], None]] | None = None,
+    patience: float = 0.0,
+) -> dict:
+    """Send prompts through the sidecar, every other one streamed; count those that fail.
+
+    Args:
+        events: what is to happen when the request of this number is due, while those before it are under way.
+        patience: seconds for which a request that finds nobody listening is sent again.
+    """
 
     def one(numbered: tuple[int, list[int]]) -> str | None:
         number, prompt = numbered
-        request = {**body, "prompt": prompt, "stream": bool(number % 2)}
-        try:
-            answer = client.post(f"{sidecar}/v1/completions", json=request)
-        except httpx.HTTPError as error:
-            return type(error).__name__
-        whole = answer.text.rstrip().endswith("data: [DONE]") if number % 2 else answer.status_code == 200
-        return None if answer.status_code == 200 and whole else f"status {answer.status_code}"
+        (events or {}).get(number, lambda: None)()
+        request, until = {**body, "prompt": prompt, "stream": bool(number % 2)}, time.monotonic() + patience
+        while True:
+            try:
+                answer = client.post(f"{sidecar}/v1/completions", json=request)
+            except httpx.HTTPError as error:
+                if isinstance(error, httpx.ConnectError) and time.monotonic() < until:
+                    time.sleep(0.5)
+                    continue
+                return type(error).__name__
+            whole = answer.text.rstrip().endswith("data: [DONE]") if number % 2 else answer.status_code == 200
+            return None if answer.status_code == 200 and whole else f"status {answer.status_code}"
 
     with ThreadPoolExecutor(at_once) as threads:
         failures = Counter(filter(None, threads.map(one, enumerate(prompts))))

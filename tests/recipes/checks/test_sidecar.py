@@ -3,13 +3,14 @@
 import sys
 
 import httpx
+import psutil
 import pytest
 
 from hf_osd.engines.servers import read_counters
 from hf_osd.engines.sidecar.app import make_app
 from recipes.checks import sidecar_traffic
 from recipes.checks.sidecar import SidecarCheckArguments
-from recipes.checks.sidecar_programs import Programs
+from recipes.checks.sidecar_programs import Programs, free_port
 from recipes.checks.sidecar_traffic import answers_alike, figures_of, live, seconds_a_token, settled, together
 
 from ...engines.sidecar.conftest import make_sidecar, serve  # noqa: F401
@@ -81,6 +82,52 @@ def test_live_requests_are_counted_and_timed(engine_and_sidecar, monkeypatch):
     assert settled(client, sidecar, 20.0)["rests"]
     fake.dies_after = 1
     assert live(client, sidecar, PROMPTS, BODY, 1)["failed"] == 1
+
+
+def test_what_is_to_happen_does_while_requests_are_live(engine_and_sidecar):
+    """And a request that finds nobody is sent again until somebody listens."""
+    client, _, sidecar, fake = engine_and_sidecar
+    happened, tries = [], []
+
+    def down(request):
+        tries.append(request)
+        if len(tries) == 1:
+            raise httpx.ConnectError("refused")
+        return client.send(
+            httpx.Request(request.method, request.url, content=request.content, headers=request.headers)
+        )
+
+    with httpx.Client(transport=httpx.MockTransport(down)) as flaky:
+        found = live(flaky, sidecar, PROMPTS, BODY, 1, {1: lambda: happened.append(len(tries))}, 20.0)
+        assert (found["failed"], happened, len(tries)) == (0, [2], 3)
+        tries.clear()
+        assert live(flaky, sidecar, PROMPTS, BODY, 1)["failures"] == {"ConnectError": 1}
+
+
+PARENT = """
+import http.server, subprocess, sys, threading
+child = subprocess.Popen([sys.executable, "-c", "input()", "a child"], stdin=subprocess.PIPE)
+threading.Thread(target=child.wait, daemon=True).start()
+http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind="127.0.0.1")
+"""
+
+
+def test_programs_are_killed_with_their_children_and_started_again(tmp_path):
+    port = free_port()
+    with Programs(tmp_path, 20.0) as programs:
+        programs.start("parent", [sys.executable, "-c", PARENT, str(port)])
+        programs.wait_for(f"http://127.0.0.1:{port}")
+        [child] = psutil.Process(programs._running["parent"].pid).children()
+        programs.kill_child("a child", "parent")
+        child.wait(20)  # raises if it lives
+        with pytest.raises(LookupError, match="no child with a child"):
+            programs.kill_child("a child", "parent")
+        programs.kill("parent")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}")
+        programs.start_again("parent")
+        programs.wait_for(f"http://127.0.0.1:{port}")
+        assert programs.ended("parent") == 0
 
 
 def test_a_program_that_ends_is_told_with_its_log(tmp_path):
