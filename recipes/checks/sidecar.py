@@ -22,7 +22,9 @@ import httpx
 
 from hf_osd import OnlineConfig
 from hf_osd.engines.servers import Counted, read_counters
+from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import save_draft
+from hf_osd.saving.feature_drafts import layout_of
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
 from recipes.checks.sidecar_programs import Programs, free_port
@@ -115,7 +117,7 @@ def prepare(args: SidecarCheckArguments, config: OnlineConfig, folder: Path):
             f"{name} has {len(rest)} prompts beside those held back; lower --requests from {args.requests} to that, or give another stream."
         )
     draft = load_draft(args.draft, target)
-    save_draft(draft, folder / "draft", merge=True)
+    save_draft(draft, folder / "draft", merge=True, layout="eagle3" if reads_states(draft) else "osd")
     tokenizer.save_pretrained(folder / "draft")
     dtype = str(target.dtype).removeprefix("torch.")
     where = str(embedded_target(dtype)) if args.target == EMBEDDED else args.target
@@ -129,7 +131,8 @@ def prepare(args: SidecarCheckArguments, config: OnlineConfig, folder: Path):
 def start_engine(args: SidecarCheckArguments, programs: Programs, facts: dict, draft: Path, number: int) -> str:
     """Start a vLLM server; returns its URL."""
     port = free_port()
-    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": args.gamma}
+    method = "draft_model" if layout_of(draft) is None else "eagle3"
+    speculative = {"method": method, "model": str(draft), "num_speculative_tokens": args.gamma}
     command = [
         args.vllm_python,
         "-m",

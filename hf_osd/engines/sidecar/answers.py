@@ -1,4 +1,4 @@
-"""`to_feedback` makes [`Feedback`] of what an engine sent with an answer: token ids, and the target's likeliest tokens at each of them."""
+"""`token_ids` and `to_feedback` read what an engine sent with an answer: token ids, and the target's likeliest tokens at each of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ import torch
 from hf_osd.feedback.feedback import TAIL_FLOOR, Feedback, SparseLogits
 
 _ID = "token_id:"  # how vLLM writes a token with `return_tokens_as_token_ids`
+
+
+def token_ids(values: Sequence[Mapping[str, Any]], vocab_size: int) -> tuple[list[int], list[int]] | None:
+    """Read the ids of prompt and answer; `None` if some are missing, or not below `vocab_size`. For `values` see [`to_feedback`]."""
+    prompt: list[int] | None = None
+    answer: list[int] = []
+    try:
+        for chunk in values:
+            prompt = chunk.get("prompt_token_ids", prompt)
+            answer += chunk.get("token_ids", ())
+        whole = all(type(token) is int and 0 <= token < vocab_size for token in [*prompt, *answer])
+    except (TypeError, AttributeError):  # another format, or no prompt
+        return None
+    return (prompt, answer) if whole and prompt and answer else None
 
 
 def to_feedback(
@@ -32,21 +46,16 @@ def to_feedback(
         vocab_size (`int`): ids are below it.
         dtype (`torch.dtype`): dtype of the log-probs.
     """
-    prompt: list[int] | None = None
-    answer: list[int] = []
+    ids = token_ids(values, vocab_size)
     rows: list[tuple[list[int], list[float]]] = []
     try:
         for chunk in values:
-            prompt = chunk.get("prompt_token_ids", prompt)
-            answer += chunk.get("token_ids", ())
             rows += _rows(chunk["logprobs"]) if "logprobs" in chunk else ()
     except (LookupError, TypeError, ValueError, AttributeError):  # another format
         return None
-    k = min(top_k, vocab_size)
-    if not prompt or not answer or len(rows) != len(answer):
+    if ids is None or len(rows) != len(ids[1]):
         return None
-    if not all(type(token) is int and 0 <= token < vocab_size for token in [*prompt, *answer]):
-        return None
+    (prompt, answer), k = ids, min(top_k, vocab_size)
     top_ids, top_logps, tails = [], [], []
     for token, (ids, logps) in zip(answer, rows, strict=True):
         if token not in ids or len(set(ids)) < len(ids) or not all(0 <= i < vocab_size for i in ids):

@@ -63,7 +63,7 @@ def ask(path: str, body: bytes, top_k: int, model: str | None = None) -> Asked |
     Args:
         path (`str`): where it goes, such as `/v1/completions`.
         body (`bytes`): as the client sent it.
-        top_k (`int`): log-probs to ask for at each position.
+        top_k (`int`): log-probs to ask for at each position; with 0 for token ids alone.
         model (`str`, *optional*): the model whose draft learns: requests to another, such as a LoRA adapter beside it, are not read.
     """
     if path not in (COMPLETIONS, CHAT):
@@ -76,8 +76,10 @@ def ask(path: str, body: bytes, top_k: int, model: str | None = None) -> Asked |
     if not isinstance(request, dict) or not _is_read(request, chat, model):
         return None
     own_ids = bool(request.get("return_token_ids"))
-    more: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-    more |= {"logprobs": True, "top_logprobs": top_k} if chat else {"logprobs": top_k}
+    more: dict[str, Any] = {"return_token_ids": True}
+    if top_k:
+        more |= {"return_tokens_as_token_ids": True, "logprobs": True if chat else top_k}
+        more |= {"top_logprobs": top_k} if chat else {}
     stream = bool(request.get("stream"))
     return Asked(
         # Escaped as needed: half of a surrogate pair has no UTF-8.

@@ -16,6 +16,8 @@ from hf_osd.system.bounds import Bound, check_options, number, option, whole
 from hf_osd.system.output_paths import check_apart, check_writable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_osd.engines.sidecar.sidecar import Sidecar
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class SidecarArguments:
     target: str = option(
         "",
         _text("give a folder or Hub id"),
-        "The target that they serve: of it the config and the tokenizer are read, no weights.",
+        "The target that they serve: of it the config and the tokenizer are read, and its weights only with --reread.",
     )
     draft: str = option("", _text("give a folder or Hub id"), "The draft that they serve, in transformers' own form.")
     listen: str = option("127.0.0.1:8100", _text("give host:port"), "Address to listen on.")
@@ -50,6 +52,13 @@ class SidecarArguments:
     top_log_probs: int = option(
         20, whole(1), "Log-probs a position to ask the engines for, as far as they give as many."
     )
+    reread: float = option(
+        0.0,
+        number(0),
+        "Read answers once more with a copy of the target, for at most this share of the time, such as 0.25; for drafts that learn from the target's hidden states, "
+        "or in place of log-probs. 0 asks the engines for log-probs instead.",
+    )
+    reread_device: str = option("cpu", _text("give a device, such as cuda:1"), "Where that copy lies.")
     share: float = option(1.0, number(0), "Share of the requests that teach, drawn at random.")
     report_every: float = option(60.0, number(0), "Seconds between two lines of progress; 0 prints none.")
     judge_drafts: int = option(
@@ -65,6 +74,8 @@ class SidecarArguments:
                 raise ValueError(f"`{name}` is empty; give what the engines were started with.")
         if re.fullmatch(r"\S+:\d{1,5}", self.listen) is None:
             raise ValueError(f"`listen` is {self.listen!r}; give host:port, such as 127.0.0.1:8100.")
+        if self.reread > 1:
+            raise ValueError(f"`reread` is {self.reread}; give a share of the time, from 0 to 1.")
         if not 0 < self.share <= 1:
             raise ValueError(f"`share` is {self.share}; give a share above 0 up to 1.")
         check_apart({"--folder": self.folder}, {"--target": self.target, "--draft": self.draft})
@@ -153,11 +164,13 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> Sidecar:
     from hf_osd.assistant import OnlineAssistant
     from hf_osd.engines.pusher import DraftPusher
     from hf_osd.engines.servers import connect
+    from hf_osd.engines.sidecar.rereading import AnswerReader
     from hf_osd.engines.sidecar.sidecar import Sidecar
-    from hf_osd.saving.drafts import load_draft
+    from hf_osd.saving.drafts import load_model
 
     begins = newest(args.folder)
-    draft = load_draft(args.draft if begins is None else begins, dtype="auto")
+    copy = load_model(args.target, dtype="auto").to(args.reread_device) if args.reread else None
+    draft, layout = _load_draft(args.draft if begins is None else begins, copy)
     target = AutoConfig.from_pretrained(args.target).get_text_config(decoder=True)
     width = draft.config.get_text_config(decoder=True).vocab_size
     if width != target.vocab_size:
@@ -182,9 +195,35 @@ def make_sidecar(args: SidecarArguments, config: OnlineConfig) -> Sidecar:
         seed=config.seed,
         tokenizer=AutoTokenizer.from_pretrained(args.target),
         pushes_first=begins is not None,
+        reader=None if copy is None else AnswerReader(copy, draft, assistant.osd_config, args.reread),
+        layout=layout,
     )
     pusher.on_taken_back = sidecar.taken_back
     return sidecar
+
+
+def _load_draft(name: str | Path, target: PreTrainedModel | None) -> tuple[PreTrainedModel, str]:
+    """Load what engines draft with, and tell the layout in which they read it.
+
+    Raises:
+        OSError, ValueError: as the loading of drafts; and for a feature-level draft if there is no target to read answers, or no engine reads its layout.
+    """
+    from hf_osd.saving.drafts import load_draft
+    from hf_osd.saving.feature_drafts import layout_of, load_feature_draft
+
+    layout = layout_of(name)
+    if layout is None:
+        return load_draft(name, dtype="auto"), "osd"
+    if layout == "osd":
+        raise ValueError(
+            f"The draft {name} reads the target's hidden states and is saved in a layout that no engine loads; save it with layout='eagle3', or hf-osd grow --layout eagle3."
+        )
+    if target is None:
+        raise ValueError(
+            f"The draft {name} learns from the target's hidden states, which an engine does not hand out. Add --reread 0.25, and the sidecar reads answers once more, with "
+            "its own copy of the target, for at most a quarter of the time; or give a draft that is a whole model, such as hf-osd grow --kind layers makes."
+        )
+    return load_feature_draft(name, target, keep_head=True), layout
 
 
 def newest(folder: str | Path) -> Path | None:

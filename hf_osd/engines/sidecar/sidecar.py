@@ -8,14 +8,17 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_osd.engines.sidecar.answers import to_feedback
+from hf_osd.engines.sidecar.answers import to_feedback, token_ids
 from hf_osd.engines.sidecar.asking import Asked
+from hf_osd.engines.sidecar.rereading import AnswerReader, Served
+from hf_osd.feedback.feedback import Feedback
 from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import save_draft
 
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Answers that may wait to be made feedback of. Where learning does not keep up, more are dropped: nobody's request waits for it.
 _MOST_WAITING = 256
+# Answers that are read at once, at most.
+_AT_ONCE = 16
 # Seconds between two looks at the weights, and between two readings of the engines' counters.
 _LOOK, _READ = 0.5, 10.0
 # Seconds that closing waits for the thread, which may wait for an engine's counters.
@@ -51,9 +56,11 @@ class Sidecar:
         seed (`int`, *optional*): of this draw.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): written beside the weights.
         pushes_first (`bool`): push what the assistant begins with: the engines may serve another draft.
+        reader (`AnswerReader`, *optional*): reads answers once more; engines are then asked for token ids alone.
+        layout (`str`): the form in which engines read the draft, see [`hf_osd.save_feature_draft`].
 
     Raises:
-        ValueError: if the assistant has no draft, or its draft reads the target's hidden states, which engines do not hand out.
+        ValueError: if the assistant has no draft, or its draft reads the target's hidden states, which engines do not hand out, and there is no `reader`.
     """
 
     def __init__(
@@ -67,15 +74,17 @@ class Sidecar:
         seed: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         pushes_first: bool = False,
+        reader: AnswerReader | None = None,
+        layout: str = "osd",
     ):
         if not assistant.lookahead.has_draft:
             raise ValueError(
                 "The assistant has no draft, so there is nothing to teach. Make it with the draft that the engines serve."
             )
-        if reads_states(assistant.serving.active):
+        if reads_states(assistant.serving.active) and reader is None:
             raise ValueError(
-                "The draft reads the target's hidden states, which an engine does not hand out while it speculates: from outside it learns nothing. Give a draft "
-                "that is a whole model, such as hf-osd grow --kind layers makes."
+                "The draft reads the target's hidden states, which an engine does not hand out while it speculates. Let the sidecar read answers once more with its "
+                "own copy of the target (--reread 0.25), or give a draft that is a whole model, such as hf-osd grow --kind layers makes."
             )
         if not 0 < share <= 1:
             raise ValueError(f"`share` is {share}; give a share of the requests above 0 up to 1.")
@@ -84,7 +93,9 @@ class Sidecar:
         limits = [server.max_logprobs for server in self.servers]
         self.top_k = min(top_k, assistant.osd_config.top_k, *(n for n in limits if n is not None and n >= 0))
         self.models = {server.url: server.model for server in self.servers}
-        if self.top_k < 1:
+        if reader is not None:
+            self.top_k = 0
+        elif self.top_k < 1:
             logger.warning(
                 "An engine gives no log-probs (`--max-logprobs 0`): nothing can be learnt. Start it with 20, its default."
             )
@@ -92,6 +103,7 @@ class Sidecar:
         self.counts: Counter[str] = Counter()
         self.acceptance: dict[str, Any] = {}  # of each engine, by its URL, as last read
         self._tokenizer, self._random = tokenizer, random.Random(seed)
+        self._reader, self._layout = reader, layout
         self._dtype = getattr(torch, assistant.osd_config.feedback_dtype)
         self._waiting: queue.Queue[tuple | None] = queue.Queue(_MOST_WAITING)
         self._offered = assistant.serving.version - pushes_first
@@ -103,7 +115,7 @@ class Sidecar:
 
     def share_in(self) -> bool:
         """Draw whether the next request is to teach."""
-        if self.assistant.learner is None or self.top_k < 1:
+        if self.assistant.learner is None or (self.top_k < 1 and self._reader is None):
             return False
         return self.share == 1 or self._random.random() < self.share
 
@@ -142,15 +154,23 @@ class Sidecar:
     def _run(self):
         next_read = 0.0
         while not self._ends.is_set():
-            try:
-                answer = self._waiting.get(timeout=_LOOK)
-            except queue.Empty:
-                answer = None
-            self._guarded(self._learn, answer)
+            self._guarded(self._learn, self._next_answers())
             self._guarded(self._offer)
             if time.monotonic() >= next_read:
                 self._guarded(self._read_acceptance)
                 next_read = time.monotonic() + _READ
+
+    def _next_answers(self) -> list[tuple]:
+        """Wait a moment for an answer; return it and others that wait, or none."""
+        if self._reader is not None and self._reader.rest:
+            self._ends.wait(min(self._reader.rest, _LOOK))
+            return []
+        answers = []
+        with suppress(queue.Empty):
+            answers.append(self._waiting.get(timeout=_LOOK))
+            while len(answers) < _AT_ONCE:
+                answers.append(self._waiting.get_nowait())
+        return answers
 
     def _guarded(self, step, *args):
         try:
@@ -166,21 +186,36 @@ class Sidecar:
                 "The sidecar's %s failed: %s%s. Requests go on.", step.__name__.strip("_"), type(error).__name__, where
             )
 
-    def _learn(self, answer: tuple | None):
+    def _learn(self, answers: list[tuple]):
         assistant = self.assistant
-        if answer is not None:
-            values, sampled, tenant = answer
-            feedback = to_feedback(values, sampled, self.top_k, assistant.reach.width, self._dtype)
+        for feedback, tenant in self._read(answers):
             if feedback is None or not assistant.reach.covers(feedback):
                 self.counts["unreadable"] += 1
-            else:
-                self.counts["taught"] += 1
-                self.counts["taught_tokens"] += len(feedback)
-                self.counts["feedback_bytes"] += feedback.nbytes
-                if assistant.on_feedback is not None:
-                    assistant.on_feedback(feedback, tenant)
-                assistant.learner.add(feedback)
+                continue
+            self.counts["taught"] += 1
+            self.counts["taught_tokens"] += len(feedback)
+            self.counts["feedback_bytes"] += feedback.nbytes
+            if assistant.on_feedback is not None:
+                assistant.on_feedback(feedback, tenant)
+            assistant.learner.add(feedback)
         assistant.update()
+
+    def _read(self, answers: list[tuple]) -> Iterator[tuple[Feedback | None, str | None]]:
+        """Make the feedback of answers, with their tenants; `None` of those that cannot be read."""
+        width = self.assistant.reach.width
+        if self._reader is None:
+            for values, sampled, tenant in answers:
+                yield to_feedback(values, sampled, self.top_k, width, self._dtype), tenant
+            return
+        by_tenant: dict[str | None, list[Served]] = {}
+        for values, sampled, tenant in answers:
+            if (ids := token_ids(values, width)) is None:
+                yield None, tenant
+            else:
+                by_tenant.setdefault(tenant, []).append(Served(*ids, sampled))
+        for tenant, served in by_tenant.items():
+            for feedback in self._reader.read(served):
+                yield feedback, tenant
 
     def _offer(self):
         version = self.assistant.serving.version
@@ -193,7 +228,7 @@ class Sidecar:
         serving = self.assistant.serving
         draft = serving.lease()
         try:
-            save_draft(draft, folder, merge=True)
+            save_draft(draft, folder, merge=True, layout=self._layout)
         finally:
             serving.release(draft)
         self.assistant.osd_config.save_pretrained(folder)
@@ -218,6 +253,7 @@ class Sidecar:
             "seconds": time.monotonic() - self._began,
             "counts": dict(self.counts),
             "waiting": self._waiting.qsize(),
+            "rereading_seconds": 0.0 if self._reader is None else self._reader.seconds,
             "learning": {
                 name: getattr(stats, name)
                 for name in (

@@ -58,6 +58,11 @@ class _Collector:
             yield CounterMetricFamily(f"hf_osd_{name}", f"{text}.", value=figures["learning"][name] or 0)
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"hf_osd_{name}", f"{text}.", value=figures["learning"][name])
+        yield CounterMetricFamily(
+            "hf_osd_rereading_seconds",
+            "Seconds of reading answers once more.",
+            value=figures["rereading_seconds"],
+        )
         yield GaugeMetricFamily(
             "hf_osd_waiting", "Answers that wait to be made feedback of.", value=figures["waiting"]
         )
@@ -141,7 +146,7 @@ def status_text(sidecar: Sidecar) -> str:
         f"up {figures['seconds'] / 60:.0f} min, {number('requests')} requests: {number('read')} read, {number('passed')} passed on as they came, "
         f"{number('private')} private, {number('failed')} failed",
         f"learnt from: {number('taught')} answers, {number('taught_tokens')} tokens, {number('feedback_bytes') / 2**20:.1f} MiB; {number('dropped')} dropped, "
-        f"{number('unreadable')} unreadable, {figures['waiting']} wait",
+        f"{number('unreadable')} unreadable, {figures['waiting']} wait; {figures['rereading_seconds']:.1f} s of reading them once more",
         f"learning: {learning['updates']} updates ({learning['failed_updates']} failed), candidates {learning['accepted_updates']} accepted and "
         f"{learning['rejected_updates']} dropped, {learning['learned_tokens']} tokens, {learning['learning_seconds']:.1f} s",
         f"alpha {figure_text(figures['alpha'])}, {figure_text(figures['alpha_without_learning'])} without learning; draft version {figures['draft_version']}, "

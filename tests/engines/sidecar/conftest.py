@@ -90,10 +90,10 @@ def engine_model(target):
 
 @pytest.fixture
 def make_sidecar(draft):
-    """`make_sidecar(urls, pusher=None, **config)`: a sidecar in front of engines; its assistant learns in the sidecar's thread."""
+    """`make_sidecar(urls, pusher=None, draft=…, **config)`: a sidecar in front of engines; its assistant learns in the sidecar's thread."""
     made = []
 
-    def make(urls=("http://engine",), pusher=None, options=None, **config):
+    def make(urls=("http://engine",), pusher=None, options=None, draft=draft, **config):
         assistant = OnlineAssistant(
             draft, **{"update_interval": 4, "learning_rate": 1e-3, "seed": 0, "gate": False, **config}
         )

@@ -2,15 +2,17 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from hf_osd import OnlineConfig
+from hf_osd import OnlineConfig, grow_feature_draft, save_feature_draft
 from hf_osd.cli import main
 from hf_osd.engines.pusher import saved_drafts
 from hf_osd.engines.sidecar import command
@@ -77,6 +79,23 @@ def test_another_vocabulary_is_refused(folders, tiny_llama, tmp_path):
         make_sidecar(SidecarArguments(**folders), OnlineConfig())
 
 
+def test_a_draft_that_reads_states_takes_a_copy_of_the_target(folders, target):
+    """And is pushed as it was given: in the engines' layout, with no more tokens."""
+    draft = grow_feature_draft(target, [1, 2])
+    save_feature_draft(draft, folders["draft"], "eagle3", draft_vocab=range(40))
+    with pytest.raises(ValueError, match="--reread"):
+        make_sidecar(SidecarArguments(**folders), OnlineConfig())
+    sidecar = make_sidecar(SidecarArguments(**folders, reread=0.5), OnlineConfig(suffix_cache=False))
+    sidecar._save(Path(folders["folder"]))
+    sidecar.close()
+    ours, given = (load_file(Path(folders[name]) / "model.safetensors") for name in ("folder", "draft"))
+    assert ours.keys() == given.keys()
+    assert all(torch.equal(ours[name], given[name]) for name in given)
+    save_feature_draft(draft, folders["draft"], "osd")
+    with pytest.raises(ValueError, match="layout='eagle3'"):
+        make_sidecar(SidecarArguments(**folders, reread=0.5), OnlineConfig())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -85,6 +104,7 @@ def test_another_vocabulary_is_refused(folders, tiny_llama, tmp_path):
         ({"draft": ""}, "`draft` is empty"),
         ({"listen": "8100"}, "host:port"),
         ({"share": 0.0}, "share"),
+        ({"reread": 1.5}, "reread"),
         ({"top_log_probs": 0}, "top_log_probs"),
     ],
 )

@@ -121,7 +121,7 @@ def test_tenants_and_sampling_come_with_the_feedback(target, through, make_sidec
     send("POST", path, json=body, headers={"X-OSD-Tenant": "acme"})
     send("POST", path, json={**body, "temperature": 1.0})
     for answer in waiting(sidecar):
-        sidecar._learn(answer)
+        sidecar._learn([answer])
     assert seen == [(False, "acme"), (True, None)]
     [greedy, _] = sidecar.assistant.buffer.requests()
     assert greedy.tokens[: greedy.prompt_length].tolist() == ids_of(PROMPT)
@@ -293,8 +293,8 @@ def test_no_prompt_is_in_logs_metrics_or_status(target, through, make_sidecar, t
         for path, body in (COMPLETION, IDS, CHAT):
             send("POST", path, json={**body, "stream": True})
         for answer in waiting(sidecar):
-            sidecar._guarded(sidecar._learn, answer)
-        sidecar._guarded(sidecar._learn, ("broken " + PROMPT, False, None))
+            sidecar._guarded(sidecar._learn, [answer])
+        sidecar._guarded(sidecar._learn, [("broken " + PROMPT, False, None)])
         shown = [
             send("GET", "/metrics"),
             send("GET", "/status"),
