@@ -21,7 +21,9 @@ def feature_draft(target):
 
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
+    ).eval()
 
 
 def served(answers, sampled=False):
