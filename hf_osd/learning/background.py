@@ -75,6 +75,9 @@ class BackgroundLearner:
     def rehearse(self, answer: Feedback):
         self.learner.rehearse(answer)
 
+    def replay(self, requests: list[Feedback]):
+        self.learner.replay(requests)
+
     def is_due(self) -> bool:
         return self.learner.is_due()
 

@@ -185,6 +185,12 @@ class Learner:
         self._rehearsed.add(answer)
         self.buffer.add(answer)
 
+    def replay(self, requests: list[Feedback]):
+        """Put requests into the buffer that were learnt before: they are learnt again beside new ones, and not judged by."""
+        for feedback in requests:
+            self.buffer.add(feedback)
+        self.buffer.mark_seen(requests)
+
     def note_served(self, seconds: float):
         """Note how long a call took: learning gets a share of it."""
         self.schedule.note_served(seconds)

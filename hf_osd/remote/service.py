@@ -59,10 +59,7 @@ class LearnerService:
             self.learner.add(feedback)
 
     def _replay(self, tensors: dict[str, Tensor], values: dict):
-        requests = _requests(tensors)
-        for feedback in requests:
-            self.learner.buffer.add(feedback)
-        self.learner.buffer.mark_seen(requests)
+        self.learner.replay(_requests(tensors))
 
     def _take(self, tensors: dict[str, Tensor], values: dict):
         base = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}

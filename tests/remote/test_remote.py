@@ -397,6 +397,26 @@ def test_a_real_process_learns_the_same_adapter_and_goes_on_over_another_base(ti
         assert same(begun_anew, learnt)
 
 
+def test_a_real_process_that_is_killed_is_replaced_by_one_that_learns_on(tiny_llama, make_feedback):
+    """From what the one before has learnt, and with its requests for replay, which are not learnt as new ones."""
+    settings = {"learn": "process", "update_interval": INTERVAL, "gate": False, "learning_rate": 1e-3}
+    with OnlineAssistant(tiny_llama(layers=1), **settings, warmup_steps=0) as assistant:
+        learner = assistant.learner
+        offer(learner, make_feedback(seed=1))
+        assert learner.update(wait=True)
+        learnt = weights_of(assistant.serving)
+        os.kill(learner.transport.pipe.pid, signal.SIGKILL)
+        wait_for_death(learner)
+        offer(learner, *(make_feedback(seed=3 + i) for i in range(2 * INTERVAL)))
+        tensors, state = learner.state()
+        assert same({n.removeprefix("0.weights."): w for n, w in tensors.items() if "0.weights." in n}, learnt)
+        assert learner.update(wait=True)
+        assert not same(weights_of(assistant.serving), learnt)
+        metrics = learner.metrics()
+        assert (metrics["learner_restarts"], metrics["updates"]) == (1, 2)
+        assert metrics["rejected_updates"] == 0
+
+
 PARENT = """
 import os, subprocess, sys
 from pathlib import Path
