@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from hf_osd import OnlineConfig
-from hf_osd.engines.servers import Counted, read_counters
+from hf_osd.engines.counters import Counted, read_counters
 from hf_osd.saving.drafts import save_draft
 from hf_osd.system.bounds import option, switch, whole
 from hf_osd.system.strict_json import dumps, write_json
