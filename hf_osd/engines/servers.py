@@ -18,6 +18,8 @@ from hf_osd.engines.counters import Counted, read_counters
 _SOON, _PUSH = 10.0, 600.0
 # Seconds between tries to resume an engine, which its users wait for.
 _RESUME = (0.5, 1.0, 2.0, 4.0)
+# vLLM's server resets a connection on which a route has failed, a little after its answer: another request on it would fail too, such as the one that resumes the engine.
+_ONCE = {"connection": "close"}
 # Log-probs a position to ask for, from the most to the least.
 _LOG_PROBS = (20, 10, 5, 1)
 
@@ -214,7 +216,7 @@ class VllmServer(_Server):
 
     def _post(self, route: str, timeout: float = _PUSH, **kwargs) -> httpx.Response:
         try:
-            answer = self._client.post(f"{self.url}{route}", timeout=timeout, **kwargs)
+            answer = self._client.post(f"{self.url}{route}", timeout=timeout, headers=_ONCE, **kwargs)
         except httpx.HTTPError as error:
             raise PushFailed(f"{self.url}{route} was not answered ({type(error).__name__}).") from error
         if answer.status_code >= 400:

@@ -30,12 +30,12 @@ PUSH = ["/collective_rpc", *DEV]  # would the workers take it?
 
 
 class Engine:
-    """Answers as vLLM does; `fails` maps routes to a status, or to one for each time, `down` breaks connections, `wrong` is what its workers have against a draft."""
+    """Answers as vLLM does; `fails` maps routes to a status, or to one for each time (`None`: the connection is reset), `down` breaks connections, `wrong` is what its workers have against a draft."""
 
     def __init__(self, routes=(*OWN, *DEV), kind="/version", most=20):
         self.routes, self.kind, self.most = routes, kind, most
         self.fails, self.asked, self.down, self.metrics = {}, [], False, METRICS
-        self.wrong, self.paused = [], False
+        self.wrong, self.paused, self.kept = [], False, 0
 
     def __call__(self, request):
         route = request.url.path
@@ -55,9 +55,12 @@ class Engine:
             return httpx.Response(404)
         body = json.loads(request.content or "null")
         self.asked.append((route, body, dict(request.url.params)))
+        self.kept += request.headers["connection"] != "close"
         status = self.fails.get(route, 200)
         if isinstance(status, list):
             status = status.pop(0) if status else 200
+        if status is None:
+            raise httpx.ReadError("reset by peer")
         if route == "/pause" or (route == "/resume" and status == 200):
             self.paused = route == "/pause"
         if status == 200 and (body or {}).get("method") == "check_draft":
@@ -132,6 +135,7 @@ def test_a_failed_refresh_lets_the_waiting_requests_go_on(tmp_path):
     with pytest.raises(PushFailed, match="500: what went wrong") as failed:
         engine.connected().push(tmp_path)
     assert engine.order == PUSH
+    assert not engine.kept, "vLLM's server resets the connection, after a while"
     assert not failed.value.refused
 
 
@@ -146,7 +150,7 @@ def test_a_pause_whose_answer_is_lost_does_not_last(tmp_path):
 @pytest.mark.parametrize("refresh", [200, 500])
 def test_a_resume_that_fails_is_tried_again_soon(tmp_path, waits, refresh):
     engine = Engine(DEV)
-    engine.fails = {"/collective_rpc": [200, refresh], "/resume": [500, 503, 500]}
+    engine.fails = {"/collective_rpc": [200, refresh], "/resume": [None, 503, 500]}
     server = engine.connected()
     if refresh == 200:
         server.push(tmp_path)
