@@ -40,7 +40,7 @@ class Judgement:
         """Take in what was counted since the last time."""
         if self.after is None:
             self.before += counted
-        elif not self._has_fallen:
+        else:
             self.after += counted
 
     def has_fallen(self) -> bool:

@@ -111,6 +111,11 @@ def test_one_that_fell_is_no_measure_for_the_next():
     assert judgement.has_fallen()
 
 
+def test_what_comes_after_one_that_fell_is_judged_too():
+    assert judged(1, GOOD, 2, BAD, 3, BAD)[1] == [False, True, True]
+    assert judged(1, GOOD, 2, BAD, 3, GOOD)[1] == [False, True, False]
+
+
 def test_one_that_did_not_fall_is_what_the_next_is_compared_with():
     judgement, _ = judged(1, BAD, 2, GOOD, 3)
     assert (judgement.before, judgement.proven) == (GOOD, 2)

@@ -296,7 +296,7 @@ def test_an_engine_goes_back_to_none_that_another_had_taken_back(pusher, clock):
         pushes.offer(saves(str(share)))
         pushes.step()
         engine.serve(400, 0.5 if share == 0.5 else 0.1)
-        other.serve(400, share)
+        other.serve(50 if share == 0.5 else 400, share)  # of the first too little to judge the second by
         clock.now += 10.0
         pushes.step()  # the first engine takes 0.6 back
     pushes.step()
@@ -306,6 +306,40 @@ def test_an_engine_goes_back_to_none_that_another_had_taken_back(pusher, clock):
         clock.now += 10.0
         pushes.step()
     assert engine.weights == other.weights == "0.5"
+    assert pushes.status()["http://b"]["taken_back"] == 1
+    assert pushes.status()["http://b"]["failures"] == 0
+
+
+def test_what_a_newer_draft_replaces_anyway_is_not_taken_back(pusher, clock):
+    engine, told = Engine(), []
+    pushes = pusher(engine)
+    pushes.on_taken_back = lambda: told.append(1)
+    served(pushes, clock, engine, 0.5)
+    served(pushes, clock, engine, 0.1, rounds=90)
+    pushes.offer(saves("newer"))
+    engine.fails = [PushFailed("cut")]
+    pushes.step()
+    engine.serve(400, 0.1)
+    for _ in range(2):
+        clock.now += 10.0
+        pushes.step()
+    assert (told, engine.weights) == ([], "newer")
+
+
+def test_what_an_engine_is_started_with_is_no_fall_of_what_it_had(pusher, clock):
+    engine, told = Engine(), []
+    pushes = pusher(engine)
+    pushes.on_taken_back = lambda: told.append(1)
+    served(pushes, clock, engine, 0.5)
+    pushes.offer(saves("0.5 again"))
+    pushes.step()
+    engine.start(1.0)
+    engine.serve(90, 0.0)
+    for _ in range(3):
+        clock.now += 10.0
+        pushes.step()
+        engine.serve(90, 0.5)
+    assert (told, engine.weights) == ([], "0.5 again")
 
 
 def test_chance_takes_nothing_back(pusher, clock):
