@@ -79,8 +79,9 @@ def fell(before: Counted, after: Counted) -> bool:
 
 
 def _variance_of_mean(counted: Counted) -> float:
-    """Estimate the variance of the mean over rounds that come in answers: 1 + (k - 1) ρ times that of independent ones, k being the rounds of an answer, which a round sees, and
-    ρ the share of variance between answers (Kish's design effect). Lengths of answers vary like geometric ones, so that k is twice their mean, less 1.
+    """Estimate the variance of the mean over rounds that come in answers: 1 + (k - 1) ρ times that of independent rounds, where k is the number of rounds in the answer
+    that a round is of, and ρ the share of variance between answers (Kish's design effect). A round is likelier to be of a long answer: for lengths that vary like
+    geometric ones, k is twice their mean, less 1.
     """
     a_answer = min(_ROUNDS, counted.rounds) if counted.answers is None else counted.rounds / max(counted.answers, 1)
     alike = 1 + 2 * max(a_answer - 1, 0) * _BETWEEN_ANSWERS

@@ -272,6 +272,7 @@ class DraftPusher:
                 "%s accepts less of draft %d than of draft %d, which comes back.", engine.server.url, bad, proven
             )
         shutil.rmtree(self.folder / f"draft-{bad}", ignore_errors=True)  # or a restart would begin with it
+        self._tidy()  # nor with one that was judged with it
         for one in self._engines:
             one.failures, one.next_try = 0, self._clock()
         if self.on_taken_back is not None:

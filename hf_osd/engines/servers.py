@@ -129,11 +129,7 @@ class VllmServer(_Server):
         if self._takes_paths is not False and "/start_draft_weight_update" in routes and self._update(folder):
             return
         if "/collective_rpc" not in routes:
-            raise PushFailed(
-                f"{self.url} has no way to take a draft's weights: start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls hf_osd.engines.vllm.DraftRefresh "
-                "(docs/engines.md).",
-                refused=True,
-            )
+            raise self._no_way()
         self._check(folder)
         try:
             self._pauses = True  # also where the answer to the pause is lost
@@ -169,7 +165,14 @@ class VllmServer(_Server):
         Raises:
             PushFailed: if not; the engine would refuse all others of that shape.
         """
-        answer = self._post("/collective_rpc", json={"method": "check_draft", "args": [str(folder)]})
+        try:
+            answer = self._post("/collective_rpc", json={"method": "check_draft", "args": [str(folder)]})
+        except PushFailed as error:
+            if "no attribute 'check_draft'" in str(
+                error
+            ):  # its workers are without the extension, or have one of before
+                raise self._no_way() from error
+            raise
         try:
             wrong = list(dict.fromkeys(text for worker in answer.json()["results"] for text in worker))
         except (ValueError, LookupError, TypeError) as error:
@@ -179,6 +182,13 @@ class VllmServer(_Server):
                 f"{self.url} does not serve this draft: {' '.join(wrong)} Start the engine with the draft that the sidecar learns, or the sidecar with the engine's.",
                 refused=True,
             )
+
+    def _no_way(self) -> PushFailed:
+        return PushFailed(
+            f"{self.url} has no way to take a draft's weights: start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls hf_osd.engines.vllm.DraftRefresh "
+            "(docs/engines.md).",
+            refused=True,
+        )
 
     def acceptance(self) -> Counted | None:
         """Read vLLM's own counters of speculation; `None` if it is down or does not speculate."""

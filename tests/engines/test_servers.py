@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, routes=(*OWN, *DEV), kind="/version", most=20):
         self.routes, self.kind, self.most = routes, kind, most
         self.fails, self.asked, self.down, self.metrics = {}, [], False, METRICS
-        self.wrong, self.paused, self.kept = [], False, 0
+        self.wrong, self.paused, self.kept, self.says = [], False, 0, "what went wrong"
 
     def __call__(self, request):
         route = request.url.path
@@ -65,7 +65,7 @@ class Engine:
             self.paused = route == "/pause"
         if status == 200 and (body or {}).get("method") == "check_draft":
             return httpx.Response(200, json={"results": [self.wrong, self.wrong]})  # of two workers
-        return httpx.Response(status, text="what went wrong")
+        return httpx.Response(status, text=self.says)
 
     def connected(self):
         return connect("http://engine:8000/", httpx.Client(transport=httpx.MockTransport(self)))
@@ -214,6 +214,16 @@ def test_one_without_any_way_in_is_told_how_it_must_be_started(tmp_path):
     with pytest.raises(PushFailed, match="VLLM_SERVER_DEV_MODE=1") as failed:
         Engine(()).connected().push(tmp_path)
     assert failed.value.refused
+
+
+def test_so_is_one_whose_workers_are_without_the_extension_before_it_pauses(tmp_path):
+    engine = Engine(DEV)
+    engine.fails = {"/collective_rpc": 500}
+    engine.says = "Worker failed with error ''CPUWorker' object has no attribute 'check_draft''"
+    with pytest.raises(PushFailed, match="--worker-extension-cls") as failed:
+        engine.connected().push(tmp_path)
+    assert failed.value.refused
+    assert engine.order == ["/collective_rpc"]
 
 
 def test_one_that_is_down_has_no_counters_and_takes_nothing(tmp_path):
