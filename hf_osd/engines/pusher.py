@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_osd.engines.servers import Counted, PushFailed
+from hf_osd.engines.judgement import Judgement
+from hf_osd.engines.servers import PushFailed
 
 if TYPE_CHECKING:
+    from hf_osd.engines.counters import Counted
     from hf_osd.engines.servers import EngineServer
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 2.0, 300.0
 _LOOK = 5.0
 # Seconds that closing waits for a push.
 _PATIENCE = 30.0
-# Standard deviations from which a fall of acceptance is no chance: one in 1,500 looks, one-sided.
-_SURE = 3.2
-# Times as much as for independent tokens that shares of accepted tokens vary: those of one answer are alike.
-_ALIKE = 4.0
 
 
 @dataclass
@@ -37,6 +34,7 @@ class _Engine:
     """What is known of one engine."""
 
     server: EngineServer
+    judgement: Judgement
     pushed: int | None = None  # the number of the draft in it; `None` for the one that it was started with
     failures: int = 0  # in a row
     failed: int = 0
@@ -45,20 +43,17 @@ class _Engine:
     next_try: float = 0.0
     error: str | None = None
     refuses: bool = False  # whatever is pushed
-    last: Counted | None = None  # as last read
-    start: Counted | None = None  # when the draft that serves came
-    before: Counted | None = None  # what was counted with the one before
-    judged: bool = True
-    seen: dict[str, float] = field(default_factory=dict)
+    counted: Counted | None = None  # as last read
+    answers: bool = False  # to that reading
 
 
 class DraftPusher:
-    """Pushes in a thread of its own. A failed push leaves the engine's draft as it was, and is tried again; nobody's request waits for it but in the engine's own pause.
+    """Pushes in a thread of its own, and reads the engines' counters. A failed push leaves the engine's draft as it was, and is tried again; nobody's request waits for it but in the engine's own pause.
 
     Args:
         servers (`Sequence[EngineServer]`): the engines.
         folder (`Path`): where drafts are saved, as `draft-<n>`; the engines must see it under the same path. Older ones are removed.
-        judge_drafts (`int`): rounds that an engine must have drafted with each of two drafts before they are compared; 0 never compares.
+        judge_drafts (`int`): rounds that an engine must have drafted with each of two drafts before they are compared.
         initial (`Path`, *optional*): the draft that the engines were started with, to go back to.
         clock (`Callable`): the time in seconds.
         threaded (`bool`): without a thread the caller calls `step`.
@@ -79,13 +74,12 @@ class DraftPusher:
     ):
         self.folder, self.judge_drafts, self.on_taken_back = Path(folder), judge_drafts, None
         self._clock, self._random = clock, random.Random()
-        self._engines = [_Engine(server) for server in servers]
+        self._engines = [_Engine(server, Judgement(judge_drafts)) for server in servers]
         self._offered: Callable[[Path], None] | None = None
         self._lock, self._work, self._ends = threading.Lock(), threading.Event(), threading.Event()
         self._number = max(saved_drafts(self.folder), default=0)
         self._current: int | None = None  # the draft that all engines should have
         self._initial = initial  # has the number 0
-        self._previous: int | None = None if initial is None else 0  # the one before, to go back to
         self._save_failures, self._save_next, self._save_error = 0, 0.0, None
         self._next_look = 0.0
         self._thread = threading.Thread(target=self._run, name="hf_osd pusher", daemon=True) if threaded else None
@@ -102,8 +96,12 @@ class DraftPusher:
             self._offered = save
         self._work.set()
 
+    def acceptance(self) -> dict[str, Counted | None]:
+        """Return each engine's counters, by its URL, as last read; `None` if it was down, or does not speculate."""
+        return {engine.server.url: engine.counted if engine.answers else None for engine in self._engines}
+
     def status(self) -> dict[str, dict[str, Any]]:
-        """Return by engine what was pushed, what failed, and the acceptance with the draft that serves and the one before."""
+        """Return by engine what was pushed, what failed, and the acceptance with the draft that serves and those before."""
         now = self._clock()
         return {
             engine.server.url: {
@@ -113,17 +111,22 @@ class DraftPusher:
                 "taken_back": engine.taken_back,
                 "next_try_seconds": round(max(engine.next_try - now, 0.0), 1) if engine.failures else None,
                 "error": engine.error or self._save_error,
-                **engine.seen,
+                **_lengths(engine.judgement),
             }
             for engine in self._engines
         }
 
     def close(self):
-        """Stop pushing; waits up to 30 s for a push that runs."""
+        """Stop pushing; waits up to 30 s for a push that runs. No engine is left paused."""
         self._ends.set()
         self._work.set()
         if self._thread is not None:
             self._thread.join(_PATIENCE)
+        for engine in self._engines:
+            try:
+                engine.server.resume()
+            except Exception as error:  # whatever it is, the others are resumed
+                logger.error("%s", error)
 
     def _run(self):
         while not self._ends.is_set():
@@ -182,8 +185,6 @@ class DraftPusher:
             )
             return
         self._number, self._save_failures, self._save_error = number, 0, None
-        if self._current is not None:
-            self._previous = self._current
         self._current = number
         for engine in self._engines:
             engine.failures, engine.next_try = 0, now  # other weights may be taken
@@ -191,7 +192,8 @@ class DraftPusher:
 
     def _tidy(self):
         """Remove folders that no engine serves or may go back to."""
-        kept = {self._current, self._previous, *(engine.pushed for engine in self._engines)}
+        engines = self._engines
+        kept = {self._current, *(one.pushed for one in engines), *(one.judgement.proven for one in engines)}
         for number, path in saved_drafts(self.folder).items():
             if number not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -214,14 +216,9 @@ class DraftPusher:
             if not known:
                 logger.warning("A push failed, and is tried again in %.0f s, and so on: %s", wait, error)
             return
-        counted = self._count(engine)
-        since = None if counted is None else counted.since(engine.start)
-        # Else there is too little of the one before: the one before that stays what is compared with.
-        if since is not None and (
-            engine.before is None or since.rounds >= min(self.judge_drafts, engine.before.rounds)
-        ):
-            engine.before = since
-        engine.start, engine.judged = counted, False
+        if not self._read(engine):
+            return  # it has begun anew meanwhile, and may have lost them
+        engine.judgement.replace(self._number_of(engine), self._current)
         engine.pushed, engine.failures, engine.error = self._current, 0, None
         engine.pushes += 1
         logger.info("Draft %d is in %s.", self._current, engine.server.url)
@@ -230,59 +227,52 @@ class DraftPusher:
     def _wait(self, failures: int) -> float:
         return min(_FIRST_WAIT * 2 ** min(failures - 1, 20), _LONGEST_WAIT) * self._random.uniform(0.5, 1.0)
 
+    def _number_of(self, engine: _Engine) -> int | None:
+        """Return the number of the draft in an engine; `None` if we have not got it."""
+        return 0 if engine.pushed is None and self._initial is not None else engine.pushed
+
     # Judging.
 
-    def _count(self, engine: _Engine) -> Counted | None:
-        counted = engine.server.acceptance()
-        if counted is not None:
-            engine.last = counted
-        return counted
-
-    def _look(self, engine: _Engine):
-        """Read an engine's counters: has it begun anew, and does it accept less than before?"""
-        before, counted = engine.last, self._count(engine)
+    def _read(self, engine: _Engine) -> bool:
+        """Read an engine's counters; `False` if they show that it has begun anew, with the draft that it is started with."""
+        before, counted = engine.counted, engine.server.acceptance()
+        engine.answers = counted is not None
         if counted is None:
-            return
-        # It has begun anew, with the draft that it is started with.
-        if before is not None and counted.rounds < before.rounds:
+            return True
+        engine.counted, began_anew = counted, before is not None and counted.began_after(before)
+        if began_anew:
             if engine.pushed is not None:
                 logger.warning("%s has begun anew; it gets draft %s again.", engine.server.url, self._current)
-            engine.pushed, engine.start, engine.before, engine.judged, engine.refuses = None, None, None, True, False
+            engine.judgement, engine.pushed, engine.refuses = Judgement(self.judge_drafts), None, False
             engine.failures, engine.next_try = 0, self._clock()
-            return
-        now = counted.since(engine.start)
-        lengths = {"acceptance_length": now, "acceptance_length_before": engine.before}
-        engine.seen = {
-            name: round(one.mean_length, 4) for name, one in lengths.items() if one is not None and one.rounds
-        }
-        if engine.judged or engine.before is None or not self.judge_drafts:
-            return
-        if min(now.rounds, engine.before.rounds) < self.judge_drafts:
-            return
-        engine.judged = True
-        if fell(engine.before, now) and engine.pushed == self._current:
+        engine.judgement.add(counted.since(before))
+        return not began_anew
+
+    def _look(self, engine: _Engine):
+        """Read an engine's counters, and take its draft back if it accepts less of it than before."""
+        self._read(engine)
+        if engine.judgement.has_fallen() and engine.pushed == self._current:
             self._take_back(engine)
 
     def _take_back(self, engine: _Engine):
         """Go back to the draft before, on all engines; the one taken back is removed, so that a restart does not begin with it."""
         engine.taken_back += 1
-        bad = self._current
-        if self._previous is None:
+        bad, proven = self._current, engine.judgement.proven
+        # Another engine may have had that one taken back.
+        if proven is None or not (self._initial if proven == 0 else self.folder / f"draft-{proven}").is_dir():
             self._current = None  # none is to be pushed: an engine that begins anew keeps what it is started with
             logger.warning(
-                "%s accepts less of draft %d than of what it was started with, which the sidecar has not got; the next weights are awaited.",
+                "%s accepts less of draft %d than of what it had before, which the sidecar has not got; the next weights are awaited.",
                 engine.server.url,
                 bad,
             )
         else:
-            self._current, self._previous = self._previous, None
+            self._current = proven
             logger.warning(
-                "%s accepts less of draft %d than of draft %d, which comes back.",
-                engine.server.url,
-                bad,
-                self._current,
+                "%s accepts less of draft %d than of draft %d, which comes back.", engine.server.url, bad, proven
             )
         shutil.rmtree(self.folder / f"draft-{bad}", ignore_errors=True)  # or a restart would begin with it
+        self._tidy()  # nor with one that was judged with it
         for one in self._engines:
             one.failures, one.next_try = 0, self._clock()
         if self.on_taken_back is not None:
@@ -295,11 +285,8 @@ def saved_drafts(folder: Path) -> dict[int, Path]:
     return {int(number): path for number, path in numbered if number.isdigit()}
 
 
-def fell(before: Counted, after: Counted) -> bool:
-    """Tell whether the share of drafted tokens that were accepted fell beyond chance: a two-proportion test, with the variance raised for tokens of one answer, which are alike."""
-    if not before.drafted or not after.drafted:
-        return False
-    a, b = before.accepted / before.drafted, after.accepted / after.drafted
-    pooled = (before.accepted + after.accepted) / (before.drafted + after.drafted)
-    spread = math.sqrt(_ALIKE * pooled * (1 - pooled) * (1 / before.drafted + 1 / after.drafted))
-    return spread > 0 and (a - b) / spread > _SURE
+def _lengths(judgement: Judgement) -> dict[str, float]:
+    """Compute the mean acceptance lengths of the drafts that serve and of those before, as far as there are any."""
+    now, before = (judgement.before, None) if judgement.after is None else (judgement.after, judgement.before)
+    lengths = {"acceptance_length": now, "acceptance_length_before": before}
+    return {name: round(one.mean_length, 4) for name, one in lengths.items() if one is not None and one.rounds}

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
-import operator
-from collections.abc import Callable
+import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 try:
     import httpx
-    from prometheus_client.parser import text_string_to_metric_families
 except ImportError as error:
     raise ImportError("Speaking to an engine takes the extra `sidecar`: pip install hf-osd[sidecar].") from error
 
-logger = logging.getLogger(__name__)
+from hf_osd.engines.counters import Counted, read_counters
 
 # Seconds for an answer that is at hand, and for weights, which come once running requests have ended.
 _SOON, _PUSH = 10.0, 600.0
+# Seconds between tries to resume an engine, which its users wait for.
+_RESUME = (0.5, 1.0, 2.0, 4.0)
+# vLLM's server resets a connection on which a route has failed, a little after its answer: another request on it would fail too, such as the one that resumes the engine.
+_ONCE = {"connection": "close"}
 # Log-probs a position to ask for, from the most to the least.
 _LOG_PROBS = (20, 10, 5, 1)
 
@@ -37,57 +35,6 @@ class PushFailed(Exception):
     def __init__(self, message: str, refused: bool = False):
         super().__init__(message)
         self.refused = refused
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Holds an engine's own counters since it began: rounds that drafted, their tokens, those accepted, and those by position in the round."""
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    by_position: tuple[int, ...] = ()
-
-    @property
-    def mean_length(self) -> float:
-        """Compute vLLM's mean acceptance length, the target's own token included; NaN without rounds."""
-        return 1 + self.accepted / self.rounds if self.rounds else math.nan
-
-    def since(self, earlier: Counted | None) -> Counted:
-        """Return what was counted after `earlier`; all, if the engine has begun anew since, whose counters are then lower."""
-        if earlier is None or self.rounds < earlier.rounds or self.drafted < earlier.drafted:
-            return self
-        return self._with(earlier, operator.sub)
-
-    def __add__(self, other: Counted) -> Counted:
-        return self._with(other, operator.add)
-
-    def _with(self, other: Counted, combine: Callable[[int, int], int]) -> Counted:
-        places = itertools.zip_longest(self.by_position, other.by_position, fillvalue=0)
-        sums = (combine(getattr(self, name), getattr(other, name)) for name in ("rounds", "drafted", "accepted"))
-        return Counted(*sums, tuple(combine(*pair) for pair in places))
-
-
-def read_counters(client: httpx.Client, url: str) -> Counted | None:
-    """Read a vLLM server's counters of speculation, of all its engines together; `None` if it is down or does not speculate."""
-    values: dict[tuple[str, str], float] = {}
-    try:
-        text = client.get(f"{url}/metrics").raise_for_status().text
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                key = sample.name, sample.labels.get("position", "")
-                values[key] = values.get(key, 0.0) + sample.value
-    except (httpx.HTTPError, ValueError) as error:
-        logger.debug("%s has no metrics (%s).", url, type(error).__name__)
-        return None
-    name = "vllm:spec_decode_num_{}_total".format
-    if (name("drafts"), "") not in values:
-        return None
-    at = {int(position): n for (key, position), n in values.items() if key == name("accepted_tokens_per_pos")}
-    return Counted(
-        *(int(values.get((name(what), ""), 0)) for what in ("drafts", "draft_tokens", "accepted_tokens")),
-        tuple(int(at.get(i, 0)) for i in range(max(at, default=-1) + 1)),
-    )
 
 
 class EngineServer(Protocol):
@@ -112,6 +59,9 @@ class EngineServer(Protocol):
     def is_up(self) -> bool:
         """Tell whether it answers."""
 
+    def resume(self):
+        """Let requests go on that a push has made wait; [`PushFailed`] if they wait still."""
+
 
 class _Server:
     """Has what the engines share: the same OpenAI routes."""
@@ -127,6 +77,9 @@ class _Server:
         with suppress(httpx.HTTPError):
             return self._client.get(f"{self.url}/health").status_code == 200
         return False
+
+    def resume(self):
+        """Do nothing: nothing is paused."""
 
     def _model(self) -> str | None:
         with suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
@@ -163,30 +116,79 @@ class VllmServer(_Server):
     def __init__(self, url: str, client: httpx.Client | None = None):
         super().__init__(url, client)
         self._takes_paths: bool | None = None  # `/update_weights` does; `None` as long as that is unknown
+        self._pauses = False  # by us, for all that we know
 
     def push(self, folder: Path):
         """Bring the weights of `folder`, which the engine's machine must see under the same path, into the draft.
 
         Raises:
-            PushFailed: if the engine has no such route, or refuses, or is down.
+            PushFailed: if the engine has no such route, or refuses, or is down, or `folder` has another draft than the engine's: in other sizes, say.
         """
+        self.resume()  # the push before may have ended amid a pause
         routes = self._routes()
         if self._takes_paths is not False and "/start_draft_weight_update" in routes and self._update(folder):
             return
         if "/collective_rpc" not in routes:
+            raise self._no_way()
+        self._check(folder)
+        try:
+            self._pauses = True  # also where the answer to the pause is lost
+            self._post("/pause", params={"mode": "wait"})
+            if not self._pauses:  # we are closing, and requests run again
+                raise PushFailed(f"{self.url} was resumed before it had the weights.")
+            self._post("/collective_rpc", json={"method": "refresh_draft", "args": [str(folder)]})
+        finally:
+            self.resume()
+
+    def resume(self):
+        """Let requests go on that a push has made wait. It is tried several times, for some 8 s where the engine answers at once.
+
+        Raises:
+            PushFailed: if the engine does not take it.
+        """
+        for wait in (*_RESUME, None):
+            if not self._pauses:
+                return
+            try:
+                self._post("/resume", timeout=_SOON)
+                self._pauses = False
+            except PushFailed as error:
+                if wait is None:
+                    raise PushFailed(
+                        f"{self.url} may be paused still, and its users wait: {error} The next push tries again; by hand it is POST {self.url}/resume."
+                    ) from error
+                time.sleep(wait)
+
+    def _check(self, folder: Path):
+        """Ask the engine's workers, which serve on, whether they would take the draft of `folder`: a push that fails half-way costs more than one that is not begun.
+
+        Raises:
+            PushFailed: if not; the engine would refuse all others of that shape.
+        """
+        try:
+            answer = self._post("/collective_rpc", json={"method": "check_draft", "args": [str(folder)]})
+        except PushFailed as error:
+            if "no attribute 'check_draft'" in str(
+                error
+            ):  # its workers are without the extension, or have one of before
+                raise self._no_way() from error
+            raise
+        try:
+            wrong = list(dict.fromkeys(text for worker in answer.json()["results"] for text in worker))
+        except (ValueError, LookupError, TypeError) as error:
+            raise PushFailed(f"{self.url}/collective_rpc gave no results ({type(error).__name__}).") from error
+        if wrong:
             raise PushFailed(
-                f"{self.url} has no way to take a draft's weights: start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls hf_osd.engines.vllm.DraftRefresh "
-                "(docs/engines.md).",
+                f"{self.url} does not serve this draft: {' '.join(wrong)} Start the engine with the draft that the sidecar learns, or the sidecar with the engine's.",
                 refused=True,
             )
-        try:
-            self._post("/pause", params={"mode": "wait"})
-            self._post("/collective_rpc", json={"method": "refresh_draft", "args": [str(folder)]})
-        except PushFailed:  # also where the answer to the pause was lost: requests that wait must go on
-            with suppress(PushFailed):
-                self._post("/resume")
-            raise
-        self._post("/resume")
+
+    def _no_way(self) -> PushFailed:
+        return PushFailed(
+            f"{self.url} has no way to take a draft's weights: start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls hf_osd.engines.vllm.DraftRefresh "
+            "(docs/engines.md).",
+            refused=True,
+        )
 
     def acceptance(self) -> Counted | None:
         """Read vLLM's own counters of speculation; `None` if it is down or does not speculate."""
@@ -222,9 +224,9 @@ class VllmServer(_Server):
         self._takes_paths = True
         return True
 
-    def _post(self, route: str, **kwargs):
+    def _post(self, route: str, timeout: float = _PUSH, **kwargs) -> httpx.Response:
         try:
-            answer = self._client.post(f"{self.url}{route}", timeout=_PUSH, **kwargs)
+            answer = self._client.post(f"{self.url}{route}", timeout=timeout, headers=_ONCE, **kwargs)
         except httpx.HTTPError as error:
             raise PushFailed(f"{self.url}{route} was not answered ({type(error).__name__}).") from error
         if answer.status_code >= 400:
@@ -232,6 +234,7 @@ class VllmServer(_Server):
             raise PushFailed(
                 f"{self.url}{route} answered {answer.status_code}: {told}", refused=answer.status_code in (404, 405)
             )
+        return answer
 
 
 class SglangServer(_Server):

@@ -2,7 +2,7 @@
 
     python -m recipes.benchmarks.traffic --threads 2 --seed 0
 
-All figures of docs/scale.md come from here. A few requests are served in one process, so that their feedback has drafts in it, and packed in frames as
+The figures of docs/scale.md on replicas come from here. A few requests are served in one process, so that their feedback has drafts in it, and packed in frames as
 hf_osd.remote.channel sends them. Nothing is sent: bytes are those of the frames, without what a network adds.
 """
 

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from hf_osd import OnlineConfig
-from hf_osd.engines.servers import Counted, read_counters
+from hf_osd.engines.counters import Counted, read_counters
 from hf_osd.models.properties import reads_states
 from hf_osd.saving.drafts import save_draft
 from hf_osd.saving.feature_drafts import layout_of

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from hf_osd.engines.servers import Counted
+from hf_osd.engines.counters import Counted
 
 # What may differ between two answers to one request.
 _IDS = re.compile(r'"(id|created)":\s*("[^"]*"|\d+)')

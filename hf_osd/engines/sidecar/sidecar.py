@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 _MOST_WAITING = 256
 # Answers that are read at once, at most.
 _AT_ONCE = 16
-# Seconds between two looks at the weights, and between two readings of the engines' counters.
-_LOOK, _READ = 0.5, 10.0
-# Seconds that closing waits for the thread, which may wait for an engine's counters.
+# Seconds between two looks at the weights.
+_LOOK = 0.5
+# Seconds that closing waits for the thread, which may be learning.
 _PATIENCE = 30.0
 
 
@@ -50,7 +50,7 @@ class Sidecar:
         assistant (`OnlineAssistant`): holds the draft that the engines serve, and learns it: buffer, holdout, gate and rollback are its own. Never called by a
             `generate`; with `learn="process"` learning disturbs the proxy least.
         servers (`Sequence[EngineServer]`): the engines.
-        pusher (`DraftPusher`, *optional*): brings weights into them; without it the draft learns, and they stay as they are.
+        pusher (`DraftPusher`, *optional*): brings weights into them; without it the draft learns, they stay as they are, and their counters are not read.
         top_k (`int`): log-probs a position to ask the engines for, at most; no more than all of them allow and than the assistant's `top_k`.
         share (`float`): share of the requests that teach, drawn at random.
         seed (`int`, *optional*): of this draw.
@@ -101,7 +101,6 @@ class Sidecar:
             )
         self.share = share
         self.counts: Counter[str] = Counter()
-        self.acceptance: dict[str, Any] = {}  # of each engine, by its URL, as last read
         self._tokenizer, self._random = tokenizer, random.Random(seed)
         self._reader, self._layout = reader, layout
         self._dtype = getattr(torch, assistant.osd_config.feedback_dtype)
@@ -152,13 +151,9 @@ class Sidecar:
         self.assistant.close()
 
     def _run(self):
-        next_read = 0.0
         while not self._ends.is_set():
             self._guarded(self._learn, self._next_answers())
             self._guarded(self._offer)
-            if time.monotonic() >= next_read:
-                self._guarded(self._read_acceptance)
-                next_read = time.monotonic() + _READ
 
     def _next_answers(self) -> list[tuple]:
         """Wait a moment for an answer; return it and others that wait, or none."""
@@ -235,10 +230,6 @@ class Sidecar:
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
 
-    def _read_acceptance(self):
-        for server in self.servers:
-            self.acceptance[server.url] = server.acceptance()
-
     def taken_back(self):
         """Count weights that the engines accepted fewer tokens of, and that the pusher has taken back. The learner goes on from them, and its next ones are pushed."""
         self.counts["taken_back"] += 1
@@ -274,6 +265,6 @@ class Sidecar:
             "alpha": None if estimate is None else estimate.alpha,
             "alpha_without_learning": None if estimate is None else estimate.gain.before,
             "draft_version": stats.draft_version,
-            "acceptance": dict(self.acceptance),
+            "acceptance": {} if self.pusher is None else self.pusher.acceptance(),
             "pushes": {} if self.pusher is None else self.pusher.status(),
         }

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from hf_osd import OnlineAssistant
+from hf_osd.engines.counters import Counted
 from hf_osd.engines.sidecar.app import make_app
 from hf_osd.engines.sidecar.sidecar import Sidecar
 
@@ -20,14 +21,11 @@ from .fake_engine import FakeEngine
 
 @dataclass
 class FakeServer:
-    """What a sidecar asks of an `EngineServer`."""
+    """What a sidecar knows of an `EngineServer`."""
 
     url: str
     max_logprobs: int | None = 20
     model: str | None = "tiny"
-
-    def acceptance(self):
-        return None
 
 
 @dataclass
@@ -42,6 +40,9 @@ class FakePusher:
         folder = self.folder / f"draft-{len(self.saved) + 1}"
         save(folder)
         self.saved.append(folder)
+
+    def acceptance(self):
+        return {"http://engine": Counted(10, 40, 15, (9, 6)), "http://down": None}
 
     def status(self):
         return {"http://engine": {"pushed": len(self.saved), "failures": 0, "last_error": None}}

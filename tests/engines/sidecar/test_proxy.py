@@ -4,15 +4,15 @@ import json
 import logging
 import re
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
 from hf_osd.engines.sidecar.app import make_app
+from hf_osd.engines.sidecar.status import progress_line
 
-from .conftest import requests_to
+from .conftest import FakePusher, requests_to
 from .fake_engine import FakeEngine, ids_of, text_of
 
 PROMPT = text_of([9, 8, 7, 60, 33])
@@ -30,17 +30,6 @@ OWN = [
     {"logprobs": True, "top_logprobs": 2},
     {"stream_options": {"include_usage": True}},
 ]
-
-
-@dataclass(frozen=True)
-class Counted:
-    """An engine's counters."""
-
-    rounds: int
-    drafted: int
-    accepted: int
-    by_position: tuple[int, ...]
-    mean_length: float
 
 
 def without_ids(response) -> bytes:
@@ -272,10 +261,8 @@ def test_a_client_that_leaves_ends_the_engines_work(target, serve, make_sidecar)
     assert not engine.seen
 
 
-def test_the_dashboard_shows_figures_that_there_are(target, through, make_sidecar):
-    sidecar = make_sidecar()
-    counted = Counted(rounds=10, drafted=40, accepted=15, by_position=(9, 4, 2, 0), mean_length=2.5)
-    sidecar.acceptance["http://engine"] = counted
+def test_the_dashboard_shows_figures_that_there_are(target, through, make_sidecar, tmp_path):
+    sidecar = make_sidecar(pusher=FakePusher(tmp_path))
     text = through(FakeEngine(target), sidecar)("GET", "/metrics").text
     shown = json.loads((Path(__file__).parents[3] / "docs/grafana.json").read_text(encoding="utf-8"))
     named = {
@@ -283,7 +270,18 @@ def test_the_dashboard_shows_figures_that_there_are(target, through, make_sideca
     }
     assert len(named) > 15
     assert not [name for name in named if f"\n# TYPE {name} " not in text]
-    assert 'hf_osd_engine_accepted_at_total{engine="http://engine",position="1"} 4.0' in text
+    assert 'hf_osd_engine_accepted_at_total{engine="http://engine",position="1"} 6.0' in text
+
+
+def test_the_status_has_the_counters_that_the_pusher_read(target, through, make_sidecar, tmp_path):
+    sidecar = make_sidecar(pusher=FakePusher(tmp_path))
+    send = through(FakeEngine(target), sidecar)
+    text = send("GET", "/status").text
+    assert re.search(r"http://engine: 10 rounds, mean acceptance length 2.50*, by position 0.90 0.60", text)
+    assert "http://down: no counters" in text
+    told = send("GET", "/status", headers={"accept": "application/json"}).json()["acceptance"]
+    assert (told["http://engine"]["accepted"], told["http://down"]) == (15, None)
+    assert "mean acceptance length 2.5" in progress_line(sidecar.figures())
 
 
 def test_no_prompt_is_in_logs_metrics_or_status(target, through, make_sidecar, tmp_path, caplog):

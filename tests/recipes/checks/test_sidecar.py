@@ -6,7 +6,7 @@ import httpx
 import psutil
 import pytest
 
-from hf_osd.engines.servers import read_counters
+from hf_osd.engines.counters import read_counters
 from hf_osd.engines.sidecar.app import make_app
 from recipes.checks import sidecar_traffic
 from recipes.checks.sidecar import SidecarCheckArguments
