@@ -141,8 +141,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: DistillArguments, config: OnlineConfig) -> int:
     job = Job(args, config)
-    status = job.run()
-    job.processes.leave()
+    status, processes = job.run(), job.processes
+    del job  # what has learnt together holds the process group
+    processes.leave()
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -140,5 +141,6 @@ class Processes:
             assistant.flush()  # what other ranks sent in between
 
     def leave(self):
-        """Leave the job's process group, at the end: an interpreter that ends with its threads alive aborts now and then, and the job then counts as failed."""
+        """Leave the job's process group, at the end: an interpreter that ends while gloo's threads hold tensors aborts now and then (pytorch#190489), and the job then counts as failed."""
+        gc.collect()  # trainers, which hold the group, are in reference cycles
         self.accelerator.end_training()

@@ -39,7 +39,7 @@ def main(folder: Path):
     }
     torch.save(found, folder / f"found.{rank}.pt")
     dist.barrier()
-    os._exit(0)  # gloo's threads may abort an interpreter that ends with them
+    os._exit(0)  # gloo's threads may abort an interpreter that ends with them (pytorch#190489)
 
 
 if __name__ == "__main__":
