@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from hf_osd.generation.filled_cache import refusal
 from hf_osd.generation.verification import only_looks_stateful
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.feature_target import check_target
@@ -47,8 +48,8 @@ def check_draft(draft):
         )
     if getattr(draft, "_is_stateful", False) and not only_looks_stateful(draft):
         raise ValueError(
-            f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an "
-            "attention model throughout."
+            f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an attention model throughout: "
+            "hf_osd.grow_draft(target) takes the target's layers with attention alone, hf_osd.grow_feature_draft(target) makes one for any target."
         )
 
 
@@ -65,12 +66,8 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             f"The first weights of the target ({type(target).__name__}) are offloaded, so `target.device` is meta, and transformers' assisted generation moves "
             "tokens there. Load it with its embeddings on a device (a device_map that offloads later layers alone), or leave assistant_model out."
         )
-    cache = request.model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
-            "on top of them and answer wrongly. Leave past_key_values out."
-        )
+    if (why := refusal(request)) is not None:
+        raise ValueError(why)
     embeds = request.model_kwargs.get("inputs_embeds")
     if embeds is not None and not request.encodes and embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(

@@ -4,6 +4,7 @@ round, the validation before a call, and two methods of Whisper, which change a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -176,7 +177,10 @@ def _wrap_get_candidates(original: Callable, signature: inspect.Signature) -> Ca
             tokenizers=None if None in tokenizers else tokenizers,
             running=running,
         )
-        return assistant.open_call(request)
+        candidates = assistant.open_call(request)
+        if running is not None:
+            running.candidates = candidates
+        return candidates
 
     return get_candidate_generator
 
@@ -190,37 +194,56 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
         # Imported here, to keep `import hf_osd` quick.
+        from hf_osd.generation.filled_cache import continuing, held_by, past_recording_restored
         from hf_osd.generation.rollback import Rollback, needs_rollback, rolling
-        from hf_osd.generation.verification import CannotVerify, past_recording_restored
+        from hf_osd.generation.verification import CannotVerify
 
         model_kwargs, processors = arguments["model_kwargs"], list(arguments["logits_processor"])
         cache, assistant = model_kwargs.get("past_key_values"), arguments["assistant_model"]
-        call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False))
+        call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False), held=held_by(cache))
         running_calls().append(call)
         try:
-            if cache is None and model_kwargs.get("use_cache"):
-                why = "it keeps no cache that generate could take tokens back out of"
+            if (why := _unsuited(self, cache, call, model_kwargs)) is not None:
                 assistant.warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
-            with (
-                past_recording_restored(cache),
-                default_device(self.device),  # the loop of assisted decoding makes tensors on it
-            ):
-                if not needs_rollback(self, cache):
-                    return original(self, *args, **kwargs)
-                call.target, call.rollback = self, Rollback(cache)
-                with call.rollback.installed():
-                    return original(_viewed(self, rolling(type(self), _running_rollback)), *args, **kwargs)
+            cls, rolls_back = type(self), needs_rollback(self, cache)
+            if call.held:
+                cls = continuing(cls)
+            with default_device(self.device):  # the loop of assisted decoding makes tensors on it
+                with past_recording_restored(cache), contextlib.ExitStack() as stack:
+                    if rolls_back:
+                        call.rollback, cls = Rollback(cache), rolling(cls, _running_rollback)
+                        stack.enter_context(call.rollback.installed())
+                    call.target, loop_runs_on = (None, self) if cls is type(self) else (self, _viewed(self, cls))
+                    output = original(loop_runs_on, *args, **kwargs)
+                kept = arguments["generation_config"].return_dict_in_generate or _is_users(cache)
+                if rolls_back and kept and call.rollback.carried:
+                    call.candidates.count_completed(call.rollback.complete(self, getattr(output, "sequences", output)))
+            return output
         except CannotVerify as error:
             if error.running is not call:  # raised by a call within this one
                 raise
         finally:
             running_calls().pop()
+            call.candidates = None  # whose end is that of the call
         arguments["logits_processor"][:] = processors
         named = {name: arguments[name] for name in _LOOP_PARAMETERS if name in arguments}
         return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
+
+
+def _is_users(cache) -> bool:
+    return getattr(cache, "_is_user_defined", False)
+
+
+def _unsuited(target: PreTrainedModel, cache, call: RunningCall, model_kwargs: dict) -> str | None:
+    """Returns why a call decodes plainly whatever drafts there are, if so."""
+    if cache is None and model_kwargs.get("use_cache"):
+        return "it keeps no cache that generate could take tokens back out of"
+    if call.held and "prepare_inputs_for_generation" in vars(target):
+        return "its prepare_inputs_for_generation was replaced, so that its inputs cannot be cut to what a filled cache lacks"
+    return None
 
 
 def _running_rollback() -> Rollback:

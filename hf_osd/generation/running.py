@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, StoppingCriteriaList
     from transformers.utils import ModelOutput
 
+    from hf_osd.generation.candidates import OnlineCandidateGenerator
     from hf_osd.generation.rollback import Rollback
 
 # Attribute, by thread: `calls`, see `running_calls`.
@@ -27,6 +28,8 @@ class RunningCall:
         target (`PreTrainedModel`, *optional*): the target, where the loop runs on a view of it.
         rollback ([`hf_osd.generation.rollback.Rollback`], *optional*): takes rejected tokens out of a target's recurrent states, if it has some.
         waiting (`weakref.WeakMethod`, *optional*): takes the outputs of the forward that was verified last, see `wait_for_outputs`.
+        held (`int`): tokens, padding included, that the cache held when the loop began: the first forward reads those after them.
+        candidates (`OnlineCandidateGenerator`, *optional*): what drafts, until the run is over.
     """
 
     stopping_criteria: StoppingCriteriaList
@@ -34,6 +37,8 @@ class RunningCall:
     target: PreTrainedModel | None = None
     rollback: Rollback | None = None
     waiting: weakref.WeakMethod | None = None
+    held: int = 0
+    candidates: OnlineCandidateGenerator | None = None
 
     def wait_for_outputs(self, take: Callable[[ModelOutput], object]):
         """Has the bound method `take` called once, with the outputs of the round that is ending. generate hands outputs to a candidate generator only when it

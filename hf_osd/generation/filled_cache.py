@@ -1,0 +1,109 @@
+"""A cache that outlives its call: one that a user passes, empty or with the tokens of earlier calls in it, as in a chat, or that generate returns. The target reads what such a
+cache lacks and nothing else; afterwards it holds what plain decoding would have left: all tokens of the text but the last.
+
+transformers' assisted generation feeds the whole prompt on top of a filled cache (its plain decoding does not): here its loop runs on a view of the target (`continuing`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+if TYPE_CHECKING:
+    from hf_osd.generation.request import GenerateRequest
+
+
+def layers_of(cache) -> list:
+    """Lists the layers of a cache from which rejected tokens are removed."""
+    return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
+
+
+def held_by(cache) -> int:
+    """Counts the tokens that a cache holds, padding included; 0 without a cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def refusal(request: GenerateRequest) -> str | None:
+    """Words why a call cannot go on from its filled cache, and what to do; `None` if it can, or if the cache is empty."""
+    held, length = held_by(request.model_kwargs.get("past_key_values")), request.input_ids.shape[1]
+    if not held:
+        return None
+    filled = f"`past_key_values` already holds {held} tokens"
+    if request.encodes:
+        return f"{filled}, and the target is an encoder-decoder, whose decoder generate would feed all of `decoder_input_ids` on top of them. Leave past_key_values out."
+    if request.running is None:
+        return f"{filled}, and drafts are asked for by another loop than generate's own, which may feed the prompt on top of them. Leave past_key_values out, or call target.generate."
+    mask = request.mask
+    masked = getattr(request.generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+    if masked != length:
+        return (
+            f"{filled}; `attention_mask` is of {masked} tokens and the prompt has {length} of them, but a draft reads all of the text. Pass the `input_ids` of the whole "
+            "conversation: the target is fed only those that the cache lacks."
+        )
+    if held >= length:
+        return (
+            f"{filled} and the prompt has {length}: nothing is left to feed the target. Pass the `input_ids` of the whole conversation, which end in what is new; if the prompt "
+            f"is whole, take tokens out of the cache first: past_key_values.crop({length - 1 - held}), or a new cache where it has recurrent states."
+        )
+    return None
+
+
+@functools.lru_cache(maxsize=32)
+def continuing(cls: type) -> type:
+    """Makes the class of views of a target whose first forward reads only those tokens of the prompt that the cache lacks, and drafts after them."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, next_sequence_length=None, is_first_iteration=False, **kwargs
+    ):
+        if is_first_iteration:
+            next_sequence_length = input_ids.shape[1] - held_by(kwargs["past_key_values"])
+        return cls.prepare_inputs_for_generation(
+            self,
+            input_ids,
+            *args,
+            next_sequence_length=next_sequence_length,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    attributes = {"__module__": cls.__module__, "prepare_inputs_for_generation": prepare_inputs_for_generation}
+    return type(cls.__name__, (cls,), attributes)
+
+
+@contextlib.contextmanager
+def past_recording_restored(cache) -> Iterator[None]:
+    """Restores, when a call has ended or goes on plainly, which cache layers record their past: nothing would crop what they record."""
+    layers = [layer for layer in layers_of(cache) if getattr(layer, "record_past", True) is False]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.record_past = False
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                trim_convolutions(layer)
+
+
+def trim_convolutions(layer: LinearAttentionCacheLayerMixin):
+    """Cuts the recorded past of a layer's convolution states back to their working window. Where a text is shorter it is filled up with zeros, as it is where nothing is
+    recorded: some models read no shorter ones."""
+    for i, state in layer.conv_states.items():
+        size = layer.conv_kernel_size[i]
+        if state is not None and size is not None:
+            window = state[..., -size:]
+            missing = size - window.shape[-1]
+            layer.conv_states[i] = F.pad(window, (missing, 0)) if missing else window
+
+
+def emptied(cache):
+    """Makes an empty copy of a cache, without copying the keys and values that it holds."""
+    held = [value for layer in layers_of(cache) for value in vars(layer).values() if isinstance(value, Tensor)]
+    copied = copy.deepcopy(cache, {id(value): value.new_empty(0) for value in held if value.ndim > 2})
+    copied.reset()
+    return copied
