@@ -203,10 +203,15 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False), held=held_by(cache))
         running_calls().append(call)
         try:
-            if (why := _unsuited(self, cache, call, model_kwargs)) is not None:
+            cls, rolls_back = type(self), needs_rollback(self, cache)
+            why = None
+            if cache is None and model_kwargs.get("use_cache"):
+                why = "it keeps no cache that generate could take tokens back out of"
+            elif (call.held or rolls_back) and "prepare_inputs_for_generation" in vars(self):
+                why = "its prepare_inputs_for_generation was replaced, and would not be asked for other inputs than generate's"
+            if why is not None:
                 assistant.warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
-            cls, rolls_back = type(self), needs_rollback(self, cache)
             if call.held:
                 cls = continuing(cls)
             with default_device(self.device):  # the loop of assisted decoding makes tensors on it
@@ -216,7 +221,8 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
                         stack.enter_context(call.rollback.installed())
                     call.target, loop_runs_on = (None, self) if cls is type(self) else (self, _viewed(self, cls))
                     output = original(loop_runs_on, *args, **kwargs)
-                kept = arguments["generation_config"].return_dict_in_generate or _is_users(cache)
+                users = getattr(cache, "_is_user_defined", False)
+                kept = users or arguments["generation_config"].return_dict_in_generate
                 if rolls_back and kept and call.rollback.carried:
                     call.candidates.count_completed(call.rollback.complete(self, getattr(output, "sequences", output)))
             return output
@@ -231,19 +237,6 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
-
-
-def _is_users(cache) -> bool:
-    return getattr(cache, "_is_user_defined", False)
-
-
-def _unsuited(target: PreTrainedModel, cache, call: RunningCall, model_kwargs: dict) -> str | None:
-    """Returns why a call decodes plainly whatever drafts there are, if so."""
-    if cache is None and model_kwargs.get("use_cache"):
-        return "it keeps no cache that generate could take tokens back out of"
-    if call.held and "prepare_inputs_for_generation" in vars(target):
-        return "its prepare_inputs_for_generation was replaced, so that its inputs cannot be cut to what a filled cache lacks"
-    return None
 
 
 def _running_rollback() -> Rollback:
