@@ -199,6 +199,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if self._verified is not None and self._verified.in_turn:
                 drafted = candidates[0, input_ids.shape[1] :].tolist()
                 self._verified.begin_round(drafted, None if scores is None else scores[0])
+        if self._running is not None:
+            self._running.verified = self._held if self._first_round else input_ids.shape[1] - 1
         self._proposed_at = time.perf_counter()
         self._draft_seconds = self._proposed_at - start - self._lookup_seconds - self._verification_seconds
         self._verification_seconds = 0.0

@@ -90,6 +90,21 @@ def past_recording_restored(cache) -> Iterator[None]:
                 trim_convolutions(layer)
 
 
+def take_back(cache, count: int):
+    """Leaves a cache right that a user keeps when an error, of a streamer say, has ended a call: with its first `count` tokens. Where it cannot be cropped to these (recurrent
+    states; layers of unlike lengths, after an interrupt in mid-forward) it is emptied: the next call reads all of its text anew."""
+    layers = layers_of(cache)
+    lengths = {
+        layer.get_seq_length()
+        for layer in layers
+        if getattr(layer, "is_initialized", False) and layer.keys is not None
+    }
+    if len(lengths) > 1 or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        cache.reset()
+    elif lengths and (excess := lengths.pop() - count) > 0:
+        cache.crop(-excess)
+
+
 def trim_convolutions(layer: LinearAttentionCacheLayerMixin):
     """Cuts the recorded past of a layer's convolution states back to their working window. Where a text is shorter it is filled up with zeros, as it is where nothing is
     recorded: some models read no shorter ones."""

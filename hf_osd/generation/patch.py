@@ -194,37 +194,23 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
         # Imported here, to keep `import hf_osd` quick.
-        from hf_osd.generation.filled_cache import continuing, held_by, past_recording_restored
-        from hf_osd.generation.rollback import Rollback, needs_rollback, rolling
+        from hf_osd.generation.filled_cache import held_by
         from hf_osd.generation.verification import CannotVerify
 
         model_kwargs, processors = arguments["model_kwargs"], list(arguments["logits_processor"])
-        cache, assistant = model_kwargs.get("past_key_values"), arguments["assistant_model"]
+        cache = model_kwargs.get("past_key_values")
         call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False), held=held_by(cache))
         running_calls().append(call)
         try:
-            cls, rolls_back = type(self), needs_rollback(self, cache)
-            why = None
-            if cache is None and model_kwargs.get("use_cache"):
-                why = "it keeps no cache that generate could take tokens back out of"
-            elif (call.held or rolls_back) and "prepare_inputs_for_generation" in vars(self):
-                why = "its prepare_inputs_for_generation was replaced, and would not be asked for other inputs than generate's"
-            if why is not None:
-                assistant.warn_plain_decoding(self, why)
+            kept = getattr(cache, "_is_user_defined", False) or arguments["generation_config"].return_dict_in_generate
+            if (why := _unsuited(self, cache, call, model_kwargs)) is not None:
+                arguments["assistant_model"].warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
-            if call.held:
-                cls = continuing(cls)
             with default_device(self.device):  # the loop of assisted decoding makes tensors on it
-                with past_recording_restored(cache), contextlib.ExitStack() as stack:
-                    if rolls_back:
-                        call.rollback, cls = Rollback(cache), rolling(cls, _running_rollback)
-                        stack.enter_context(call.rollback.installed())
-                    call.target, loop_runs_on = (None, self) if cls is type(self) else (self, _viewed(self, cls))
-                    output = original(loop_runs_on, *args, **kwargs)
-                users = getattr(cache, "_is_user_defined", False)
-                kept = users or arguments["generation_config"].return_dict_in_generate
-                if rolls_back and kept and call.rollback.carried:
-                    call.candidates.count_completed(call.rollback.complete(self, getattr(output, "sequences", output)))
+                output = _run_loop(lambda target: original(target, *args, **kwargs), self, cache, call)
+                if kept and call.rollback is not None and call.rollback.carried:
+                    text = getattr(output, "sequences", output)
+                    call.candidates.count_completed(call.rollback.complete(self, text))
             return output
         except CannotVerify as error:
             if error.running is not call:  # raised by a call within this one
@@ -237,6 +223,39 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
+
+
+def _unsuited(target: PreTrainedModel, cache, call: RunningCall, model_kwargs: dict) -> str | None:
+    """Returns why a call decodes plainly whatever drafts there are, if so."""
+    from hf_osd.generation.rollback import needs_rollback
+
+    if cache is None and model_kwargs.get("use_cache"):
+        return "it keeps no cache that generate could take tokens back out of"
+    if (call.held or needs_rollback(target, cache)) and "prepare_inputs_for_generation" in vars(target):
+        return (
+            "its prepare_inputs_for_generation was replaced, and would not be asked for other inputs than generate's"
+        )
+    return None
+
+
+def _run_loop(loop: Callable, target: PreTrainedModel, cache, call: RunningCall):
+    """Runs generate's own loop on `target`, or on a view of it where the cache is filled or has recurrent states."""
+    from hf_osd.generation.filled_cache import continuing, past_recording_restored, take_back
+    from hf_osd.generation.rollback import Rollback, needs_rollback, rolling
+
+    cls = continuing(type(target)) if call.held else type(target)
+    with past_recording_restored(cache), contextlib.ExitStack() as stack:
+        if needs_rollback(target, cache):
+            call.rollback, cls = Rollback(cache), rolling(cls, _running_rollback)
+            stack.enter_context(call.rollback.installed())
+        if cls is not type(target):
+            call.target, target = target, _viewed(target, cls)
+        try:
+            return loop(target)
+        except BaseException:
+            if call.verified is not None and getattr(cache, "_is_user_defined", False):
+                take_back(cache, call.verified)
+            raise
 
 
 def _running_rollback() -> Rollback:

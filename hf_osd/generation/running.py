@@ -29,6 +29,7 @@ class RunningCall:
         rollback ([`hf_osd.generation.rollback.Rollback`], *optional*): takes rejected tokens out of a target's recurrent states, if it has some.
         waiting (`weakref.WeakMethod`, *optional*): takes the outputs of the forward that was verified last, see `wait_for_outputs`.
         held (`int`): tokens, padding included, that the cache held when the loop began: the first forward reads those after them.
+        verified (`int`, *optional*): tokens that the cache held before the forward that runs, or ran last; `None` before the first.
         candidates (`OnlineCandidateGenerator`, *optional*): what drafts, until the run is over.
     """
 
@@ -38,6 +39,7 @@ class RunningCall:
     rollback: Rollback | None = None
     waiting: weakref.WeakMethod | None = None
     held: int = 0
+    verified: int | None = None
     candidates: OnlineCandidateGenerator | None = None
 
     def wait_for_outputs(self, take: Callable[[ModelOutput], object]):

@@ -12,23 +12,20 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache
+from transformers.generation.streamers import BaseStreamer
 
 import hf_osd
 from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
-from hf_osd.generation import filled_cache
-from hf_osd.generation.candidates import OnlineCandidateGenerator
 from hf_osd.generation.filled_cache import emptied
 from hf_osd.generation.patch import generate_unpatched
-from hf_osd.generation.recorder import CallRecorder
 from hf_osd.generation.request import GenerateRequest
-from hf_osd.generation.rollback import Rollback
 from recipes.checks.recurrent import model_of
 
 from .feature_drafts import check_drafted, states_of
 
 ATTENTION = ["Llama", "GPT2", "Mistral"]  # Mistral's window is shorter than a turn
-RECURRENT = ["Qwen3_5ForCausalLM", "Qwen3NextForCausalLM", "FalconH1ForCausalLM", "KimiLinearForCausalLM"]
-N = 16  # tokens of an answer
+RECURRENT = ["Qwen3_5ForCausalLM", "FalconH1ForCausalLM", "KimiLinearForCausalLM"]
+N = 14  # tokens of an answer
 _made = {}
 
 
@@ -158,13 +155,12 @@ DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("lengths", [(6, 5, 9), (1, 1, 2)], ids=str)
 @pytest.mark.parametrize("kind", DRAFTS)
 @pytest.mark.parametrize("name", ATTENTION)
-def test_a_chat_is_plain_decodings(targets, name, kind, lengths):
+def test_a_chat_is_plain_decodings(targets, name, kind):
     target = targets(name)
     assistant = assistant_of(DRAFTS[kind](target))
-    turns = check(target, assistant, turns_of(*lengths))
+    turns = check(target, assistant, turns_of(1, 5, 9))
     check_fed(assistant, turns)
     total = assistant.stats.total
     assert 0 < total.tested <= total.drafted
@@ -178,17 +174,15 @@ def test_a_chat_is_plain_decodings(targets, name, kind, lengths):
 def test_a_chat_with_a_recurrent_target_is_plain_decodings(targets, name, kind):
     """Also with turns shorter than the window of its convolutions, from the first one on."""
     target = targets(name)
-    for lengths in ((6, 5, 9), (1, 1, 2)):
-        assistant = assistant_of(DRAFTS[kind](target))
-        turns = check(target, assistant, turns_of(*lengths))
-        check_fed(assistant, turns)
-        assert assistant.stats.total.refed_tokens > 0
-        assert assistant.stats.failed_updates == 0
+    assistant = assistant_of(DRAFTS[kind](target))
+    check_fed(assistant, check(target, assistant, turns_of(1, 5, 2)))
+    assert assistant.stats.total.refed_tokens > 0
+    assert assistant.stats.failed_updates == 0
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(
-    st.lists(st.integers(1, 12), min_size=2, max_size=3),
+    st.lists(st.integers(1, 9), min_size=2, max_size=3),
     st.integers(1, 5),
     st.sampled_from([None, *range(3, 60, 7)]),
     st.integers(0, 9),
@@ -205,13 +199,17 @@ def test_what_is_carried_when_an_answer_ends_is_read_for_a_cache_that_is_kept(ta
     """An answer that ends in place of a rejected draft leaves its block's verified tokens unread."""
     target, draft, completed, turns = targets(name), grow_feature_draft(targets(name), seed=0), 0, turns_of(6, 3)
     answer = target.generate(turns[0], max_new_tokens=N, do_sample=False)[0, 6:].tolist()
-    for eos in [token for i, token in enumerate(answer) if i > 2 and token not in answer[:i]][:4]:
-        assistant = assistant_of(draft, learn="off")
-        check(target, assistant, turns, eos_token_id=eos)
-        before = assistant.stats.total.completing_forwards
+    for eos in [token for i, token in enumerate(answer) if i > 2 and token not in answer[:i]][:3]:
+        first, second = assistant_of(draft, learn="off"), assistant_of(draft, learn="off")
+        ours = chat(target, turns, assistants=[first, second], cache=cache_of(target), eos_token_id=eos)
+        compare(ours, chat(target, turns, cache=cache_of(target), eos_token_id=eos))
+        before = first.stats.total.completing_forwards
+        assert len(ours[0].fed) == first.stats.total.rounds + before
+        if before:
+            check_fed(first, ours[:1])
         # Nothing of it where no one gets the cache.
-        target.generate(turns[0], assistant_model=assistant, max_new_tokens=N, do_sample=False, eos_token_id=eos)
-        assert assistant.stats.total.completing_forwards == before
+        target.generate(turns[0], assistant_model=first, max_new_tokens=N, do_sample=False, eos_token_id=eos)
+        assert first.stats.total.completing_forwards == before
         completed += before
     assert completed > 1
 
@@ -308,7 +306,7 @@ def test_a_sampled_chats_logits_are_a_fresh_forwards(targets, noised_copy, name)
             with torch.no_grad():
                 fresh = target(turn.text[:, :-1]).logits[0, -N:]
             torch.testing.assert_close(torch.cat(turn.output.logits), fresh, atol=1e-2, rtol=1e-3)
-    assert 0 < assistant.stats.total.tested
+    assert assistant.stats.total.tested > 0
     assert assistant.stats.total.accepted < assistant.stats.total.tested
 
 
@@ -387,9 +385,13 @@ def test_a_draft_that_reads_states_drafts_from_where_the_cache_ended(targets, na
 
 
 def test_states_of_a_cut_prompt_begin_where_the_cache_ended_at_the_earliest(targets):
-    target = targets("Llama")
+    """Also where the suffix cache drafts in the first round, whose states are not those of the text."""
+    target, [one, other] = targets("Llama"), turns_of(6, 2)
     draft = grow_feature_draft(target, seed=0)
-    done, kept, _ = taught(target, draft, turns_of(6, 2, 9), cache_of(target), prompt_positions=3)
+    costs = {"lookahead": "cost", "draft_cost": 0.05, "verify_cost": 0.01}
+    done, kept, _ = taught(target, draft, [one, other, one], cache_of(target), prompt_positions=3, **costs)
+    assert len(done[2].fed) > 1
+    assert done[2].fed[0] > done[2].text.shape[1] - N - done[2].held, "a draft was read in the first round"
     for turn, feedback in zip(done, kept, strict=True):
         assert feedback.states.start == max(turn.held, feedback.prompt_length - 5)
         check_states(target, feedback)
@@ -467,6 +469,43 @@ def test_a_target_whose_inputs_another_prepares_goes_on_plainly(targets, caplog,
     assert text.tolist() == plain[1].text.tolist()
     close(contents(cache), plain[1].tensors)
     assert "prepare_inputs_for_generation was replaced" in caplog.text
+
+
+class Stops(BaseStreamer):
+    """Ends a call by an error in one of its rounds, as a user's wish to stop may."""
+
+    def __init__(self, after):
+        self.after, self.said = after, []
+
+    def put(self, value):
+        self.said += value.flatten().tolist()
+        self.after -= 1
+        if self.after < 0:
+            raise InterruptedError
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3_5ForCausalLM"])
+def test_a_chat_goes_on_from_a_call_that_an_error_ended(targets, name, after):
+    """What rejected drafts put into the cache is gone."""
+    target, cache, assistant, turns = targets(name), cache_of(targets(name)), assistant_of(), turns_of(6, 5, 9)
+    [first] = chat(target, turns[:1], assistant, cache)
+    text, asked = torch.cat([first.text, turns[1]], -1), {"max_new_tokens": N, "do_sample": False, "pad_token_id": 0}
+    given = {"past_key_values": cache, "assistant_model": assistant, "streamer": (heard := Stops(after))}
+    with pytest.raises(InterruptedError):
+        target.generate(text, attention_mask=torch.ones_like(text), **given, **asked)
+    text = torch.cat([torch.tensor([heard.said]), turns[2]], -1)
+    assert cache.get_seq_length() < text.shape[1]
+    assert (cache.get_seq_length() > 0) == (name != "Qwen3_5ForCausalLM")
+    asked["attention_mask"] = torch.ones_like(text)
+    alone, other = target.generate(text, **asked), copy.deepcopy(cache)
+    for held, one in ((cache, assistant), (other, None)):
+        output = target.generate(text, past_key_values=held, assistant_model=one, **asked)
+        assert output.tolist() == alone.tolist()
+    close(contents(cache), contents(other))
 
 
 # What is refused, before anything has run.
