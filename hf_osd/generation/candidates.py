@@ -125,6 +125,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.head_usage: HeadUsage | None = None  # with a reduced draft vocabulary
         self._reach = parts.reach
         self._running = request.running
+        if self._running is not None:
+            self._running.count_completed = self._count_completed
         # bool (L,), until the prompt's states are there, if the draft reads states
         self._not_padding: Tensor | None = None
         self._new_states = 0  # verified columns of the target's last forward whose states are still to be kept
@@ -293,7 +295,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if self._running is not None:
                 self._running.wait_for_outputs(self._keep_states)
 
-    def count_completed(self, tokens: int):
+    def _count_completed(self, tokens: int):
         """Counts verified tokens that the target has read again after the call's last round, in one forward more, for a cache that is kept."""
         self.record.stats.refed_tokens += tokens
         self.record.stats.completing_forwards += 1

@@ -10,14 +10,10 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
-if TYPE_CHECKING:
-    from hf_osd.generation.request import GenerateRequest
 
 
 def layers_of(cache) -> list:
@@ -28,31 +24,6 @@ def layers_of(cache) -> list:
 def held_by(cache) -> int:
     """Counts the tokens that a cache holds, padding included; 0 without a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def refusal(request: GenerateRequest) -> str | None:
-    """Words why a call cannot go on from its filled cache, and what to do; `None` if it can, or if the cache is empty."""
-    held, length = held_by(request.model_kwargs.get("past_key_values")), request.input_ids.shape[1]
-    if not held:
-        return None
-    filled = f"`past_key_values` already holds {held} tokens"
-    if request.encodes:
-        return f"{filled}, and the target is an encoder-decoder, whose decoder generate would feed all of `decoder_input_ids` on top of them. Leave past_key_values out."
-    if request.running is None:
-        return f"{filled}, and drafts are asked for by another loop than generate's own, which may feed the prompt on top of them. Leave past_key_values out, or call target.generate."
-    mask = request.mask
-    masked = getattr(request.generation_config, "_mask_length", length) if mask is None else mask.shape[1]
-    if masked != length:
-        return (
-            f"{filled}; `attention_mask` is of {masked} tokens and the prompt has {length} of them, but a draft reads all of the text. Pass the `input_ids` of the whole "
-            "conversation: the target is fed only those that the cache lacks."
-        )
-    if held >= length:
-        return (
-            f"{filled} and the prompt has {length}: nothing is left to feed the target. Pass the `input_ids` of the whole conversation, which end in what is new; if the prompt "
-            f"is whole, take tokens out of the cache first: past_key_values.crop({length - 1 - held}), or a new cache where it has recurrent states."
-        )
-    return None
 
 
 @functools.lru_cache(maxsize=32)

@@ -177,10 +177,7 @@ def _wrap_get_candidates(original: Callable, signature: inspect.Signature) -> Ca
             tokenizers=None if None in tokenizers else tokenizers,
             running=running,
         )
-        candidates = assistant.open_call(request)
-        if running is not None:
-            running.candidates = candidates
-        return candidates
+        return assistant.open_call(request)
 
     return get_candidate_generator
 
@@ -203,21 +200,20 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         running_calls().append(call)
         try:
             kept = getattr(cache, "_is_user_defined", False) or arguments["generation_config"].return_dict_in_generate
-            if (why := _unsuited(self, cache, call, model_kwargs)) is not None:
+            if (why := _unsuited(self, cache, call, model_kwargs, kept)) is not None:
                 arguments["assistant_model"].warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
             with default_device(self.device):  # the loop of assisted decoding makes tensors on it
                 output = _run_loop(lambda target: original(target, *args, **kwargs), self, cache, call)
                 if kept and call.rollback is not None and call.rollback.carried:
-                    text = getattr(output, "sequences", output)
-                    call.candidates.count_completed(call.rollback.complete(self, text))
+                    call.count_completed(call.rollback.complete(self, getattr(output, "sequences", output)))
             return output
         except CannotVerify as error:
             if error.running is not call:  # raised by a call within this one
                 raise
         finally:
             running_calls().pop()
-            call.candidates = None  # whose end is that of the call
+            call.count_completed = None
         arguments["logits_processor"][:] = processors
         named = {name: arguments[name] for name in _LOOP_PARAMETERS if name in arguments}
         return type(self)._sample(self, **named, **model_kwargs)
@@ -225,13 +221,16 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
     return assisted_decoding
 
 
-def _unsuited(target: PreTrainedModel, cache, call: RunningCall, model_kwargs: dict) -> str | None:
-    """Returns why a call decodes plainly whatever drafts there are, if so."""
+def _unsuited(target: PreTrainedModel, cache, call: RunningCall, model_kwargs: dict, kept: bool) -> str | None:
+    """Returns why a call decodes plainly whatever drafts there are, if so; `kept` is `True` if its cache outlives it."""
     from hf_osd.generation.rollback import needs_rollback
 
     if cache is None and model_kwargs.get("use_cache"):
         return "it keeps no cache that generate could take tokens back out of"
-    if (call.held or needs_rollback(target, cache)) and "prepare_inputs_for_generation" in vars(target):
+    rolls_back = needs_rollback(target, cache)
+    if rolls_back and kept and call.synced_gpus:
+        return "its cache is kept, has recurrent states, and may want a forward at the end, for which other processes would wait (synced_gpus)"
+    if (call.held or rolls_back) and "prepare_inputs_for_generation" in vars(target):
         return (
             "its prepare_inputs_for_generation was replaced, and would not be asked for other inputs than generate's"
         )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, StoppingCriteriaList
     from transformers.utils import ModelOutput
 
-    from hf_osd.generation.candidates import OnlineCandidateGenerator
     from hf_osd.generation.rollback import Rollback
 
 # Attribute, by thread: `calls`, see `running_calls`.
@@ -30,7 +29,8 @@ class RunningCall:
         waiting (`weakref.WeakMethod`, *optional*): takes the outputs of the forward that was verified last, see `wait_for_outputs`.
         held (`int`): tokens, padding included, that the cache held when the loop began: the first forward reads those after them.
         verified (`int`, *optional*): tokens that the cache held before the forward that runs, or ran last; `None` before the first.
-        candidates (`OnlineCandidateGenerator`, *optional*): what drafts, until the run is over.
+        count_completed (`Callable[[int], None]`, *optional*): counts tokens that are read again after the last round, see [`hf_osd.generation.rollback.Rollback.complete`]. It
+            keeps what drafts alive, whose end is the call's, and is dropped when the run is over.
     """
 
     stopping_criteria: StoppingCriteriaList
@@ -40,7 +40,7 @@ class RunningCall:
     waiting: weakref.WeakMethod | None = None
     held: int = 0
     verified: int | None = None
-    candidates: OnlineCandidateGenerator | None = None
+    count_completed: Callable[[int], None] | None = None
 
     def wait_for_outputs(self, take: Callable[[ModelOutput], object]):
         """Has the bound method `take` called once, with the outputs of the round that is ending. generate hands outputs to a candidate generator only when it
