@@ -3,6 +3,7 @@
 Before a block is verified, states are copied. If the block is accepted as a whole, nothing else happens. If it is not, all layers go back to where they were before the
 block, and its verified tokens are *carried*: the next forward, a verification that is made anyway, begins with them. So the target makes no forward more than for other
 targets, and some of its forwards are longer. Carried tokens are absorbed by the next block that is accepted as a whole, one without drafts at the latest.
+Where a call ends before that, by an EOS in place of a rejected draft, and its cache is kept, they are read in one forward more (`complete`), which `completing_forwards` counts.
 
 `generate` knows nothing of it. Its loop runs on a view of the target (`rolling`), whose forward reads the carried tokens first and returns outputs without them, and
 with a cache whose `crop` is this one.

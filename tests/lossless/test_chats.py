@@ -17,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 import hf_osd
 from hf_osd import OnlineAssistant, grow_draft, grow_feature_draft
 from hf_osd.generation.filled_cache import emptied
-from hf_osd.generation.patch import generate_unpatched
+from hf_osd.generation.patch import _unsuited, generate_unpatched
 from hf_osd.generation.request import GenerateRequest
+from hf_osd.generation.running import RunningCall
 from recipes.checks.recurrent import model_of
 
 from .feature_drafts import check_drafted, states_of
@@ -506,6 +507,14 @@ def test_a_chat_goes_on_from_a_call_that_an_error_ended(targets, name, after):
         output = target.generate(text, past_key_values=held, assistant_model=one, **asked)
         assert output.tolist() == alone.tolist()
     close(contents(cache), contents(other))
+
+
+def test_no_process_waits_for_a_forward_that_completes_a_cache(targets):
+    recurrent = "FalconH1ForCausalLM"
+    for name, kept, plainly in ((recurrent, True, True), (recurrent, False, False), ("Llama", True, False)):
+        call = RunningCall([], synced_gpus=True)
+        why = _unsuited(targets(name), cache_of(targets(name)), call, {"use_cache": True}, kept)
+        assert ("synced_gpus" in (why or "")) == plainly
 
 
 # What is refused, before anything has run.
