@@ -118,6 +118,7 @@ class Call:
             source=source,
             prompt_states=self._prompt_states,
             prompt_positions=config.prompt_positions,
+            held=request.held_tokens,
         )
 
         # 5. Make the generator, which generate asks for drafts from now on.

@@ -125,13 +125,16 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         self.head_usage: HeadUsage | None = None  # with a reduced draft vocabulary
         self._reach = parts.reach
         self._running = request.running
+        if self._running is not None:
+            self._running.count_completed = self._count_completed
         # bool (L,), until the prompt's states are there, if the draft reads states
         self._not_padding: Tensor | None = None
         self._new_states = 0  # verified columns of the target's last forward whose states are still to be kept
         if drafts:
             encoded = self.assistant_kwargs.get("encoder_outputs")
             if isinstance(assistant_model, FeatureDraft):
-                context = FeatureContext(assistant_model, prompt)
+                # What the cache holds has no states: the draft reads the text from there on.
+                context = FeatureContext(assistant_model, prompt[request.held_tokens :])
                 self._ask_for_states(request, assistant_model)
             else:
                 context = DraftContext(assistant_model, prompt, encoded, model_kwargs.get("attention_mask"))
@@ -148,7 +151,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             )
             self.head_usage = self._proposer.head_usage if parts.head is not None else None
         self._block, self._plan, self._continuation = Block(), Plan(), None
-        self._first_round = True  # the target's next forward reads the prompt too
+        self._first_round = True  # the target's next forward reads the prompt too,
+        self._held = request.held  # but for the positions that its cache holds
         self._verification = verification  # None once it has answered
         self._draft_seconds = self._lookup_seconds = self._proposed_at = self._verification_seconds = 0.0
 
@@ -162,7 +166,7 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             torch.ones(length, dtype=torch.bool, device="cpu")
             if mask is None or not mask.any()  # a prompt of padding alone is read as it is
             else mask[0].bool().cpu()
-        )
+        )[request.held :]
 
     def get_candidates(
         self, input_ids: Tensor, model_outputs: ModelOutput | None = None, **kwargs
@@ -197,6 +201,8 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
             if self._verified is not None and self._verified.in_turn:
                 drafted = candidates[0, input_ids.shape[1] :].tolist()
                 self._verified.begin_round(drafted, None if scores is None else scores[0])
+        if self._running is not None:
+            self._running.verified = self._held if self._first_round else input_ids.shape[1] - 1
         self._proposed_at = time.perf_counter()
         self._draft_seconds = self._proposed_at - start - self._lookup_seconds - self._verification_seconds
         self._verification_seconds = 0.0
@@ -285,9 +291,14 @@ class OnlineCandidateGenerator(AssistedCandidateGenerator):
         stats.lookup_seconds += self._lookup_seconds
         stats.capture_seconds += time.perf_counter() - start
         if self.requires_model_outputs:
-            self._new_states = m + 1 if self._not_padding is None else input_ids.shape[1] - 1
+            self._new_states = m + 1 if self._not_padding is None else input_ids.shape[1] - 1 - self._held
             if self._running is not None:
                 self._running.wait_for_outputs(self._keep_states)
+
+    def _count_completed(self, tokens: int):
+        """Counts verified tokens that the target has read again after the call's last round, in one forward more, for a cache that is kept."""
+        self.record.stats.refed_tokens += tokens
+        self.record.stats.completing_forwards += 1
 
     @torch.autocast("cpu", enabled=False)
     def _keep_states(self, outputs: ModelOutput):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from hf_osd.generation.filled_cache import held_by
 from hf_osd.generation.verification import only_looks_stateful
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.feature_target import check_target
@@ -47,8 +48,8 @@ def check_draft(draft):
         )
     if getattr(draft, "_is_stateful", False) and not only_looks_stateful(draft):
         raise ValueError(
-            f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an "
-            "attention model throughout."
+            f"`draft` is a {type(draft).__name__}, whose state cannot be taken back to before a rejected token. Choose a draft that is an attention model throughout: "
+            "hf_osd.grow_draft(target) takes the target's layers with attention alone, hf_osd.grow_feature_draft(target) makes one for any target."
         )
 
 
@@ -65,12 +66,8 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             f"The first weights of the target ({type(target).__name__}) are offloaded, so `target.device` is meta, and transformers' assisted generation moves "
             "tokens there. Load it with its embeddings on a device (a device_map that offloads later layers alone), or leave assistant_model out."
         )
-    cache = request.model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"`past_key_values` already holds {cache.get_seq_length()} tokens; transformers' assisted generation would feed the prompt "
-            "on top of them and answer wrongly. Leave past_key_values out."
-        )
+    if (why := _filled_cache_refusal(request)) is not None:
+        raise ValueError(why)
     embeds = request.model_kwargs.get("inputs_embeds")
     if embeds is not None and not request.encodes and embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(
@@ -104,6 +101,31 @@ def check_call(request: GenerateRequest, draft: PreTrainedModel):
             raise ValueError(
                 "`encoder_outputs` came without the encoder's inputs, which the draft's own encoder has to read. Pass `input_ids` in its place."
             )
+
+
+def _filled_cache_refusal(request: GenerateRequest) -> str | None:
+    """Words why a call cannot go on from its filled cache, and what to do; `None` if it can, or if the cache is empty."""
+    held, length = held_by(request.model_kwargs.get("past_key_values")), request.input_ids.shape[1]
+    if not held:
+        return None
+    filled = f"`past_key_values` already holds {held} tokens"
+    if request.encodes:
+        return f"{filled}, and the target is an encoder-decoder, whose decoder generate would feed all of `decoder_input_ids` on top of them. Leave past_key_values out."
+    if request.running is None:
+        return f"{filled}, and drafts are asked for by another loop than generate's own, which may feed the prompt on top of them. Leave past_key_values out, or call target.generate."
+    mask = request.mask
+    masked = getattr(request.generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+    if masked != length:
+        return (
+            f"{filled}; `attention_mask` is of {masked} tokens and the prompt has {length} of them, but a draft reads all of the text. Pass the `input_ids` of the whole "
+            "conversation: the target is fed only those that the cache lacks."
+        )
+    if held >= length:
+        return (
+            f"{filled} and the prompt has {length}: nothing is left to feed the target. Pass the `input_ids` of the whole conversation, which end in what is new; if the prompt "
+            f"is whole, take tokens out of the cache first: past_key_values.crop({length - 1 - held}), or a new cache where it has recurrent states."
+        )
+    return None
 
 
 def doubt_of_target(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:

@@ -4,6 +4,7 @@ round, the validation before a call, and two methods of Whisper, which change a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -190,37 +191,70 @@ def _wrap_decoding(original: Callable, signature: inspect.Signature) -> Callable
         if not hasattr(arguments.get("assistant_model"), "open_call"):
             return original(self, *args, **kwargs)
         # Imported here, to keep `import hf_osd` quick.
-        from hf_osd.generation.rollback import Rollback, needs_rollback, rolling
-        from hf_osd.generation.verification import CannotVerify, past_recording_restored
+        from hf_osd.generation.filled_cache import held_by
+        from hf_osd.generation.verification import CannotVerify
 
         model_kwargs, processors = arguments["model_kwargs"], list(arguments["logits_processor"])
-        cache, assistant = model_kwargs.get("past_key_values"), arguments["assistant_model"]
-        call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False))
+        cache = model_kwargs.get("past_key_values")
+        call = RunningCall(arguments["stopping_criteria"], arguments.get("synced_gpus", False), held=held_by(cache))
         running_calls().append(call)
         try:
-            if cache is None and model_kwargs.get("use_cache"):
-                why = "it keeps no cache that generate could take tokens back out of"
-                assistant.warn_plain_decoding(self, why)
+            kept = getattr(cache, "_is_user_defined", False) or arguments["generation_config"].return_dict_in_generate
+            if (why := _unsuited(self, cache, call, model_kwargs, kept)) is not None:
+                arguments["assistant_model"].warn_plain_decoding(self, why)
                 raise CannotVerify(why, call)
-            with (
-                past_recording_restored(cache),
-                default_device(self.device),  # the loop of assisted decoding makes tensors on it
-            ):
-                if not needs_rollback(self, cache):
-                    return original(self, *args, **kwargs)
-                call.target, call.rollback = self, Rollback(cache)
-                with call.rollback.installed():
-                    return original(_viewed(self, rolling(type(self), _running_rollback)), *args, **kwargs)
+            with default_device(self.device):  # the loop of assisted decoding makes tensors on it
+                output = _run_loop(lambda target: original(target, *args, **kwargs), self, cache, call)
+                if kept and call.rollback is not None and call.rollback.carried:
+                    call.count_completed(call.rollback.complete(self, getattr(output, "sequences", output)))
+            return output
         except CannotVerify as error:
             if error.running is not call:  # raised by a call within this one
                 raise
         finally:
             running_calls().pop()
+            call.count_completed = None
         arguments["logits_processor"][:] = processors
         named = {name: arguments[name] for name in _LOOP_PARAMETERS if name in arguments}
         return type(self)._sample(self, **named, **model_kwargs)
 
     return assisted_decoding
+
+
+def _unsuited(target: PreTrainedModel, cache, call: RunningCall, model_kwargs: dict, kept: bool) -> str | None:
+    """Returns why a call decodes plainly whatever drafts there are, if so; `kept` is `True` if its cache outlives it."""
+    from hf_osd.generation.rollback import needs_rollback
+
+    if cache is None and model_kwargs.get("use_cache"):
+        return "it keeps no cache that generate could take tokens back out of"
+    rolls_back = needs_rollback(target, cache)
+    if rolls_back and kept and call.synced_gpus:
+        return "its cache is kept, has recurrent states, and may want a forward at the end, for which other processes would wait (synced_gpus)"
+    if (call.held or rolls_back) and "prepare_inputs_for_generation" in vars(target):
+        return (
+            "its prepare_inputs_for_generation was replaced, and would not be asked for other inputs than generate's"
+        )
+    return None
+
+
+def _run_loop(loop: Callable, target: PreTrainedModel, cache, call: RunningCall):
+    """Runs generate's own loop on `target`, or on a view of it where the cache is filled or has recurrent states."""
+    from hf_osd.generation.filled_cache import continuing, past_recording_restored, take_back
+    from hf_osd.generation.rollback import Rollback, needs_rollback, rolling
+
+    cls = continuing(type(target)) if call.held else type(target)
+    with past_recording_restored(cache), contextlib.ExitStack() as stack:
+        if needs_rollback(target, cache):
+            call.rollback, cls = Rollback(cache), rolling(cls, _running_rollback)
+            stack.enter_context(call.rollback.installed())
+        if cls is not type(target):
+            call.target, target = target, _viewed(target, cls)
+        try:
+            return loop(target)
+        except BaseException:
+            if call.verified is not None and getattr(cache, "_is_user_defined", False):
+                take_back(cache, call.verified)
+            raise
 
 
 def _running_rollback() -> Rollback:

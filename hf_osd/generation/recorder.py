@@ -59,6 +59,7 @@ class CallRecorder:
         source (`Tensor` int64 `(S,)`, *optional*): tokens that the draft's encoder reads, if it has one.
         prompt_states (`PromptStates`, *optional*): the target's hidden states at the prompt, if the prompt teaches.
         prompt_positions (`int`): how many of the prompt's last tokens keep the states that a feature-level draft reads.
+        held (`int`): how many of the prompt's first tokens the target does not read, for its cache holds them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CallRecorder:
         source: Tensor | None = None,
         prompt_states: PromptStates | None = None,
         prompt_positions: int = 0,
+        held: int = 0,
     ):
         self.stats = CallStats(requests=1)
         self.sampled, self.processed, self.prompt_states = sampled, processed, prompt_states
@@ -83,8 +85,8 @@ class CallRecorder:
         self._source = None if source is None else source.to("cpu", torch.int32)
         self._rounds: list[_Round] = []
         self._collected: SparseLogits | None = None  # the rows of all rounds
-        self._states: list[Tensor] = []  # the target's at the text's first tokens, (S', F) each
-        self._state_layers, self._prompt_positions = 0, prompt_positions
+        self._states: list[Tensor] = []  # the target's at the tokens that it reads, (S', F) each
+        self._state_layers, self._prompt_positions, self._held = 0, prompt_positions, held
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -156,7 +158,7 @@ class CallRecorder:
         self._rounds.append(_Round(tokens, at, overlaps, positions, rows, draft_logps, drafted_logp))
 
     def add_states(self, states: Tensor, layers: int):
-        """Keeps the target's hidden states `(S', F)`, of so many layers, at the text's next tokens."""
+        """Keeps the target's hidden states `(S', F)`, of so many layers, at the next tokens that it has read."""
         if self._capture:
             self._states.append(states)
             self._state_layers = layers
@@ -242,11 +244,11 @@ class CallRecorder:
         """Packs the target's states at the prompt's last tokens and at the answer's, but for its last token, which the target has not read."""
         if not self._states:
             return None
-        start = max(len(self.prompt) - self._prompt_positions - 2, 0)  # the state at j-2 predicts token j
+        start = max(len(self.prompt) - self._prompt_positions - 2, self._held)  # the state at j-2 predicts token j
         began = time.perf_counter()
         try:
             states, self._states = torch.cat(self._states), []
-            return TargetStates.from_states(states[start:], self._state_layers, start)
+            return TargetStates.from_states(states[start - self._held :], self._state_layers, start)
         except ValueError as error:  # not finite
             _warn_of_states(str(error))
             return None

@@ -56,6 +56,16 @@ class GenerateRequest:
         return self.model_kwargs.get("mm_encoder_outputs") is None and not any(o.is_floating_point() for o in others)
 
     @property
+    def held(self) -> int:
+        """Counts the positions of `input_ids`, the first ones, that the cache held when the call began, padding included: the target reads those after them."""
+        return 0 if self.running is None else self.running.held
+
+    @property
+    def held_tokens(self) -> int:
+        """Counts the same without padding."""
+        return self.held if self.mask is None or not self.mask.any() else int(self.mask[0, : self.held].sum())
+
+    @property
     def stopping_criteria(self) -> Sequence[StoppingCriteria]:
         """Returns the call's stopping criteria; none if another loop than generate's own asks, for then they are unknown."""
         return () if self.running is None else self.running.stopping_criteria

@@ -3,6 +3,7 @@
 Before a block is verified, states are copied. If the block is accepted as a whole, nothing else happens. If it is not, all layers go back to where they were before the
 block, and its verified tokens are *carried*: the next forward, a verification that is made anyway, begins with them. So the target makes no forward more than for other
 targets, and some of its forwards are longer. Carried tokens are absorbed by the next block that is accepted as a whole, one without drafts at the latest.
+Where a call ends before that, by an EOS in place of a rejected draft, and its cache is kept, they are read in one forward more (`complete`), which `completing_forwards` counts.
 
 `generate` knows nothing of it. Its loop runs on a view of the target (`rolling`), whose forward reads the carried tokens first and returns outputs without them, and
 with a cache whose `crop` is this one.
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from hf_osd.generation.filled_cache import trim_convolutions
 from hf_osd.models.properties import empty_cache, is_compiled
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Rollback:
     """Rolls back one cache over one run of `_assisted_decoding`.
 
     Args:
-        cache (`Cache`): the cache that the run fills; empty.
+        cache (`Cache`): the cache that the run fills, empty or as an earlier run has left it.
 
     Attributes:
         carried (`int`): verified tokens that the next forward reads again before the block.
@@ -50,6 +52,7 @@ class Rollback:
 
     def __init__(self, cache: Cache):
         self._cache, self.carried, self._block = cache, 0, 0
+        self.inputs: dict = {}  # of the last forward, as generate had them
         self._states: dict[int, _Copy] = {}  # of each recurrent layer, as before the first of the carried tokens
 
     @property
@@ -100,7 +103,22 @@ class Rollback:
             if back:
                 self._states[i].restore(layer)
             else:
-                _trim(layer)
+                trim_convolutions(layer)
+
+    def complete(self, target: PreTrainedModel, text: Tensor) -> int:
+        """Has `target` read the tokens that are still carried when the run is over and its cache is kept: the one forward more. Returns their number.
+
+        Args:
+            text (`Tensor` int64 `(1, S)`): prompt and answer.
+        """
+        carried, self.carried = self.carried, 0
+        by_position = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+        inputs = dict(self.inputs)
+        for name in by_position:
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name][..., : text.shape[1] - 1]  # the last forward may have read drafts beyond
+        target(**target.prepare_inputs_for_generation(text[:, :-1], next_sequence_length=carried, **inputs))
+        return carried
 
     def without_carried(self, outputs: ModelOutput) -> ModelOutput:
         """Takes the positions of carried tokens out of a forward's outputs by position; logits are cut by generate itself."""
@@ -141,13 +159,6 @@ def _crop_attention(layer: LinearAttentionCacheLayerMixin, count: int):
     beside = [kind for kind in mro if "crop" in vars(kind) and not issubclass(kind, LinearAttentionCacheLayerMixin)]
     if beside and getattr(layer, "is_initialized", False):
         beside[0].crop(layer, -count)
-
-
-def _trim(layer: LinearAttentionCacheLayerMixin):
-    """Cuts the recorded past of the convolution states back to their working window."""
-    for i, state in layer.conv_states.items():
-        if state is not None and layer.conv_kernel_size[i] is not None:
-            layer.conv_states[i] = state[..., -layer.conv_kernel_size[i] :]
 
 
 def _after(values: Tensor | None, count: int, dim: int) -> Tensor | None:
@@ -206,7 +217,8 @@ def rolling(cls: type, rollback: Callable[[], Rollback]) -> type:
     """Makes the class of views of a target on which generate's loop runs; `rollback` finds the run's."""
 
     def prepare_inputs_for_generation(self, *args, next_sequence_length=None, **kwargs):
-        length = rollback().length(next_sequence_length)
+        run = rollback()
+        length, run.inputs = run.length(next_sequence_length), {**kwargs, "is_first_iteration": False}
         return cls.prepare_inputs_for_generation(self, *args, next_sequence_length=length, **kwargs)
 
     def call(self, *args, **kwargs):

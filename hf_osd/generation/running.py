@@ -27,6 +27,10 @@ class RunningCall:
         target (`PreTrainedModel`, *optional*): the target, where the loop runs on a view of it.
         rollback ([`hf_osd.generation.rollback.Rollback`], *optional*): takes rejected tokens out of a target's recurrent states, if it has some.
         waiting (`weakref.WeakMethod`, *optional*): takes the outputs of the forward that was verified last, see `wait_for_outputs`.
+        held (`int`): tokens, padding included, that the cache held when the loop began: the first forward reads those after them.
+        verified (`int`, *optional*): tokens that the cache held before the forward that runs, or ran last; `None` before the first.
+        count_completed (`Callable[[int], None]`, *optional*): counts tokens that are read again after the last round, see [`hf_osd.generation.rollback.Rollback.complete`]. It
+            keeps what drafts alive, whose end is the call's, and is dropped when the run is over.
     """
 
     stopping_criteria: StoppingCriteriaList
@@ -34,6 +38,9 @@ class RunningCall:
     target: PreTrainedModel | None = None
     rollback: Rollback | None = None
     waiting: weakref.WeakMethod | None = None
+    held: int = 0
+    verified: int | None = None
+    count_completed: Callable[[int], None] | None = None
 
     def wait_for_outputs(self, take: Callable[[ModelOutput], object]):
         """Has the bound method `take` called once, with the outputs of the round that is ending. generate hands outputs to a candidate generator only when it

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from hf_osd.generation.filled_cache import layers_of
 from hf_osd.models.properties import special_ids
 from hf_osd.system.random_state import isolated_random_state
 
@@ -260,11 +261,6 @@ def _modules_restored(target: PreTrainedModel) -> Iterator[None]:
         for value, saved_value in copies:
             if not torch.equal(value, saved_value):
                 value.copy_(saved_value)
-
-
-def layers_of(cache) -> list:
-    """Lists the layers of a cache from which rejected tokens are removed."""
-    return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
 
 
 def _seq_length(cache) -> int:

@@ -6,19 +6,19 @@ target, configuration and kind of cache ([`hf_osd.generation.trial`]). A target 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.cache_utils import BaseQuantizedLayer, LinearAttentionCacheLayerMixin
 
+from hf_osd.generation.filled_cache import emptied, layers_of
 from hf_osd.generation.rollback import inconsistency, known_fault
-from hf_osd.generation.trial import Trial, layers_of
+from hf_osd.generation.trial import Trial
 from hf_osd.models.properties import empty_cache, is_compiled
 from hf_osd.system.forks import released
 
@@ -68,7 +68,7 @@ class Verification:
         )
         self._rolls_back = running is not None and running.rollback is not None
         self._trusts = self._rolls_back and not runs_trials  # the user wants no trials
-        self._cache_copy = None  # of the caller's own cache, made while that is empty
+        self._cache_copy = None  # of the caller's own cache, empty
 
     def check_first_round(self, record: CallRecorder):
         """Checks before the first round what can be known without a block. A target with doubtful state is tried at once.
@@ -83,7 +83,7 @@ class Verification:
             why = known_fault(self._target)
         if why is None and self._runs_trials and getattr(self._cache, "_is_user_defined", False):
             try:
-                self._cache_copy = copy.deepcopy(self._cache)
+                self._cache_copy = emptied(self._cache)
             except Exception:  # a user's cache may raise anything
                 self._runs_trials = False
         if why is None and _is_doubtful(self._target, self._cache):
@@ -139,18 +139,6 @@ def only_looks_stateful(target: PreTrainedModel) -> bool:
     """Returns `True` if a model whose class transformers takes for stateful has attention layers only in this configuration."""
     cache = empty_cache(target)
     return cache is not None and bool(cache.layers) and cache.is_croppable
-
-
-@contextlib.contextmanager
-def past_recording_restored(cache) -> Iterator[None]:
-    """Restores, if the call goes on plainly, which cache layers record their past: nothing would crop what they record."""
-    layers = [layer for layer in layers_of(cache) if getattr(layer, "record_past", True) is False]
-    try:
-        yield
-    except CannotVerify:
-        for layer in layers:
-            layer.record_past = False
-        raise
 
 
 def _obstacle(target: PreTrainedModel, cache) -> str | None:

@@ -22,7 +22,8 @@ class CallStats:
     `"cache"`; `verified_lengths[n]` counts rounds that verified n tokens. `overlap_sum / overlap_count` is `alpha`.
 
     `head_*` count calls with a reduced draft vocabulary: `head_tokens` verified tokens; of these, `head_lacked` missing from it; of these, `head_missed` that
-    the full head would have predicted. `refed_tokens` were verified and then read again by a target with recurrent states, at the beginning of its next verification. `plain_requests` got no drafts, since the target cannot verify a block; `verification_forwards` are the
+    the full head would have predicted. `refed_tokens` were verified and then read again by a target with recurrent states, at the beginning of its next verification,
+    or, where a cache outlives the call, after the last one, in a forward more (`completing_forwards`). `plain_requests` got no drafts, since the target cannot verify a block; `verification_forwards` are the
     target's forwards that found out whether it can, not counted in rounds.
     """
 
@@ -42,6 +43,7 @@ class CallStats:
     verified_lengths: Counter = field(default_factory=Counter)
     draft_steps: int = 0
     refed_tokens: int = 0
+    completing_forwards: int = 0
     head_tokens: int = 0
     head_lacked: int = 0
     head_missed: int = 0

@@ -38,9 +38,11 @@ def fitted(target, prompts: Sequence[Tensor], n: int = 24, steps: int = 60, laye
 
 
 @torch.no_grad()
-def drafts_after(target, draft, text: Tensor, n: int) -> list[int]:
-    """The n tokens that the draft should propose after a text `(1, M)`: true states up to its last token but one, its own from there."""
+def drafts_after(target, draft, text: Tensor, n: int, first: int = 0) -> list[int]:
+    """The n tokens that the draft should propose after a text `(1, M)`: true states up to its last token but one, its own from there. It reads the text from token
+    `first` on, and the target all of it."""
     states, cache = states_of(target, text, draft.config.aux_layers), DynamicCache(config=draft.config)
+    text, states = text[:, first:], states[:, first:]
     out = draft(text[:, 1:], features=states[:, :-1].to(draft.dtype), past_key_values=cache, use_cache=True)
     tokens = []
     while True:
@@ -51,14 +53,15 @@ def drafts_after(target, draft, text: Tensor, n: int) -> list[int]:
         out = draft(token, features=out.states[:, -1:], past_key_values=cache, use_cache=True)
 
 
-def check_drafted(target, draft, feedback, gamma: int):
-    """Each round drafted what it should, and what became of it is what is recorded. The first token comes without a draft, for nothing is known of the target yet."""
+def check_drafted(target, draft, feedback, gamma: int, first: int = 0):
+    """Each round drafted what it should, and what became of it is what is recorded. The first token comes without a draft, for nothing is known of the target yet. The draft
+    reads the text from token `first` on."""
     text, start = feedback.tokens[None].long(), feedback.prompt_length
     at, end, accepted_once = 1, len(feedback), 0
     assert feedback.outcome[0] == UNTESTED
     while at < end:
         room = min(gamma, end - at - 1)  # the last token that there is room for is the target's
-        drafted = drafts_after(target, draft, text[:, : start + at], room) if room else []
+        drafted = drafts_after(target, draft, text[:, : start + at], room, first) if room else []
         answer = feedback.answer[at:].tolist()
         matches = next((i for i, (a, b) in enumerate(zip(drafted, answer, strict=False)) if a != b), len(drafted))
         tested = min(matches + 1, len(drafted))

@@ -344,7 +344,7 @@ def test_no_guidance_and_no_ensemble_are_served(target, draft):
 def prefilled(target):
     cache = DynamicCache(config=target.config)
     with torch.no_grad():
-        target(PROMPTS[0][:, :3], past_key_values=cache)
+        target(PROMPTS[0], past_key_values=cache)
     return cache
 
 
@@ -353,7 +353,7 @@ REFUSED = {
     "batch": (r"batch", lambda t: {"inputs": PROMPTS[:2, 0]}),
     "use_cache": (r"use_cache", lambda t: {"use_cache": False}),
     "static cache": (r"[Ss]tatic", lambda t: {"cache_implementation": "static"}),
-    "prefilled cache": (r"past_key_values", lambda t: {"past_key_values": prefilled(t)}),
+    "full cache": (r"past_key_values", lambda t: {"past_key_values": prefilled(t)}),
     "embeds alone": (r"input_ids", lambda t: {"inputs": None, "inputs_embeds": torch.zeros(1, LENGTH, 32)}),
     "ensemble": (r"assistant_ensemble_weight", lambda t: {"assistant_ensemble_weight": 0.5}),
     "guidance": (r"guidance_scale", lambda t: {"guidance_scale": 1.5}),
