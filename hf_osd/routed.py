@@ -90,6 +90,8 @@ class RoutedAssistant(SavableRoutes):
         pool_bytes (`int`, *optional*): memory for what routes add to the draft as it came, by estimate ([`hf_osd.models.pool.route_bytes`]); no bound if left out.
         pool_folder (*optional*): where to put away routes that do not fit: learnt weights and the learner's state, and no text. Without one they are dropped, and begin anew when asked for again.
         tenants_are_routes (`bool`): serve a tenant's calls on a route of that name.
+        static_draft (`PreTrainedModel`, *optional*): as for `OnlineAssistant`; one copy serves beside all routes. Each route finds out for itself which of the two is faster, for its
+            draft and its prompts are its own, and its static calls teach its own draft.
         **overrides: single fields of the config.
 
     Raises:
@@ -106,6 +108,7 @@ class RoutedAssistant(SavableRoutes):
         pool_bytes: int | None = None,
         pool_folder: str | None = None,
         tenants_are_routes: bool = False,
+        static_draft: PreTrainedModel | None = None,
         **overrides,
     ):
         if draft is None:
@@ -127,7 +130,7 @@ class RoutedAssistant(SavableRoutes):
             )
         self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
         self._lock = released(threading.RLock())
-        shared = SharedParts.of(draft, config)
+        shared = SharedParts.of(draft, config).with_static(static_draft, config)
         self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={})
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
         self.pool = DraftPool(
@@ -136,7 +139,7 @@ class RoutedAssistant(SavableRoutes):
             pool_bytes,
             pool_folder,
             self._closing,
-            busy=lambda assistant: assistant._calls.any(),
+            busy=lambda assistant: assistant.serves,
             base=fingerprint(self._shared.draft.parameters()),
             resumed=self._resumed,
         )
@@ -146,7 +149,8 @@ class RoutedAssistant(SavableRoutes):
         self._score_seconds = 0.0
         self.closed = False
         self._default = self._make(DEFAULT, None)
-        self._shared = replace(self._shared, lookahead=self._default.lookahead)
+        static = shared.static and replace(shared.static, lookahead=self._default._static.lookahead)
+        self._shared = replace(self._shared, lookahead=self._default.lookahead, static=static)
 
     # Attributes that transformers reads on an assistant model.
 
@@ -256,7 +260,7 @@ class RoutedAssistant(SavableRoutes):
         if weights is not None:
             assistant.take_weights(weights)
         if self.router is not None:
-            assistant.on_feedback = self._observe
+            assistant.tell(self._observe)
         return assistant
 
     def _resumed(self, name: str, assistant: OnlineAssistant, tensors: dict[str, torch.Tensor], values: dict) -> bool:
@@ -270,7 +274,7 @@ class RoutedAssistant(SavableRoutes):
             logger.warning("Route %r goes on from its weights, with a new learner: %s", name, error)
             return False
         if (before := self._stats_before.pop(name, None)) is not None:  # the learner goes on counting
-            assistant._stats = Stats.from_state(before.state())
+            assistant.count_from(Stats.from_state(before.state()))
         return True
 
     def _closing(self, name: str, assistant: OnlineAssistant, kept: bool):
@@ -318,7 +322,7 @@ class RoutedAssistant(SavableRoutes):
 
     def _serves(self) -> bool:
         """Tells whether any route serves a call; takes no lock."""
-        return any(assistant._calls.any() for _, assistant in self._assistants())
+        return any(assistant.serves for _, assistant in self._assistants())
 
     def _each(self, do: Callable[[OnlineAssistant], bool]) -> bool:
         with self._lock:

@@ -124,6 +124,7 @@ class SavableAssistant(ResumableAssistant):
         config: OnlineConfig | None = None,
         *,
         target: PreTrainedModel | None = None,
+        static_draft: PreTrainedModel | None = None,
         **kwargs,
     ) -> Self:
         """Make an assistant with a saved draft, or with any causal LM or encoder-decoder of the Hub.
@@ -133,6 +134,7 @@ class SavableAssistant(ResumableAssistant):
             config ([`OnlineConfig`], *optional*): used in place of the config saved beside the draft.
             target (`PreTrainedModel`, *optional*): the target, whose embeddings a draft that reads its hidden states shares. Such a draft in an engine's layout, an
                 EAGLE-3 head, needs it. Others do without.
+            static_draft (`PreTrainedModel`, *optional*): as for [`OnlineAssistant`]; none is saved.
             **kwargs: passed to transformers' `from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
 
         Raises:
@@ -151,7 +153,7 @@ class SavableAssistant(ResumableAssistant):
             found = find_file(name_or_path, CONFIG_NAME, **where)  # `None` for a draft that hf_osd did not save
             return draft, OnlineConfig.from_json(found) if found is not None else None
 
-        return cls(*from_hub(name_or_path, load))
+        return cls(*from_hub(name_or_path, load), static_draft=static_draft)
 
     def push_to_hub(
         self,
