@@ -131,7 +131,7 @@ class RoutedAssistant(SavableRoutes):
         self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
         self._lock = released(threading.RLock())
         shared = SharedParts.of(draft, config).with_static(static_draft, config)
-        self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={})
+        self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={}, adapters={})
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
         self.pool = DraftPool(
             self._make,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from hf_osd.models.lora import Adapter
+
 
 @dataclass(frozen=True, eq=False)
 class SharedParts:
@@ -40,6 +42,7 @@ class SharedParts:
         lookahead (`DraftPolicy`, *optional*): a policy whose measured costs hold for the others.
         warn_once (`WarnOnce`): gives warnings.
         frozen (`dict[str, Tensor]`, *optional*): what does not train, as the learners read it, see [`hf_osd.distill.student.Student`].
+        adapters (`dict[int, Adapter]`, *optional*): untrained adapters over the draft, by their ranks; nobody writes them.
         learning (`threading.Lock`, *optional*): held while one of them learns.
         busy (`Callable[[], bool]`, *optional*): tells whether any of them serves a call.
         static (`SharedParts`, *optional*): of a static draft that serves beside each of them.
@@ -53,6 +56,7 @@ class SharedParts:
     lookahead: DraftPolicy | None = None
     warn_once: WarnOnce = field(default_factory=lambda: WarnOnce(logging.getLogger("hf_osd.assistant")))
     frozen: dict[str, Tensor] | None = None
+    adapters: dict[int, Adapter] | None = None
     learning: threading.Lock | None = None
     busy: Callable[[], bool] | None = None
     static: SharedParts | None = None

@@ -49,16 +49,20 @@ class HotSwapDraft:
         )  # the adapter weights merged into the active copy
         self._leases: dict[int, int] = {}  # id of a copy -> number of calls that hold it
         self._active = 0
-        self._rests = False  # the adapter is merged when the draft is asked for
+        self._rests = False  # the adapter serves unmerged
         self._lock = released(threading.RLock())  # guards leases and the active index
         self._refreshing = released(threading.Lock())  # one refresh at a time
 
     @property
     def active(self) -> nn.Module:
         """Return the copy that serves the next call. Read-only."""
-        if self._rests:
-            self._wake()
         return self._copies[self._active]
+
+    def plain(self) -> nn.Module:
+        """Return a model of what serves that has no adapter on it, where the adapter can be merged. Read-only."""
+        with self._lock:
+            rests, learnt, active = self._rests, self._learnt, self.active
+        return self._merged(learnt) if rests else active
 
     def lease(self) -> nn.Module:
         """Return the active copy, and keep it unwritten until `release`."""
@@ -81,19 +85,14 @@ class HotSwapDraft:
         return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
 
     def rest(self) -> bool:
-        """Let go of the copy into which the adapter is merged, until the draft is asked for. Returns `True` if there was one, and no call holds it."""
+        """Serve the adapter unmerged until the next refresh, over the weights that all share: a draft step then takes a little longer. Returns `True` if it was merged into a copy,
+        which goes with the last call that holds it."""
         with self._refreshing, self._lock:
-            if self.adapter is None or self._rests or self._leases or not self.version:
+            if self.adapter is None or self._rests or not self.version:
                 return False
-            base = sharing_copy(self.adapter.base).eval()
-            self._copies, self._rests = [base, base], True
+            unmerged = self.adapter.with_weights(self._learnt).eval()
+            self._copies, self._rests = [unmerged, unmerged], True
             return True
-
-    def _wake(self):
-        with self._lock:
-            if self._rests:
-                merged = self._merged(self._learnt)
-                self._copies, self._rests = [merged, merged], False
 
     def own_bytes(self) -> int:
         """Count the bytes of weights that are not shared with the draft as it came."""

@@ -57,8 +57,8 @@ class DraftPool:
     Args:
         make (`Callable`): makes a member of a name and learnt weights, by their names, or `None`.
         most (`int`): members in memory, at most.
-        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays. Where they do not fit, adapters are first held unmerged, which
-            takes a few milliseconds when they are asked for again.
+        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays. Where they do not fit, adapters first serve unmerged, those that
+            were not used for longest before others.
         folder (*optional*): where learnt weights are put away.
         resumed (`Callable`): called with name, member and the tensors and values of its learner's `state()`, when it comes back from the folder. Returns `False` if it cannot go on
             from there: it then begins from its weights alone.
@@ -133,10 +133,10 @@ class DraftPool:
             del self._members[name]
 
     def _fit(self):
-        """Let members rest, and then go, until the others fit; the one used last stays as it is."""
+        """Let adapters serve unmerged, and then members go, until the others fit; the one used last stays."""
         if self.max_bytes is None:
             return
-        for member in list(self._members.values())[:-1]:
+        for member in self._members.values():
             if self.nbytes <= self.max_bytes:
                 return
             member.serving.rest()

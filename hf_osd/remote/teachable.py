@@ -41,7 +41,10 @@ class TeachableAssistant:
         if choice.rank is None:
             self.serving = HotSwapDraft(own, trainable)
         else:
-            self.adapter = adapter = Adapter(own, choice.rank, config.seed, trainable)
+            adapters = {} if self.shared.adapters is None else self.shared.adapters
+            if choice.rank not in adapters:
+                adapters[choice.rank] = Adapter(own, choice.rank, config.seed, trainable)
+            self.adapter = adapter = adapters[choice.rank]
             # Where the weights cannot take it in, the adapter serves beside them.
             merged, apart = (own, trainable, adapter), (adapter.draft, adapter.trainable)
             self.serving = HotSwapDraft(*(merged if adapter.merges else apart))
@@ -120,6 +123,11 @@ class TeachableAssistant:
     def _rebase(self, weights: dict[str, Tensor]):
         """Serve a plain model's weights, and continue learning from them in an adapter that begins anew."""
         adapter = self.adapter
+        if self.shared.adapters is not None:
+            raise ValueError(
+                "The trained model has no adapter, and other routes have learnt in one over the weights that it would replace. Refresh from a model with the adapter, "
+                "or make a new RoutedAssistant with the trained model."
+            )
         if not adapter.merges:
             raise ValueError(
                 "The trained model has no adapter, and this assistant learns in one over weights that it cannot write (quantised ones). Refresh from a model "

@@ -73,9 +73,10 @@ class SavableAssistant(ResumableAssistant):
         **of_layout,
     ):
         self._needs_draft("save")
-        draft, adapter = self.serving.active, self.adapter
-        if adapter is not None and merge is False:
-            draft = adapter.with_weights(dict(self.serving.weights()))
+        if self.adapter is not None and merge is False:
+            draft = self.adapter.with_weights(dict(self.serving.weights()))
+        else:
+            draft = self.serving.plain()
         with staged(directory) as staging:
             save_draft(draft, staging, repo_id, bool(merge), layout, **of_layout)
             self.osd_config.save_pretrained(staging)
