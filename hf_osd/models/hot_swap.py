@@ -114,7 +114,7 @@ class HotSwapDraft:
             return sharing_copy(self.adapter.base).eval(), dict(self._learnt)
 
     def refresh(self, weights: Mapping[str, Tensor]):
-        """Write `weights` (any dtype and device) into the idle copy and make it the active one.
+        """Write `weights` (any dtype and device) into the idle copy and make it the active one. An adapter's are kept as they are: nobody writes them any more.
 
         Raises:
             ValueError: if a trainable parameter is missing, or has another shape or a value that is not finite. The
@@ -128,7 +128,7 @@ class HotSwapDraft:
                 learnt = None
             else:
                 self._copies[at] = self._merged(weights)
-                learnt = _copies({name: weights[name] for name in self.trainable})
+                learnt = _kept({name: weights[name] for name in self.trainable})
             with self._lock:
                 self._active, self._learnt, self._rests = at, learnt, False
                 self.version += 1
@@ -182,9 +182,10 @@ def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _kept(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in float32, in storage that learning can go on from."""
     with torch.inference_mode(False), torch.no_grad():
-        return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
+        return {name: t.detach().to(torch.float32, copy=t.is_inference()) for name, t in weights.items()}
 
 
 class NullDraft:

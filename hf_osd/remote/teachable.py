@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.distill.ensemble import make_student
+from hf_osd.distill.student import copied
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
@@ -106,12 +107,10 @@ class TeachableAssistant:
             return
         served = self.serving.active if adapter is None else adapter.draft
         self._check_fixed(weights, served, self.serving.trainable)
-        self.serving.refresh(weights)
-        if self.learner is not None:
-            self.learner.load_weights(weights)
+        self.take_weights(copied({name: weight for name, weight in weights.items() if name in self.serving.trainable}))
 
     def take_weights(self, weights: dict[str, Tensor]):
-        """Serve learnt weights of this draft, by the names of `serving.weights()`, from the next call on, and go on learning from them.
+        """Serve learnt weights of this draft, by the names of `serving.weights()`, from the next call on, and go on learning from them. Nobody may write them any more.
 
         Raises:
             ValueError: if they are not this draft's.
