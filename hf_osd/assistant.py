@@ -78,7 +78,7 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
             `assistant_tokenizer` to `generate`, as transformers requires. Without a draft only the suffix cache proposes tokens.
         config ([`OnlineConfig`], *optional*): all settings; by default the draft learns from all verified positions, with replay.
         static_draft (`PreTrainedModel`, *optional*): a draft of any other architecture, which stays as it is and serves those calls where it is faster; a heavy one that one had before, say.
-            Its calls teach `draft`, unless that one reads the target's hidden states. Causal LMs only.
+            Its calls teach `draft`, unless that one reads the target's hidden states. Both are causal LMs with one tokenizer.
         **overrides: single fields of the config, as in `OnlineAssistant(draft, learn=False)`.
 
     Raises:
@@ -96,20 +96,12 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         **overrides,
     ):
         self.osd_config = config = OnlineConfig.of(config, overrides)
-        shared = SharedParts.of(draft, config)
+        shared = SharedParts.of(draft, config).with_static(static_draft, config)
         if static_draft is None:
             self._begin(shared)
             return
-        if draft is None or config.learn == "process":
-            why = (
-                "there is no draft that it could serve beside"
-                if draft is None
-                else "`learn` is 'process', which knows of no second draft"
-            )
-            raise ValueError(f"`static_draft` is given, and {why}. Pass it as `draft`, or choose learn='background'.")
         opened: list[OpenCalls] = []  # held in place of the assistants, which a learner's thread would keep alive
         self._begin(replace(shared, busy=lambda: any(calls.any() for calls in opened)))
-        self._serve_beside(static_draft)
         opened += [self._calls, self._static._calls]
 
     @classmethod
@@ -123,7 +115,9 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
     def _begin(self, shared: SharedParts):
         """Makes the parts that are this assistant's own, beside those that it shares."""
         config, draft = self.osd_config, shared.draft
-        self.shared = replace(shared, draft=None)  # else the weights that it came with would stay in memory
+        self.shared = replace(
+            shared, draft=None, static=None
+        )  # else the weights that it came with would stay in memory
         self.buffer = FeedbackBuffer(buffer_bytes(draft, config), config.buffer_age)
         self.serving, self.learner, self.head = NullHotSwap(), None, shared.head
         self.reach, self._widths, self.texts = shared.reach, shared.widths, shared.texts
@@ -162,16 +156,12 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         self.seen_texts = SeenTexts()
         self._mapping = functools.lru_cache(maxsize=4)(self._make_mapping)
         on_fork(self)
+        if shared.static is not None:
+            self._serve_beside(shared.static)
 
-    def _serve_beside(self, draft: PreTrainedModel):
-        """Makes an assistant of a static draft, which shares texts, statistics and warnings with this one, and whose calls teach this one's draft."""
-        config = replace(self.osd_config, learn="off", draft_cost=None)
-        shared = SharedParts.of(draft, config)
-        if shared.draft.config.is_encoder_decoder or self.config.is_encoder_decoder:
-            raise ValueError(
-                "`static_draft` serves beside a causal LM only, and one of the drafts is an encoder-decoder; pass the better one as `draft`."
-            )
-        static = OnlineAssistant.of_parts(config, replace(shared, texts=self.texts, warn_once=self._warn_once))
+    def _serve_beside(self, shared: SharedParts):
+        """Makes an assistant of a static draft, which shares statistics with this one, and whose calls teach this one's draft."""
+        static = OnlineAssistant.of_parts(replace(self.osd_config, learn="off", draft_cost=None), shared)
         static._stats, static._lock = self._stats, self._lock
         if (
             self.learner is not None
@@ -386,6 +376,17 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         return [judged.overlap for judged in judge_served(self.serving, feedback)]
 
     # Ending calls.
+
+    @property
+    def serves(self) -> bool:
+        """Tells whether it serves a call now, with either draft; takes no lock."""
+        return self._calls.any() or (self._static is not None and self._static.serves)
+
+    def tell(self, on_feedback: Callable[[Feedback, object], None]):
+        """Calls `on_feedback` with feedback that is about to teach, from calls of either draft, and the label of its call."""
+        self.on_feedback = on_feedback
+        if self._static is not None:
+            self._static.tell(on_feedback)
 
     def collect(self):
         """Collects statistics and feedback of the calls that have ended, without learning. Calls that this thread has come back from count as ended."""

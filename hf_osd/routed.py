@@ -23,7 +23,7 @@ from hf_osd.metrics.routed_stats import RoutedStats
 from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
-from hf_osd.policy.routing import TopicRouter, prompt_features
+from hf_osd.policy.routing import Choice, TopicRouter, prompt_features
 from hf_osd.saving.routes import SavableRoutes
 from hf_osd.system.forks import released
 
@@ -90,6 +90,8 @@ class RoutedAssistant(SavableRoutes):
         pool_bytes (`int`, *optional*): memory for what routes add to the draft as it came, by estimate ([`hf_osd.models.pool.route_bytes`]); no bound if left out.
         pool_folder (*optional*): where to put away routes that do not fit: learnt weights and the learner's state, and no text. Without one they are dropped, and begin anew when asked for again.
         tenants_are_routes (`bool`): serve a tenant's calls on a route of that name.
+        static_draft (`PreTrainedModel`, *optional*): as for `OnlineAssistant`; one copy serves beside all routes. Each route finds out for itself which of the two is faster, for its
+            draft and its prompts are its own, and its static calls teach its own draft.
         **overrides: single fields of the config.
 
     Raises:
@@ -106,6 +108,7 @@ class RoutedAssistant(SavableRoutes):
         pool_bytes: int | None = None,
         pool_folder: str | None = None,
         tenants_are_routes: bool = False,
+        static_draft: PreTrainedModel | None = None,
         **overrides,
     ):
         if draft is None:
@@ -127,8 +130,8 @@ class RoutedAssistant(SavableRoutes):
             )
         self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
         self._lock = released(threading.RLock())
-        shared = SharedParts.of(draft, config)
-        self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={})
+        shared = SharedParts.of(draft, config).with_static(static_draft, config)
+        self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={}, adapters={})
         self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
         self.pool = DraftPool(
             self._make,
@@ -136,7 +139,7 @@ class RoutedAssistant(SavableRoutes):
             pool_bytes,
             pool_folder,
             self._closing,
-            busy=lambda assistant: assistant._calls.any(),
+            busy=lambda assistant: assistant.serves,
             base=fingerprint(self._shared.draft.parameters()),
             resumed=self._resumed,
         )
@@ -146,7 +149,8 @@ class RoutedAssistant(SavableRoutes):
         self._score_seconds = 0.0
         self.closed = False
         self._default = self._make(DEFAULT, None)
-        self._shared = replace(self._shared, lookahead=self._default.lookahead)
+        static = shared.static and replace(shared.static, lookahead=self._default._static.lookahead)
+        self._shared = replace(self._shared, lookahead=self._default.lookahead, static=static)
 
     # Attributes that transformers reads on an assistant model.
 
@@ -210,28 +214,25 @@ class RoutedAssistant(SavableRoutes):
         """
         check_call(request, self._default.serving.active)  # before a router counts it
         with self._lock:
-            topic = _NO_TOPIC
+            topic, parent = _NO_TOPIC, None
             if route is None and self.tenants_are_routes and tenant is not None:
                 route = tenant
-            if route is None and self.router is not None and not private and request.reads_tokens:
-                route, topic, parent = self._by_topic(request)
-                assistant = self._of_route(route, parent)
-            else:
-                assistant = self._of_route(route or DEFAULT)
+            by_topic = route is None and self.router is not None and not private
+            if by_topic and (features := _features_of(request)) is not None:
+                choice = self.choose(features)
+                route, topic, parent = choice.route, choice.topic, choice.parent
+            assistant = self.member(route or DEFAULT, parent)
         return assistant.open_call(request, tenant=tenant, private=private, label=(route, topic))
 
-    def _by_topic(self, request: GenerateRequest) -> tuple[str, int, str | None]:
-        """Finds route and topic of a call's prompt, and the route from whose weights a new one begins."""
-        embeddings = getattr(request.target.get_input_embeddings(), "weight", None)
-        if embeddings is None or embeddings.is_meta or not embeddings.is_floating_point():
-            return DEFAULT, _NO_TOPIC, None
-        tokens = request.input_ids[0] if request.mask is None else request.input_ids[0][request.mask[0].bool()]
-        choice = self.router.route(prompt_features(embeddings.detach(), tokens))
-        self._topical.add(choice.route)
-        for name in self._topical - set(self.router.routes):  # its topics have gone to another route
-            self._topical.remove(name)
-            self.pool.drop(name)
-        return choice.route, choice.topic, choice.parent
+    def choose(self, features: torch.Tensor) -> Choice:
+        """Lets the router choose the route of a prompt by its features ([`prompt_features`]), and lets drafts go whose topics have all gone to another route."""
+        with self._lock:
+            choice = self.router.route(features)
+            self._topical.add(choice.route)
+            for name in self._topical - set(self.router.routes):
+                self._topical.remove(name)
+                self.pool.drop(name)
+            return choice
 
     def keep_routes(self, saved: Collection[str]):
         """Lets the router forget routes of which no weights are left: neither saved nor put away."""
@@ -240,15 +241,16 @@ class RoutedAssistant(SavableRoutes):
                 self.router.forget(name)
         self._topical = set(self.router.routes)
 
-    def _of_route(self, name: str, parent: str | None = None) -> OnlineAssistant:
-        """Finds the assistant of a route, or makes it."""
-        if name == DEFAULT:
-            return self._default
-        known = name in self.pool
-        assistant = self.pool.get(name)
-        if not known and parent is not None and parent in self.pool and not assistant.serving.version:
-            assistant.take_weights(dict(self.pool.peek(parent).serving.weights()))
-        return assistant
+    def member(self, name: str, parent: str | None = None) -> OnlineAssistant:
+        """Finds the assistant of a route, or makes it, with the weights of its `parent` if that is in memory."""
+        with self._lock:
+            if name == DEFAULT:
+                return self._default
+            known = name in self.pool
+            assistant = self.pool.get(name)
+            if not known and parent is not None and parent in self.pool and not assistant.serving.version:
+                assistant.take_weights(dict(self.pool.peek(parent).serving.weights()))
+            return assistant
 
     def _make(self, name: str, weights: dict[str, torch.Tensor] | None) -> OnlineAssistant:
         """Makes the assistant of a route, with learnt weights if it has some."""
@@ -256,7 +258,7 @@ class RoutedAssistant(SavableRoutes):
         if weights is not None:
             assistant.take_weights(weights)
         if self.router is not None:
-            assistant.on_feedback = self._observe
+            assistant.tell(self._observe)
         return assistant
 
     def _resumed(self, name: str, assistant: OnlineAssistant, tensors: dict[str, torch.Tensor], values: dict) -> bool:
@@ -270,7 +272,7 @@ class RoutedAssistant(SavableRoutes):
             logger.warning("Route %r goes on from its weights, with a new learner: %s", name, error)
             return False
         if (before := self._stats_before.pop(name, None)) is not None:  # the learner goes on counting
-            assistant._stats = Stats.from_state(before.state())
+            assistant.count_from(Stats.from_state(before.state()))
         return True
 
     def _closing(self, name: str, assistant: OnlineAssistant, kept: bool):
@@ -292,15 +294,9 @@ class RoutedAssistant(SavableRoutes):
         served = sum(assistant._stats.total.seconds for _, assistant in self._assistants())
         if self._scored[name] % _SCORE_EVERY or self._score_seconds > _SCORE_SHARE * served or len(self.pool) < 2:
             return
-        began, acceptance = time.perf_counter(), {}
-        with self._lock:
-            routes = [(route, self.pool.peek(route)) for route in self.router.routes if route in self.pool]
+        began = time.perf_counter()
         try:
-            for route, assistant in routes:
-                [judged] = judge_served(assistant.serving, [feedback])
-                known = judged.overlap[~judged.overlap.isnan()]
-                if len(known):
-                    acceptance[route] = float(known.mean().clamp(0, 1))
+            acceptance = self.score_routes(feedback)
         except Exception:  # out of memory, say: a figure less, and no reason to break the user's call
             logger.exception("The drafts could not be scored on a request.")
             return
@@ -310,6 +306,18 @@ class RoutedAssistant(SavableRoutes):
             if acceptance and topic in self.router.topics:
                 self.router.observe(topic, acceptance, len(feedback))
 
+    def score_routes(self, feedback: Feedback) -> dict[str, float]:
+        """Scores the draft of each of the router's routes that is in memory on a request: its mean expected acceptance there, 0 to 1."""
+        with self._lock:
+            routes = [(route, self.pool.peek(route)) for route in self.router.routes if route in self.pool]
+        acceptance = {}
+        for route, assistant in routes:
+            [judged] = judge_served(assistant.serving, [feedback])
+            known = judged.overlap[~judged.overlap.isnan()]
+            if len(known):
+                acceptance[route] = float(known.mean().clamp(0, 1))
+        return acceptance
+
     # Learning and figures.
 
     def _assistants(self) -> Iterator[tuple[str, OnlineAssistant]]:
@@ -318,7 +326,7 @@ class RoutedAssistant(SavableRoutes):
 
     def _serves(self) -> bool:
         """Tells whether any route serves a call; takes no lock."""
-        return any(assistant._calls.any() for _, assistant in self._assistants())
+        return any(assistant.serves for _, assistant in self._assistants())
 
     def _each(self, do: Callable[[OnlineAssistant], bool]) -> bool:
         with self._lock:
@@ -387,3 +395,12 @@ class RoutedAssistant(SavableRoutes):
             if name in self._stats_before:
                 return f"Route {name!r} is not in memory: it was put away, for others were used since."
             return f"Route {name!r} has served no call yet."
+
+
+def _features_of(request: GenerateRequest) -> torch.Tensor | None:
+    """Computes the features of a call's prompt; `None` where it is no tokens, or the target's embeddings cannot be read."""
+    embeddings = getattr(request.target.get_input_embeddings(), "weight", None)
+    if not request.reads_tokens or embeddings is None or embeddings.is_meta or not embeddings.is_floating_point():
+        return None
+    tokens = request.input_ids[0] if request.mask is None else request.input_ids[0][request.mask[0].bool()]
+    return prompt_features(embeddings.detach(), tokens)

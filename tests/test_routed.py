@@ -94,6 +94,54 @@ def test_learners_of_routes_have_one_float32_copy_of_what_does_not_train(tiny_ll
         assert p.data_ptr() not in {weight.data_ptr() for weight in draft.parameters()}
 
 
+def test_adapters_that_do_not_fit_serve_unmerged_and_output_is_the_targets(target, tmp_path):
+    draft, wrong = grow_draft(target), []
+    settings = {"adapter": "lora", "lora": 2, "lookahead": "constant"} | LEARNS
+    assistant = RoutedAssistant(draft, routes="named", **settings)
+    for prompt in prompts(2):
+        for name in "ab":
+            serve(target, assistant.route(name), prompt)
+    assistant.flush()
+    assistant.pool.max_bytes = assistant.pool.nbytes - 1
+
+    def client(seed):
+        try:
+            for i, prompt in enumerate(prompts(6, seed=seed)):
+                serve(target, assistant.route("ab"[(i + seed) % 2]), prompt)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assistant.flush()
+    assistant.pool.get("b")
+    drafts = {name: member.serving for name, member in assistant.pool.items()}
+    learnt = sum(weight.nbytes for _, weight in drafts["a"].weights())
+    [rests] = [name for name, serving in drafts.items() if serving.own_bytes() == learnt]
+    serve(target, assistant.route(rests), prompts(1)[0])
+    assistant.collect()
+    assert assistant.stats.by_route[rests].last.drafted_by["draft"] > 0
+    assert assistant.stats.failed_updates == 0
+    assert drafts[rests].own_bytes() == learnt
+    assistant.save_route(rests, tmp_path)
+    saved = OnlineAssistant.from_pretrained(tmp_path).serving.active
+    merged = dict(drafts[rests].plain().named_parameters())
+    assert all(torch.equal(p, merged[name]) for name, p in saved.named_parameters())
+    assert any(not torch.equal(p, merged[name]) for name, p in draft.named_parameters())
+
+
+def test_routes_share_an_adapters_beginning_and_no_route_takes_the_base_from_others(target):
+    assistant = RoutedAssistant(grow_draft(target), routes="named", adapter="lora", lora=2, **LEARNS)
+    a, b = (assistant.pool.get(name) for name in "ab")
+    assert a.adapter is b.adapter
+    with pytest.raises(ValueError, match="other routes have learnt"):
+        a.refresh(grow_draft(target, (1, 2)))
+
+
 def test_text_is_shared_by_routes_and_kept_apart_by_tenants(target):
     assistant = RoutedAssistant(grow_draft(target), routes="named", draft_cost=10.0, learn=False)
     prompt = prompts(1)[0]

@@ -62,7 +62,7 @@ class Student:
         trainable (`set[str]`): names of the parameters that train. They are float32 here, whatever the draft serves in.
         config (`OnlineConfig`): how to learn.
         frozen (`dict[str, Tensor]`, *optional*): what does not train as students of one draft read it, by name; it is filled by the first of them, and they have one copy between them
-            where they read it in another dtype or on another device than it serves.
+            where they read it in another dtype or on another device than it serves. The draft is then one that nobody writes.
 
     Attributes:
         initial (`dict[str, Tensor]`): the weights before any learning, in the dtypes they serve in.
@@ -94,7 +94,8 @@ class Student:
                     parameter.data = parameter.data.float()
         LossHead.install(self.module)
         # In the dtypes they came in, which hold them exactly.
-        self.initial = copied({name: p.detach() for name, p in draft.named_parameters() if name in trainable})
+        initial = {name: p.detach() for name, p in draft.named_parameters() if name in trainable}
+        self.initial = copied(initial) if frozen is None else initial
         self.learning_rate: float | None = None
         self.on_step: Callable[[], None] | None = None
         self.steps = 0
@@ -143,6 +144,7 @@ class Student:
     def learn(self, requests: Sequence[Feedback]):
         """Pass once over `requests`."""
         self._snapshot = None
+        self._part_from_snapshots()
         self.module.train()
         self.trainer.learn(requests)
 
@@ -160,7 +162,7 @@ class Student:
         """Do nothing: only several students have shares, which losses on new requests decide."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters that train, by name: live storage, float32."""
+        """The parameters that train, by name, float32. To read, not to write: snapshots share them until the next `learn`."""
         return {name: p.detach() for name, p in self.module.named_parameters() if name in self.trainable}
 
     def serving_weights(self) -> dict[str, Tensor]:
@@ -181,15 +183,15 @@ class Student:
         """
         if weights is None and self.is_averaged:
             weights = self.serving_weights()
-        kept = None if weights is None else swap_weights(self.module, weights)
+        kept = self.weights()
+        self._hold(weights or {})
         try:
             # Frozen weights are shared in the serving dtype, so that only under autocast all of the module's dtypes meet.
             with learners_autocast(self.device.type, self.autocast_dtype):
                 windows = Windows(requests, self.config.learning_window)
                 return windows.spread(judge(self.module, windows.requests, whole=whole))
         finally:
-            if kept is not None:
-                swap_weights(self.module, kept)
+            self._hold(kept)
 
     def set_weights(self, weights: Mapping[str, Tensor]):
         """Go on from other weights, with no steps behind them."""
@@ -200,9 +202,9 @@ class Student:
         set_base(self.module, base)
 
     def snapshot(self) -> Snapshot:
-        """Copy all that `restore` needs, if anything has changed since the last snapshot. To read, not to write."""
+        """Return all that `restore` needs. To read, not to write; it takes no memory before the next `learn`, which leaves it as it is."""
         if self._snapshot is None:
-            self._snapshot = Snapshot(copied(self.weights()), copied(self._average), steps=self.steps)
+            self._snapshot = Snapshot(self.weights(), self._average, steps=self.steps)
         return self._snapshot
 
     def snapshot_of(self, weights: Mapping[str, Tensor]) -> Snapshot:
@@ -229,11 +231,20 @@ class Student:
 
     def _set(self, snapshot: Snapshot):
         self._snapshot = None
+        self._hold(copied(snapshot.weights))  # they may be somebody's who writes them
+        self._average, self.steps = copied(snapshot.average), snapshot.steps
+
+    def _hold(self, weights: Mapping[str, Tensor]):
+        """Put these weights into the module, in place of those that it has, which stay as they are."""
         with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in self.weights().items():
-                parameter.copy_(snapshot.weights[name])
-            # A copy: it moves on with the steps, and the snapshot may be restored again.
-            self._average, self.steps = copied(snapshot.average), snapshot.steps
+            for name, parameter in self.module.named_parameters():
+                if name in weights:
+                    parameter.data = weights[name].detach().to(parameter.device, parameter.dtype)
+
+    def _part_from_snapshots(self):
+        """Go on with copies of what trains, for steps are about to write it, and snapshots have it too."""
+        self._hold(copied(self.weights()))
+        self._average = copied(self._average)
 
     # Called by the trainer.
 
@@ -369,13 +380,3 @@ def copied(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def swap_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put `weights` into `module`, and return what was there."""
-    with torch.inference_mode(False), torch.no_grad():
-        parameters = {name: p for name, p in module.named_parameters() if name in weights}
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        for name, p in parameters.items():
-            p.copy_(weights[name])
-    return kept

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from hf_osd.models.lora import Adapter
+
 
 @dataclass(frozen=True, eq=False)
 class SharedParts:
@@ -40,8 +42,10 @@ class SharedParts:
         lookahead (`DraftPolicy`, *optional*): a policy whose measured costs hold for the others.
         warn_once (`WarnOnce`): gives warnings.
         frozen (`dict[str, Tensor]`, *optional*): what does not train, as the learners read it, see [`hf_osd.distill.student.Student`].
+        adapters (`dict[int, Adapter]`, *optional*): untrained adapters over the draft, by their ranks; nobody writes them.
         learning (`threading.Lock`, *optional*): held while one of them learns.
         busy (`Callable[[], bool]`, *optional*): tells whether any of them serves a call.
+        static (`SharedParts`, *optional*): of a static draft that serves beside each of them.
     """
 
     draft: PreTrainedModel | None = None
@@ -52,8 +56,10 @@ class SharedParts:
     lookahead: DraftPolicy | None = None
     warn_once: WarnOnce = field(default_factory=lambda: WarnOnce(logging.getLogger("hf_osd.assistant")))
     frozen: dict[str, Tensor] | None = None
+    adapters: dict[int, Adapter] | None = None
     learning: threading.Lock | None = None
     busy: Callable[[], bool] | None = None
+    static: SharedParts | None = None
 
     @classmethod
     def of(cls, draft: PreTrainedModel | None, config: OnlineConfig) -> SharedParts:
@@ -86,3 +92,31 @@ class SharedParts:
                 head=DraftHead.from_config(copied, config),
             )
         return shared
+
+    def with_static(self, draft: PreTrainedModel | None, config: OnlineConfig) -> SharedParts:
+        """Adds the parts of a static draft, which shares texts and warnings with these, if there is one. It is copied once, however many assistants share it.
+
+        Raises:
+            ValueError: as for [`OnlineAssistant`], or if it cannot serve beside the draft that learns.
+        """
+        if draft is None:
+            return self
+        if self.draft is None or config.learn == "process":
+            why = (
+                "there is no draft that it could serve beside"
+                if self.draft is None
+                else "`learn` is 'process', which knows of no second draft"
+            )
+            raise ValueError(f"`static_draft` is given, and {why}. Pass it as `draft`, or choose learn='background'.")
+        static = replace(SharedParts.of(draft, config), texts=self.texts, warn_once=self.warn_once)
+        if static.draft.config.is_encoder_decoder or self.draft.config.is_encoder_decoder:
+            raise ValueError(
+                "`static_draft` serves beside a causal LM only, and one of the drafts is an encoder-decoder; pass the better one as `draft`."
+            )
+        sizes = [one.draft.config.get_text_config(decoder=True).vocab_size for one in (static, self)]
+        if sizes[0] != sizes[1]:  # `generate` compares the draft's with the target's, and would take any second one
+            raise ValueError(
+                f"`static_draft` has a vocabulary of {sizes[0]} tokens and `draft` one of {sizes[1]}. `generate` is told of one draft's tokens only; choose a static draft with "
+                "the same tokenizer."
+            )
+        return replace(self, static=static)

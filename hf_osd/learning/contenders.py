@@ -68,7 +68,7 @@ class Contenders:
         self._max_age = config.buffer_age
         self.gate = Gate(config.gate_tolerance, ranks) if config.gate else None
         self.shadow, self.remembered = Shadow(ranks), Reservoir(_REMEMBERED, config.seed)
-        self.static = self._accepted = self._out = Point(student.initial, student.snapshot())
+        self.static = self._accepted = self._out = Point(student.initial, student.snapshot_of(student.initial))
         self._candidate: Point | None = None
         # The static draft's scores on what is remembered.
         self._known: weakref.WeakKeyDictionary[Feedback, Tensor] = weakref.WeakKeyDictionary()
@@ -142,13 +142,13 @@ class Contenders:
             self.gate.reset()
 
     def point(self) -> Point:
-        """Copy the newest draft.
+        """Hold on to the newest draft.
 
         Raises:
             ArithmeticError: if a weight is not finite.
         """
         with torch.no_grad():
-            weights = {n: w.to(self._dtypes[n], copy=True) for n, w in self.student.serving_weights().items()}
+            weights = {n: w.to(self._dtypes[n]) for n, w in self.student.serving_weights().items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ArithmeticError(
                 "What was learnt has weights that are not finite. Lower the learning rate if that comes again."

@@ -1,15 +1,13 @@
-"""`HotSwapDraft` double-buffers the weights of the serving draft: one of two copies is active. It knows weights and leases, nothing of
-generation or learning.
+"""`HotSwapDraft` swaps the weights of the serving draft. It knows weights and leases, nothing of generation or learning.
 
-A generate call leases the active copy for as long as it lasts; new weights go into the idle copy, and then a reference is
-flipped. A leased copy is never written, so weights never change under a call's KV cache. A draft that learns in an adapter is large, so its idle copy exists
-only while it is written.
+A generate call leases the active copy for as long as it lasts; new weights go into a new copy, and then a reference is flipped. A copy is never written, so weights never
+change under a call's KV cache; the old one goes with the last call that holds it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class HotSwapDraft:
-    """Holds two serving copies of a draft, and swaps them. Thread-safe.
+    """Holds the serving copy of a draft, and swaps it for new ones. Thread-safe.
 
     Weights that were never written are shared: a draft that has learnt nothing yet exists once, however many copies serve and learn.
 
@@ -32,7 +30,7 @@ class HotSwapDraft:
         model (`PreTrainedModel`): the draft. It is never written here, and must not be written elsewhere: until a refresh the copies share its weights.
         trainable (`set[str]`): names of the parameters that refreshes write. All others are shared with `model` for good.
         adapter ([`hf_osd.models.lora.Adapter`], *optional*): the adapter that learns in place of `trainable`. Refreshes then bring its weights, which are
-            merged into the copies: these are plain models.
+            merged into the copy that serves: that is a plain model.
 
     Attributes:
         version (`int`): how many refreshes there were.
@@ -42,26 +40,28 @@ class HotSwapDraft:
         self.adapter = adapter
         self.trainable = trainable if adapter is None else adapter.trainable
         self.version = 0
-        self._copies = [sharing_copy(model).eval() for _ in range(2)]
-        self._owned: list[set[str]] = [set(), set()]  # names of each copy's weights that have their own storage
+        self._copy = sharing_copy(model).eval()
         self._learnt = (
             None if adapter is None else adapter.weights()
         )  # the adapter weights merged into the active copy
         self._leases: dict[int, int] = {}  # id of a copy -> number of calls that hold it
-        self._active = 0
-        self._rests = False  # the adapter is merged when the draft is asked for
-        self._lock = released(threading.RLock())  # guards leases and the active index
+        self._rests = False  # the adapter serves unmerged
+        self._lock = released(threading.RLock())  # guards leases and what is active
         self._refreshing = released(threading.Lock())  # one refresh at a time
 
     @property
     def active(self) -> nn.Module:
         """Return the copy that serves the next call. Read-only."""
-        if self._rests:
-            self._wake()
-        return self._copies[self._active]
+        return self._copy
+
+    def plain(self) -> nn.Module:
+        """Return a model of what serves that has no adapter on it, where the adapter can be merged. Read-only."""
+        with self._lock:
+            rests, learnt, active = self._rests, self._learnt, self.active
+        return self._merged(learnt) if rests else active
 
     def lease(self) -> nn.Module:
-        """Return the active copy, and keep it unwritten until `release`."""
+        """Return the active copy, and count who holds it until `release`."""
         with self._lock:
             model = self.active
             self._leases[id(model)] = self._leases.get(id(model), 0) + 1
@@ -81,27 +81,19 @@ class HotSwapDraft:
         return ((name, p.detach()) for name, p in self.active.named_parameters() if name in self.trainable)
 
     def rest(self) -> bool:
-        """Let go of the copy into which the adapter is merged, until the draft is asked for. Returns `True` if there was one, and no call holds it."""
+        """Serve the adapter unmerged until the next refresh, over the weights that all share: a draft step then takes a little longer. Returns `True` if it was merged into a copy,
+        which goes with the last call that holds it."""
         with self._refreshing, self._lock:
-            if self.adapter is None or self._rests or self._leases or not self.version:
+            if self.adapter is None or self._rests or not self.version:
                 return False
-            base = sharing_copy(self.adapter.base).eval()
-            self._copies, self._rests = [base, base], True
+            unmerged = self.adapter.with_weights(self._learnt).eval()
+            self._copy, self._rests = unmerged, True
             return True
-
-    def _wake(self):
-        with self._lock:
-            if self._rests:
-                merged = self._merged(self._learnt)
-                self._copies, self._rests = [merged, merged], False
 
     def own_bytes(self) -> int:
         """Count the bytes of weights that are not shared with the draft as it came."""
         if self.adapter is None:
-            copies = [
-                (dict(model.named_parameters()), names) for model, names in zip(self._copies, self._owned, strict=True)
-            ]
-            return sum(parameters[name].nbytes for parameters, names in copies for name in names)
+            return sum(self.active.get_parameter(name).nbytes for name in self.trainable) if self.version else 0
         learnt = sum(tensor.nbytes for tensor in self._learnt.values())
         if not self.version or self._rests:
             return learnt
@@ -115,7 +107,7 @@ class HotSwapDraft:
             return sharing_copy(self.adapter.base).eval(), dict(self._learnt)
 
     def refresh(self, weights: Mapping[str, Tensor]):
-        """Write `weights` (any dtype and device) into the idle copy and make it the active one.
+        """Put `weights` (any dtype and device) into a new copy and make it the active one. An adapter's are kept as they are: nobody writes them any more.
 
         Raises:
             ValueError: if a trainable parameter is missing, or has another shape or a value that is not finite. The
@@ -123,69 +115,55 @@ class HotSwapDraft:
         """
         check_weights(weights, dict(self.weights()))
         with self._refreshing:
-            at = 1 - self._active
+            weights = {name: weights[name] for name in self.trainable}
             if self.adapter is None:
-                self._write(at, weights)
-                learnt = None
+                made, learnt = _copy_with(self._copy, self.trainable, weights.items()), None
             else:
-                self._copies[at] = self._merged(weights)
-                learnt = _copies({name: weights[name] for name in self.trainable})
+                made, learnt = self._merged(weights), _kept(weights)
             with self._lock:
-                self._active, self._learnt, self._rests = at, learnt, False
+                self._copy, self._learnt, self._rests = made, learnt, False
                 self.version += 1
-                if self.adapter is not None:  # the old copy goes with the last call that holds it
-                    self._copies[1 - at] = self._copies[at]
 
     def rebase(self, base: Mapping[str, Tensor]):
         """Serve other weights of the plain draft, by name, with a fresh adapter. Running calls keep the old ones."""
         with self._refreshing:
             self.adapter.rebase(base)
-            copies = [sharing_copy(self.adapter.base).eval() for _ in range(2)]
+            copy = sharing_copy(self.adapter.base).eval()
             with self._lock:
-                self._copies, self._owned, self._learnt = copies, [set(), set()], self.adapter.weights()
-                self._rests = False
+                self._copy, self._learnt, self._rests = copy, self.adapter.weights(), False
                 self.version += 1
 
-    def _write(self, at: int, weights: Mapping[str, Tensor]):
-        """Put `weights` into the idle copy, number `at`."""
-        with self._lock:
-            leased = id(self._copies[at]) in self._leases  # no other call can lease it before the flip
-        if leased:  # by a call from before the last refresh: it keeps that copy, and we write a fresh one
-            self._copies[at], self._owned[at] = sharing_copy(self._copies[at]).eval(), set()
-        parameters = dict(self._copies[at].named_parameters())
-        with torch.inference_mode(False), torch.no_grad():
-            for name in self.trainable:
-                old, tensor = parameters[name], weights[name]
-                if name in self._owned[at]:
-                    old.copy_(tensor)
-                else:
-                    old.data = tensor.detach().to(old.device, old.dtype, copy=True)
-                    self._owned[at].add(name)
-
     def _merged(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Make a copy with the adapter `weights` merged in. The merged weights lie in one allocation for each device and dtype, which is freed when the copy
-        stops serving: many small ones, made anew at each refresh, would leave gaps that add up to another copy."""
-        model = sharing_copy(self.adapter.base).eval()
-        changed = [model.get_parameter(f"{module}.weight") for module in self.adapter.modules]
-        with torch.inference_mode(False), torch.no_grad():
-            whole = {
-                key: torch.empty(sum(p.numel() for p in changed if _kind(p) == key), device=key[0], dtype=key[1])
-                for key in set(map(_kind, changed))
-            }
-            for name, tensor in self.adapter.merged(weights):
-                old = model.get_parameter(name)
-                piece, rest = whole[_kind(old)].tensor_split([old.numel()])
-                old.data, whole[_kind(old)] = piece.view_as(old).copy_(tensor), rest
-        return model
+        """Make a copy with the adapter `weights` merged in."""
+        names = [f"{module}.weight" for module in self.adapter.modules]
+        return _copy_with(self.adapter.base, names, self.adapter.merged(weights))
+
+
+def _copy_with(model: nn.Module, names: Iterable[str], weights: Iterable[tuple[str, Tensor]]) -> nn.Module:
+    """Copy `model` with new `weights`, which have these `names`, and share all others. The new ones lie in one allocation for each device and dtype, which is freed when the copy
+    stops serving: many small ones, made anew at each refresh, would leave gaps that add up to another copy."""
+    model = sharing_copy(model).eval()
+    changed = [model.get_parameter(name) for name in names]
+    with torch.inference_mode(False), torch.no_grad():
+        whole = {
+            key: torch.empty(sum(p.numel() for p in changed if _kind(p) == key), device=key[0], dtype=key[1])
+            for key in set(map(_kind, changed))
+        }
+        for name, tensor in weights:
+            old = model.get_parameter(name)
+            piece, rest = whole[_kind(old)].tensor_split([old.numel()])
+            old.data, whole[_kind(old)] = piece.view_as(old).copy_(tensor), rest
+    return model
 
 
 def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _kept(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in float32, in storage that learning can go on from."""
     with torch.inference_mode(False), torch.no_grad():
-        return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
+        return {name: t.detach().to(torch.float32, copy=t.is_inference()) for name, t in weights.items()}
 
 
 class NullDraft:

@@ -102,11 +102,12 @@ class Adapter:
             yield f"{module}.weight", merged
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-        """Return the draft with the adapter `weights`, unmerged, for a checkpoint."""
+        """Return the draft with the adapter `weights`, unmerged; it shares them where they are float32. Read-only."""
         model = sharing_copy(self.draft)
-        for name, parameter in model.named_parameters():
-            if name in self.trainable:
-                parameter.data = weights[name].detach().to(parameter.device, torch.float32, copy=True)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.trainable:
+                    parameter.data = weights[name].detach().to(parameter.device, torch.float32)
         return model
 
     def rebase(self, base: Mapping[str, Tensor]):

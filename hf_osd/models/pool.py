@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 # The route of calls for which nobody named one; it is always there, and no member of a pool.
 DEFAULT = "default"
 
-# Bytes that learning takes for each weight: float32 masters, two moments of AdamW, and the copies of it that the gate compares.
-_LEARNING_BYTES = 4 * 5
+# Bytes that learning holds between updates for each weight that learns, in float32: it, its average over steps and two moments of AdamW, which the candidate shares; and weight and
+# average of the draft that was accepted.
+_LEARNING_BYTES = 4 * 6
 
 # Before the names of a learner's tensors in a route's file; beside them stand the draft's weights.
 _LEARNERS = "learner:"
@@ -47,8 +48,13 @@ def route_bytes(member: Member) -> int:
     """Estimate the bytes that a draft adds to the base: the weights that serve and are its own, and those that learning holds."""
     serving = member.serving
     own = serving.own_bytes()
-    weights = sum(tensor.numel() for _, tensor in serving.weights())
-    return own + (weights * _LEARNING_BYTES if member.learner is not None and serving.version else 0)
+    if member.learner is None or not serving.version:
+        return own
+    weights = [tensor for _, tensor in serving.weights()]
+    if serving.adapter is not None:  # what serves is the accepted draft's average
+        return own + sum((_LEARNING_BYTES - 4) * tensor.numel() for tensor in weights)
+    # In 16 bits candidate and accepted draft are held as they serve, too.
+    return own + sum((_LEARNING_BYTES + 2 * (tensor.itemsize % 4)) * tensor.numel() for tensor in weights)
 
 
 class DraftPool:
@@ -57,8 +63,8 @@ class DraftPool:
     Args:
         make (`Callable`): makes a member of a name and learnt weights, by their names, or `None`.
         most (`int`): members in memory, at most.
-        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays. Where they do not fit, adapters are first held unmerged, which
-            takes a few milliseconds when they are asked for again.
+        max_bytes (`int`, *optional*): of what they add to the base, by `route_bytes`; the one used last always stays. Where they do not fit, adapters first serve unmerged, those that
+            were not used for longest before others.
         folder (*optional*): where learnt weights are put away.
         resumed (`Callable`): called with name, member and the tensors and values of its learner's `state()`, when it comes back from the folder. Returns `False` if it cannot go on
             from there: it then begins from its weights alone.
@@ -133,10 +139,10 @@ class DraftPool:
             del self._members[name]
 
     def _fit(self):
-        """Let members rest, and then go, until the others fit; the one used last stays as it is."""
+        """Let adapters serve unmerged, and then members go, until the others fit; the one used last stays."""
         if self.max_bytes is None:
             return
-        for member in list(self._members.values())[:-1]:
+        for member in self._members.values():
             if self.nbytes <= self.max_bytes:
                 return
             member.serving.rest()

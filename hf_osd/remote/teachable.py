@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd.distill.ensemble import make_student
+from hf_osd.distill.student import copied
 from hf_osd.learning.background import BackgroundLearner
 from hf_osd.learning.learner import Learner
 from hf_osd.learning.memory import choose_learning
@@ -41,7 +42,10 @@ class TeachableAssistant:
         if choice.rank is None:
             self.serving = HotSwapDraft(own, trainable)
         else:
-            self.adapter = adapter = Adapter(own, choice.rank, config.seed, trainable)
+            adapters = {} if self.shared.adapters is None else self.shared.adapters
+            if choice.rank not in adapters:
+                adapters[choice.rank] = Adapter(own, choice.rank, config.seed, trainable)
+            self.adapter = adapter = adapters[choice.rank]
             # Where the weights cannot take it in, the adapter serves beside them.
             merged, apart = (own, trainable, adapter), (adapter.draft, adapter.trainable)
             self.serving = HotSwapDraft(*(merged if adapter.merges else apart))
@@ -103,12 +107,10 @@ class TeachableAssistant:
             return
         served = self.serving.active if adapter is None else adapter.draft
         self._check_fixed(weights, served, self.serving.trainable)
-        self.serving.refresh(weights)
-        if self.learner is not None:
-            self.learner.load_weights(weights)
+        self.take_weights(copied({name: weight for name, weight in weights.items() if name in self.serving.trainable}))
 
     def take_weights(self, weights: dict[str, Tensor]):
-        """Serve learnt weights of this draft, by the names of `serving.weights()`, from the next call on, and go on learning from them.
+        """Serve learnt weights of this draft, by the names of `serving.weights()`, from the next call on, and go on learning from them. Nobody may write them any more.
 
         Raises:
             ValueError: if they are not this draft's.
@@ -120,6 +122,11 @@ class TeachableAssistant:
     def _rebase(self, weights: dict[str, Tensor]):
         """Serve a plain model's weights, and continue learning from them in an adapter that begins anew."""
         adapter = self.adapter
+        if self.shared.adapters is not None:
+            raise ValueError(
+                "The trained model has no adapter, and other routes have learnt in one over the weights that it would replace. Refresh from a model with the adapter, "
+                "or make a new RoutedAssistant with the trained model."
+            )
         if not adapter.merges:
             raise ValueError(
                 "The trained model has no adapter, and this assistant learns in one over weights that it cannot write (quantised ones). Refresh from a model "

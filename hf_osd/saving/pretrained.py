@@ -73,9 +73,10 @@ class SavableAssistant(ResumableAssistant):
         **of_layout,
     ):
         self._needs_draft("save")
-        draft, adapter = self.serving.active, self.adapter
-        if adapter is not None and merge is False:
-            draft = adapter.with_weights(dict(self.serving.weights()))
+        if self.adapter is not None and merge is False:
+            draft = self.adapter.with_weights(dict(self.serving.weights()))
+        else:
+            draft = self.serving.plain()
         with staged(directory) as staging:
             save_draft(draft, staging, repo_id, bool(merge), layout, **of_layout)
             self.osd_config.save_pretrained(staging)
@@ -124,6 +125,7 @@ class SavableAssistant(ResumableAssistant):
         config: OnlineConfig | None = None,
         *,
         target: PreTrainedModel | None = None,
+        static_draft: PreTrainedModel | None = None,
         **kwargs,
     ) -> Self:
         """Make an assistant with a saved draft, or with any causal LM or encoder-decoder of the Hub.
@@ -133,6 +135,7 @@ class SavableAssistant(ResumableAssistant):
             config ([`OnlineConfig`], *optional*): used in place of the config saved beside the draft.
             target (`PreTrainedModel`, *optional*): the target, whose embeddings a draft that reads its hidden states shares. Such a draft in an engine's layout, an
                 EAGLE-3 head, needs it. Others do without.
+            static_draft (`PreTrainedModel`, *optional*): as for [`OnlineAssistant`]; none is saved.
             **kwargs: passed to transformers' `from_pretrained`, such as `dtype`, `device_map`, `revision`, `token`.
 
         Raises:
@@ -151,7 +154,7 @@ class SavableAssistant(ResumableAssistant):
             found = find_file(name_or_path, CONFIG_NAME, **where)  # `None` for a draft that hf_osd did not save
             return draft, OnlineConfig.from_json(found) if found is not None else None
 
-        return cls(*from_hub(name_or_path, load))
+        return cls(*from_hub(name_or_path, load), static_draft=static_draft)
 
     def push_to_hub(
         self,

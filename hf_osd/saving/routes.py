@@ -74,6 +74,7 @@ class SavableRoutes:
         config: OnlineConfig | None = None,
         *,
         draft: PreTrainedModel | None = None,
+        static_draft: PreTrainedModel | None = None,
         **kwargs,
     ) -> Self:
         """Make a routed assistant with all saved routes, from a folder or the Hub.
@@ -82,6 +83,7 @@ class SavableRoutes:
             name_or_path: what `save_pretrained` or `push_to_hub` has written.
             config ([`OnlineConfig`], *optional*): used in place of the saved one.
             draft (`PreTrainedModel`, *optional*): the draft as it came, if it is not to be loaded from there.
+            static_draft (`PreTrainedModel`, *optional*): as for [`RoutedAssistant`]; none is saved.
             **kwargs: `max_routes`, `pool_bytes`, `pool_folder`, `routes`, `tenants_are_routes`, as for [`RoutedAssistant`]; all others are passed to transformers' `from_pretrained`.
 
         Raises:
@@ -118,7 +120,7 @@ class SavableRoutes:
             return base, found, facts, files, find_file(name_or_path, _ROUTER_NAME, **where)
 
         base, found, facts, files, router = from_hub(name_or_path, load)
-        assistant = cls(base, found, **{**facts["settings"], **settings})
+        assistant = cls(base, found, static_draft=static_draft, **{**facts["settings"], **settings})
         own_rank = None if assistant._default.adapter is None else assistant._default.adapter.rank
         if facts["base"] != fingerprint(assistant._shared.draft.parameters()):
             raise ValueError(

@@ -86,11 +86,15 @@ class ResumableAssistant:
             raise ValueError(
                 f"The state in {folder} is of another version ({error!r}); delete {directory} to start afresh."
             ) from error
+        self.count_from(stats)
+        return values["progress"]
+
+    def count_from(self, stats: Stats):
+        """Go on counting from earlier statistics."""
         with self._lock:
             self._stats = stats
             if self._static is not None:  # they count together
                 self._static._stats = stats
-        return values["progress"]
 
     def _needs_open(self, what: str):
         if self.closed:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd.distill.scoring import learning_modes, score_by_step
-from hf_osd.distill.student import Student, swap_weights
+from hf_osd.distill.student import Student
 from hf_osd.distill.windows import cut_to_learn
 from hf_osd.learning.memory import LearningFacts, learning_bytes
 from hf_osd.models.copies import embedding_names
@@ -88,7 +88,11 @@ class Trial:
         """
         with self._timed(), _isolated(self.draft.device):
             if self._student is not None:
-                swap_weights(self.draft, self._student.serving_weights())
+                weights = self._student.serving_weights()
+                with torch.no_grad():
+                    for name, parameter in self.draft.named_parameters():
+                        if name in weights:
+                            parameter.copy_(weights[name])
             scores = torch.cat(score_by_step(self.draft, held_back, STEPS), dim=-1)  # (steps, positions)
         found = []
         for head in head_sizes:

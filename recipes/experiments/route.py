@@ -2,9 +2,10 @@
 
     python -m recipes.experiments.route --trace runs/traces/sql,runs/traces/maths --requests 120 --seeds 0,1,2
 
-Arms: `shared`, one draft; `fixed`, one for each trace, which is the best assignment in hindsight if each trace is a domain; `routed`, one for each topic that
-`TopicRouter` finds, each new one from the draft to begin with; and `forked`, where a new one starts from the weights of the draft that served its topic until then. All learn from the same
-requests in the same order, each draft after so many of its own: in all they make equally many updates.
+Arms with a fixed assignment of domains to drafts: `shared`, one draft; `fixed`, one for each trace; `sql+maths/code`, one for two of them and one for the third; and `assignments`, all there
+are. Arms with the router of `RoutedAssistant`: `routed`, a draft for each topic that it finds, each new one from the draft to begin with; and `forked`, as the product does it, where a new
+one starts from the weights of the draft that served its topic until then. All learn from the same requests in the same order, each draft after so many of its own: in all they make equally many
+updates. Each router is compared with the fixed assignment that has turned out best.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_osd import Feedback, OnlineAssistant, OnlineConfig
-from hf_osd.feedback.prompt_states import SeenTexts
-from hf_osd.policy.routing import TopicRouter, prompt_features
+from torch import Tensor
+
+from hf_osd import Feedback, OnlineAssistant, OnlineConfig, RoutedAssistant
+from hf_osd.policy.routing import prompt_features
 from hf_osd.system.bounds import option, whole
 from recipes.common.command import check_learns, check_trace, numbers_of, run_command
 from recipes.common.models import ModelArguments, load_target, shuffled, use_threads
@@ -37,6 +39,8 @@ from recipes.experiments.topics import purity
 logger = logging.getLogger("hf_osd.recipes.route")
 
 ARMS = ("shared", "fixed", "routed", "forked")
+ROUTED = ("routed", "forked")
+_VERSION = 2  # of a row: 1 had no `by_draft`
 
 
 @dataclass
@@ -45,7 +49,9 @@ class RouteArguments(ModelArguments):
 
     trace: str = option("", string(), "Folders made by record.py, with ',' between: a domain each.")
     arms: str = option(
-        ",".join(ARMS), string(), "Which to run, with ',' between; the first is what others are compared with."
+        ",".join(ARMS),
+        string(),
+        "Which to run, with ',' between; the first is what others are compared with. 'assignments' is every fixed one.",
     )
     requests: int = option(120, whole(1), "Requests of each trace.")
     held_back: int = option(40, whole(1), "Held-back prompts of each trace to score on.")
@@ -59,8 +65,11 @@ class RouteArguments(ModelArguments):
     def __post_init__(self):
         super().__post_init__()
         check_trace(self.trace)
-        if unknown := [arm for arm in self.arms.split(",") if arm not in ARMS]:
-            raise ValueError(f"`arms` has {unknown}; choose from {', '.join(ARMS)}.")
+        for arm in expanded(self.arms, names := [Path(folder).name for folder in self.trace.split(",")]):
+            if arm not in ROUTED and sorted(name for name, _ in assignment(arm, names)) != sorted(names):
+                raise ValueError(
+                    f"`arms` has {arm!r}; choose from {', '.join(ARMS)}, or give each of {', '.join(names)} once, with '+' between those of one draft and '/' between drafts."
+                )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +85,7 @@ def measure(args: RouteArguments, config: OnlineConfig):
     done = {row["key"]: row for row in log.rows}
     experiment = Experiment(args, config)
     results = []
-    for name in args.arms.split(","):
+    for name in expanded(args.arms, experiment.names):
         results.append([])
         for seed in numbers_of(args.seeds, "seeds", least=0):
             key = experiment.key(name, seed)
@@ -86,51 +95,37 @@ def measure(args: RouteArguments, config: OnlineConfig):
             results[-1].append(row)
             print(_line(row), flush=True)
     print(table(results))
+    print(hindsight(results))
 
 
-class Drafts:
-    """The drafts of one run, by route.
+def expanded(arms: str, names: Sequence[str]) -> list[str]:
+    """List the arms, 'assignments' as every way to share drafts among domains, each once."""
+    listed = []
+    for arm in arms.split(","):
+        listed += [_named(groups, names) for groups in _partitions(names)] if arm == "assignments" else [arm]
+    return list(dict.fromkeys(listed))
 
-    Args:
-        new: makes the draft that they start from.
-    """
 
-    def __init__(self, new, config: OnlineConfig):
-        self._new, self._config = new, config
-        self.assistants: dict[Hashable, OnlineAssistant] = {}
-        self._known: dict[Hashable, SeenTexts] = {}
-        self.updates, self._made = 0, 0
+def assignment(arm: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair each domain with its route in an arm with a fixed assignment."""
+    arm = {"shared": "+".join(names), "fixed": "/".join(names)}.get(arm, arm)
+    return [(name, group) for group in arm.split("/") for name in group.split("+")]
 
-    def open(self, route: Hashable, parent: Hashable | None = None):
-        """Make a route's draft, if there is none: from what all start from, or the weights that `parent` serves."""
-        if route in self.assistants:
-            return
-        if parent in self.assistants:
-            draft = copy.deepcopy(self.assistants[parent].serving.active).requires_grad_(True)
-        else:
-            draft = self._new()
-        self.assistants[route], self._known[route] = OnlineAssistant(draft, self._config), SeenTexts()
 
-    def keep(self, routes: tuple[Hashable, ...]):
-        """Drop the drafts of all other routes."""
-        for route in self.assistants.keys() - set(routes):
-            self.updates += self.assistants.pop(route).stats.updates
-            del self._known[route]
+def _partitions(names: Sequence[str]) -> Iterator[list[list[str]]]:
+    """Yield every way to part names into groups, from one group to one for each."""
+    if not names:
+        yield []
+        return
+    for groups in _partitions(names[:-1]):
+        for i in range(len(groups)):
+            yield [group + [names[-1]] * (i == j) for j, group in enumerate(groups)]
+        yield [*groups, [names[-1]]]
 
-    def score(self, route: Hashable, request: Feedback) -> tuple[float, int]:
-        """Count accepted and all positions of a request that has not been learnt."""
-        assistant = self.assistants[route]
-        [[hits, positions]] = hits_of(assistant, [kept(assistant, request)])
-        return hits, positions
 
-    def serve(self, route: Hashable, request: Feedback, limit: int) -> tuple[int, int]:
-        """Predict a request, then let the route's draft learn it; counts accepted and all positions."""
-        assistant = self.assistants[route]
-        request = kept(assistant, request)
-        [overlap] = assistant.score([request])
-        serve(assistant, request, overlap, self._known[route], limit)
-        assistant.update()
-        return int(overlap.nansum()), int((~overlap.isnan()).sum())
+def _named(groups: list[list[str]], names: Sequence[str]) -> str:
+    plain = {1: "shared", len(names): "fixed"}
+    return plain.get(len(groups)) or "/".join("+".join(group) for group in groups)
 
 
 class Experiment:
@@ -147,73 +142,89 @@ class Experiment:
                 raise ValueError(
                     f"{traced.name} has {len(traced.stream)} recorded requests and `requests` asks for {args.requests}; record more, or lower it."
                 )
+        self.names = [traced.name for traced in self.traces]
         self.limit = max(traced.max_new_tokens for traced in self.traces)
 
     def key(self, arm: str, seed: int) -> str:
         """Digest what makes two runs the same run."""
         args = self.args
-        facts = [arm, seed, args.target, args.dtype, args.draft, args.requests, args.held_back]
+        facts = [_VERSION, arm, seed, args.target, args.dtype, args.draft, args.requests, args.held_back]
         facts += [{**self.config.to_dict(), "seed": None}, [(traced.name, traced.digest) for traced in self.traces]]
-        facts += [args.max_routes, args.observe_every] if arm in ("routed", "forked") else []
+        facts += [args.max_routes, args.observe_every] if arm in ROUTED else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def run(self, arm: str, seed: int) -> dict:
         """Serve all traces, mixed, with one arm: α of each request before it was learnt, and of the held-back prompts at the end."""
         began = time.perf_counter()
         args, config = self.args, dataclasses.replace(self.config, seed=seed, suffix_cache=False)
-        base = read_arm("base", config, args.draft)
-        drafts = Drafts(lambda: base.draft(self.target), config)
-        router = TopicRouter(args.max_routes, seed=seed) if arm in ("routed", "forked") else None
+        routes = None if arm in ROUTED else dict(assignment(arm, self.names))
+        assistant = RoutedAssistant(
+            read_arm("base", config, args.draft).draft(self.target),
+            config,
+            routes="topics" if routes is None else "named",
+            max_routes=args.max_routes if routes is None else len(self.names),
+        )
         rows = [(traced.name, one) for traced in self.traces for one in shuffled(traced.stream, seed)[: args.requests]]
         prequential, choices, routing = [], [], 0.0
         for served, (domain, request) in enumerate(shuffled(rows, seed)):
-            topic, route, parent = None, {"shared": "shared", "fixed": domain}.get(arm), None
-            if router is not None:
+            request = kept(assistant, request)
+            if routes is None:
                 start = time.perf_counter()
-                choice = router.route(self.features(request))
+                choice = assistant.choose(self.features(request))
                 routing += time.perf_counter() - start
-                topic, route, parent = choice.topic, choice.route, choice.parent if arm == "forked" else None
-            drafts.open(route, parent)
-            if router is not None and served % args.observe_every == 0:
-                counts = {name: drafts.score(name, request) for name in router.routes if name in drafts.assistants}
-                if (positions := counts[route][1]) > 0:
-                    router.observe(topic, {name: hits / positions for name, (hits, _) in counts.items()}, positions)
-            prequential.append(drafts.serve(route, request, self.limit))
+                topic, route = choice.topic, choice.route
+                member = assistant.member(route, choice.parent if arm == "forked" else None)
+                if served % args.observe_every == 0 and (scores := assistant.score_routes(request)):
+                    assistant.router.observe(topic, scores, len(request))
+            else:
+                topic, route = None, routes[domain]
+                member = assistant.member(route)
+            prequential.append(_serve(member, request, self.limit))
             choices.append((domain, topic, route))
-            if router is not None:
-                drafts.keep(router.routes)
-        drafts.updates += sum(assistant.stats.updates for assistant in drafts.assistants.values())
-        learning = sum(assistant.stats.learning_seconds for assistant in drafts.assistants.values())
-        scores = {traced.name: self._score(arm, drafts, router, traced) for traced in self.traces}
+        drafts = {name: member for name, member in assistant.pool.items() if routes or name in assistant.router.routes}
+        by_draft = {
+            name: {
+                traced.name: hits_of(member, [kept(member, one) for one in traced.held_back]) for traced in self.traces
+            }
+            for name, member in drafts.items()
+        }
+        scores = {}
+        for traced in self.traces:
+            serving = [routes[traced.name] if routes else self._routed(assistant, one) for one in traced.held_back]
+            scores[traced.name] = [by_draft[name][traced.name][i] for i, name in enumerate(serving)]
+        stats = assistant.stats
+        assistant.close()
         return {
             "arm": arm,
             "seed": seed,
             "prequential": prequential,
             "choices": choices,
             "scores": scores,
-            "updates": drafts.updates,
-            "drafts": len(drafts.assistants),
-            "purity": None if router is None else purity(*_late(choices)),
+            "by_draft": by_draft,
+            "updates": stats.updates,
+            "drafts": len(drafts),
+            "purity": None if routes else purity(*_late(choices)),
             "routing_ms": round(1000 * routing / len(rows), 3),
-            "learning_seconds": round(learning, 1),
+            "learning_seconds": round(stats.learning_seconds, 1),
             "seconds": round(time.perf_counter() - began, 1),
         }
 
-    def features(self, request: Feedback):
+    def features(self, request: Feedback) -> Tensor:
         """Compute a recorded prompt's features."""
         return prompt_features(self.target.get_input_embeddings().weight, request.tokens[: request.prompt_length])
 
-    def _score(self, arm: str, drafts: Drafts, router: TopicRouter | None, traced) -> list[tuple[int, int]]:
-        """Count `[accepted, positions]` of a domain's held-back prompts; where they are routed, each by a copy of the router, which learns nothing from them."""
-        counts = []
-        for request in traced.held_back:
-            route = {"shared": "shared", "fixed": traced.name}.get(arm)
-            if router is not None:
-                route = copy.deepcopy(router).route(self.features(request)).route
-                if route not in drafts.assistants:  # it would have opened now
-                    route = next(iter(drafts.assistants))
-            counts.append(drafts.score(route, request))
-        return counts
+    def _routed(self, assistant: RoutedAssistant, request: Feedback) -> str:
+        """Name the draft that would serve a held-back prompt, by a copy of the router, which learns nothing from it."""
+        route = copy.deepcopy(assistant.router).route(self.features(request)).route
+        return route if route in assistant.pool else next(name for name, _ in assistant.pool.items())  # not opened now
+
+
+def _serve(member: OnlineAssistant, request: Feedback, limit: int) -> tuple[int, int]:
+    """Predict a request, then let the route's draft learn it; counts accepted and all positions."""
+    [overlap] = member.score([request])
+    serve(member, request, overlap, member.seen_texts, limit)
+    member.update()
+    return int(overlap.nansum()), int((~overlap.isnan()).sum())
 
 
 def _late(choices: list[tuple]) -> tuple[list, list]:
@@ -249,6 +260,46 @@ def table(results: list[list[dict]]) -> str:
         cells += [f"{statistics.fmean(purities):.2f}" if purities else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def hindsight(results: list[list[dict]]) -> str:
+    """Write a Markdown table that compares each router with the best fixed assignment in hindsight, of those that were run: the one with the highest α over all seeds, chosen for each
+    figure by itself. The last line of a router compares it with its own drafts, each domain's held-back prompts on the draft that is best for them: what is lost by choosing alone."""
+    fixed = [rows for rows in results if rows[0]["arm"] not in ROUTED]
+    figures = {
+        "all requests, before learning": lambda row: row["prequential"],
+        "the last quarter, before learning": lambda row: row["prequential"][-len(row["prequential"]) // 4 :],
+        "held back": lambda row: [pair for pairs in row["scores"].values() for pair in pairs],
+    }
+    lines = [
+        f"\nThe router less the best of {len(fixed)} fixed assignments in hindsight",
+        "| router | α of | the best | its α | the router's | less (95%) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rows in results:
+        if rows[0]["arm"] not in ROUTED:
+            continue
+        for name, of in figures.items():
+            routed, others = [of(row) for row in rows], [[of(row) for row in other] for other in fixed]
+            if others:
+                best = max(range(len(fixed)), key=lambda i: statistics.fmean(map(alpha_of, others[i])))
+                lines.append(_against(rows[0]["arm"], name, fixed[best][0]["arm"], others[best], routed))
+        own = [[pair for domain in row["scores"] for pair in _best_draft(row, domain)] for row in rows]
+        lines.append(
+            _against(
+                rows[0]["arm"], "held back", "of its own drafts", own, [figures["held back"](row) for row in rows]
+            )
+        )
+    return "\n".join(lines) if len(lines) > 3 else ""
+
+
+def _best_draft(row: dict, domain: str) -> list[list[int]]:
+    return max((scores[domain] for scores in row["by_draft"].values()), key=alpha_of)
+
+
+def _against(arm: str, figure: str, name: str, best: list, routed: list) -> str:
+    alphas = [f"{statistics.fmean(map(alpha_of, runs)):.3f}" for runs in (best, routed)]
+    return "| " + " | ".join([arm, figure, name, *alphas, str(intervals(best, routed))]) + " |"
 
 
 def _mean(values) -> str:

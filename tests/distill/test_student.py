@@ -195,7 +195,7 @@ def test_going_back_is_being_as_before(member, requests):
 
 
 @pytest.mark.parametrize("fields", [{}, BOTH])
-def test_weights_are_copied_once_for_as_long_as_nothing_changes_them(member, requests, fields):
+def test_snapshots_share_weights_with_the_student_until_it_goes_on(member, requests, fields):
     one = member(**fields)
     begun = one.snapshot()
     for change in (lambda: one.learn(requests[:2]), lambda: one.set_weights(one.initial), lambda: one.restore(begun)):
@@ -204,7 +204,10 @@ def test_weights_are_copied_once_for_as_long_as_nothing_changes_them(member, req
         assert one.snapshot().weights is first.weights
         one.score(requests[:1], one.initial)
         assert one.snapshot().weights is first.weights
+        assert all(w.data_ptr() == first.weights[name].data_ptr() for name, w in one.weights().items())
+        average = cloned(first.average or {})
         change()
+        assert same(first.average or {}, average)
         assert one.snapshot().weights is not first.weights
         assert same(one.snapshot().weights, one.weights())
         assert same(first.weights, weights)

@@ -176,8 +176,8 @@ def test_no_more_of_a_text_is_read_to_learn_it(target, make_feedback, window):
 def test_a_call_that_drafted_nothing_is_judged_by_a_window(target, monkeypatch):
     assistant = OnlineAssistant(grow_draft(target), learning_window=64, update_interval=10**6)
     monkeypatch.setattr(assistant.lookahead, "plan", lambda *args, **kwargs: Plan())
-    widths = [Widths(copy) for copy in assistant.serving._copies]
+    widths = Widths(assistant.serving.active)
     prompt = torch.randint(2, 60, (1, 300))
     target.generate(prompt, assistant_model=assistant, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assistant.collect()
-    assert max(one.widest for one in widths) == 63
+    assert widths.widest == 63

@@ -168,7 +168,8 @@ def test_an_accepted_draft_that_cannot_serve_is_none(learner, make_feedback, mon
     served, version = everything(made)[0], made.serving.version
     with a_gate_that_says(made, Verdict.ACCEPT):
         learn(made, make_feedback(seed=2))
-        made.contenders._candidate.weights[next(iter(served))].view(-1)[0] = torch.nan
+        candidate, name = made.contenders._candidate.weights, next(iter(served))
+        candidate[name] = candidate[name].clone().fill_(torch.nan)
         with caplog.at_level(logging.ERROR, logger="hf_osd"):
             assert not learn(made, make_feedback(seed=3))
     assert "not finite" in caplog.text

@@ -1,4 +1,7 @@
-"""`HotSwapDraft`: refreshes flip between two copies, and a leased copy is never written."""
+"""`HotSwapDraft`: refreshes flip to a new copy, and no copy is ever written."""
+
+import gc
+import weakref
 
 import pytest
 import torch
@@ -82,7 +85,7 @@ def test_a_leased_copy_never_changes(serving):
     assert torch.equal(logits(leased), said)
 
 
-def test_an_idle_copy_that_an_older_call_still_leases_is_left_alone(serving):
+def test_copies_that_older_calls_still_lease_are_left_alone(serving):
     older = serving.lease()
     serving.refresh(moved(serving, 0.5))
     younger = serving.lease()
@@ -101,20 +104,21 @@ def test_an_idle_copy_that_an_older_call_still_leases_is_left_alone(serving):
     serving.release(leased)
 
 
-def test_a_copy_is_written_again_once_all_its_leases_are_released(serving):
-    first = serving.lease()
-    assert serving.lease() is first
+def test_an_old_copy_goes_with_the_last_call_that_holds_it(serving):
+    first, second = serving.lease(), serving.lease()
+    assert first is second
     serving.refresh(moved(serving, 0.1))
-    serving.release(first)
-    serving.refresh(moved(serving, 0.1))
-    assert serving.active is not first, "one lease is left"
-    serving.release(first)
-
-    free = serving.lease()
-    serving.release(free)
-    serving.refresh(moved(serving, 0.1))
-    serving.refresh(moved(serving, 0.1))
-    assert serving.active is free, "no third copy where two will do"
+    assert serving.active is not first
+    gone = weakref.ref(first)
+    for leased in (first, second):
+        serving.release(leased)
+    del first, second, leased
+    gc.collect()
+    assert gone() is None
+    learnt = sum(p.nbytes for name, p in serving.active.named_parameters() if name in serving.trainable)
+    for _ in range(3):
+        serving.refresh(moved(serving, 0.1))
+        assert serving.own_bytes() == learnt
 
 
 def test_frozen_weights_share_the_drafts_storage_and_trainable_ones_do_not(serving, draft):
@@ -123,7 +127,7 @@ def test_frozen_weights_share_the_drafts_storage_and_trainable_ones_do_not(servi
     older = serving.lease()
     serving.refresh(moved(serving, 0.1))
     younger = serving.active
-    serving.refresh(moved(serving, 0.1))  # makes a third copy: the first is leased
+    serving.refresh(moved(serving, 0.1))
     for copy in (younger, serving.active):
         for name, parameter in copy.named_parameters():
             shared = parameter.data_ptr() == given[name].data_ptr()
@@ -131,15 +135,15 @@ def test_frozen_weights_share_the_drafts_storage_and_trainable_ones_do_not(servi
     serving.release(older)
 
 
-def test_two_copies_of_a_draft_that_has_learnt_nothing_are_one(serving, draft):
+def test_a_draft_that_has_learnt_nothing_takes_no_memory(serving, draft):
     given = {name: p.data_ptr() for name, p in draft.named_parameters()}
-    for copy in serving._copies:
-        assert {name: p.data_ptr() for name, p in copy.named_parameters()} == given
-    trainable = trainable_of(draft)
-    serving.refresh(moved(serving, 0.1))
-    older, active = serving._copies[1 - serving._active], serving.active
+    older = serving.active
     assert {name: p.data_ptr() for name, p in older.named_parameters()} == given
-    assert {name for name, p in active.named_parameters() if p.data_ptr() != given[name]} == trainable
+    assert serving.own_bytes() == 0
+    serving.refresh(moved(serving, 0.1))
+    assert {name: p.data_ptr() for name, p in older.named_parameters()} == given
+    active = serving.active
+    assert {name for name, p in active.named_parameters() if p.data_ptr() != given[name]} == trainable_of(draft)
 
 
 def test_a_copy_that_broke_off_half_written_is_written_whole_by_the_next_refresh(serving, monkeypatch):

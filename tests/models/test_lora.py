@@ -222,10 +222,9 @@ def test_all_begin_with_the_same_adapter_and_the_random_state_is_left_alone(draf
 # What is shared.
 
 
-def test_serving_copies_learner_and_draft_are_one_base_until_something_is_learnt(target, draft):
+def test_serving_copy_learner_and_draft_are_one_base_until_something_is_learnt(target, draft):
     assistant = learning(draft, update_interval=10**6)
-    one, two = map(storage, assistant.serving._copies)
-    assert one == two
+    one = storage(assistant.serving.active)
     learner = assistant.learner.student.module
     assert {p.data_ptr() for name, p in learner.named_parameters() if "lora_" not in name} == set(one.values())
     serve(target, assistant, PROMPTS[:3])
@@ -372,8 +371,8 @@ def test_over_quantised_layers_the_adapter_serves_beside_them(target, noised_cop
         assert torch.equal(a, b)
     assert assistant.stats.updates >= 3
     assert assistant.stats.failed_updates == 0
-    for model in assistant.serving._copies:
-        assert {p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name} == base
+    served = assistant.serving.active
+    assert {p.data_ptr() for name, p in served.named_parameters() if "lora_" not in name} == base
     assert not torch.equal(logits(assistant.serving.active), logits(draft))
     assert same(draft, before)
     with pytest.raises(ValueError, match="Refresh from a model with the adapter"):

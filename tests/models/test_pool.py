@@ -76,17 +76,33 @@ def test_adapters_rest_before_anything_goes(draft):
     pool = DraftPool(lambda name, w: Member(base, w, Adapter(base, 2)), 8)
     for name in "ab":
         moved(pool.get(name), 0.5)
-    merged = {name: p.clone() for name, p in pool.peek("a").serving.active.named_parameters()}
+    a, b = (pool.peek(name).serving for name in "ab")
+    merged, text = {name: p.clone() for name, p in a.active.named_parameters()}, torch.arange(8)[None]
+    logits = [serving.active(text).logits for serving in (a, b)]
+    held = a.lease()
     pool.max_bytes = pool.nbytes - 1
     pool.get("b")
-    assert "a" in pool
-    a = pool.peek("a").serving
-    assert a.own_bytes() < pool.peek("b").serving.own_bytes()
+    assert a.own_bytes() < b.own_bytes()
+    assert all(torch.equal(p, merged[name]) for name, p in held.named_parameters()), "a call goes on with what it has"
+    a.release(held)
+    learnt = sum(weight.nbytes for _, weight in a.weights())
     leased = a.lease()
-    assert all(torch.equal(p, merged[name]) for name, p in leased.named_parameters())
-    assert not a.rest(), "a call holds it"
+    assert a.own_bytes() == learnt, "it serves as it rests"
+    torch.testing.assert_close(leased(text).logits, logits[0], rtol=1e-4, atol=1e-4)
+    assert {p.data_ptr() for p in leased.parameters()} <= {
+        p.data_ptr() for p in (*base.parameters(), *dict(a.weights()).values())
+    }
     a.release(leased)
-    assert a.rest()
+    assert not a.rest(), "it rests already"
+    assert all(torch.equal(p, merged[name]) for name, p in a.plain().named_parameters())
+    pool.max_bytes = learnt
+    pool.get("b")
+    assert list(dict(pool.items())) == ["b"]
+    assert b.own_bytes() == learnt, "the one used last rests too where it does not fit"
+    torch.testing.assert_close(b.active(text).logits, logits[1], rtol=1e-4, atol=1e-4)
+    moved(pool.peek("b"), 0.5)
+    assert b.own_bytes() > learnt, "merged at a refresh"
+    assert not torch.allclose(b.active(text).logits, logits[1], atol=1e-4)
 
 
 def test_names_are_told_apart_on_disk():

@@ -44,17 +44,55 @@ def test_all_arms_learn_the_same_requests_in_the_same_order(target_dir, traces, 
     assert all(f"| {arm} |" in table for arm in route.ARMS)
     rows = {row["arm"]: row for row in map(json.loads, log.read_text().splitlines())}
     assert rows.keys() == set(route.ARMS)
+    routers = table[table.index("fixed assignments in hindsight") :]
+    assert routers.count("| routed |") == routers.count("| forked |") == 4
+    assert routers.count("of its own drafts") == 2
     for row in rows.values():
+        assert row["by_draft"].keys() >= set(routes_of(row)[-1:])
         assert [domain for domain, *_ in row["choices"]] == [domain for domain, *_ in rows["shared"]["choices"]]
         assert len(row["prequential"]) == 2 * REQUESTS
         assert {name: len(pairs) for name, pairs in row["scores"].items()} == {"low": 4, "high": 4}
     assert rows["fixed"]["drafts"] == 2
     assert rows["fixed"]["updates"] == rows["shared"]["updates"] == 2 * REQUESTS // 8
     assert all(name == domain for domain, _, name in rows["fixed"]["choices"])
+    assert {name for *_, name in rows["shared"]["choices"]} == {"low+high"}
     assert rows["routed"]["drafts"] >= 1
     before = log.read_text()
     assert route.main(flags(target_dir, traces, "--log", str(log))) == 0  # all runs are there
     assert log.read_text() == before
+
+
+def routes_of(row):
+    return [route for *_, route in row["choices"]]
+
+
+def test_every_way_to_share_drafts_is_an_assignment():
+    from recipes.experiments.route import assignment, expanded
+
+    assert expanded("shared,assignments", ["a", "b", "c"]) == ["shared", "a+b/c", "a+c/b", "a/b+c", "fixed"]
+    assert len(expanded("assignments,forked", list("abcd"))) == 15 + 1
+    assert dict(assignment("a+c/b", ["a", "b", "c"])) == {"a": "a+c", "b": "b", "c": "a+c"}
+
+
+def test_a_router_is_compared_with_the_assignment_that_turned_out_best():
+    from recipes.experiments.route import hindsight
+
+    def rows(arm, early, late, held):
+        drafts = {"x": {"a": [[held, 10]], "b": [[2, 10]]}, "y": {"a": [[3, 10]], "b": [[9, 10]]}}
+        scores = {"a": [[held, 10]], "b": [[2, 10]]}
+        return [
+            {"arm": arm, "prequential": [[early, 10]] * 6 + [[late, 10]] * 2, "scores": scores, "by_draft": drafts}
+        ]
+
+    lines = hindsight([rows("shared", 8, 2, 4), rows("fixed", 1, 6, 5), rows("forked", 5, 5, 6)]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[-4:]]
+    assert [(row[2], row[3], row[4], row[5].split()[0]) for row in cells] == [
+        ("shared", "0.650", "0.500", "-0.150"),
+        ("fixed", "0.600", "0.500", "-0.100"),
+        ("fixed", "0.350", "0.400", "+0.050"),
+        ("of its own drafts", "0.750", "0.400", "-0.350"),
+    ]
+    assert not hindsight([rows("shared", 8, 2, 4)])
 
 
 def test_purity_is_the_share_of_each_topics_commonest_domain():
@@ -87,5 +125,6 @@ def test_what_cannot_be_compared_is_refused(target_dir, traces, refused):
     from recipes.experiments import route
 
     refused(route.main, flags(target_dir, traces, "--arms", "shared,best"), says="choose from shared")
+    refused(route.main, flags(target_dir, traces, "--arms", "low/low+high"), says="each of low, high once")
     refused(route.main, flags(target_dir, traces, "--requests", "99"), says="record more")
     refused(route.main, ["--target", str(target_dir)], says="`trace` is empty")
