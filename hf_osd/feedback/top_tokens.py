@@ -1,4 +1,4 @@
-"""`top_tokens` finds the likeliest tokens of each row of logits, on the CPU several times faster than `torch.topk`."""
+"""`top_tokens` finds the likeliest tokens of each row of logits, on the CPU faster than `torch.topk`."""
 
 import torch
 from torch import Tensor

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_osd.config import OnlineConfig
+from hf_osd.models.copies import sharing_copy
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.lora import Adapter
 from hf_osd.models.properties import reads_states
@@ -52,7 +53,7 @@ def write_draft_folder(folder: Path, serving: HotSwapDraft, config: OnlineConfig
     try:
         draft, weights = serving.for_learner()
         draft.config.save_pretrained(folder / DRAFT)
-        save_model(draft, str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
+        save_model(_without_views(draft), str(folder / DRAFT / "model.safetensors"), metadata={"format": "pt"})
     finally:
         serving.release(leased)
     adapter = None
@@ -68,6 +69,15 @@ def write_draft_folder(folder: Path, serving: HotSwapDraft, config: OnlineConfig
         "config": config.to_dict(),
     }
     (folder / BEGIN).write_text(json.dumps(begin), encoding="utf-8")
+
+
+def _without_views(draft: PreTrainedModel) -> PreTrainedModel:
+    """Return the draft with copies of those weights that are parts of a larger allocation, as learnt ones are: safetensors does not write them."""
+    draft = sharing_copy(draft)
+    for parameter in draft.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.detach().clone()
+    return draft
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class AnswerReader:
     def _read(self, batch: Sequence[Served]) -> list[Feedback]:
         """Read some answers in one forward. Padding is on the right, where no token before it sees it."""
         device = self.target.get_input_embeddings().weight.device
-        ids = [torch.tensor([*one.prompt, *one.answer]) for one in batch]
+        ids = [torch.tensor([*one.prompt, *one.answer], dtype=torch.long, device="cpu") for one in batch]
         taught = [min(len(one.prompt) - 1, self._prompt_positions) for one in batch]
         first = min(
             len(one.prompt) - 1 - rows for one, rows in zip(batch, taught, strict=True)
@@ -119,8 +119,8 @@ class AnswerReader:
         whole = Feedback.from_target(
             tokens,
             len(one.prompt),
-            rows.select(torch.arange(taught, len(rows))),
-            prompt_rows=rows.select(torch.arange(taught)) if taught else None,
+            rows.select(list(range(taught, len(rows)))),
+            prompt_rows=rows.select(list(range(taught))) if taught else None,
             sampled=one.sampled,
             states=states,
         )
