@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 
 def test_an_adapter_takes_less_and_what_a_pool_reckons_with_is_what_is_measured(target_dir, tmp_path, capsys):
@@ -19,3 +20,16 @@ def test_an_adapter_takes_less_and_what_a_pool_reckons_with_is_what_is_measured(
         assert row["unmerged_step"] is None
     for row in (adapter, grown, feature):
         assert row["whole_bytes"] == pytest.approx(row["estimated_bytes"], rel=0.1)
+
+
+def test_tensors_without_data_take_nothing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from recipes.benchmarks.pool import live_bytes
+
+    before = live_bytes()
+    with FakeTensorMode():
+        held = [torch.empty(1 << 20)]
+    held += [torch.zeros(1 << 18), torch.empty(1 << 20, device="meta")]
+    assert live_bytes() - before == pytest.approx(1 << 20, rel=0.01)
+    held.clear()
