@@ -263,7 +263,7 @@ class Sidecar:
                 )
             },
             "alpha": None if estimate is None else estimate.alpha,
-            "alpha_without_learning": None if estimate is None else estimate.gain.before,
+            "alpha_initial": None if estimate is None else estimate.gain.before,
             "draft_version": stats.draft_version,
             "acceptance": {} if self.pusher is None else self.pusher.acceptance(),
             "pushes": {} if self.pusher is None else self.pusher.status(),

@@ -71,10 +71,10 @@ class _Collector:
         )
         alpha = GaugeMetricFamily(
             "hf_osd_alpha",
-            "Expected acceptance on the last requests, before they were learnt, of the draft that serves and of the one before any learning.",
+            "Expected acceptance on the last requests, before they were learnt, of the draft that serves and of the one that learning began with.",
             labels=["draft"],
         )
-        for draft, name in (("serving", "alpha"), ("initial", "alpha_without_learning")):
+        for draft, name in (("serving", "alpha"), ("initial", "alpha_initial")):
             if is_figure(figures[name]):
                 alpha.add_metric([draft], figures[name])
         yield alpha
@@ -149,7 +149,7 @@ def status_text(sidecar: Sidecar) -> str:
         f"{number('unreadable')} unreadable, {figures['waiting']} wait; {figures['rereading_seconds']:.1f} s of reading them once more",
         f"learning: {learning['updates']} updates ({learning['failed_updates']} failed), candidates {learning['accepted_updates']} accepted and "
         f"{learning['rejected_updates']} dropped, {learning['learned_tokens']} tokens, {learning['learning_seconds']:.1f} s",
-        f"alpha {figure_text(figures['alpha'])}, {figure_text(figures['alpha_without_learning'])} without learning; draft version {figures['draft_version']}, "
+        f"alpha {figure_text(figures['alpha'])}, {figure_text(figures['alpha_initial'])} as learning began; draft version {figures['draft_version']}, "
         f"{number('taken_back')} taken back",
     ]
     lines += [f"{name.replace('_', ' ')}: {learning[name]}" for name in ("learning_over", "trouble") if learning[name]]
@@ -167,7 +167,7 @@ def progress_line(figures: Mapping[str, Any]) -> str:
     lengths = [c.mean_length for c in figures["acceptance"].values() if c is not None and is_figure(c.mean_length)]
     return (
         f"{counts.get('requests', 0)} requests, {counts.get('taught', 0)} learnt from, {counts.get('failed', 0)} failed; alpha {figure_text(figures['alpha'])} "
-        f"({figure_text(figures['alpha_without_learning'])} without learning); {learning['updates']} updates, {learning['accepted_updates']} let through; "
+        f"({figure_text(figures['alpha_initial'])} as learning began); {learning['updates']} updates, {learning['accepted_updates']} let through; "
         f"mean acceptance length {', '.join(figure_text(x) for x in lengths) or '-'}"
     )
 
