@@ -23,7 +23,7 @@ from hf_osd.metrics.routed_stats import RoutedStats
 from hf_osd.metrics.stats import Stats
 from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
-from hf_osd.policy.routing import Choice, TopicRouter, prompt_features
+from hf_osd.policy.routing import OWN_FROM, Choice, TopicRouter, prompt_features
 from hf_osd.saving.routes import SavableRoutes
 from hf_osd.system.forks import released
 
@@ -87,6 +87,7 @@ class RoutedAssistant(SavableRoutes):
         routes (`str`): `"topics"` finds the route of each prompt by its topic ([`hf_osd.policy.routing.TopicRouter`]) where the call names none; `"named"` serves such calls on the route
             `"default"`.
         max_routes (`int`): routes at one time, at most, the default route not counted. The one that was used least recently is put away for another.
+        topic_requests (`int`): requests of a topic from which it may have a route of its own; until then it shares one, which learns from all that it serves.
         pool_bytes (`int`, *optional*): memory for what routes add to the draft as it came, by estimate ([`hf_osd.models.pool.route_bytes`]); no bound if left out.
         pool_folder (*optional*): where to put away routes that do not fit: learnt weights and the learner's state, and no text. Without one they are dropped, and begin anew when asked for again.
         tenants_are_routes (`bool`): serve a tenant's calls on a route of that name.
@@ -105,6 +106,7 @@ class RoutedAssistant(SavableRoutes):
         *,
         routes: str = "topics",
         max_routes: int = 8,
+        topic_requests: int = OWN_FROM,
         pool_bytes: int | None = None,
         pool_folder: str | None = None,
         tenants_are_routes: bool = False,
@@ -117,8 +119,9 @@ class RoutedAssistant(SavableRoutes):
             )
         if routes not in ("topics", "named"):
             raise ValueError(f"`routes` is {routes!r}; choose 'topics' or 'named'.")
-        if isinstance(max_routes, bool) or not isinstance(max_routes, int) or max_routes < 1:
-            raise ValueError(f"`max_routes` is {max_routes!r}; give a whole number, at least 1.")
+        for name, value in (("max_routes", max_routes), ("topic_requests", topic_requests)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; give a whole number, at least 1.")
         self.osd_config = config = OnlineConfig.of(config, overrides)
         if config.learn == "process":
             raise ValueError(
@@ -128,11 +131,11 @@ class RoutedAssistant(SavableRoutes):
             raise ValueError(
                 "This is one of several processes of a job, which would have to learn the same routes at the same moments. Use an OnlineAssistant there, or learn=False."
             )
-        self.tenants_are_routes, self.max_routes = tenants_are_routes, max_routes
+        self.tenants_are_routes, self.max_routes, self.topic_requests = tenants_are_routes, max_routes, topic_requests
         self._lock = released(threading.RLock())
         shared = SharedParts.of(draft, config).with_static(static_draft, config)
         self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={}, adapters={})
-        self.router = TopicRouter(max_routes, config.seed or 0) if routes == "topics" else None
+        self.router = TopicRouter(max_routes, config.seed or 0, topic_requests) if routes == "topics" else None
         self.pool = DraftPool(
             self._make,
             max_routes,

@@ -171,7 +171,7 @@ def test_a_tenant_may_be_a_route(target):
 
 
 def test_topics_get_routes_of_their_own_and_begin_with_their_parents_weights(target):
-    assistant = RoutedAssistant(grow_draft(target), max_routes=4, **LEARNS)
+    assistant = RoutedAssistant(grow_draft(target), max_routes=4, topic_requests=8, **LEARNS)
     for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
         serve(target, assistant, one, max_new_tokens=4)
         serve(target, assistant, other, max_new_tokens=4)
@@ -292,14 +292,14 @@ def test_a_learner_of_another_kind_goes_on_from_the_weights_that_were_put_away(t
 @pytest.mark.parametrize("kind", ["grown", "adapter"])
 def test_a_saved_pool_comes_back(target, tmp_path, kind):
     extra = {"adapter": "lora", "lora": 4} if kind == "adapter" else {}
-    assistant = RoutedAssistant(grow_draft(target), max_routes=3, **LEARNS, **extra)
+    assistant = RoutedAssistant(grow_draft(target), max_routes=3, topic_requests=40, **LEARNS, **extra)
     for prompt in prompts(4):
         serve(target, assistant.route("a/b"), prompt)
         serve(target, assistant, prompt)
     assistant.flush()
     assistant.save_pretrained(tmp_path / "pool")
     again = RoutedAssistant.from_pretrained(tmp_path / "pool")
-    assert again.max_routes == 3
+    assert (again.max_routes, again.router.own_from) == (3, 40)
     assert again.router.routes == assistant.router.routes
     for name, one in assistant.pool.items():
         old, new = dict(one.serving.weights()), dict(again.pool.peek(name).serving.weights())
@@ -358,6 +358,7 @@ def _single(assistant, folder):
     [
         ({"routes": "none"}, "routes"),
         ({"max_routes": 0}, "max_routes"),
+        ({"topic_requests": 0}, "topic_requests"),
         ({"pool_bytes": 0}, "pool_bytes"),
         ({"learn": "process"}, "process"),
     ],
@@ -397,7 +398,7 @@ def test_a_route_that_no_topic_has_any_more_is_let_go(target):
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_drafts_are_scored_on_requests_that_none_has_learnt(target, sampled):
-    assistant = RoutedAssistant(grow_draft(target), max_routes=4, **LEARNS)
+    assistant = RoutedAssistant(grow_draft(target), max_routes=4, topic_requests=8, **LEARNS)
     seen = []
     observe = assistant.router.observe
     assistant.router.observe = lambda topic, acceptance, tokens: (

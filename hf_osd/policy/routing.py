@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hf_osd.policy.topics import Topics
 
-# Prompts of which a topic has its own route, unless it is the first.
-_OWN_FROM = 8
+# Prompts of which a topic has its own route, unless it is the first: with fewer, one draft that learns from all topics was ahead of several (docs/results.md).
+OWN_FROM = 128
 # Scores are sums over tokens that fade by 1/e over so many, 64 answers of 64 tokens.
 _FADE = 4096.0
 # A topic's differences between routes are drawn towards those over all topics with the weight of so many tokens.
@@ -129,15 +129,17 @@ class TopicRouter:
     Args:
         max_routes (`int`): routes at one time, at most.
         seed (`int`): of the projection of features that are longer than 2048.
+        own_from (`int`): prompts of a topic from which it may have a route of its own.
 
     Raises:
-        ValueError: if `max_routes` is below 1.
+        ValueError: if `max_routes` or `own_from` is below 1.
     """
 
-    def __init__(self, max_routes: int, seed: int = 0):
-        if isinstance(max_routes, bool) or not isinstance(max_routes, int) or max_routes < 1:
-            raise ValueError(f"`max_routes` is {max_routes!r}; give a whole number, at least 1.")
-        self.max_routes, self.seed = max_routes, seed
+    def __init__(self, max_routes: int, seed: int = 0, own_from: int = OWN_FROM):
+        for name, value in (("max_routes", max_routes), ("own_from", own_from)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; give a whole number, at least 1.")
+        self.max_routes, self.seed, self.own_from = max_routes, seed, own_from
         self._topics = Topics(seed)
         self._homes: dict[int, _Home] = {}
         self._routes: dict[str, _Route] = {}
@@ -253,7 +255,7 @@ class TopicRouter:
         }
 
     def load_state(self, state: Mapping):
-        """Continue from what `state` returned; `max_routes` stays as it is, and applies to new routes.
+        """Continue from what `state` returned; `max_routes` and `own_from` stay as they are, and apply to new routes.
 
         Raises:
             ValueError: if it was saved by another version.
@@ -288,7 +290,7 @@ class TopicRouter:
 
     def _settle(self, topic: int, home: _Home):
         """Give a topic a route of its own, if it is the first or has had enough prompts and there is room."""
-        if self._routes and (self._topics.found[topic].count < _OWN_FROM or not self._may_try()):
+        if self._routes and (self._topics.found[topic].count < self.own_from or not self._may_try()):
             return
         parent = self._serving(topic) if any(its.route is not None for its in self._homes.values()) else None
         name, self._made = f"route-{self._made}", self._made + 1

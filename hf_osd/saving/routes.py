@@ -59,7 +59,7 @@ class SavableRoutes:
                 "adapter": None if self._default.adapter is None else self._default.adapter.rank,
                 "base": base,
                 "settings": {"routes": "named" if self.router is None else "topics", "max_routes": self.max_routes}
-                | {"tenants_are_routes": self.tenants_are_routes},
+                | {"topic_requests": self.topic_requests, "tenants_are_routes": self.tenants_are_routes},
             }
             if self.router is not None:
                 tensors: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ class SavableRoutes:
             config ([`OnlineConfig`], *optional*): used in place of the saved one.
             draft (`PreTrainedModel`, *optional*): the draft as it came, if it is not to be loaded from there.
             static_draft (`PreTrainedModel`, *optional*): as for [`RoutedAssistant`]; none is saved.
-            **kwargs: `max_routes`, `pool_bytes`, `pool_folder`, `routes`, `tenants_are_routes`, as for [`RoutedAssistant`]; all others are passed to transformers' `from_pretrained`.
+            **kwargs: `max_routes`, `topic_requests`, `pool_bytes`, `pool_folder`, `routes`, `tenants_are_routes`, as for [`RoutedAssistant`]; all others are passed to transformers' `from_pretrained`.
 
         Raises:
             OSError: if there is no pool, or it cannot be read.
@@ -92,7 +92,7 @@ class SavableRoutes:
         """
         from safetensors.torch import load_file
 
-        own = ("max_routes", "pool_bytes", "pool_folder", "routes", "tenants_are_routes")
+        own = ("max_routes", "topic_requests", "pool_bytes", "pool_folder", "routes", "tenants_are_routes")
         settings = {key: kwargs.pop(key) for key in own if key in kwargs}
         where = {key: kwargs[key] for key in (*FROM_WHERE, "subfolder") if key in kwargs}
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_osd import Feedback, OnlineAssistant, OnlineConfig, RoutedAssistant
-from hf_osd.policy.routing import prompt_features
+from hf_osd.policy.routing import OWN_FROM, prompt_features
 from hf_osd.system.bounds import option, whole
 from recipes.common.command import check_learns, check_trace, numbers_of, run_command
 from recipes.common.models import ModelArguments, load_target, shuffled, use_threads
@@ -57,6 +57,9 @@ class RouteArguments(ModelArguments):
     held_back: int = option(40, whole(1), "Held-back prompts of each trace to score on.")
     seeds: str = option("0", string(), "Seeds of request order and learning, with ',' between; a run for each.")
     max_routes: int = option(8, whole(1), "Drafts at one time, at most, where they are routed.")
+    topic_requests: int = option(
+        OWN_FROM, whole(1), "Requests of a topic from which the router may open a draft for it."
+    )
     observe_every: int = option(2, whole(1), "Requests between two on which all routed drafts are scored.")
     log: str | None = option(
         None, optional_string(), "Append a row for each run to this JSONL file; runs it already has are not run again."
@@ -150,7 +153,7 @@ class Experiment:
         args = self.args
         facts = [_VERSION, arm, seed, args.target, args.dtype, args.draft, args.requests, args.held_back]
         facts += [{**self.config.to_dict(), "seed": None}, [(traced.name, traced.digest) for traced in self.traces]]
-        facts += [args.max_routes, args.observe_every] if arm in ROUTED else []
+        facts += [args.max_routes, args.topic_requests, args.observe_every] if arm in ROUTED else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def run(self, arm: str, seed: int) -> dict:
@@ -163,6 +166,7 @@ class Experiment:
             config,
             routes="topics" if routes is None else "named",
             max_routes=args.max_routes if routes is None else len(self.names),
+            topic_requests=args.topic_requests,
         )
         rows = [(traced.name, one) for traced in self.traces for one in shuffled(traced.stream, seed)[: args.requests]]
         prequential, choices, routing = [], [], 0.0

@@ -34,6 +34,9 @@ class TopicsArguments(TargetArguments):
     seeds: str = option("0,1,2,3,4", string(), "Seeds of their order, with ',' between.")
     in_turn: bool = option(False, switch(), "One domain after the other, in random order, rather than mixed.")
     max_routes: int = option(8, whole(1), "As of `TopicRouter`.")
+    own_from: int = option(
+        8, whole(1), "As of `TopicRouter`, whose default waits longer: here the routes are to show the topics."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +65,7 @@ def measure(args: TopicsArguments, config: OnlineConfig):
         parts = shuffled(parts, seed)
         rows = [pair for part in parts for pair in part]
         rows = rows if args.in_turn else shuffled(rows, seed)
-        router, topics, routes, milliseconds = TopicRouter(args.max_routes, seed), [], [], []
+        router, topics, routes, milliseconds = TopicRouter(args.max_routes, seed, args.own_from), [], [], []
         for _, ids in rows:
             began = time.perf_counter()
             choice = router.route(prompt_features(embeddings, ids))

@@ -36,7 +36,7 @@ def purity(found, true):
 @given(count=st.integers(2, 6), seed=st.integers(0, 10**6))
 def test_topics_are_found(count, seed):
     x, true = mixture(count, 60 * count, seed)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     found = [router.route(one).topic for one in x]
     half = len(true) // 2
     assert purity(found[half:], true[half:]) > 0.95
@@ -46,7 +46,7 @@ def test_topics_are_found(count, seed):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 200), scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_one_topic_stays_one(seed, n, scale):
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for x in normal(n, H, seed=seed) * scale:
         router.route(x)
     assert len(router.topics) <= 2
@@ -55,14 +55,14 @@ def test_one_topic_stays_one(seed, n, scale):
 
 def test_topics_are_followed_as_their_means_drift():
     x, true = mixture(3, 1500, drift=6.0)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     found = [router.route(one).topic for one in x]
     assert purity(found[-300:], true[-300:]) > 0.95
     assert len(set(found[-300:])) <= 5
 
 
 def test_a_new_topic_is_met_at_once():
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for x in normal(40, H):
         first = router.route(x)
     there = normal(1, H, seed=7)[0] * 10
@@ -77,7 +77,7 @@ def test_a_new_topic_is_met_at_once():
 
 def test_the_pool_may_be_full():
     x, true = mixture(6, 400)
-    router = TopicRouter(2)
+    router = TopicRouter(2, own_from=8)
     choices = [router.route(one) for one in x]
     assert len(router.routes) == 2
     assert {choice.route for choice in choices} == set(router.routes)
@@ -85,7 +85,7 @@ def test_the_pool_may_be_full():
 
 
 def test_memory_is_bounded():
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for i, x in enumerate(normal(1200, H) * 0.01):
         x[i % H] += 100.0 * (1 + i // H)
         router.route(x)
@@ -98,7 +98,7 @@ def test_memory_is_bounded():
 def test_a_topic_that_was_split_by_chance_is_joined_again():
     """Two topics become one, as their means do; the draft that has learnt more serves it."""
     x, true = mixture(2, 120)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for one in x:
         choice = router.route(one)
     assert len(router.routes) == 2
@@ -111,7 +111,7 @@ def test_a_topic_that_was_split_by_chance_is_joined_again():
 
 
 def test_of_equal_distance_and_no_distance():
-    router = TopicRouter(4)
+    router = TopicRouter(4, own_from=8)
     assert {router.route(torch.ones(H)) for _ in range(50)} == {
         Choice("route-0", 0, True),
         Choice("route-0", 0, False),
@@ -123,11 +123,11 @@ def test_of_equal_distance_and_no_distance():
 )
 def test_features_that_are_none_raise(features):
     with pytest.raises(ValueError, match="features"):
-        TopicRouter(4).route(features)
+        TopicRouter(4, own_from=8).route(features)
 
 
 def test_features_of_another_length_raise():
-    router = TopicRouter(4)
+    router = TopicRouter(4, own_from=8)
     router.route(torch.zeros(H))
     with pytest.raises(ValueError, match=f"{H} numbers"):
         router.route(torch.zeros(H + 1))
@@ -137,12 +137,26 @@ def test_features_of_another_length_raise():
 def test_no_routes_raise(count):
     with pytest.raises(ValueError, match="max_routes"):
         TopicRouter(count)
+    with pytest.raises(ValueError, match="own_from"):
+        TopicRouter(8, own_from=count)
+
+
+def test_one_route_learns_from_all_topics_until_they_have_had_enough_prompts():
+    x, true = mixture(2, 400)
+    router, own = TopicRouter(8), {}
+    for i, one in enumerate(x):
+        choice = router.route(one)
+        own.setdefault(choice.route, (i, choice.parent))
+    assert set(router.topics.values()) == set(own) == {"route-0", "route-1"}
+    opened, parent = own["route-1"]
+    assert parent == "route-0"
+    assert 128 <= true[: opened + 1].count(true[opened]) <= 136
 
 
 def test_longer_features_are_projected_by_the_seed():
     x, true = mixture(3, 200)
     long = x @ normal(H, 3000, seed=5)
-    found = [TopicRouter(8, seed=1) for _ in range(2)]
+    found = [TopicRouter(8, seed=1, own_from=8) for _ in range(2)]
     same = [[router.route(one) for one in long] for router in found]
     assert same[0] == same[1]
     assert purity([choice.topic for choice in same[0]][100:], true[100:]) > 0.95
@@ -158,7 +172,7 @@ def served(router, x, acceptance, tokens=64):
 
 def test_drafts_that_do_not_pay_become_one():
     x, _ = mixture(3, 2000)
-    router, routes = TopicRouter(8), []
+    router, routes = TopicRouter(8, own_from=8), []
     for one in x:
         served(router, one, lambda name, choice: 0.5)
         routes.append(len(router.routes))
@@ -168,7 +182,7 @@ def test_drafts_that_do_not_pay_become_one():
 
 def test_drafts_that_pay_stay():
     x, true = mixture(3, 600)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     choices = [served(router, one, lambda name, choice: 0.6 if name == choice.route else 0.5) for one in x]
     assert purity([choice.route for choice in choices[300:]], true[300:]) > 0.95
 
@@ -176,7 +190,7 @@ def test_drafts_that_pay_stay():
 def test_one_draft_is_tried_at_a_time():
     """One that learns all other topics stays beside it, by which it is judged."""
     x, _ = mixture(5, 600)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for one in x:
         served(router, one, lambda name, choice: 0.5)
         assert sum(route.taught < routing._TAUGHT for route in router._routes.values()) <= 1
@@ -184,7 +198,7 @@ def test_one_draft_is_tried_at_a_time():
 
 def test_a_topic_follows_the_better_draft():
     x, true = mixture(2, 400)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     choices = [served(router, one, lambda name, choice: 0.7 if name == "route-0" else 0.4) for one in x]
     assert sum(choice.route == "route-0" for choice in choices) > 0.6 * len(x)
     assert "route-0" in router.routes
@@ -193,7 +207,7 @@ def test_a_topic_follows_the_better_draft():
 
 def test_a_topic_tries_a_draft_of_its_own_again_and_less_and_less():
     x, true = mixture(2, 3000)
-    router, made = TopicRouter(8), []
+    router, made = TopicRouter(8, own_from=8), []
     for one in x:
         served(router, one, lambda name, choice: 0.5)
         made.append(router._made)
@@ -203,7 +217,7 @@ def test_a_topic_tries_a_draft_of_its_own_again_and_less_and_less():
 
 def test_a_topic_needs_evidence_to_move():
     x, _ = mixture(2, 200)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for one in x:
         router.route(one)
     topic, other = sorted(router.topics)[:2]
@@ -217,7 +231,7 @@ def test_a_topic_needs_evidence_to_move():
 
 
 def test_unknown_topics_and_routes_are_ignored_and_wrong_numbers_raise():
-    router = TopicRouter(4)
+    router = TopicRouter(4, own_from=8)
     choice = router.route(torch.ones(H))
     router.observe(99, {choice.route: 0.5}, 10)
     router.observe(choice.topic, {"gone": 0.5}, 10)
@@ -230,7 +244,7 @@ def test_unknown_topics_and_routes_are_ignored_and_wrong_numbers_raise():
 
 def test_merged_routes_serve_together():
     x, _ = mixture(3, 200)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for one in x:
         router.route(one)
     first, second, *_ = router.routes
@@ -244,7 +258,7 @@ def test_merged_routes_serve_together():
 
 def test_a_forgotten_route_is_replaced():
     x, _ = mixture(2, 200)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for one in x:
         router.route(one)
     for name in router.routes:
@@ -259,7 +273,7 @@ def test_a_forgotten_route_is_replaced():
 
 def test_a_forgotten_routes_topics_go_to_what_was_measured():
     x, _ = mixture(3, 300)
-    router = TopicRouter(8)
+    router = TopicRouter(8, own_from=8)
     for one in x:
         served(router, one, lambda name, choice: 0.6 if name == choice.route else 0.3 if name == "route-1" else 0.2)
     lost = router.routes[-1]
@@ -274,12 +288,12 @@ def test_state_goes_round(at, seed, length, tmp_path_factory):
     x, _ = mixture(3, 200, seed)
     x = x @ normal(H, length)
     acceptance = lambda name, choice: 0.3 + 0.1 * ((len(name) + choice.topic + int(name[-1])) % 5)  # noqa: E731
-    router = TopicRouter(4, seed=3)
+    router = TopicRouter(4, seed=3, own_from=8)
     for one in x[:at]:
         served(router, one, acceptance)
     path = tmp_path_factory.mktemp("router") / "state.pt"
     torch.save(router.state(), path)
-    again = TopicRouter(4)
+    again = TopicRouter(4, own_from=8)
     again.load_state(torch.load(path, weights_only=True))
     expected = [served(router, one, acceptance) for one in x[at:]]
     assert [served(again, one, acceptance) for one in x[at:]] == expected
@@ -287,7 +301,7 @@ def test_state_goes_round(at, seed, length, tmp_path_factory):
 
 
 def test_state_is_json_but_for_tensors_and_apart_from_the_router():
-    router = TopicRouter(4)
+    router = TopicRouter(4, own_from=8)
     for one in mixture(2, 60)[0]:
         served(router, one, lambda name, choice: 0.5)
     state = router.state()
