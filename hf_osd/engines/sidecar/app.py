@@ -44,9 +44,11 @@ _HOP = {
 _PRIVATE, _TENANT = b"x-osd-private", b"x-osd-tenant"
 # Answers that have nothing to do with the fields of a request.
 _UNRELATED = {401, 403, 404, 408, 409, 429, 502, 503, 504}
+# Requests that may be sent again: they change nothing, and these compute an answer and keep none.
+_SAFE, _COMPUTED = ("GET", "HEAD", "OPTIONS"), ("/completions", "/embeddings", "/tokenize", "/detokenize")
 # Seconds for which an engine that refused a connection is asked last.
 _REST = 1.0
-# vLLM's server drops a connection that was idle for 5 s: before that we do, so that no request is sent into a closing one.
+# vLLM's server drops a connection that was idle for 5 s: before that we do, so that hardly a request is sent into a closing one.
 _IDLE = 2.0
 
 
@@ -70,8 +72,9 @@ class NoEngine(Exception):
 class Proxy:
     """An ASGI application that answers each request from one of several engines, by turns.
 
-    A refused connection goes on to the next engine; a request that was sent is never sent to another. An engine that refuses the extended request gets the client's
-    own, and is not asked that way again.
+    A refused connection goes on to the next engine; a request that was sent is never sent to another, for it may be what an engine has died of. Where a connection that
+    was in use before ends without an answer, which an engine that stalls lets happen, the request goes to the same engine once more. An engine that refuses the extended request
+    gets the client's own, and is not asked that way again.
 
     Args:
         sidecar ([`Sidecar`]): learns.
@@ -187,7 +190,29 @@ class Proxy:
         outgoing = httpx.Request(
             request.method, engine.url.copy_with(raw_path=path), headers=headers, content=body if has_body else None
         )
-        return await self.client.send(outgoing, stream=True)
+        return await self._send_again(outgoing)
+
+    async def _send_again(self, outgoing: httpx.Request) -> httpx.Response:
+        """Send a request; again, while the connections that it is sent on were used before and end without an answer: an engine that stalls closes idle ones late, with a request
+        on them. No answer's first byte is lost so, and computing one changes nothing (RFC 9110, 9.2.2)."""
+        broken, is_new = None, False
+
+        async def trace(event: str, info: dict):
+            nonlocal is_new
+            is_new |= event.startswith("connection.connect")
+
+        outgoing.extensions["trace"] = trace
+        while True:
+            try:
+                return await self.client.send(outgoing, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if broken is not None:  # it has died, maybe of this request
+                    raise broken from None
+                raise
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+                if is_new or not (outgoing.method in _SAFE or outgoing.url.path.endswith(_COMPUTED)):
+                    raise
+                broken = error
 
     async def _send_own(
         self, request: Request, body: bytes, asked: Asked, engine: Engine, refusal: httpx.Response

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -208,6 +209,65 @@ def test_an_engine_that_dies_in_mid_stream_closes_the_connection_as_it_would(tar
         assert httpx.post(proxy + path, json=body).status_code == 200
     assert sidecar.counts["failed"] == 1
     assert sidecar.counts["read"] == 1, "half an answer teaches nothing"
+
+
+class Stalls(BaseHTTPRequestHandler):
+    """Answers one request a connection, and closes it when it has read another: as a server does whose timer for idle connections was late."""
+
+    protocol_version, answers = "HTTP/1.1", True
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.server.seen.append(self.path)
+        if self.answers:
+            self.answers = False  # of this connection
+            self.send_response(200)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+        else:
+            self.close_connection = True
+            if self.server.dies:
+                self.server.socket.close()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def stalling():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stalls)
+    server.daemon_threads, server.seen, server.dies = True, [], False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join(20)
+    server.server_close()
+
+
+def test_a_request_on_a_connection_that_an_engine_was_about_to_close_is_sent_again(stalling, serve, make_sidecar):
+    url = f"http://127.0.0.1:{stalling.server_address[1]}"
+    with serve(make_app(sidecar := make_sidecar([url]))) as proxy, httpx.Client() as client:
+        for _ in range(3):
+            assert client.post(proxy + COMPLETION[0], json=COMPLETION[1]).status_code == 200
+        assert len(stalling.seen) == 5, "the second and the third are sent twice"
+        assert client.post(proxy + "/v1/responses", json={}).status_code == 502, "it may keep something"
+        assert len(stalling.seen) == 6
+    assert sidecar.counts["failed"] == 1
+
+
+def test_a_request_that_an_engine_may_have_died_of_is_sent_to_no_other(stalling, target, serve, make_sidecar):
+    other = FakeEngine(target)
+    with serve(other.app) as second:
+        urls = [f"http://127.0.0.1:{stalling.server_address[1]}", second]
+        with serve(make_app(make_sidecar(urls))) as proxy, httpx.Client() as client:
+            for _ in range(2):
+                assert client.post(proxy + COMPLETION[0], json=COMPLETION[1]).status_code == 200
+            stalling.dies, before = True, len(other.seen)
+            assert client.post(proxy + COMPLETION[0], json=COMPLETION[1]).status_code == 502
+            assert len(other.seen) == before
+            assert client.post(proxy + COMPLETION[0], json=COMPLETION[1]).status_code == 200
 
 
 def test_an_engine_that_is_down_is_passed_by_and_comes_back(target, serve, make_sidecar):
