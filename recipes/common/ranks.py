@@ -142,5 +142,6 @@ class Processes:
 
     def leave(self):
         """Leave the job's process group, at the end: an interpreter that ends while gloo's threads hold tensors aborts now and then (pytorch#190489), and the job then counts as failed."""
-        gc.collect()  # trainers, which hold the group, are in reference cycles
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gc.collect()  # trainers, which hold the group, are in reference cycles
         self.accelerator.end_training()

@@ -13,6 +13,13 @@ if ROOT not in sys.path:
 WORDS = [f"w{i}" for i in range(62)]
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Draws nothing, except in tests that are marked `pictures`."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr("recipes.common.report.RunReport._plot", lambda self, path: path.write_bytes(b""))
+
+
 @pytest.fixture
 def refused(caplog) -> Callable:
     """`refused(main, *args, says=words, **kwargs)`: `main(*args, **kwargs)` ends with status 2, and `words` are in what it logs."""

@@ -38,6 +38,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.pictures
 def test_it_writes_metrics_summary_curves_and_a_draft(run):
     assert run() == 0
     rows = read(run.out / "metrics.jsonl")

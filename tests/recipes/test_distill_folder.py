@@ -359,6 +359,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.pictures
 def test_a_domain_may_have_any_name(run, words, capsys):
     lines = []
     for k, name in enumerate(NAMES):
@@ -374,6 +375,7 @@ def test_a_domain_may_have_any_name(run, words, capsys):
     assert "a b c" in table
 
 
+@pytest.mark.pictures
 def test_a_picture_is_drawn_of_names_as_they_are(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,16 @@ def same(some, others):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.fixture(scope="module")
+def plain_run(target, draft):
+    """`plain_run(kind)`: `run` with these settings and no default, once for all tests."""
+    return functools.cache(lambda kind: run(target, draft, **SETTINGS[kind]))
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_all_that_is_said_kept_and_learnt_is_as_without_it(target, draft, settings, name):
-    plain = run(target, draft, **settings)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_all_that_is_said_kept_and_learnt_is_as_without_it(target, draft, plain_run, kind, name):
+    plain, settings = plain_run(kind), SETTINGS[kind]
     with default(name):
         under = run(target, draft, **settings)
     # peft draws an adapter's first weights in the default dtype.

@@ -9,7 +9,7 @@ import torch
 def test_an_adapter_takes_less_and_what_a_pool_reckons_with_is_what_is_measured(target_dir, tmp_path, capsys):
     from recipes.benchmarks import pool
 
-    given = "--drafts grow:0,1;feature --requests 4 --switches 3 --steps 3 --dtype bfloat16 --threads 1 --seed 0"
+    given = "--drafts grow:0,1;feature --requests 2 --switches 3 --steps 3 --dtype bfloat16 --threads 1 --seed 0"
     assert pool.main([*given.split(), "--target", str(target_dir), "--json", str(tmp_path / "rows.json")]) == 0
     assert "| grow:0,1 | adapter |" in capsys.readouterr().out
     adapter, grown, feature = json.loads((tmp_path / "rows.json").read_text())
