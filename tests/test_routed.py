@@ -172,13 +172,13 @@ def test_a_tenant_may_be_a_route(target):
 
 def test_topics_get_routes_of_their_own_and_begin_with_their_parents_weights(target):
     assistant = RoutedAssistant(grow_draft(target), max_routes=4, topic_requests=8, **LEARNS)
-    for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
+    for one, other in zip(prompts(28, 2, 18), prompts(28, 48, 64, seed=1), strict=True):
         serve(target, assistant, one, max_new_tokens=4)
         serve(target, assistant, other, max_new_tokens=4)
     assistant.flush()
     assert len(assistant.pool) >= 2
     by_route = {name: stats for name, stats in assistant.stats.by_route.items() if name != "default"}
-    assert sum(stats.total.requests for stats in by_route.values()) == 80
+    assert sum(stats.total.requests for stats in by_route.values()) == 56
     assert all(stats.failed_updates == 0 for stats in by_route.values())
 
 
@@ -405,7 +405,7 @@ def test_drafts_are_scored_on_requests_that_none_has_learnt(target, sampled):
         seen.append((topic, dict(acceptance), tokens)),
         observe(topic, acceptance, tokens),
     )
-    for one, other in zip(prompts(40, 2, 18), prompts(40, 48, 64, seed=1), strict=True):
+    for one, other in zip(prompts(28, 2, 18), prompts(28, 48, 64, seed=1), strict=True):
         for prompt in (one, other):
             target.generate(prompt, assistant_model=assistant, max_new_tokens=6, do_sample=sampled)
     assistant.flush()
