@@ -277,6 +277,13 @@ def test_overhead_reports_every_part(run, capsys):
     assert figures["machine"]["threads"] == 1
 
 
+def test_overhead_of_a_draft_that_reads_states_is_that_of_capture(run):
+    found = run("--what", "overhead", "--draft", "feature", "--requests", 2, "--repeats", 1)["overhead"]
+    assert set(found) == {"capture"}
+    assert 0 < found["capture"]["capture_share_of_decode"]["median"] < 1
+    assert all(value > 0 for value in found["capture"]["round_ms"].values())
+
+
 def test_a_head_with_no_fewer_rows_is_null(run):
     head = run("--what", "overhead", "--requests", 2, "--repeats", 1, "--update_interval", 2)["overhead"]["head"]
     assert head["alpha_traffic"] is head["step_ms"]["low_rank"] is head["step_over_full"]["traffic"] is None
