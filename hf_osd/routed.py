@@ -25,6 +25,7 @@ from hf_osd.models.copies import fingerprint
 from hf_osd.models.pool import DEFAULT, DraftPool
 from hf_osd.policy.routing import OWN_FROM, Choice, TopicRouter, prompt_features
 from hf_osd.saving.routes import SavableRoutes
+from hf_osd.system.bounds import checked, whole
 from hf_osd.system.forks import released
 
 if TYPE_CHECKING:
@@ -119,9 +120,8 @@ class RoutedAssistant(SavableRoutes):
             )
         if routes not in ("topics", "named"):
             raise ValueError(f"`routes` is {routes!r}; choose 'topics' or 'named'.")
-        for name, value in (("max_routes", max_routes), ("topic_requests", topic_requests)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; give a whole number, at least 1.")
+        self.max_routes = checked("max_routes", max_routes, whole(1))
+        self.topic_requests = checked("topic_requests", topic_requests, whole(1))
         self.osd_config = config = OnlineConfig.of(config, overrides)
         if config.learn == "process":
             raise ValueError(
@@ -131,7 +131,7 @@ class RoutedAssistant(SavableRoutes):
             raise ValueError(
                 "This is one of several processes of a job, which would have to learn the same routes at the same moments. Use an OnlineAssistant there, or learn=False."
             )
-        self.tenants_are_routes, self.max_routes, self.topic_requests = tenants_are_routes, max_routes, topic_requests
+        self.tenants_are_routes = tenants_are_routes
         self._lock = released(threading.RLock())
         shared = SharedParts.of(draft, config).with_static(static_draft, config)
         self._shared = replace(shared, learning=released(threading.Lock()), busy=self._serves, frozen={}, adapters={})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_osd.policy.topics import Topics
+from hf_osd.system.bounds import checked, whole
 
 # Prompts of which a topic has its own route, unless it is the first: with fewer, one draft that learns from all topics was ahead of several (docs/results.md).
 OWN_FROM = 128
@@ -136,10 +137,8 @@ class TopicRouter:
     """
 
     def __init__(self, max_routes: int, seed: int = 0, own_from: int = OWN_FROM):
-        for name, value in (("max_routes", max_routes), ("own_from", own_from)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; give a whole number, at least 1.")
-        self.max_routes, self.seed, self.own_from = max_routes, seed, own_from
+        self.max_routes = checked("max_routes", max_routes, whole(1))
+        self.seed, self.own_from = seed, checked("own_from", own_from, whole(1))
         self._topics = Topics(seed)
         self._homes: dict[int, _Home] = {}
         self._routes: dict[str, _Route] = {}

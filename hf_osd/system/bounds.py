@@ -56,10 +56,18 @@ def check_options(config: Any):
     """
     for field in dataclasses.fields(config):
         bound = field.metadata["help"].bound
-        value = bound.read(getattr(config, field.name))
-        if not bound.holds(value):
-            raise ValueError(f"`{field.name}` is {value!r}; {bound.remedy}.")
-        setattr(config, field.name, value)
+        setattr(config, field.name, checked(field.name, bound.read(getattr(config, field.name)), bound))
+
+
+def checked(name: str, value: Any, bound: Bound) -> Any:
+    """Return an argument's value if the bound accepts it.
+
+    Raises:
+        ValueError: if not, naming the argument, the value and the remedy.
+    """
+    if not bound.holds(value):
+        raise ValueError(f"`{name}` is {value!r}; {bound.remedy}.")
+    return value
 
 
 def is_number(value: Any) -> bool:
