@@ -14,7 +14,7 @@ VOCAB = 16  # few, so that an end of sequence is often said, and processors ofte
 
 # What is drawn is small as it is, and shrinking it further would take minutes.
 unshrunk = settings(phases=[Phase.explicit, Phase.generate])
-many = settings(unshrunk, max_examples=50)
+many = settings(unshrunk, max_examples=80)
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,8 @@ def test_what_is_served_while_drafts_learn_is_plain_decodings(tiny_llama, name, 
         draft = attention_draft(tiny_llama, target)
     else:
         draft = grow_draft(target, [0, 1]) if kind == "grown" else grow_feature_draft(target, seed=0)
-    stats = check(target, assistant_of(draft, learning_rate=2e-2), prompts(3), min_new_tokens=N)
-    assert stats.updates >= 2
+    stats = check(target, assistant_of(draft, learning_rate=2e-2), prompts(4), min_new_tokens=N)
+    assert stats.updates >= 3
     assert stats.failed_updates == 0
     assert stats.total.drafted_by["draft"] > 0
 
