@@ -68,7 +68,7 @@ class Contenders:
         self._max_age = config.buffer_age
         self.gate = Gate(config.gate_tolerance, ranks) if config.gate else None
         self.shadow, self.remembered = Shadow(ranks), Reservoir(_REMEMBERED, config.seed)
-        self.static = self._accepted = self._out = Point(student.initial, student.snapshot_of(student.initial))
+        self.static = self._accepted = self._out = self._as_served(student.initial)
         self._candidate: Point | None = None
         # The static draft's scores on what is remembered.
         self._known: weakref.WeakKeyDictionary[Feedback, Tensor] = weakref.WeakKeyDictionary()
@@ -177,13 +177,17 @@ class Contenders:
     def load_state(self, weights: Mapping[str, Tensor], values: dict):
         """Go on from `state()`. A candidate that was waiting is given up."""
         same = all(torch.equal(weight, self.static.weights[name].to(weight)) for name, weight in weights.items())
-        self._accepted = self.static if same else Point(dict(weights), self.student.snapshot_of(weights))
+        self._accepted = self.static if same else self._as_served(weights)
         self._candidate = None
         self.shadow.load_state(values["shadow"])
         self.accepted, self.dropped = values["accepted"], values["dropped"]
         if self.gate is not None and values["gate"] is not None:
             self.gate.load_state(values["gate"])
         self._out = self.serving
+
+    def _as_served(self, weights: Mapping[str, Tensor]) -> Point:
+        """Make a point from which learning begins anew: weights and average as they were trained would be two copies more for as long as it serves."""
+        return Point(dict(weights), self.student.snapshot_of(weights))
 
     def _follow_gate(
         self, static: list[Tensor], accepted: list[Tensor], candidate: list[Tensor] | None
@@ -195,7 +199,7 @@ class Contenders:
             self.gate.begin()
         elif verdict is Verdict.ACCEPT:
             gained = self.gate.accept()
-            self._accepted, self._candidate = self._candidate, None
+            self._accepted, self._candidate = self._as_served(self._candidate.weights), None
             self.accepted += 1
         elif verdict is Verdict.DROP:
             self.student.restore(self._accepted.snapshot)

@@ -26,9 +26,8 @@ logger = logging.getLogger(__name__)
 # The route of calls for which nobody named one; it is always there, and no member of a pool.
 DEFAULT = "default"
 
-# Bytes that learning holds between updates for each weight that learns, in float32: it, its average over steps and two moments of AdamW, which the candidate shares; and weight and
-# average of the draft that was accepted.
-_LEARNING_BYTES = 4 * 6
+# Bytes that learning holds between updates for each weight that learns, in float32: it, its average over steps and two moments of AdamW, which the candidate shares.
+_LEARNING_BYTES = 4 * 4
 
 # Before the names of a learner's tensors in a route's file; beside them stand the draft's weights.
 _LEARNERS = "learner:"
@@ -51,10 +50,9 @@ def route_bytes(member: Member) -> int:
     if member.learner is None or not serving.version:
         return own
     weights = [tensor for _, tensor in serving.weights()]
-    if serving.adapter is not None:  # what serves is the accepted draft's average
-        return own + sum((_LEARNING_BYTES - 4) * tensor.numel() for tensor in weights)
-    # In 16 bits candidate and accepted draft are held as they serve, too.
-    return own + sum((_LEARNING_BYTES + 2 * (tensor.itemsize % 4)) * tensor.numel() for tensor in weights)
+    # The accepted draft is held as it serves, and in 16 bits the candidate too; of an adapter that is what serves already.
+    held = 0 if serving.adapter is not None else 4
+    return own + sum((_LEARNING_BYTES + held) * tensor.numel() for tensor in weights)
 
 
 class DraftPool:
