@@ -34,8 +34,8 @@ class Served:
     top_k: int
 
 
-# What an update has learnt serves from the next call on, however long learning takes here.
-SERVES_AT_ONCE = {"gate": False, "learning_budget": 1.0}
+# What an update has learnt serves from the next call on, however long learning takes here. Its one step, for past requests are not learnt again, changes the weights at once.
+SERVES_AT_ONCE = {"gate": False, "learning_budget": 1.0, "warmup_steps": 0, "replay_ratio": 0.0}
 
 
 def assistant_of(draft: PreTrainedModel, **config) -> OnlineAssistant:

@@ -56,6 +56,7 @@ def assistant_of(draft=None, **config):
         "top_k": 64,
     }
     settings |= {"feedback_dtype": "float32", "learning_rate": 5e-3, "update_interval": 1, "verify_target": False}
+    settings |= {"warmup_steps": 0, "replay_ratio": 0.0}
     return OnlineAssistant(draft, **settings | config)
 
 

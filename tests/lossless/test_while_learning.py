@@ -154,7 +154,7 @@ def test_a_call_after_an_update_drafts_with_what_was_learnt(target, draft, assis
 
 def test_while_rates_are_tried_and_candidates_judged(target, draft, plain):
     """As it comes: the rate is found, and what was learnt serves once later requests have said so."""
-    assistant = assistant_of(draft, gate=True, learning_rate="auto", update_interval=3, warmup_steps=0, seed=0)
+    assistant = assistant_of(draft, gate=True, learning_rate="auto", update_interval=3, replay_ratio=6.0, seed=0)
     versions = set()
     for _ in range(12):
         for prompt, own in zip(PROMPTS, plain, strict=True):
