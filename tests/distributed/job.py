@@ -23,7 +23,9 @@ from hf_osd import FeedbackBuffer, OnlineAssistant, OnlineConfig
 from hf_osd.distill.ensemble import make_student
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.distill.scoring import Judged
+from hf_osd.distill.trainer import OnlineGKDTrainer
 from hf_osd.feedback.trace import read_trace
+from hf_osd.learning import memory
 from hf_osd.learning.contenders import Contenders, Point
 from hf_osd.learning.learner import Learner
 
@@ -51,6 +53,7 @@ FULL = {
 }
 # Requests of each rank.
 SPLITS = {"equal": (4, 4), "unequal": (1, 6), "empty": (5, 0)}
+GIB = 2**30
 
 
 class Gradients(TrainerCallback):
@@ -60,7 +63,8 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
+        self.steps.append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
 
 
 def make(draft, config: dict, alone: bool = True) -> tuple[Learner, dict]:
@@ -86,6 +90,16 @@ def one_step(draft, requests: list) -> dict:
     return {f"grad.{name}": grad for name, grad in step.items()} | served
 
 
+def feature_step(draft, requests: list) -> dict:
+    """Gradients of one step of a draft that reads states."""
+    trainer, gradients = OnlineGKDTrainer(draft, FeedbackBuffer(), OnlineConfig(**PLAIN)), Gradients()
+    trainer.args.optim, trainer.args.max_grad_norm = OptimizerNames.SGD, 0.0
+    trainer.add_callback(gradients)
+    trainer.learn(requests)
+    [step] = gradients.steps
+    return step
+
+
 class Job:
     def __init__(self, folder: Path):
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -106,6 +120,8 @@ class Job:
         self.failing()
         self.beginning()
         self.serving()
+        self.reading_states()
+        self.adapting()
         self.parting()  # the last
         (self.folder / f"facts.{self.ranks.rank}").write_text(json.dumps(self.facts))
 
@@ -232,6 +248,30 @@ class Job:
         before = assistant.stats.updates
         refreshed = [assistant.update_together(), assistant.update_together(), assistant.flush()]
         self.facts["serving"] = {"before": before, "refreshed": refreshed, "updates": assistant.stats.updates}
+
+    def reading_states(self):
+        """A step of a draft that reads states, where both have some and where one has none."""
+        for name, requests in torch.load(self.folder / "features.pt", weights_only=False).items():
+            draft = torch.load(self.folder / "feature_draft.pt", weights_only=False)
+            self.keep(f"features.{name}", feature_step(draft, requests[self.ranks.rank]))
+
+    def adapting(self):
+        """One adapter, each with other memory and other requests, and without a seed."""
+        rank, given = self.ranks.rank, torch.load(self.folder / "adapter.pt", weights_only=False)
+        config = {"update_interval": 2, "warmup_steps": 0, "gate": False, "learning_rate": 1e-3}
+        whole = memory.available
+        # Where there is the least, half of it is what the adapter of rank 2 takes.
+        memory.available = lambda device: [64 * GIB, given["least"]][rank]
+        torch.manual_seed(rank)  # whatever else is random differs
+        assistant = OnlineAssistant(given["draft"], adapter="lora", lora=8, **config)
+        memory.available = whole
+        self.keep("adapter.begun", {name: w.clone() for name, w in assistant.serving.weights()})
+        for request in given["requests"][rank]:
+            assistant.learner.add(request)
+        refreshed = assistant.update_together(force=True)
+        self.keep("adapter.learnt", {name: w.clone() for name, w in assistant.serving.weights()})
+        self.keep("adapter.served", {n: p.clone() for n, p in assistant.serving.active.named_parameters()})
+        self.facts["adapting"] = [assistant.adapter.rank, repr(assistant.learning_choice), refreshed]
 
     def parting(self):
         learner, served = make(self.draft, PLAIN)

@@ -1,7 +1,9 @@
 """Several processes that learn one draft: what they agree on, the gradients of all, the same bytes on each, and no hanging."""
 
+import copy
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -9,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_osd import OnlineConfig, grow_feature_draft, record_answers
 from hf_osd.distill.ranks import RankGroup
 from hf_osd.feedback.trace import write_trace
+from hf_osd.learning.memory import LearningFacts, learning_bytes
+from hf_osd.models.lora import adaptable
 
 VOCAB = 512  # enough columns of the head for some of them to be drawn
 
@@ -25,13 +30,40 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def job(run_job, tmp_path_factory, tiny_llama, make_feedback) -> SimpleNamespace:
-    """What two processes have left: `tensors(scene) -> (rank 0's, rank 1's)`, `facts`, and what they began with."""
+def reading(tiny_llama) -> SimpleNamespace:
+    """A draft that reads states; by name each rank's requests."""
+    target, random = tiny_llama(layers=4), torch.Generator().manual_seed(0)
+    draft = grow_feature_draft(target)
+    prompts = [torch.randint(2, 64, (n,), generator=random) for n in (4, 9, 6, 3, 7)]
+    answers = record_answers(target, prompts, 6, states_of=draft.config.aux_layers)
+    stateless = [replace(one, states=None) for one in answers[2:]]
+    requests = {"answers": [answers[:2], answers[2:]], "no states": [answers[:2], stateless]}
+    return SimpleNamespace(draft=draft, requests=requests)
+
+
+@pytest.fixture(scope="module")
+def adapting(tiny_llama, make_feedback) -> dict:
+    """A draft, each rank's requests, and a memory in which an adapter of rank 2 fits."""
+    draft = tiny_llama(layers=1)
+    config = OnlineConfig(adapter="lora")
+    trainable = {name for name, _ in draft.named_parameters() if "layers" in name or "norm" in name}
+    facts = LearningFacts.of(draft, trainable, adaptable(draft), config)
+    requests = [[make_feedback(seed=i + 10 * rank) for i in range(3)] for rank in range(2)]
+    return {"draft": draft, "least": 2 * learning_bytes(facts, 2), "requests": requests}
+
+
+@pytest.fixture(scope="module")
+def job(run_job, tmp_path_factory, tiny_llama, make_feedback, reading, adapting) -> SimpleNamespace:
+    """What two processes have left: `tensors(scene) -> (rank 0's, rank 1's)`, `facts`, and what they began with. One job does it all, for each process
+    imports torch and transformers for seconds."""
     folder = tmp_path_factory.mktemp("job")
     draft = tiny_llama(vocab=VOCAB)
     draft.save_pretrained(folder / "draft")
     requests = [make_feedback(n=6 + i % 5, vocab=VOCAB, k=4, seed=i) for i in range(24)]
     write_trace(folder / "requests.safetensors", requests)
+    torch.save(reading.draft, folder / "feature_draft.pt")
+    torch.save(reading.requests, folder / "features.pt")
+    torch.save(adapting, folder / "adapter.pt")
     run_job("job.py", folder, 2)
     return SimpleNamespace(
         draft=draft,
@@ -71,6 +103,30 @@ def test_gradients_are_those_of_one_process_on_the_union(job, script, split):
         for name, tensor in rank.items():
             torch.testing.assert_close(tensor, union[name], atol=1e-5, rtol=1e-5)
     assert identical(*job.tensors(split))
+
+
+@pytest.mark.parametrize("second", ["answers", "no states"])
+def test_a_draft_that_reads_states_has_gradients_of_one_process_on_the_union(job, script, reading, second):
+    """Rows of all steps and ranks count alike; also where one of them has nothing that teaches."""
+    requests = reading.requests[second]
+    union = script.feature_step(copy.deepcopy(reading.draft), [one for some in requests for one in some])
+    assert len(union) > 10
+    for rank in job.tensors(f"features.{second}"):
+        assert rank.keys() == union.keys()
+        for name, gradient in union.items():
+            torch.testing.assert_close(rank[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_ranks_learn_the_same_adapter_by_the_memory_of_the_poorest(job):
+    one, other = (facts["adapting"] for facts in job.facts)
+    assert one == other
+    rank, _, refreshed = one
+    assert (rank, refreshed) == (2, True)
+    for kind in ("begun", "learnt", "served"):
+        assert identical(*job.tensors(f"adapter.{kind}"))
+    begun, learnt = (job.tensors(f"adapter.{kind}")[0] for kind in ("begun", "learnt"))
+    assert begun.keys() == learnt.keys()
+    assert not identical(begun, learnt)
 
 
 def test_every_rank_ends_with_the_same_bytes(job):
