@@ -39,10 +39,27 @@ class StoppingRule:
         self.step_costs = [rate * (v[j + 1] - v[j]) for j in range(max_gamma)]
         # gains[j][r]: gain of drafting from the j-th token on, when all before it are accepted with probability r / _GRID.
         self._gains = [[0.0] * (_GRID + 1) for _ in range(max_gamma + 1)]
-        for j in reversed(range(max_gamma)):
-            for r in range(_GRID + 1):
-                end = self.end_gain(j, r / _GRID)
-                kept = sum(share * max(self.token_gain(j, r / _GRID * a), end) for share, a in bins)
+        self._tabulate()
+
+    def _tabulate(self):
+        """Fill the table of gains. What it calculates is `token_gain` and `end_gain`: a rule is made every few rounds, and calling these would take most
+        of the planning's time, as would finding the same places in the grid again for each j."""
+        tail, rollback, grid = self._tail, self._rollback, []
+        for r in range(_GRID + 1):
+            tokens = []  # for each bin: share, prefix acceptance with the token, its place in the grid, and the gain of ending there
+            for share, a in self._bins:
+                prefix = r / _GRID * a
+                low = min(int(prefix * _GRID), _GRID - 1)
+                ending = rollback * (prefix - 1) + max(prefix * tail, 0.0)
+                tokens.append((share, prefix, low, prefix * _GRID - low, ending))
+            grid.append((rollback * (r / _GRID - 1), tokens))
+        for j in reversed(range(len(self.step_costs))):
+            after, cost = self._gains[j + 1], self.step_costs[j]
+            for r, (end, tokens) in enumerate(grid):
+                kept, dropped = 0.0, end if j else 0.0
+                for share, prefix, low, part, ending in tokens:
+                    gain = prefix - cost + max(after[low] + part * (after[low + 1] - after[low]), ending)
+                    kept += share * max(gain, dropped)
                 self._gains[j][r] = kept - self._step_cost
 
     def end_gain(self, j: int, prefix_acceptance: float) -> float:
