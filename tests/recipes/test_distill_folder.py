@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,29 +18,33 @@ from recipes import distill
 from recipes.common import figures, report, run_folder, run_log
 
 
-@pytest.fixture
-def target(target_dir, tmp_path):
-    """A target of this test's own, which it may change."""
-    folder = tmp_path / "target"
-    AutoModelForCausalLM.from_pretrained(target_dir).save_pretrained(folder)
+@pytest.fixture(scope="module")
+def inputs(target_dir, words, tmp_path_factory) -> "Run":
+    """What a run begins with."""
+    folder = tmp_path_factory.mktemp("inputs")
+    AutoModelForCausalLM.from_pretrained(target_dir).save_pretrained(folder / "target")
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     tokenizer.chat_template = "w60 {{ messages[0]['content'] }} w61"
-    tokenizer.save_pretrained(folder)
-    return folder
+    tokenizer.save_pretrained(folder / "target")
+    made = Run(folder)
+    made.write(14, words)
+    return made
 
 
 @pytest.fixture
-def run(target, words, tmp_path):
-    """`run(*flags) -> exit status` of eight requests, into tmp_path/out."""
-    call = Run(target, tmp_path)
-    call.write(14, words)
-    return call
+def run(inputs, tmp_path):
+    """`run(*flags) -> exit status` of eight requests, into tmp_path/out. Its inputs are the test's own, which it may change."""
+    return inputs.copied(tmp_path)
 
 
 class Run:
-    def __init__(self, target, folder):
-        self.target, self.folder, self.out = target, folder, folder / "out"
+    def __init__(self, folder):
+        self.target, self.folder, self.out = folder / "target", folder, folder / "out"
         self.stream = folder / "one.jsonl"
+
+    def copied(self, folder) -> "Run":
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Run(folder)
 
     def write(self, count, words):
         rows = [{"prompt": " ".join(words[(i * 7 + j) % 60] for j in range(5 + i % 3))} for i in range(count)]
@@ -63,9 +67,8 @@ def contents(folder: Path) -> dict:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture
-def stop(run, monkeypatch) -> Callable:
-    """`stop(*flags)`: a run that is interrupted after five of its eight requests."""
+def stop(run, *flags: str):
+    """A run that is interrupted after five of its eight requests."""
     add = run_log.RunLog.add
 
     def interrupting(self, *args):
@@ -73,19 +76,35 @@ def stop(run, monkeypatch) -> Callable:
             raise KeyboardInterrupt
         return add(self, *args)
 
-    def start(*flags: str):
-        with monkeypatch.context() as patch:
-            patch.setattr(run_log.RunLog, "add", interrupting)
-            assert run(*flags) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_log.RunLog, "add", interrupting)
+        assert run(*flags) == 130
 
-    return start
+
+@pytest.fixture(scope="module")
+def finished_once(inputs, tmp_path_factory):
+    run = inputs.copied(tmp_path_factory.mktemp("finished"))
+    assert run() == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped_once(inputs, tmp_path_factory):
+    run = inputs.copied(tmp_path_factory.mktemp("stopped"))
+    stop(run)
+    return run
 
 
 @pytest.fixture
-def stopped(run, stop):
-    """A run that was stopped."""
-    stop()
-    return run
+def finished(finished_once, tmp_path):
+    """A run that came to its end, and is the test's own."""
+    return finished_once.copied(tmp_path)
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A run that was stopped, and is the test's own."""
+    return stopped_once.copied(tmp_path)
 
 
 # Whose folder it is.
@@ -106,19 +125,17 @@ def stopped(run, stop):
     ],
     ids=" ".join,
 )
-def test_what_is_refused_leaves_the_run_that_is_there_as_it_is(run, flags):
-    assert run() == 0
-    before = contents(run.out)
-    assert run(*flags) == 2
-    assert contents(run.out) == before
+def test_what_is_refused_leaves_the_run_that_is_there_as_it_is(finished, flags):
+    before = contents(finished.out)
+    assert finished(*flags) == 2
+    assert contents(finished.out) == before
 
 
-def test_a_run_starts_anew_in_the_place_of_another_when_asked(run):
-    assert run() == 0
-    assert run("--overwrite", "--requests", "4") == 0
-    assert len((run.out / "metrics.jsonl").read_text().splitlines()) == 4
-    assert run.summary()["domains"]["one"]["requests"] == 4
-    assert run("--resume", "--requests", "4") == 0, "its checkpoint is the new run's"
+def test_a_run_starts_anew_in_the_place_of_another_when_asked(finished):
+    assert finished("--overwrite", "--requests", "4") == 0
+    assert len((finished.out / "metrics.jsonl").read_text().splitlines()) == 4
+    assert finished.summary()["domains"]["one"]["requests"] == 4
+    assert finished("--resume", "--requests", "4") == 0, "its checkpoint is the new run's"
 
 
 def test_a_second_job_is_kept_out_of_the_folder(run, refused):
@@ -213,8 +230,8 @@ def test_resuming_warns_of_held_back_prompts_that_may_have_been_learnt(stopped, 
 # A draft that does not learn.
 
 
-def test_a_draft_that_does_not_learn_is_served_to_the_end_and_can_be_stopped(run, stop):
-    stop("--learn", "off", "--warm_up", "2")
+def test_a_draft_that_does_not_learn_is_served_to_the_end_and_can_be_stopped(run):
+    stop(run, "--learn", "off", "--warm_up", "2")
     assert run("--learn", "off", "--warm_up", "2", "--resume") == 0
     summary = run.summary()
     assert summary["domains"]["one"]["requests"] == 8
