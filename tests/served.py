@@ -1,4 +1,6 @@
-"""What the tests of an assistant serve: prompts, and greedy calls of a target with it."""
+"""What the tests of an assistant serve: prompts, and greedy calls of a target with it; and what the target says alone."""
+
+import weakref
 
 import torch
 
@@ -9,3 +11,14 @@ GREEDY = {"max_new_tokens": 16, "do_sample": False}
 def serve(target, assistant, prompts=PROMPTS, **kwargs) -> list[torch.Tensor]:
     """The outputs of `target.generate(prompt, **GREEDY, **kwargs)` with `assistant`, one call a prompt."""
     return [target.generate(prompt, assistant_model=assistant, **GREEDY | kwargs) for prompt in prompts]
+
+
+_said = weakref.WeakKeyDictionary()  # by target, the outputs by prompt and arguments
+
+
+def alone(target, prompt, **kwargs) -> torch.Tensor:
+    """The output of `target.generate(prompt, **kwargs)`, greedy and without an assistant. The target never changes, so that what it says is decoded once."""
+    outputs, key = _said.setdefault(target, {}), (str(prompt.tolist()), str(sorted(kwargs.items())))
+    if key not in outputs:
+        outputs[key] = target.generate(prompt, **kwargs)
+    return outputs[key]

@@ -6,6 +6,8 @@ import torch
 from hf_osd import OnlineAssistant, cli, grow_feature_draft, load_feature_draft
 from hf_osd.distill.scoring import score_by_step
 
+from .served import alone
+
 ASKED = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 LEARNS = {"gate": False, "learning_budget": 1.0, "learning_rate": 1e-2, "warmup_steps": 0, "ema_decay": 0.0, "seed": 0}
 
@@ -24,8 +26,8 @@ def serve(target, assistant, prompts):
     """Answer all prompts as the target alone does."""
     for prompt in prompts:
         asked = {**ASKED, "attention_mask": torch.ones_like(prompt)}
-        plain = target.generate(prompt, **asked)
-        assert torch.equal(target.generate(prompt, assistant_model=assistant, **asked), plain)
+        output = target.generate(prompt, assistant_model=assistant, **asked)
+        assert torch.equal(output, alone(target, prompt, **asked))
 
 
 @pytest.mark.parametrize("learn", ["inline", "background", "process"])

@@ -9,6 +9,8 @@ import torch
 from hf_osd import OnlineAssistant, RoutedAssistant, grow_draft, grow_feature_draft
 from hf_osd.saving.routes import POOL_NAME
 
+from .served import alone
+
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 LEARNS = {"update_interval": 2, "learning_rate": 5e-3, "gate": False, "learning_budget": 1.0, "seed": 0}
 
@@ -25,7 +27,7 @@ def prompts(count, low=2, high=64, seed=0):
 
 def serve(target, assistant, prompt, **kwargs):
     output = target.generate(prompt, assistant_model=assistant, **{**GREEDY, **kwargs})
-    assert torch.equal(output, target.generate(prompt, **{**GREEDY, **kwargs}))
+    assert torch.equal(output, alone(target, prompt, **{**GREEDY, **kwargs}))
     return output
 
 

@@ -9,6 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_osd import OnlineAssistant, RoutedAssistant, grow_draft, grow_feature_draft
 from hf_osd.policy.draft_choice import LEARNING, STATIC, DraftChoice
 
+from .served import alone
+
 LEARNS = {"update_interval": 2, "learning_rate": 5e-3, "gate": False, "learning_budget": 1.0, "lookahead": "constant"}
 
 
@@ -41,7 +43,7 @@ def served(assistant, target, count, **kwargs):
     for prompt in prompts(count):
         before = assistant._choice.calls
         output = target.generate(prompt, assistant_model=assistant, max_new_tokens=12, do_sample=False, **kwargs)
-        assert torch.equal(output, target.generate(prompt, max_new_tokens=12, do_sample=False))
+        assert torch.equal(output, alone(target, prompt, max_new_tokens=12, do_sample=False))
         names += [name for name, calls in assistant._choice.calls.items() if calls > before[name]]
     return names
 
@@ -112,7 +114,7 @@ def test_one_static_draft_serves_beside_all_routes(target, heavy, kind, learn):
             for i, prompt in enumerate(prompts(8)):
                 view = assistant.route("ab"[(i + seed) % 2])
                 output = target.generate(prompt, assistant_model=view, max_new_tokens=12, do_sample=False)
-                assert torch.equal(output, target.generate(prompt, max_new_tokens=12, do_sample=False))
+                assert torch.equal(output, alone(target, prompt, max_new_tokens=12, do_sample=False))
         except BaseException as error:
             wrong.append(error)
 
