@@ -17,6 +17,8 @@ from hf_osd.feedback.feedback import ACCEPTED, REJECTED, UNTESTED, Feedback, Spa
 
 VOCAB = 64
 
+gc.disable()  # until all is imported, see `pytest_collection_finish`
+
 # Deadlines are timing assertions; and what a test draws must not differ from run to run.
 settings.register_profile("hf_osd", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("hf_osd")
@@ -27,6 +29,7 @@ def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
