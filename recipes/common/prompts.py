@@ -275,7 +275,7 @@ def stdlib_prompts(count: int, seed: int) -> list[dict]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     rows, seen = [], set()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_sources(root)):
         parts = path.relative_to(root).with_suffix("").parts
         if _NOT_LIBRARY.isdisjoint(parts) and not any(
             (p.startswith("_") and p != "__init__") or "-" in p for p in parts
@@ -292,6 +292,13 @@ def stdlib_prompts(count: int, seed: int) -> list[dict]:
         )
     random.Random(f"stdlib:{seed}").shuffle(rows)
     return rows[:count]
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Yield the files `*.py` of the library, without a look into folders that are none of it: site-packages may have many times as many."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _requests(path: Path) -> Iterator[tuple[str, str, str]]:
