@@ -1,34 +1,13 @@
 """Several drafts behind one `assistant_model`: who serves a call, who learns from it, and that nobody's output changes."""
 
-import json
 import threading
 
 import pytest
 import torch
 
 from hf_osd import OnlineAssistant, RoutedAssistant, grow_draft, grow_feature_draft
-from hf_osd.saving.routes import POOL_NAME
 
-from .served import alone
-
-GREEDY = {"max_new_tokens": 16, "do_sample": False}
-LEARNS = {"update_interval": 2, "learning_rate": 5e-3, "gate": False, "learning_budget": 1.0, "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def target(tiny_llama):
-    return tiny_llama(layers=4)
-
-
-def prompts(count, low=2, high=64, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    return [torch.randint(low, high, (1, 8), generator=random) for _ in range(count)]
-
-
-def serve(target, assistant, prompt, **kwargs):
-    output = target.generate(prompt, assistant_model=assistant, **{**GREEDY, **kwargs})
-    assert torch.equal(output, alone(target, prompt, **{**GREEDY, **kwargs}))
-    return output
+from .calls import GREEDY, LEARNS, prompts, serve
 
 
 @pytest.mark.parametrize("kind", ["grown", "adapter", "feature"])
@@ -204,155 +183,6 @@ def test_routes_switched_in_threads_while_they_learn(target):
     assistant.flush()
     assert assistant.stats.total.requests == 18
     assert assistant.stats.failed_updates == 0
-
-
-def test_a_route_that_was_put_away_serves_what_it_had_learnt(target, tmp_path):
-    assistant = RoutedAssistant(
-        grow_draft(target), routes="named", max_routes=1, pool_folder=tmp_path / "away", **LEARNS
-    )
-    for prompt in prompts(3):
-        serve(target, assistant.route("a"), prompt)
-    assistant.flush()
-    learnt = {name: weight.clone() for name, weight in assistant.pool.peek("a").serving.weights()}
-    serve(target, assistant.route("b"), prompts(1)[0])
-    assert "a" not in assistant.pool
-    assert "Put away: a." in assistant.report()
-    serve(target, assistant.route("a"), prompts(1)[0])
-    back = dict(assistant.pool.peek("a").serving.weights())
-    assert all(torch.equal(back[name], weight) for name, weight in learnt.items())
-    assistant.collect()
-    assert assistant.stats.by_route["a"].total.requests == 4, "before and after"
-    assert assistant.stats.total.requests == 5
-    with pytest.raises(ValueError, match="another draft"):
-        RoutedAssistant(grow_draft(target, (1, 2)), routes="named", pool_folder=tmp_path / "away")
-    again = RoutedAssistant(grow_draft(target), routes="named", pool_folder=tmp_path / "away", **LEARNS)
-    serve(target, again.route("a"), prompts(1)[0])
-    restarted = dict(again.pool.peek("a").serving.weights())
-    assert all(torch.equal(restarted[name], weight) for name, weight in learnt.items()), "in another process too"
-
-
-@pytest.mark.parametrize(
-    "settings", [{"adapter": "lora", "lora": 4}, {"learn": "background", "learning_rate": "auto"}]
-)
-def test_a_route_that_was_put_away_goes_on_learning_from_there(target, tmp_path, settings):
-    settings = {**LEARNS, "gate": True, **settings}
-    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, pool_folder=tmp_path, **settings)
-    for prompt in prompts(8):
-        serve(target, assistant.route("a"), prompt)
-    assistant.flush()
-    tensors, values = assistant.pool.peek("a").learner.state()
-    updates = assistant.stats.updates
-    assert updates
-    assert values["rate"]["found"]
-    assistant.pool.get("b")
-    assistant.collect()
-    assert assistant.stats.updates == updates
-    learner = assistant.pool.get("a").learner
-    back, its_values = learner.state()
-    assert back.keys() == tensors.keys()
-    assert any("optimizer" in name for name in back)
-    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items() if not name.endswith("draws"))
-    assert its_values == values
-    assert assistant.stats.updates == updates, "counted once"
-    assert assistant.stats.total.requests == 8
-    for prompt in prompts(4, seed=1):
-        serve(target, assistant.route("a"), prompt)
-    assistant.flush()
-    assert assistant.stats.updates > updates
-    assistant.close()
-
-
-def test_a_route_is_put_away_while_another_one_learns(target, tmp_path):
-    assistant = RoutedAssistant(grow_draft(target), routes="named", max_routes=1, pool_folder=tmp_path, **LEARNS)
-    for prompt in prompts(2):
-        serve(target, assistant.route("a"), prompt)
-    assistant.flush()
-    with assistant._shared.learning:
-        thread = threading.Thread(target=assistant.pool.get, args=("b",), daemon=True)
-        thread.start()
-        thread.join(60)
-        assert not thread.is_alive()
-    assert "b" in assistant.pool
-
-
-def test_a_learner_of_another_kind_goes_on_from_the_weights_that_were_put_away(target, tmp_path, caplog):
-    settings = {**LEARNS, "pool_folder": tmp_path, "routes": "named", "max_routes": 1}
-    assistant = RoutedAssistant(grow_draft(target), **settings)
-    for prompt in prompts(4):
-        serve(target, assistant.route("a"), prompt)
-    assistant.flush()
-    learnt = {name: weight.clone() for name, weight in assistant.pool.peek("a").serving.weights()}
-    assistant.pool.get("b")
-    for other in ({"ensemble": [1.0, 2.0]}, {"learn": False}):
-        again = RoutedAssistant(grow_draft(target), **{**settings, **other})
-        back = dict(again.pool.get("a").serving.weights())
-        assert all(torch.equal(back[name], weight) for name, weight in learnt.items())
-        assert again.stats.updates == 0
-    assert "with a new learner" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["grown", "adapter"])
-def test_a_saved_pool_comes_back(target, tmp_path, kind):
-    extra = {"adapter": "lora", "lora": 4} if kind == "adapter" else {}
-    assistant = RoutedAssistant(grow_draft(target), max_routes=3, topic_requests=40, **LEARNS, **extra)
-    for prompt in prompts(4):
-        serve(target, assistant.route("a/b"), prompt)
-        serve(target, assistant, prompt)
-    assistant.flush()
-    assistant.save_pretrained(tmp_path / "pool")
-    again = RoutedAssistant.from_pretrained(tmp_path / "pool")
-    assert (again.max_routes, again.router.own_from) == (3, 40)
-    assert again.router.routes == assistant.router.routes
-    for name, one in assistant.pool.items():
-        old, new = dict(one.serving.weights()), dict(again.pool.peek(name).serving.weights())
-        assert all(torch.equal(old[key], new[key]) for key in old)
-    serve(target, again.route("a/b"), prompts(1)[0])
-    assistant.save_route("a/b", tmp_path / "one")
-    assert (tmp_path / "one" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("away", [False, True])
-def test_a_loaded_router_has_no_route_whose_weights_are_not_there(target, tmp_path, away):
-    folder = tmp_path / "away"
-    assistant = RoutedAssistant(grow_draft(target), max_routes=2, pool_folder=folder, **LEARNS)
-    for prompt in prompts(4):
-        serve(target, assistant, prompt)
-    assistant.flush()
-    [topical] = assistant.router.routes
-    for name in "ab":  # which put it away
-        serve(target, assistant.route(name), prompts(1)[0])
-    assert topical not in assistant.pool
-    assistant.save_pretrained(tmp_path / "pool")
-    again = RoutedAssistant.from_pretrained(tmp_path / "pool", pool_folder=folder if away else None)
-    assert again.router.routes == ((topical,) if away else ())
-    serve(target, again, prompts(1)[0])
-    [serving] = again.router.routes
-    assert (again.pool.peek(serving).serving.version > 0) == away
-
-
-def test_what_cannot_be_loaded_says_why(target, tmp_path, tiny_llama):
-    assistant = RoutedAssistant(grow_draft(target), routes="named", **LEARNS)
-    for prompt in prompts(2):
-        serve(target, assistant.route("a"), prompt)
-    assistant.flush()
-    assistant.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another draft"):
-        RoutedAssistant.from_pretrained(tmp_path, draft=grow_draft(tiny_llama(layers=4, seed=5)))
-    with pytest.raises(ValueError, match="have learnt in all weights"):
-        RoutedAssistant.from_pretrained(tmp_path, config=type(assistant.osd_config)(adapter="lora", seed=0))
-    facts = json.loads((tmp_path / POOL_NAME).read_text())
-    (tmp_path / POOL_NAME).write_text(json.dumps({**facts, "version": 99}))
-    with pytest.raises(ValueError, match="version 99"):
-        RoutedAssistant.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match="no pool of drafts"):
-        RoutedAssistant.from_pretrained(_single(assistant, tmp_path / "single"))
-    with pytest.raises(ValueError, match="no route 'c'"):
-        assistant.save_route("c", tmp_path / "c")
-
-
-def _single(assistant, folder):
-    assistant.save_route("a", folder)
-    return folder
 
 
 @pytest.mark.parametrize(
