@@ -400,8 +400,8 @@ class OnlineAssistant(TeachableAssistant, SavableAssistant):
         for call in calls:
             record, feedback = call.record, call.finish(keep_text=self.texts is not None)
             if feedback is not None and self.learner is not None:
-                window = self.osd_config.learning_window
-                feedback = score_undrafted(feedback, record, self.serving, self.lookahead, self.head, window)
+                window, before = self.osd_config.learning_window, self._stats.total.requests
+                feedback = score_undrafted(feedback, record, self.serving, self.lookahead, self.head, window, before)
             if self.head is not None and not call.private:
                 self.head.observe(record.prompt, record.answer, record.likely())
             with self._lock:

@@ -56,6 +56,22 @@ def test_where_the_draft_was_asked_it_is_not_asked_again(request_):
     assert not policy.told
 
 
+def test_after_the_first_calls_some_are_scored_and_the_others_have_no_alpha(serving, request_):
+    """Not that of the positions where the draft was asked, which the policy chose."""
+    partly = torch.full((12,), torch.nan)
+    partly[:3] = 1.0
+    asked, scored = request_.with_overlap(partly), []
+    for before in range(80):
+        call, policy = record(asked), Policy()
+        call.stats.overlap_sum, call.stats.overlap_count, call.stats.head_missed = 3.0, 3, 1
+        found = score_undrafted(asked, call, serving, policy, before=before)
+        scored.append(bool(policy.told))
+        assert bool(policy.told) == (found is not asked)
+        assert (call.stats.overlap_count, call.stats.head_missed) == ((12, 1) if policy.told else (0, 0))
+    assert scored[:64] == [True] * 64
+    assert scored[64:] == [True, False, False, False] * 4
+
+
 def test_under_processors_it_decides_whether_to_draft_and_is_not_alpha(serving, request_):
     call, policy = record(request_, processed=True), Policy()
     assert score_undrafted(request_, call, serving, policy) is request_
