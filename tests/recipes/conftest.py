@@ -20,6 +20,12 @@ def quick_pictures(request, monkeypatch):
         monkeypatch.setattr("recipes.common.report.RunReport._plot", lambda self, path: path.write_bytes(b""))
 
 
+@pytest.fixture(autouse=True)
+def quick_disks(monkeypatch):
+    """Waits for no disk: nobody pulls a plug here. What happens then, tests/saving and tests/system ask."""
+    monkeypatch.setattr("hf_osd.system.files._sync", lambda path: None)
+
+
 @pytest.fixture
 def refused(caplog) -> Callable:
     """`refused(main, *args, says=words, **kwargs)`: `main(*args, **kwargs)` ends with status 2, and `words` are in what it logs."""
