@@ -1,6 +1,9 @@
 """What the tests of an assistant serve: prompts, and greedy calls of a target with it; and what the target says alone."""
 
+import gc
+import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -22,3 +25,22 @@ def alone(target, prompt, **kwargs) -> torch.Tensor:
     if key not in outputs:
         outputs[key] = target.generate(prompt, **kwargs)
     return outputs[key]
+
+
+def in_threads(*work: Callable[[], object]) -> list[BaseException]:
+    """Do all of it at once; returns the errors that were raised. What the threads have left is gone by then."""
+    errors = []
+
+    def safely(act):
+        try:
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=safely, args=(act,)) for act in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    return errors

@@ -1,6 +1,6 @@
 """A static draft of another architecture beside the one that learns: who serves, who learns from it, and that nobody's output changes."""
 
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_osd import OnlineAssistant, RoutedAssistant, grow_draft, grow_feature_draft
 from hf_osd.policy.draft_choice import LEARNING, STATIC, DraftChoice
 
-from .served import alone
+from .served import alone, in_threads
 
 LEARNS = {"update_interval": 2, "learning_rate": 5e-3, "gate": False, "learning_budget": 1.0, "lookahead": "constant"}
 
@@ -107,23 +107,14 @@ def test_one_static_draft_serves_beside_all_routes(target, heavy, kind, learn):
     draft = grow_feature_draft(target, seed=0) if kind == "feature" else grow_draft(target)
     extra = {"adapter": "lora", "lora": 2} if kind == "adapter" else {}
     assistant = RoutedAssistant(draft, routes="named", static_draft=heavy, **LEARNS, **extra, learn=learn, seed=0)
-    wrong = []
 
-    def client(seed):
-        try:
-            for i, prompt in enumerate(prompts(8)):
-                view = assistant.route("ab"[(i + seed) % 2])
-                output = target.generate(prompt, assistant_model=view, max_new_tokens=12, do_sample=False)
-                assert torch.equal(output, alone(target, prompt, max_new_tokens=12, do_sample=False))
-        except BaseException as error:
-            wrong.append(error)
+    def switch_routes(seed):
+        for i, prompt in enumerate(prompts(8)):
+            view = assistant.route("ab"[(i + seed) % 2])
+            output = target.generate(prompt, assistant_model=view, max_new_tokens=12, do_sample=False)
+            assert torch.equal(output, alone(target, prompt, max_new_tokens=12, do_sample=False))
 
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not in_threads(*(partial(switch_routes, seed) for seed in range(2)))
     assistant.flush()
     stats, routes = assistant.stats, dict(assistant.pool.items())
     assert {name: one.total.requests for name, one in stats.by_route.items() if name != "default"} == {"a": 8, "b": 8}

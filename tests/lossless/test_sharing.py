@@ -1,9 +1,7 @@
 """One assistant for several threads and targets, several assistants for one target, and copies of what takes part."""
 
 import copy
-import gc
 import pickle
-import threading
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_osd
 from hf_osd import OnlineAssistant
 
+from ..served import in_threads
 from .checks import SERVES_AT_ONCE
 
 PROMPTS = torch.randint(2, 64, (4, 1, 6), generator=torch.Generator().manual_seed(7))
@@ -40,25 +39,6 @@ def assist(draft, **config):
 
 def answers(model, **kwargs):
     return [model.generate(prompt, **GREEDY, **kwargs).tolist() for prompt in PROMPTS]
-
-
-def in_threads(*work):
-    """All of them at once; the errors they raised."""
-    errors = []
-
-    def safely(act):
-        try:
-            act()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=safely, args=(act,)) for act in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    gc.collect()
-    return errors
 
 
 class EachRound(BaseStreamer):

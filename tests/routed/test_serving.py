@@ -1,13 +1,20 @@
 """Several drafts behind one `assistant_model`: who serves a call, who learns from it, and that nobody's output changes."""
 
-import threading
+from functools import partial
 
 import pytest
 import torch
 
 from hf_osd import OnlineAssistant, RoutedAssistant, grow_draft, grow_feature_draft
 
+from ..served import in_threads
 from .calls import GREEDY, LEARNS, prompts, serve
+
+
+def switch_routes(target, assistant, seed):
+    """Six calls, of one route and the other in turn."""
+    for i, prompt in enumerate(prompts(6, seed=seed)):
+        serve(target, assistant.route("ab"[(i + seed) % 2]), prompt)
 
 
 @pytest.mark.parametrize("kind", ["grown", "adapter", "feature"])
@@ -76,7 +83,7 @@ def test_learners_of_routes_have_one_float32_copy_of_what_does_not_train(tiny_ll
 
 
 def test_adapters_that_do_not_fit_serve_unmerged_and_output_is_the_targets(target, tmp_path):
-    draft, wrong = grow_draft(target), []
+    draft = grow_draft(target)
     settings = {"adapter": "lora", "lora": 2, "lookahead": "constant"} | LEARNS
     assistant = RoutedAssistant(draft, routes="named", **settings)
     for prompt in prompts(2):
@@ -85,19 +92,7 @@ def test_adapters_that_do_not_fit_serve_unmerged_and_output_is_the_targets(targe
     assistant.flush()
     assistant.pool.max_bytes = assistant.pool.nbytes - 1
 
-    def client(seed):
-        try:
-            for i, prompt in enumerate(prompts(6, seed=seed)):
-                serve(target, assistant.route("ab"[(i + seed) % 2]), prompt)
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not in_threads(*(partial(switch_routes, target, assistant, seed) for seed in range(2)))
     assistant.flush()
     assistant.pool.get("b")
     drafts = {name: member.serving for name, member in assistant.pool.items()}
@@ -165,21 +160,7 @@ def test_topics_get_routes_of_their_own_and_begin_with_their_parents_weights(tar
 
 def test_routes_switched_in_threads_while_they_learn(target):
     assistant = RoutedAssistant(grow_draft(target), routes="named", lookahead="constant", **LEARNS)
-    wrong = []
-
-    def client(i):
-        try:
-            for j, prompt in enumerate(prompts(6, seed=i)):
-                serve(target, assistant.route("ab"[(i + j) % 2]), prompt)
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not in_threads(*(partial(switch_routes, target, assistant, seed) for seed in range(3)))
     assistant.flush()
     assert assistant.stats.total.requests == 18
     assert assistant.stats.failed_updates == 0
