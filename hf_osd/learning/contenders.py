@@ -110,7 +110,7 @@ class Contenders:
     def propose(self):
         """Make the newest draft the candidate."""
         if self.gate is not None:
-            self._candidate = self.point()
+            self._candidate = self._as_served(self.point().weights)
 
     def choose(
         self, candidate: Point, of: int, static: Sequence[Judged], judged: Sequence[Judged]
@@ -118,7 +118,7 @@ class Contenders:
         """Make a candidate of the best `of` several on some requests, by the scores of static and candidate there; then as `decide`."""
         if self.gate is None:
             return Verdict.WAIT, False
-        self._candidate = candidate
+        self._candidate = self._as_served(candidate.weights)
         self.gate.begin(choices=of)
         scores = [one.overlap for one in static]
         return self._follow_gate(scores, scores, [one.overlap for one in judged])
@@ -186,7 +186,7 @@ class Contenders:
         self._out = self.serving
 
     def _as_served(self, weights: Mapping[str, Tensor]) -> Point:
-        """Make a point from which learning begins anew: weights and average as they were trained would be two copies more for as long as it serves."""
+        """Make a point from which learning begins anew: weights and average as they were trained would be two copies more for as long as it serves, or waits for its verdict."""
         return Point(dict(weights), self.student.snapshot_of(weights))
 
     def _follow_gate(
@@ -199,7 +199,7 @@ class Contenders:
             self.gate.begin()
         elif verdict is Verdict.ACCEPT:
             gained = self.gate.accept()
-            self._accepted, self._candidate = self._as_served(self._candidate.weights), None
+            self._accepted, self._candidate = self._candidate, None
             self.accepted += 1
         elif verdict is Verdict.DROP:
             self.student.restore(self._accepted.snapshot)

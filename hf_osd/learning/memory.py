@@ -157,7 +157,7 @@ def learning_bytes(facts: LearningFacts, rank: int | None = None) -> int:
     n = facts.trainable if rank is None else rank * facts.ends
     average = 4 if facts.averages else 0
     # For each student float32 weights, gradients and Adam's two moments, the average over steps; and at most three snapshots of weights and average, as in a
-    # search for the rate: before it, the best so far, the one being tried. Later there is one, the candidate.
+    # search for the rate: before it, the best so far, the one being tried. Later there is none.
     weights = n * facts.members * (4 + 4 + 8 + average + 3 * (4 + average))
     # Static, accepted and candidate, as they serve; an adapter's are float32.
     weights += 3 * n * (facts.itemsize if rank is None else 4)
