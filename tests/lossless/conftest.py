@@ -160,13 +160,14 @@ def serve() -> Callable:
     """
     from hf_osd import OnlineAssistant
 
+    from .checks import SERVES_AT_ONCE
+
     def call(target, draft, prompts, config: dict | None = None, **kwargs) -> Served:
         if isinstance(draft, OnlineAssistant):
             assistant = draft
         else:
             settings = {"lookahead": "constant", "update_interval": 10**6, "top_k": 64, "feedback_dtype": "float32"}
-            settings |= {"gate": False, "learning_budget": 1.0, "learning_rate": 1e-3}
-            settings |= {"warmup_steps": 0, "replay_ratio": 0.0, "seed": 0}
+            settings |= {"learning_rate": 1e-3, "seed": 0, **SERVES_AT_ONCE}
             assistant = OnlineAssistant(draft, **{**settings, **(config or {})})
         outputs = [target.generate(p, assistant_model=assistant, **plain_and(**kwargs)) for p in prompts]
         assistant.update()

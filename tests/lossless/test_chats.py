@@ -22,6 +22,7 @@ from hf_osd.generation.request import GenerateRequest
 from hf_osd.generation.running import RunningCall
 from recipes.checks.recurrent import model_of
 
+from .checks import SERVES_AT_ONCE
 from .feature_drafts import check_drafted, states_of
 
 ATTENTION = ["Llama", "GPT2", "Mistral"]  # Mistral's window is shorter than a turn
@@ -50,13 +51,11 @@ def assistant_of(draft=None, **config):
     settings = {
         "lookahead": "constant",
         "num_assistant_tokens": 3,
-        "gate": False,
-        "learning_budget": 1.0,
         "seed": 0,
         "top_k": 64,
+        **SERVES_AT_ONCE,
     }
     settings |= {"feedback_dtype": "float32", "learning_rate": 5e-3, "update_interval": 1, "verify_target": False}
-    settings |= {"warmup_steps": 0, "replay_ratio": 0.0}
     return OnlineAssistant(draft, **settings | config)
 
 

@@ -14,6 +14,7 @@ from hf_osd.generation.rollback import Rollback
 from recipes.checks.recurrent import FAMILIES, SIZES
 from recipes.checks.recurrent import model_of as target_of
 
+from .checks import SERVES_AT_ONCE
 from .reference import exact_distribution, p_value
 from .test_verification import HYBRIDS, check_plain, model_of
 
@@ -57,8 +58,7 @@ def attention_draft(tiny_llama, target):
 
 
 def assistant_of(draft=None, **settings):
-    learns = {"update_interval": 2, "learning_rate": 5e-3, "gate": False, "learning_budget": 1.0, "seed": 0}
-    learns |= {"warmup_steps": 0, "replay_ratio": 0.0}
+    learns = {"update_interval": 2, "learning_rate": 5e-3, "seed": 0, **SERVES_AT_ONCE}
     return OnlineAssistant(draft, lookahead="constant", num_assistant_tokens=3, **{**learns, **settings})
 
 
@@ -89,11 +89,9 @@ def test_the_cache_alone_drafts(name, caplog):
     assert not [record for record in caplog.records if record.name.startswith("hf_osd")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [*(("feature", name) for name in FAMILIES), *(("attention", name) for name in FEW)]
-)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["feature", "attention"])
 def test_drafts_that_learn(tiny_llama, name, kind):
-    """What reads a family's states, from each; what reads tokens alone, and so knows no family, from few."""
     target = target_of(name)
     draft = grow_feature_draft(target, seed=0) if kind == "feature" else attention_draft(tiny_llama, target)
     stats = check(target, assistant_of(draft, learning_rate=2e-2), prompts(4))
