@@ -29,7 +29,7 @@ GREEDY = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 COSTS = {"lookahead": "cost", "draft_cost": 0.05, "verify_cost": 0.01}
 BOTH = {**COSTS, "suffix_cache": True, "num_assistant_tokens": 4}
 FEW = {"draft_head": "traffic", "draft_vocab_size": 8}
-CALLS = 240
+CALLS = 320
 REPEATS = ((1, 2, 1, 2, 1),)
 
 

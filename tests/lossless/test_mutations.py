@@ -64,12 +64,12 @@ class Checks:
 
     def sampled(self):
         target = one_layer(5)
-        check_sampling(target, self._noised(target, 1.0, seed=1), n=3, calls=240, gamma=2)
+        check_sampling(target, self._noised(target, 1.0, seed=1), n=3, calls=320, gamma=2)
 
     def sampled_hot(self):
         target = one_layer(5)
         draft = self._noised(target, 1.0, seed=1)
-        check_sampling(target, draft, n=3, calls=240, gamma=2, temperature=3.0)
+        check_sampling(target, draft, n=3, calls=320, gamma=2, temperature=3.0)
 
     def leases(self):
         assistant = assistant_of(self.draft, num_assistant_tokens=3)

@@ -12,7 +12,7 @@ from .models import InMidCall, one_layer, retrained, with_logits
 from .reference import exact_distribution, p_value
 
 VOCAB = 5
-CALLS = 240
+CALLS = 320
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_samples_of_routes_have_the_targets_distribution(noised_copy):
     counts = Counter()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for i in range(240):
+        for i in range(320):
             view = assistant.route("ab"[i % 2])
             output = target.generate(
                 prompt, max_new_tokens=3, assistant_model=view, pad_token_id=0, eos_token_id=None, **asked
