@@ -27,6 +27,12 @@ def alone(target, prompt, **kwargs) -> torch.Tensor:
     return outputs[key]
 
 
+def logits(model, ids=PROMPTS[0]):
+    """What a model says of a text, by one forward."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
 def in_threads(*work: Callable[[], object]) -> list[BaseException]:
     """Do all of it at once; returns the errors that were raised. What the threads have left is gone by then."""
     errors = []

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_osd import OnlineAssistant, grow_draft
 
-from ..served import PROMPTS, serve
+from ..served import logits, serve
 
 LEARNS = {
     "update_interval": 10**6,
@@ -103,11 +103,6 @@ def trained_by_trl(draft):
 
 PATCHES = [compiled_forward, compiled, compiled_layer, compiled_in_place, data_parallel, both, in_an_engine]
 PATCHES += [hooked, hooked_after_compiling, offloaded, prepared, trained_by_trl]
-
-
-def logits(model, ids=PROMPTS[0]):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("patch", PATCHES)

@@ -47,11 +47,6 @@ def storage(model):
     return {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-def logits(model, ids=PROMPTS[0]):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
-
-
 def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=128)).eval()
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from hf_osd import OnlineAssistant, grow_draft
+from hf_osd import OnlineAssistant, OnlineConfig, grow_draft
 from hf_osd.learning import memory
 from hf_osd.models.copies import embedding_names
 from hf_osd.models.lora import adaptable
@@ -34,8 +34,6 @@ def test_the_rank_comes_down_to_what_fits(target, draft):
 
 
 def _facts(draft):
-    from hf_osd import OnlineConfig
-
     trainable = {name for name, p in draft.named_parameters() if p.requires_grad} - embedding_names(draft)
     return memory.LearningFacts.of(draft, trainable, adaptable(draft, trainable), OnlineConfig(**LORA))
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_osd import grow_draft
 
-from ...served import GREEDY, PROMPTS, serve
-from .adapters import drawn, flushed, learning, logits, same, snapshot
+from ...served import GREEDY, PROMPTS, logits, serve
+from .adapters import drawn, flushed, learning, same, snapshot
 
 
 def test_a_plain_model_becomes_the_new_base(target, draft):

@@ -11,8 +11,8 @@ from hf_osd import OnlineAssistant, grow_draft
 from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter
 
-from ...served import GREEDY, PROMPTS, serve
-from .adapters import drawn, learning, logits, same, snapshot
+from ...served import GREEDY, PROMPTS, logits, serve
+from .adapters import drawn, learning, same, snapshot
 
 
 def spoilt(adapter, value):

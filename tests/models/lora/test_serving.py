@@ -14,8 +14,8 @@ from hf_osd.models.hot_swap import HotSwapDraft
 from hf_osd.models.lora import Adapter, adaptable
 from hf_osd.models.plain import merged as merged_by_peft
 
-from ...served import GREEDY, PROMPTS, serve
-from .adapters import drawn, flushed, gpt2, learning, logits, mixtral, same, snapshot, storage, t5
+from ...served import GREEDY, PROMPTS, logits, serve
+from .adapters import drawn, flushed, gpt2, learning, mixtral, same, snapshot, storage, t5
 
 # The promise.
 
