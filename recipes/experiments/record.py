@@ -60,6 +60,11 @@ class RecordArguments(TargetArguments):
     )
     requests: int = option(1000, whole(1), "Requests to record of each stream, at most.")
     held_back: int = option(100, whole(1), "Prompts of each stream for scoring, in a trace of their own.")
+    held_back_top_k: int = option(
+        4096,
+        whole(1),
+        "With --temperature, how many of the target's log-probs are kept at each position of held-back answers: α is Σ min(p, q) over these.",
+    )
     max_new_tokens: int = option(64, whole(1), "Longest answer, in tokens.")
     longest_prompt: int | None = option(None, whole(1).or_none(), "Leave out prompts of more tokens than this.")
     batch_answers: int = option(48, whole(1), "Batch size.")
@@ -115,12 +120,16 @@ def record(args: RecordArguments, config: OnlineConfig):
         parts = [("held_back", held_back, args.temperature, SEED_STEP // 2), ("stream", stream, args.temperature, 0)]
         parts += [(again_part(n), stream, args.again, n * SEED_STEP) for n in range(args.times if args.again else 0)]
         for part, rows, temperature, offset in parts:
+            # Nobody learns from prompts held back, and the prompt's own positions are the same in every answer to it.
+            scored = part == "held_back" and temperature > 0
+            positions = 0 if scored or part.startswith("again") else config.prompt_positions
+            top_k = max(args.held_back_top_k, config.top_k) if scored else config.top_k
             for start in range(0, len(rows), SHARD):
                 path, some = folder / f"{part}-{start:05d}.safetensors", rows[start : start + SHARD]
-                # The prompt's own positions are the same in every answer to it.
-                positions = 0 if part.startswith("again") else config.prompt_positions
-                facts = _facts(args, config, target, some, temperature, positions) | vocabulary
-                shards.append(Shard(path, some, facts, temperature, positions, (config.seed or 0) + offset + start))
+                facts = _facts(args, config, target, some, temperature) | vocabulary
+                facts |= {"top_k": str(top_k), "prompt_positions": str(positions)}
+                random = (config.seed or 0) + offset + start
+                shards.append(Shard(path, some, facts, temperature, top_k, positions, random))
     with contextlib.ExitStack() as stack:
         for folder in dict.fromkeys(shard.path.parent for shard in shards):
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +151,7 @@ class Shard:
     rows: list[dict]
     facts: dict[str, str]  # saved with it; see `_facts`
     temperature: float
+    top_k: int
     prompt_positions: int
     seed: int  # for sampled answers
 
@@ -154,7 +164,7 @@ class Shard:
         if not self.path.is_file():
             return False
         recorded = read_trace(self.path)[1]
-        names = dict.fromkeys([*self.facts, "draft_size", "temperature"])
+        names = dict.fromkeys(["temperature", *self.facts, "draft_size"])
         names = [name for name in names if name in recorded or name not in _MAY_LACK]
         if changed := [name for name in names if recorded.get(name) != self.facts.get(name)]:
             raise ValueError(
@@ -164,7 +174,7 @@ class Shard:
 
 
 def _facts(
-    args: RecordArguments, config: OnlineConfig, target, rows: list[dict], temperature: float, prompt_positions: int
+    args: RecordArguments, config: OnlineConfig, target, rows: list[dict], temperature: float
 ) -> dict[str, str]:
     """Collect the facts that are saved with a shard, and by which a recording of something else is recognised."""
     facts = {
@@ -174,9 +184,7 @@ def _facts(
         "ids": json.dumps([row.get("id") for row in rows]),
         # Rows with the same ids may have other texts by now, or another chat template.
         "prompts": digest([row["ids"].tolist() for row in rows]),
-        "top_k": str(config.top_k),
         "feedback_dtype": config.feedback_dtype,
-        "prompt_positions": str(prompt_positions),
     }
     return facts | ({"temperature": str(temperature)} if temperature else {})
 
@@ -223,7 +231,7 @@ def _record(
         [row["ids"] for row in shard.rows],
         args.max_new_tokens,
         batch_size=args.batch_answers,
-        top_k=config.top_k,
+        top_k=shard.top_k,
         dtype=getattr(torch, config.feedback_dtype),
         prompt_positions=shard.prompt_positions,
         temperature=shard.temperature,

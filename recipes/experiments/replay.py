@@ -337,7 +337,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
     """Load a domain's trace.
 
     Args:
-        top_k: log-probs to keep of each position.
+        top_k: log-probs to keep of each position to learn from. Of held-back answers all are kept: α is of these.
         held_back: held-back prompts to load.
         stream: whether to load the requests too.
         again: further answers to load with each request.
@@ -354,7 +354,7 @@ def load_trace(folder: Path, top_k: int, held_back: int, stream: bool = True, ag
         for path in sorted(folder.glob(f"{part}-*.safetensors")):
             requests, facts = read_trace(path)
             digest.update(path.read_bytes())
-            parts[part] += [request.truncate(top_k) for request in requests]
+            parts[part] += requests if part == "held_back" else [request.truncate(top_k) for request in requests]
             limits.add(int(facts["max_new_tokens"]))
             sizes.add(int(facts["draft_size"]) if "draft_size" in facts else None)
             states.add(facts.get("states"))

@@ -187,9 +187,7 @@ class Experiment:
             choices.append((domain, topic, route))
         drafts = {name: member for name, member in assistant.pool.items() if routes or name in assistant.router.routes}
         by_draft = {
-            name: {
-                traced.name: hits_of(member, [kept(member, one) for one in traced.held_back]) for traced in self.traces
-            }
+            name: {traced.name: hits_of(member, traced.held_back) for traced in self.traces}
             for name, member in drafts.items()
         }
         scores = {}

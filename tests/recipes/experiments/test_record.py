@@ -127,14 +127,18 @@ def test_another_answer_to_each_request_is_recorded_where_asked_for(run, target_
 
 
 def test_sampled_answers_are_recorded_in_place_of_greedy_ones_where_asked_for(run, refused):
-    assert run("--temperature", "1.5", "--prompt_positions", "4") == 0
+    sampled = ["--temperature", "1.5", "--prompt_positions", "4", "--top_k", "8"]
+    assert run(*sampled) == 0
     assert set(files(run.out)) == FILES
-    for part in ("held_back", "stream"):
-        requests, _ = trace(run.out, "one", part)
-        assert all(request.sampled and len(request.prompt_rows) > 0 for request in requests)
+    (held_back, _), (stream, _) = (trace(run.out, "one", part) for part in ("held_back", "stream"))
+    assert all(request.sampled for request in [*held_back, *stream])
+    assert {(request.top_ids.shape[1], len(request.prompt_rows)) for request in stream} == {(8, 4)}
+    # α of sampled answers is of what is kept of these: of a small target all.
+    assert {(request.top_ids.shape[1], request.prompt_rows) for request in held_back} == {(64, None)}
     first = files(run.out)
-    refused(run, "--prompt_positions", "4", says="another temperature")
-    assert run("--temperature", "1.5", "--prompt_positions", "4", "--overwrite", "true") == 0
+    refused(run, *sampled[2:], says="another temperature")
+    refused(run, *sampled, "--held_back_top_k", "9", says="another top_k")
+    assert run(*sampled, "--overwrite", "true") == 0
     assert files(run.out).keys() == first.keys()
 
 

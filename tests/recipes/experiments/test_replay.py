@@ -184,10 +184,16 @@ def test_several_passes_are_offline_distillation(target_dir, traces, tmp_path):
 
 
 def test_a_sampled_trace_is_scored_by_what_p_and_q_share(target_dir, traces, tmp_path, refused):
+    from hf_osd.distill.scoring import score
+    from recipes.common.models import load_target
     from recipes.experiments import on_policy, record, replay
 
     recording = f"--target {target_dir} --stream {traces / 'left'}.jsonl --requests 12 --held_back 5 --max_new_tokens 8 --threads 1"
     assert record.main([*recording.split(), "--temperature", "1.0", "--output_dir", str(tmp_path)]) == 0
+    traced = replay.load_trace(tmp_path / "left", top_k=4, held_back=5)
+    assert {request.top_ids.shape[1] for request in traced.stream} == {4}
+    target, _ = load_target(str(target_dir), "auto")
+    assert torch.cat(score(target, traced.held_back)).min() > 0.999, "what the target shares with itself"
     log = tmp_path / "runs.jsonl"
     arms = ["--arms", "base;preset=paper,update_interval=4", "--log", str(log)]
     assert replay.main(flags(target_dir, tmp_path, *arms)) == 0
