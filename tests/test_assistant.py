@@ -1,6 +1,5 @@
 """The assistant: it learns from what it serves, serves what it learnt, ends calls however they end, and says what is wrong."""
 
-import gc
 import json
 import logging
 import threading
@@ -13,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_osd import OnlineAssistant, OnlineConfig, grow_draft, record_answers
 from hf_osd.distill.scoring import score
 
-from .served import GREEDY, PROMPTS, serve
+from .served import GREEDY, PROMPTS, in_threads, serve
 
 
 class EachRound(BaseStreamer):
@@ -159,24 +158,12 @@ def test_statistics_may_be_read_in_mid_call(target, draft):
 def test_threads_share_one_assistant(target, draft):
     assistant = at_once(draft, update_interval=4, seed=0)
     plain = [target.generate(p, **GREEDY) for p in PROMPTS]
-    wrong, errors = [], []
 
     def work():
-        try:
-            for ours, own in zip(serve(target, assistant), plain, strict=True):
-                if not torch.equal(ours, own):
-                    wrong.append(ours)
-        except Exception as error:
-            errors.append(error)
+        for ours, own in zip(serve(target, assistant), plain, strict=True):
+            assert torch.equal(ours, own)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    gc.collect()
-    assert not errors
-    assert not wrong
+    assert in_threads(work, work, work) == []
     assistant.flush()
     assert assistant.stats.total.requests == 36
     assert assistant.stats.failed_updates == 0

@@ -1,7 +1,7 @@
 """Drafts that read the target's states in calls of every kind: served exactly, and taught by the states of the positions that there are."""
 
 import copy
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_osd import OnlineAssistant, grow_feature_draft
 from hf_osd.generation.recorder import CallRecorder
 
+from ..served import in_threads
 from .checks import check_sampling
 from .feature_drafts import check_drafted, fitted, states_of
 
@@ -180,11 +181,7 @@ def test_threads_while_it_learns(target, serve_as_plain):
         for _ in range(3):
             found.setdefault(i, []).append(target.generate(PROMPTS[i], assistant_model=assistant, **asked).tolist())
 
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert in_threads(*(partial(serve, i) for i in range(3))) == []
     assert found == {i: [plain[i]] * 3 for i in range(3)}
     assistant.flush()
     for feedback in assistant.buffer.requests():

@@ -1,16 +1,17 @@
 """Output stays the target's own while a thread learns beside the calls, and swaps what it has learnt in at any moment."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 
 from hf_osd.learning import throttle
 
+from ..served import in_threads
 from .checks import assistant_of, check_sampling, unpadded
 from .models import one_layer
 
-LONG = 120  # seconds in which anything has happened, on any machine
 LEARNING = {
     "learn": "background",
     "update_interval": 2,
@@ -42,11 +43,7 @@ def test_greedy_calls_of_several_threads_while_it_learns(target, assistant):
             outputs.append((i % len(PROMPTS), output))
             i += 1
 
-    threads = [threading.Thread(target=call, args=(first,)) for first in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LONG)
+    assert in_threads(*(partial(call, first) for first in range(3))) == []
     assert assistant.serving.version >= enough
     for i, output in outputs:
         assert torch.equal(output, plain[i])

@@ -1,7 +1,7 @@
 """Every family that transformers takes for stateful is served exactly, decodes plainly or is refused, also where no trial is made of it."""
 
 import re
-import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from hf_osd.generation.candidates import OnlineCandidateGenerator
 from recipes.checks.recurrent import FAMILIES, SIZES
 from recipes.checks.recurrent import model_of as target_of
 
+from ..served import in_threads
 from .test_recurrent import INCONSISTENT, N, assistant_of, check, prompts
 from .test_verification import HYBRIDS, check_plain, model_of
 
@@ -327,12 +328,8 @@ def test_calls_of_other_threads_are_their_own():
                 if "stateful" not in str(error):
                     wrong.append(error)
 
-    threads = [threading.Thread(target=serve, args=(extra,)) for extra in ({}, *[{"assistant_model": assistant}] * 2)]
-    threads.append(threading.Thread(target=stock))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assisted = partial(serve, {"assistant_model": assistant})
+    assert in_threads(partial(serve, {}), assisted, assisted, stock) == []
     assert not wrong
     assert assistant.stats.total.requests == 16
     assert 0 < assistant.stats.total.accepted < assistant.stats.total.tested

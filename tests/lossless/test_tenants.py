@@ -1,13 +1,14 @@
 """Tenants of one assistant: none is proposed another's text, and all share the draft, its learner and the statistics, threads or not."""
 
-import threading
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from hf_osd import RoutedAssistant
 
+from ..served import in_threads
 from .checks import assistant_of
 from .models import InMidCall, one_layer
 from .reference import exact_distribution, p_value
@@ -74,26 +75,14 @@ def test_tenants_in_several_threads(target, draft, with_draft):
     if with_draft:
         assistant = assistant_of(draft, **BOTH, **FEW, update_interval=4, learning_rate=5e-3, seed=0)
     plain = [target.generate(prompt, **GREEDY) for prompt in PROMPTS]
-    wrong, errors = [], []
 
     def work(view, shift):
-        try:
-            for i in range(2 * len(PROMPTS)):
-                at = (i + shift) % len(PROMPTS)
-                output = target.generate(PROMPTS[at], assistant_model=view, **GREEDY)
-                if not torch.equal(output, plain[at]):
-                    wrong.append((output, plain[at]))
-        except BaseException as error:  # the threads' own: raised below
-            errors.append(error)
+        for i in range(2 * len(PROMPTS)):
+            at = (i + shift) % len(PROMPTS)
+            assert torch.equal(target.generate(PROMPTS[at], assistant_model=view, **GREEDY), plain[at])
 
     views = [assistant, assistant.tenant("a"), assistant.tenant("b"), assistant.tenant("a")]
-    threads = [threading.Thread(target=work, args=(view, shift)) for shift, view in enumerate(views)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
-    assert not wrong, wrong[0]
+    assert in_threads(*(partial(work, view, shift) for shift, view in enumerate(views))) == []
     assistant.flush()
     total = assistant.stats.total
     assert (total.requests, total.new_tokens) == (8 * len(PROMPTS), 8 * len(PROMPTS) * 24)

@@ -1,6 +1,6 @@
 """The speculative vocabulary: what the set follows, that its logits are the full head's, and that they are never of old weights."""
 
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 
 from hf_osd.drafting.context import DraftLogits
 from hf_osd.models.draft_vocab import DraftVocab, LowRank, LowRankHead
+
+from ..served import in_threads
 
 NO_PROMPT = torch.tensor([], dtype=torch.long)
 
@@ -130,22 +132,13 @@ def test_refusals():
 
 def test_threads_observe_and_take_heads():
     vocabulary, full, hidden = DraftVocab(64, 8, decay=1.0), linear(), states(2, 16)
-    failures = []
 
     def work(first):
-        try:
-            for _ in range(50):
-                vocabulary.observe([first, first + 1])
-                assert_is_part(vocabulary.head(full, torch.tensor([63])), full, hidden)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(50):
+            vocabulary.observe([first, first + 1])
+            assert_is_part(vocabulary.head(full, torch.tensor([63])), full, hidden)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in (10, 20, 30, 40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert in_threads(*(partial(work, first) for first in (10, 20, 30, 40))) == []
     counts = vocabulary._counts / vocabulary._unit
     assert counts.sum() == 400
     assert vocabulary.ids.tolist() == [10, 11, 20, 21, 30, 31, 40, 41]

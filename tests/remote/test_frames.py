@@ -3,7 +3,7 @@
 import contextlib
 import io
 import pickle
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.remote.frames import FrameWriter, from_bytes, read_frame, to_bytes
+
+from ..served import in_threads
 
 TENSORS = {
     "floats": torch.randn(3, 2),
@@ -86,11 +88,7 @@ def test_frames_of_several_threads_do_not_mix():
         for _ in range(50):
             writer.write("number", {"n": torch.full((100,), number)}, {"n": number})
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    assert in_threads(*(partial(write, number) for number in range(4))) == []
     stream.seek(0)
     seen = []
     while (frame := read_frame(stream)) is not None:

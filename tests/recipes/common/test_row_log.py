@@ -1,11 +1,13 @@
 """Rows that runs append to a file: an incomplete row is dropped, a foreign line is named, and concurrent runs do not mix."""
 
 import json
-import threading
+from functools import partial
 
 import pytest
 
 from recipes.common.row_log import RowLog
+
+from ...served import in_threads
 
 FIELDS = ("key", "value")
 
@@ -80,11 +82,7 @@ def test_several_add_at_once(tmp_path):
         for i in range(start, start + 20):
             log.append(row(i))
 
-    threads = [threading.Thread(target=add, args=(start,)) for start in (0, 20, 40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert in_threads(*(partial(add, start) for start in (0, 20, 40))) == []
     assert sorted(one["value"] for one in RowLog(path, FIELDS).rows) == list(range(60))
 
 
