@@ -33,8 +33,8 @@ def logits(model, ids=PROMPTS[0]):
         return model(input_ids=ids).logits
 
 
-def in_threads(*work: Callable[[], object]) -> list[BaseException]:
-    """Do all of it at once; returns the errors that were raised. What the threads have left is gone by then."""
+def in_threads(*work: Callable[[], object], within: float = 120) -> list[BaseException]:
+    """Do all of it at once; returns the errors that were raised, and one for each thread that has not ended `within` so many seconds. What the threads have left is gone by then."""
     errors = []
 
     def safely(act):
@@ -43,10 +43,11 @@ def in_threads(*work: Callable[[], object]) -> list[BaseException]:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=safely, args=(act,)) for act in work]
+    threads = [threading.Thread(target=safely, args=(act,), daemon=True) for act in work]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(within)
+    errors += [TimeoutError(f"{thread.name} has not ended") for thread in threads if thread.is_alive()]
     gc.collect()
     return errors

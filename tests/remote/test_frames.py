@@ -88,7 +88,7 @@ def test_frames_of_several_threads_do_not_mix():
         for _ in range(50):
             writer.write("number", {"n": torch.full((100,), number)}, {"n": number})
 
-    assert in_threads(*(partial(write, number) for number in range(4))) == []
+    assert in_threads(*(partial(write, number) for number in range(4)), within=60) == []
     stream.seek(0)
     seen = []
     while (frame := read_frame(stream)) is not None:
