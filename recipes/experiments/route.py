@@ -3,7 +3,7 @@
     python -m recipes.experiments.route --trace runs/traces/sql,runs/traces/maths --requests 120 --seeds 0,1,2
 
 Arms with a fixed assignment of domains to drafts: `shared`, one draft; `fixed`, one for each trace; `sql+maths/code`, one for two of them and one for the third; and `assignments`, all there
-are. Arms with the router of `RoutedAssistant`: `routed`, a draft for each topic that it finds, each new one from the draft to begin with; and `forked`, as the product does it, where a new
+are. A draft learns from its own domains alone, so each is run once, for all the assignments that have it. Arms with the router of `RoutedAssistant`: `routed`, a draft for each topic that it finds, each new one from the draft to begin with; and `forked`, as the product does it, where a new
 one starts from the weights of the draft that served its topic until then. All learn from the same requests in the same order, each draft after so many of its own: in all they make equally many
 updates. Each router is compared with the fixed assignment that has turned out best.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger("hf_osd.recipes.route")
 
 ARMS = ("shared", "fixed", "routed", "forked")
 ROUTED = ("routed", "forked")
-_VERSION = 2  # of a row: 1 had no `by_draft`
+_VERSION = 3  # of a row: 2 was of all drafts of a fixed assignment, 1 had no `by_draft`
 
 
 @dataclass
@@ -88,15 +88,18 @@ def measure(args: RouteArguments, config: OnlineConfig):
     done = {row["key"]: row for row in log.rows}
     experiment = Experiment(args, config)
     results = []
-    for name in expanded(args.arms, experiment.names):
+    for arm in expanded(args.arms, experiment.names):
         results.append([])
         for seed in numbers_of(args.seeds, "seeds", least=0):
-            key = experiment.key(name, seed)
-            if (row := done.get(key)) is None:
-                row = {"key": key} | experiment.run(name, seed)
-                log.append(row)
-            results[-1].append(row)
-            print(_line(row), flush=True)
+            rows = []
+            for run in runs_of(arm, experiment.names):
+                key = experiment.key(run, seed)
+                if key not in done:
+                    done[key] = {"key": key} | experiment.run(run, seed)
+                    log.append(done[key])
+                rows.append(done[key])
+            results[-1].append(rows[0] if arm in ROUTED else joined(arm, rows, experiment.names))
+            print(_line(results[-1][-1]), flush=True)
     print(table(results))
     print(hindsight(results))
 
@@ -113,6 +116,29 @@ def assignment(arm: str, names: Sequence[str]) -> list[tuple[str, str]]:
     """Pair each domain with its route in an arm with a fixed assignment."""
     arm = {"shared": "+".join(names), "fixed": "/".join(names)}.get(arm, arm)
     return [(name, group) for group in arm.split("/") for name in group.split("+")]
+
+
+def runs_of(arm: str, names: Sequence[str]) -> list[str]:
+    """List the runs of which an arm is made: one that is routed, or one for each draft, which is named by its domains in the order of `names`."""
+    if arm in ROUTED:
+        return [arm]
+    groups = {group: set(group.split("+")) for _, group in assignment(arm, names)}
+    return ["+".join(name for name in names if name in group) for group in groups.values()]
+
+
+def joined(arm: str, rows: Sequence[dict], names: Sequence[str]) -> dict:
+    """Join the runs of the drafts of a fixed assignment to the row that serving all of `names` with them gives."""
+    served = sorted((at, i, j) for i, row in enumerate(rows) for j, at in enumerate(row["served"]))
+    row = {
+        "arm": arm,
+        "seed": rows[0]["seed"],
+        "scores": {name: row["scores"][name] for name in names for row in rows if name in row["scores"]},
+        "by_draft": {name: scores for row in rows for name, scores in row["by_draft"].items()},
+        "drafts": len(rows),
+        "purity": None,
+    }
+    row |= {key: [rows[i][key][j] for _, i, j in served] for key in ("prequential", "choices")}
+    return row | {key: sum(row[key] for row in rows) for key in ("updates", "learning_seconds", "seconds")}
 
 
 def _partitions(names: Sequence[str]) -> Iterator[list[list[str]]]:
@@ -148,65 +174,71 @@ class Experiment:
         self.names = [traced.name for traced in self.traces]
         self.limit = max(traced.max_new_tokens for traced in self.traces)
 
-    def key(self, arm: str, seed: int) -> str:
+    def key(self, run: str, seed: int) -> str:
         """Digest what makes two runs the same run."""
         args = self.args
-        facts = [_VERSION, arm, seed, args.target, args.dtype, args.draft, args.requests, args.held_back]
+        facts = [_VERSION, run, seed, args.target, args.dtype, args.draft, args.requests, args.held_back]
         facts += [{**self.config.to_dict(), "seed": None}, [(traced.name, traced.digest) for traced in self.traces]]
-        facts += [args.max_routes, args.topic_requests, args.observe_every] if arm in ROUTED else []
+        facts += [args.max_routes, args.topic_requests, args.observe_every] if run in ROUTED else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def run(self, arm: str, seed: int) -> dict:
-        """Serve all traces, mixed, with one arm: α of each request before it was learnt, and of the held-back prompts at the end."""
+    def run(self, run: str, seed: int) -> dict:
+        """Serve all traces, mixed, with routed drafts, or those of some domains with one draft (`runs_of`): α of each request before it was learnt, and of the
+        held-back prompts at the end."""
         began = time.perf_counter()
         args, config = self.args, dataclasses.replace(self.config, seed=seed, suffix_cache=False)
-        routes = None if arm in ROUTED else dict(assignment(arm, self.names))
+        own = self.names if run in ROUTED else run.split("+")
         assistant = RoutedAssistant(
             read_arm("base", config, args.draft).draft(self.target),
             config,
-            routes="topics" if routes is None else "named",
-            max_routes=args.max_routes if routes is None else len(self.names),
+            routes="topics" if run in ROUTED else "named",
+            max_routes=args.max_routes,
             topic_requests=args.topic_requests,
         )
         rows = [(traced.name, one) for traced in self.traces for one in shuffled(traced.stream, seed)[: args.requests]]
-        prequential, choices, routing = [], [], 0.0
-        for served, (domain, request) in enumerate(shuffled(rows, seed)):
+        served, prequential, choices, routing = [], [], [], 0.0
+        for at, (domain, request) in enumerate(shuffled(rows, seed)):
+            if domain not in own:
+                continue  # of another draft
             request = kept(assistant, request)
-            if routes is None:
+            if run in ROUTED:
                 start = time.perf_counter()
                 choice = assistant.choose(self.features(request))
                 routing += time.perf_counter() - start
                 topic, route = choice.topic, choice.route
-                member = assistant.member(route, choice.parent if arm == "forked" else None)
-                if served % args.observe_every == 0 and (scores := assistant.score_routes(request)):
+                member = assistant.member(route, choice.parent if run == "forked" else None)
+                if at % args.observe_every == 0 and (scores := assistant.score_routes(request)):
                     assistant.router.observe(topic, scores, len(request))
             else:
-                topic, route = None, routes[domain]
+                topic, route = None, run
                 member = assistant.member(route)
             prequential.append(_serve(member, request, self.limit))
             choices.append((domain, topic, route))
-        drafts = {name: member for name, member in assistant.pool.items() if routes or name in assistant.router.routes}
+            served.append(at)
+        held_back = {traced.name: traced.held_back for traced in self.traces if traced.name in own}
+        drafts = {name: one for name, one in assistant.pool.items() if name == run or name in assistant.router.routes}
         by_draft = {
-            name: {traced.name: hits_of(member, traced.held_back) for traced in self.traces}
+            name: {domain: hits_of(member, requests) for domain, requests in held_back.items()}
             for name, member in drafts.items()
         }
         scores = {}
-        for traced in self.traces:
-            serving = [routes[traced.name] if routes else self._routed(assistant, one) for one in traced.held_back]
-            scores[traced.name] = [by_draft[name][traced.name][i] for i, name in enumerate(serving)]
+        for domain, requests in held_back.items():
+            serving = [self._routed(assistant, one) if run in ROUTED else run for one in requests]
+            scores[domain] = [by_draft[name][domain][i] for i, name in enumerate(serving)]
         stats = assistant.stats
         assistant.close()
         return {
-            "arm": arm,
+            "arm": run,
             "seed": seed,
+            "served": served,
             "prequential": prequential,
             "choices": choices,
             "scores": scores,
             "by_draft": by_draft,
             "updates": stats.updates,
             "drafts": len(drafts),
-            "purity": None if routes else purity(*_late(choices)),
-            "routing_ms": round(1000 * routing / len(rows), 3),
+            "purity": purity(*_late(choices)) if run in ROUTED else None,
+            "routing_ms": round(1000 * routing / len(served), 3),
             "learning_seconds": round(stats.learning_seconds, 1),
             "seconds": round(time.perf_counter() - began, 1),
         }

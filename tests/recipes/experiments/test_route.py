@@ -43,19 +43,30 @@ def test_all_arms_learn_the_same_requests_in_the_same_order(target_dir, traces, 
     table = capsys.readouterr().out
     assert all(f"| {arm} |" in table for arm in route.ARMS)
     rows = {row["arm"]: row for row in map(json.loads, log.read_text().splitlines())}
-    assert rows.keys() == set(route.ARMS)
+    assert rows.keys() == {"low+high", "low", "high", *route.ROUTED}
+    rows = {
+        "shared": rows["low+high"],
+        "fixed": route.joined("fixed", [rows["high"], rows["low"]], ["low", "high"]),
+    } | rows
     routers = table[table.index("fixed assignments in hindsight") :]
     assert routers.count("| routed |") == routers.count("| forked |") == 4
     assert routers.count("of its own drafts") == 2
-    for row in rows.values():
+    for arm in route.ARMS:
+        row = rows[arm]
         assert row["by_draft"].keys() >= set(routes_of(row)[-1:])
         assert [domain for domain, *_ in row["choices"]] == [domain for domain, *_ in rows["shared"]["choices"]]
         assert len(row["prequential"]) == 2 * REQUESTS
         assert {name: len(pairs) for name, pairs in row["scores"].items()} == {"low": 4, "high": 4}
+        assert list(row["scores"]) == ["low", "high"]
     assert rows["fixed"]["drafts"] == 2
     assert rows["fixed"]["updates"] == rows["shared"]["updates"] == 2 * REQUESTS // 8
     assert all(name == domain for domain, _, name in rows["fixed"]["choices"])
     assert {name for *_, name in rows["shared"]["choices"]} == {"low+high"}
+    assert (
+        sorted(rows["low"]["served"] + rows["high"]["served"]) == rows["shared"]["served"] == list(range(2 * REQUESTS))
+    )
+    for domain in ("low", "high"):
+        assert {name for name, *_ in rows[domain]["choices"]} == rows[domain]["scores"].keys() == {domain}
     assert rows["routed"]["drafts"] >= 1
     before = log.read_text()
     assert route.main(flags(target_dir, traces, "--log", str(log))) == 0  # all runs are there
@@ -72,6 +83,15 @@ def test_every_way_to_share_drafts_is_an_assignment():
     assert expanded("shared,assignments", ["a", "b", "c"]) == ["shared", "a+b/c", "a+c/b", "a/b+c", "fixed"]
     assert len(expanded("assignments,forked", list("abcd"))) == 15 + 1
     assert dict(assignment("a+c/b", ["a", "b", "c"])) == {"a": "a+c", "b": "b", "c": "a+c"}
+
+
+def test_each_draft_is_run_once_for_all_the_assignments_that_have_it():
+    from recipes.experiments.route import expanded, runs_of
+
+    names = list("abcd")
+    assert runs_of("c/b+a+d", names) == ["c", "a+b+d"]
+    assert runs_of("forked", names) == ["forked"]
+    assert len({run for arm in expanded("assignments", names) for run in runs_of(arm, names)}) == 2**4 - 1
 
 
 def test_a_router_is_compared_with_the_assignment_that_turned_out_best():
