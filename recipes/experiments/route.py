@@ -3,9 +3,9 @@
     python -m recipes.experiments.route --trace runs/traces/sql,runs/traces/maths --requests 120 --seeds 0,1,2
 
 Arms with a fixed assignment of domains to drafts: `shared`, one draft; `fixed`, one for each trace; `sql+maths/code`, one for two of them and one for the third; and `assignments`, all there
-are. A draft learns from its own domains alone, so each is run once, for all the assignments that have it. Arms with the router of `RoutedAssistant`: `routed`, a draft for each topic that it finds, each new one from the draft to begin with; and `forked`, as the product does it, where a new
-one starts from the weights of the draft that served its topic until then. All learn from the same requests in the same order, each draft after so many of its own: in all they make equally many
-updates. Each router is compared with the fixed assignment that has turned out best.
+are. A draft learns from its own domains alone, so each is run once, for all the assignments that have it. Arms with the router of `RoutedAssistant`: `routed`, a draft for each topic that it
+finds, each new one from the draft to begin with; and `forked`, as the product does it, where a new one starts from the weights of the draft that served its topic until then. All learn from the
+same requests in the same order, each draft after so many of its own: in all they make equally many updates. Each router is compared with the fixed assignment that has turned out best.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def runs_of(arm: str, names: Sequence[str]) -> list[str]:
     """List the runs of which an arm is made: one that is routed, or one for each draft, which is named by its domains in the order of `names`."""
     if arm in ROUTED:
         return [arm]
-    groups = {group: set(group.split("+")) for _, group in assignment(arm, names)}
-    return ["+".join(name for name in names if name in group) for group in groups.values()]
+    groups = dict.fromkeys(group for _, group in assignment(arm, names))
+    return ["+".join(sorted(group.split("+"), key=names.index)) for group in groups]
 
 
 def joined(arm: str, rows: Sequence[dict], names: Sequence[str]) -> dict:
@@ -187,11 +187,12 @@ class Experiment:
         held-back prompts at the end."""
         began = time.perf_counter()
         args, config = self.args, dataclasses.replace(self.config, seed=seed, suffix_cache=False)
-        own = self.names if run in ROUTED else run.split("+")
+        routed = run in ROUTED
+        own = self.names if routed else run.split("+")
         assistant = RoutedAssistant(
             read_arm("base", config, args.draft).draft(self.target),
             config,
-            routes="topics" if run in ROUTED else "named",
+            routes="topics" if routed else "named",
             max_routes=args.max_routes,
             topic_requests=args.topic_requests,
         )
@@ -201,7 +202,7 @@ class Experiment:
             if domain not in own:
                 continue  # of another draft
             request = kept(assistant, request)
-            if run in ROUTED:
+            if routed:
                 start = time.perf_counter()
                 choice = assistant.choose(self.features(request))
                 routing += time.perf_counter() - start
@@ -223,7 +224,7 @@ class Experiment:
         }
         scores = {}
         for domain, requests in held_back.items():
-            serving = [self._routed(assistant, one) if run in ROUTED else run for one in requests]
+            serving = [self._routed(assistant, one) if routed else run for one in requests]
             scores[domain] = [by_draft[name][domain][i] for i, name in enumerate(serving)]
         stats = assistant.stats
         assistant.close()
@@ -237,7 +238,7 @@ class Experiment:
             "by_draft": by_draft,
             "updates": stats.updates,
             "drafts": len(drafts),
-            "purity": purity(*_late(choices)) if run in ROUTED else None,
+            "purity": purity(*_late(choices)) if routed else None,
             "routing_ms": round(1000 * routing / len(served), 3),
             "learning_seconds": round(stats.learning_seconds, 1),
             "seconds": round(time.perf_counter() - began, 1),
