@@ -289,8 +289,8 @@ class RunningConfig:
     learner_dtype: str = option(
         "auto",
         choice("auto", "float32", "bfloat16"),
-        "Arithmetic of learning: 'bfloat16' is autocast over float32 masters; 'auto' uses it where the draft is bfloat16 and the device computes that "
-        "natively, else float32.",
+        "Arithmetic of learning: 'bfloat16' is autocast over float32 masters; 'auto' uses it where the draft is bfloat16 and the device computes faster "
+        "in it, else float32.",
     )
     seed: int | None = option(
         None,

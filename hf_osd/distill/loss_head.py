@@ -96,9 +96,9 @@ def loss_columns(
 
 
 def sampled_tail(logits: Tensor, support: int, size: int) -> Tensor:
-    """Raise the drawn columns of logits `(R, C)` by the log of how many tokens each stands for, so that sums of exp over the row estimate those over all
-    of V."""
+    """Raise the drawn columns of logits `(R, C)`, in place, by the log of how many tokens each stands for, so that sums of exp over the row estimate those over
+    all of V."""
     drawn = logits.shape[1] - support
     raised = torch.zeros(logits.shape[1], device=logits.device, dtype=logits.dtype)
     raised[support:] = math.log((size - support) / drawn)
-    return logits + raised
+    return logits.add_(raised)  # logits are large, and new memory for them takes longer than the sum

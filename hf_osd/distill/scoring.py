@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -283,7 +283,8 @@ def learners_autocast(device_type: str, dtype: torch.dtype | None) -> torch.auto
 
 
 def learners_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype | None:
-    """Choose bfloat16 if learning is to run under autocast, `None` for float32 throughout."""
+    """Choose bfloat16 if learning is to run under autocast, `None` for float32 throughout. "auto" takes what products of large matrices are faster in, by what the device
+    is, not by the clock, so that a seeded run repeats."""
     if config.learner_dtype == "bfloat16":
         return torch.bfloat16
     if config.learner_dtype == "float32" or draft.dtype == torch.float32:
@@ -291,8 +292,15 @@ def learners_dtype(config: OnlineConfig, draft: PreTrainedModel) -> torch.dtype 
     if draft.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif draft.device.type == "cpu":
-        # Emulated bfloat16 is several times slower than float32 there.
-        native = any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+        native = _cpu_is_faster_in_bfloat16(torch.cpu.get_capabilities())
     else:
         native = False
     return torch.bfloat16 if native else None
+
+
+def _cpu_is_faster_in_bfloat16(capabilities: Mapping[str, object]) -> bool:
+    """Tell whether products of large matrices take less time in bfloat16 than in float32, by `torch.cpu.get_capabilities()`. Emulated they take several times as long; and
+    by AVX-512 alone, without AMX, an Intel processor computes about half as many a second as in float32 (docs/experiments.md). Other makers' were not measured."""
+    if capabilities.get("amx_bf16"):
+        return True
+    return bool(capabilities.get("avx512_bf16")) and "intel" not in str(capabilities.get("cpu_name", "")).lower()

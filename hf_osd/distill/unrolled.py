@@ -55,18 +55,15 @@ def unrolled_logits(model: PreTrainedModel, batch: dict, steps: int) -> tuple[Te
         steps (`int`): K.
     """
     names = ("input_ids", "attention_mask", "position_ids", "features")
+    rows, step = unrolled_rows(batch["depth"], steps)
     outputs = model(
         **{name: batch[name] for name in names},
         logits_to_keep=batch["keep"],
         unroll=min(steps, batch["input_ids"].shape[1]),
+        rows=step * len(batch["input_ids"]) * batch["keep"] + batch["rows"][rows],
         use_cache=False,
     )
-    rows, step = unrolled_rows(batch["depth"], steps)
-    # (K, B, keep, V) and (K, B, keep, H); without K where there is one step
-    both = (outputs.logits, outputs.head_states)
-    both = ((part if part.ndim == 4 else part[None]).flatten(1, 2) for part in both)
-    logits, states = (part[step, batch["rows"][rows]] for part in both)
-    return logits, Unrolled(rows, step, states)
+    return outputs.logits, Unrolled(rows, step, outputs.head_states)
 
 
 def state_distances(unrolled: Unrolled, batch: dict) -> Tensor:

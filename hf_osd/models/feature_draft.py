@@ -191,6 +191,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         features: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         unroll: int = 1,
+        rows: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> FeatureDraftOutput | tuple:
@@ -208,6 +209,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             unroll (`int`): K, the steps of training-time test. `logits` are then `(K, B, T', V)`, and `head_states` likewise: `[k]` at column c is what is predicted there where the draft
                 has read the target's states up to column c-k, and its own of the step before at the k columns after it. At the first k columns of a text
                 they are finite, and mean nothing. Without a cache.
+            rows (`Tensor` int64 `(S,)`, *optional*): which logits of these are wanted, counted over the `(K·B·T')` of them: then `logits` are `(S, V)` and `head_states` `(S, H)`.
             return_dict (`bool`, *optional*): `False` returns `(logits, states)` alone, which takes less time.
 
         Returns:
@@ -242,7 +244,10 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             states += self._unrolled(embeds, states[0], rotary, k, v, attention_mask, unroll)
         hidden = states[0] if unroll == 1 else torch.stack(states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = hidden[..., keep, :] if self._norm_output else self.norm(hidden[..., keep, :])
+        hidden = hidden[..., keep, :]
+        if rows is not None:
+            hidden = hidden.flatten(0, -2)[rows]
+        hidden = hidden if self._norm_output else self.norm(hidden)
         logits = self.lm_head(hidden)
         if return_dict is False:
             return logits, states[0]

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from hf_osd.config import OnlineConfig
 from hf_osd.distill import student as student_module
 from hf_osd.distill.ensemble import make_student
-from hf_osd.distill.scoring import judge
+from hf_osd.distill.scoring import judge, learners_dtype
 from hf_osd.distill.student import Student
 from hf_osd.feedback.buffer import FeedbackBuffer
 from hf_osd.learning.learner import Learner
@@ -421,3 +421,25 @@ def test_an_average_that_is_no_longer_asked_for_does_not_serve_on(learner, reque
     plain.load_state(*saved(before))
     assert learn(plain, requests[4:6])
     assert same(plain.student.serving_weights(), plain.student.weights())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, None),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9654"}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "cpu_name": "Intel Xeon"}, None),
+        ({}, None),
+    ],
+)
+def test_auto_learns_in_what_the_processor_is_fast_in(tiny_llama, monkeypatch, capabilities, expected):
+    """By what it is and not by the clock; a draft that serves in float32 learns so, and what is asked for is done."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    draft = tiny_llama(layers=1).to(torch.bfloat16)
+    assert learners_dtype(OnlineConfig(), draft) == expected
+    assert learners_dtype(OnlineConfig(), draft.float()) is None
+    draft.to(torch.bfloat16)
+    assert learners_dtype(OnlineConfig(learner_dtype="bfloat16"), draft) == torch.bfloat16
+    assert learners_dtype(OnlineConfig(learner_dtype="float32"), draft) is None
