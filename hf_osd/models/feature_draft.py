@@ -320,15 +320,15 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         """Cosines and sines `(B, 1, T, d)`."""
         if positions.device not in self._frequencies:
             with torch.inference_mode(False):  # made there, they could not be used in training
-                self._frequencies[positions.device] = _frequencies(self.config, positions.device)
+                self._frequencies[positions.device] = rotary_frequencies(self.config, positions.device)
         frequencies, scale = self._frequencies[positions.device]
         angles = positions[:, None, :, None].float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def _frequencies(config: FeatureDraftConfig, device: torch.device) -> tuple[Tensor, float]:
-    """The rotary frequencies `(d/2,)`, and what cosines and sines are multiplied by."""
+def rotary_frequencies(config: FeatureDraftConfig, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
+    """Return the rotary frequencies `(d/2,)`, in radians a position, and what cosines and sines are multiplied by."""
     kind = config.rope_parameters["rope_type"]
     if kind != "default":
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, device)

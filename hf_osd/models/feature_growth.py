@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_osd.models.blueprint import depth_of, text_model
 from hf_osd.models.clean_copy import execution_device, real_tensor, unwrapped
+from hf_osd.models.copying_head import install_copying_head, states_of_random_tokens
 from hf_osd.models.feature_config import ROPE_TYPES, FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.plain import record_ties
@@ -36,8 +37,9 @@ def grow_feature_draft(
     """Make a draft of one layer that reads the target's hidden states.
 
     Embeddings and LM head are the target's own storage, frozen, and cost no memory. The layer is as wide as the target's; it begins with the weights of the target's
-    last one, where that is such a layer, and at random elsewhere, and reads the target's last state of `aux_layers`. Undistilled it accepts next to nothing: it is
-    where learning starts. The target runs once, on a few random tokens, to see how large its states are.
+    last one, where that is such a layer, and with attention heads that continue what the text has said before ([`hf_osd.models.copying_head`]), and at random elsewhere; it
+    reads the target's last state of `aux_layers`. Undistilled it accepts next to nothing: it is where learning starts. The target runs once on a few random tokens, to
+    see how large its states are, and its first layers on some thousands, to see how these show which token they are of.
 
     Args:
         target (`PreTrainedModel`): a decoder-only causal LM, or a model with one in it that also sees, such as Gemma 3's.
@@ -71,15 +73,22 @@ def grow_feature_draft(
                 _put(draft, name, nn.Parameter(value.to(home, dtype)))
         draft.norm.weight.copy_(_final_scale(target, config.hidden_size).to(draft.norm.weight))
         share_ends(draft, target)
-        copy_last_layer(draft, target)
+        scale = _size_of_states(target, config.aux_layers[-1])
+        if scale is not None:
+            copy_last_layer(draft, target, 1.0 if not fc_norm else scale)
+            sample = states_of_random_tokens(target, config.aux_layers[0])
+            if sample is not None:
+                install_copying_head(draft, *sample, 1.0 if fc_norm else scale)
     draft.generation_config = copy.deepcopy(given.generation_config)
     return draft.eval()
 
 
-def copy_last_layer(draft: FeatureDraft, target: PreTrainedModel):
+def copy_last_layer(draft: FeatureDraft, target: PreTrainedModel, scale: float):
     """Give a draft's layer the weights of the target's last, as far as that has what the draft's has, of the same shapes: attention reads the feature with them, and the
-    embedding with its random ones. What the layer adds is scaled to the draft's stream, which is normalised. A head start: from 250 requests on it is worth some
-    points of acceptance.
+    embedding with its random ones. A head start: from 250 requests on it is worth some points of acceptance.
+
+    Args:
+        scale (`float`): how many times larger the target's stream is than the draft's, to which what the layer adds is scaled.
     """
     layer = next(iter(reversed(getattr(target.get_decoder(), "layers", None) or [])), None)
     norms = ("input_layernorm", "post_attention_layernorm")
@@ -100,10 +109,7 @@ def copy_last_layer(draft: FeatureDraft, target: PreTrainedModel):
     if not hasattr(attention, "q_norm"):  # which the draft has not
         parts.append((attention, heads, ours.hidden_norm, layer.input_layernorm))
     parts = [part for part in parts if _has_all(part[0], part[1])]
-    scale = 1.0
-    if parts and (draft.config.fc_norm or draft.config.norm_before_fc):
-        scale = _size_of_states(target, draft.config.aux_layers[-1])
-    for owner, aims, norm, its_norm in parts if scale else ():
+    for owner, aims, norm, its_norm in parts:
         for name, aim in aims.items():
             aim.copy_(_of_target(target, getattr(owner, name).weight, aim.device).to(aim.dtype))
         aim.mul_(1 / scale)
