@@ -37,7 +37,7 @@ def grow_feature_draft(
     """Make a draft of one layer that reads the target's hidden states.
 
     Embeddings and LM head are the target's own storage, frozen, and cost no memory. The layer is as wide as the target's; it begins with the weights of the target's
-    last one, where that is such a layer, and with attention heads that continue what the text has said before ([`hf_osd.models.copying_head`]), and at random elsewhere; it
+    last one, where that is such a layer, and with an attention head that continues what the text has said before ([`hf_osd.models.copying_head`]), and at random elsewhere; it
     reads the target's last state of `aux_layers`. Undistilled it accepts next to nothing: it is where learning starts. The target runs once on a few random tokens, to
     see how large its states are, and its first layers on some thousands, to see how these show which token they are of.
 
@@ -75,7 +75,7 @@ def grow_feature_draft(
         share_ends(draft, target)
         scale = _size_of_states(target, config.aux_layers[-1])
         if scale is not None:
-            copy_last_layer(draft, target, 1.0 if not fc_norm else scale)
+            copy_last_layer(draft, target, scale if fc_norm else 1.0)
             sample = states_of_random_tokens(target, config.aux_layers[0])
             if sample is not None:
                 install_copying_head(draft, *sample, 1.0 if fc_norm else scale)
