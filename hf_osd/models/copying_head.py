@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_osd.models.clean_copy import execution_device
+from hf_osd.models.feature_config import FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft, rotary_frequencies
+from hf_osd.models.random_texts import random_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Random tokens that the target reads: so many times its width, within these bounds; the length of a text; and how many texts at once.
-_SAMPLES_A_WIDTH, _SAMPLES, _LENGTH, _TEXTS = 16, (512, 8192), 32, 32
+# Random texts that the target reads: half as many as its width, within these bounds; and how many of them at once.
+_TEXTS, _AT_ONCE = (16, 256), 32
 # Tokens that stand for the whole vocabulary: at least so many, and so many times the width.
 _TOKENS, _TOKENS_A_WIDTH = 8192, 4
 # Codes lie where rotary embedding turns by less than a radian in a hundred tokens, so that it does not matter how far back a token was.
@@ -54,20 +55,24 @@ class _Weights(NamedTuple):
 
 
 @torch.no_grad()
-def install_copying_head(draft: FeatureDraft, ids: Tensor, states: Tensor, scale: float) -> bool:
+def install_copying_head(draft: FeatureDraft, target: PreTrainedModel, scale: float) -> bool:
     """Write a copying head into the last group of attention heads that share keys and values. `False`, and nothing is changed, where there is one group alone, or
     states do not show which token they are of.
 
     Args:
         draft (`FeatureDraft`): a grown one, with its target's embeddings and LM head.
-        ids (`Tensor` int64 `(N,)`), states (`Tensor` `(N, H_t)`): tokens, and the target's states there after the first layer that the draft reads.
+        target (`PreTrainedModel`): the target, whose first layers read some thousands of random tokens.
         scale (`float`): the root mean square of the draft's stream.
     """
     config, attention, fc = draft.config, draft.midlayer.self_attn, draft.fc.weight
-    if config.num_key_value_heads < 2:
+    dims = _slow_dims(config)
+    if config.num_key_value_heads < 2 or len(dims) < 2 or config.head_dim > config.hidden_size:
+        return False
+    sample = states_of_random_tokens(target, config.aux_layers[0])
+    if sample is None:
         return False
     try:
-        head = _weights_of(draft, ids, states, scale)
+        head = _weights_of(draft, dims, *sample, scale)
     except torch.linalg.LinAlgError as error:  # the draft can begin without
         logger.debug("A copying head could not be computed: %s", error)
         return False
@@ -87,13 +92,16 @@ def install_copying_head(draft: FeatureDraft, ids: Tensor, states: Tensor, scale
     return True
 
 
-def _weights_of(draft: FeatureDraft, ids: Tensor, states: Tensor, scale: float) -> _Weights | None:
-    """Compute a copying head; arguments as for `install_copying_head`. `None` where states do not show which token they are of, or there is no room."""
+def _slow_dims(config: FeatureDraftConfig) -> Tensor:
+    """The dimensions `(n,)` of an attention head in which codes can lie."""
+    slow = (rotary_frequencies(config)[0] < _SLOW).nonzero().squeeze(-1)
+    return torch.cat([slow, slow + config.head_dim // 2])[: config.hidden_size // 4]
+
+
+def _weights_of(draft: FeatureDraft, dims: Tensor, ids: Tensor, states: Tensor, scale: float) -> _Weights | None:
+    """Compute a copying head, whose codes lie in `dims`, by the states `(N, H_t)` that the target has at tokens `ids` `(N,)` after the first layer that the draft reads.
+    `None` where they do not show which token they are of."""
     size, width, lm_head = draft.config.hidden_size, draft.config.head_dim, draft.lm_head.weight
-    slow = (rotary_frequencies(draft.config)[0] < _SLOW).nonzero().squeeze(-1)
-    dims = torch.cat([slow, slow + width // 2])[: size // 4]
-    if len(dims) < 2 or width > size:
-        return None
     # 1. Tokens: as the layer reads them, and what raises their logits.
     step = max(len(lm_head) // max(_TOKENS, _TOKENS_A_WIDTH * size), 1)
     tokens = torch.arange(0, len(lm_head), step, device="cpu")
@@ -131,12 +139,9 @@ def states_of_random_tokens(target: PreTrainedModel, depth: int) -> tuple[Tensor
     layers = getattr(target.get_decoder(), "layers", None)
     if not layers or not 0 < depth <= len(layers):
         return None
-    home, width = execution_device(target.get_input_embeddings()), target.get_input_embeddings().weight.shape[-1]
-    vocabulary, random = target.get_output_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
-    texts = min(max(_SAMPLES_A_WIDTH * width, _SAMPLES[0]), _SAMPLES[1]) // _LENGTH
-    ids = torch.randint(vocabulary, (texts, _LENGTH), generator=random, device="cpu")
+    width = target.get_input_embeddings().weight.shape[-1]
     found: list[Tensor] = []
-    thread, training = threading.get_ident(), [m for m in target.modules() if m.training]
+    thread = threading.get_ident()
 
     def keep(layer, inputs, output):
         if threading.get_ident() != thread:  # the target may serve others meanwhile
@@ -147,18 +152,16 @@ def states_of_random_tokens(target: PreTrainedModel, depth: int) -> tuple[Tensor
 
     handle = layers[depth - 1].register_forward_hook(keep)
     try:
-        target.eval()
-        for some in ids.split(_TEXTS):
-            with contextlib.suppress(_Enough):
-                target(input_ids=some.to(home), use_cache=False)
+        with random_texts(target, min(max(width // 2, _TEXTS[0]), _TEXTS[1])) as ids:
+            for some in ids.split(_AT_ONCE):
+                with contextlib.suppress(_Enough):
+                    target(input_ids=some, use_cache=False)
     except Exception as error:  # the draft can begin without
         logger.debug("The target's first states could not be measured: %s", error)
         return None
     finally:
         handle.remove()
-        for module in training:
-            module.training = True
-    ids, states = ids[:, 1:].flatten(), torch.cat(found)
+    ids, states = ids[:, 1:].flatten().cpu(), torch.cat(found)
     return (ids, states) if len(states) == len(ids) and states.isfinite().all() else None
 
 

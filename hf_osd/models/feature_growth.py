@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from hf_osd.models.blueprint import depth_of, text_model
 from hf_osd.models.clean_copy import execution_device, real_tensor, unwrapped
-from hf_osd.models.copying_head import install_copying_head, states_of_random_tokens
+from hf_osd.models.copying_head import install_copying_head
 from hf_osd.models.feature_config import ROPE_TYPES, FeatureDraftConfig
 from hf_osd.models.feature_draft import FeatureDraft
 from hf_osd.models.plain import record_ties
+from hf_osd.models.random_texts import random_texts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -76,9 +77,7 @@ def grow_feature_draft(
         scale = _size_of_states(target, config.aux_layers[-1])
         if scale is not None:
             copy_last_layer(draft, target, scale if fc_norm else 1.0)
-            sample = states_of_random_tokens(target, config.aux_layers[0])
-            if sample is not None:
-                install_copying_head(draft, *sample, 1.0 if fc_norm else scale)
+            install_copying_head(draft, target, 1.0 if fc_norm else scale)
     draft.generation_config = copy.deepcopy(given.generation_config)
     return draft.eval()
 
@@ -127,19 +126,13 @@ def _has_all(owner: nn.Module | None, aims: dict[str, Tensor]) -> bool:
 
 def _size_of_states(target: PreTrainedModel, layer: int) -> float | None:
     """Measure the root mean square of the target's states after a layer, the median over random tokens; `None` if that fails."""
-    random, training = torch.Generator().manual_seed(0), [m for m in target.modules() if m.training]
-    home = execution_device(target.get_input_embeddings())
-    ids = torch.randint(target.get_output_embeddings().weight.shape[0], (1, 32), generator=random, device="cpu")
     try:
-        target.eval()
-        outputs = target(input_ids=ids.to(home), use_cache=False, output_hidden_states=True)
+        with random_texts(target, 1) as ids:
+            outputs = target(input_ids=ids, use_cache=False, output_hidden_states=True)
         size = float(outputs.hidden_states[layer].float().square().mean(-1).sqrt().median())
     except Exception as error:  # the draft can begin at random
         logger.debug("The size of the target's states could not be measured: %s", error)
         return None
-    finally:
-        for module in training:
-            module.training = True
     return size if math.isfinite(size) and size > 0 else None
 
 
